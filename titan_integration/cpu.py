@@ -1,0 +1,221 @@
+"""Run torchtitan's whole trainer on CPU with gloo, where a machine has no accelerator.
+
+torchtitan 0.3.0 chooses its device when imported and takes CUDA for granted. All it needs to do
+without is here, for a trainer to call in this order:
+
+    if cpu.use_cpu():               # before the host's Trainer.__init__
+        cpu.prepare_config(config)
+        ...                         # the host's Trainer.__init__
+        cpu.fix_fsdp(self.model_parts)
+        cpu.hide_mfu(self.metrics_processor)
+
+CUDA_VISIBLE_DEVICES="" gives the CPU on a machine with GPUs. Knows nothing about losses or weights.
+"""
+
+import contextlib
+import dataclasses
+import math
+import os
+import platform
+import resource
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import cast
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor.experimental._context_parallel import _attention as torch_cp
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
+from torchtitan.components import metrics
+from torchtitan.components.dataloader import ParallelAwareDataloader
+from torchtitan.config import Configurable
+from torchtitan.models.common import attention
+from torchtitan.models.common.attention import FlexAttention, VarlenAttention
+from torchtitan.tools import utils
+from torchtitan.tools.logging import logger
+from torchtitan.trainer import Trainer
+from typing_extensions import override
+
+
+def accelerator_present() -> bool:
+    """Tell whether the host would find an accelerator; looks anew at every call."""
+    _, module = utils.get_device_info()
+    return bool(module.is_available())
+
+
+def use_cpu() -> bool:
+    """Point torchtitan at the CPU if there is no accelerator. Early, late or again: all the same.
+
+    Returns:
+        True if training runs on the CPU.
+    """
+    if accelerator_present():
+        return False
+    if utils.device_type == "cpu":
+        return True
+
+    # Several modules copy the two names when imported, and `torchtitan.train` imports them all
+    # before it reads `--module`. Rebinding `utils` will do once they look the names up there.
+    stock = {"device_type": utils.device_type, "device_module": utils.device_module}
+    ours = {"device_type": "cpu", "device_module": _device_module()}
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] == "torchtitan":
+            for key, value in ours.items():
+                if vars(module).get(key) == stock[key]:
+                    setattr(module, key, value)
+    metrics.DeviceMemoryMonitor.__init__.__defaults__ = ("cpu:0",)
+    # The host would warn and take an A100's figure.
+    utils.get_peak_flops = lambda device_name: math.nan
+    # Host and torch compile this: some twenty seconds a process, to save milliseconds a step.
+    attention._compiled_create_block_mask = create_block_mask
+    torch_cp._compiled_create_block_mask = create_block_mask  # pyrefly: ignore[bad-assignment]
+
+    if os.environ.get("RANK", "0") == "0":
+        threads = f"threads per rank: {torch.get_num_threads()}"
+        logger.info(f"No accelerator found: running on CPU with gloo ({_cpu_name()}, {threads})")
+    return True
+
+
+def prepare_config(config: Trainer.Config) -> Trainer.Config:
+    """Change a trainer's config, in place and for good, to what a CPU can run; return it.
+
+    Raises:
+        NotImplementedError: The attention is not FlexAttention, nor causal over whole documents.
+    """
+    config.training.disable_cuda_graphs = True
+    config.training.mixed_precision_param = "float32"
+    config.training.enable_cpu_offload = False  # It is there already.
+    for _, loader, _, _ in config.traverse(ParallelAwareDataloader.Config):
+        cast("ParallelAwareDataloader.Config", loader).pin_memory = False
+    for stock in (FlexAttention.Config, VarlenAttention.Config):
+        for _, found, parent, name in list(config.traverse(stock)):
+            setattr(parent, str(name), _dense_config(found))
+    return config
+
+
+def fix_fsdp(model_parts: Iterable[nn.Module]) -> None:
+    """Make FSDP reduce gradients by plain sums, as gloo lacks PREMUL_SUM. For sharded models."""
+    for part in model_parts:
+        for module in part.modules():
+            if isinstance(module, FSDPModule):
+                module.set_force_sum_reduction_for_comms(True)
+
+
+def hide_mfu(metrics_processor: metrics.MetricsProcessor) -> None:
+    """Make the host print "N/A" for the share of this CPU's peak FLOPS, which nobody knows."""
+    # The host skips the figure for quantized models, and reads the flag for nothing else so far.
+    metrics_processor.has_quantization = True
+
+
+class DenseDocumentAttention(FlexAttention):
+    """What FlexAttention computes, where its kernel has no backward: on CPU.
+
+        softmax(q k^T * scale + bias) v,   bias = 0 where the mask allows, else -inf
+
+    A FlexAttention by class, since that is how the host knows to build a BlockMask and, under
+    context parallelism, to gather K and V. Every query must be allowed some key.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(FlexAttention.Config):
+        """FlexAttention's fields; `kernel_options` has no effect."""
+
+    @override
+    def forward(
+        self,
+        q_BLNH: Tensor,  # The host's sharding config knows these arguments by name.
+        k_BLNH: Tensor,
+        v_BLNH: Tensor,
+        *,
+        attention_masks: BlockMask,
+        score_mod: Callable[..., Tensor] | None = None,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        out_transform: Callable[[Tensor, Tensor], Tensor] | None = None,
+        **kwargs: object,
+    ) -> Tensor:
+        """Attend where the mask allows; NotImplementedError for score_mod and out_transform."""
+        if score_mod is not None or out_transform is not None:
+            raise NotImplementedError(
+                "score_mod and out_transform work on attention scores, which "
+                "scaled_dot_product_attention keeps to itself: this model needs an accelerator"
+            )
+        q, k, v = (x.transpose(1, 2) for x in (q_BLNH, k_BLNH, v_BLNH))
+        bias = _bias(attention_masks, q.dtype)
+        out_BNLH = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=bias, scale=scale, enable_gqa=enable_gqa
+        )
+        return out_BNLH.transpose(1, 2)
+
+
+# All layers of a batch share one mask; an entry goes when its batch does.
+_biases: WeakKeyDictionary[BlockMask, Tensor] = WeakKeyDictionary()
+
+
+def _bias(mask: BlockMask, dtype: torch.dtype) -> Tensor:
+    if torch.compiler.is_compiling():  # The mask becomes part of the graph; nothing to keep.
+        return _dense_bias(mask, dtype)
+    if mask not in _biases:
+        _biases[mask] = _dense_bias(mask, dtype)
+    return _biases[mask]
+
+
+def _dense_bias(mask: BlockMask, dtype: torch.dtype) -> Tensor:
+    # Attention would turn booleans into these numbers itself, in every layer, at 40% of its time.
+    allowed = create_mask(mask.mask_mod, *mask.shape, device=mask.kv_indices.device)
+    return torch.zeros_like(allowed, dtype=dtype).masked_fill_(~allowed, -math.inf)
+
+
+def _dense_config(stock: Configurable.Config) -> FlexAttention.Config:
+    if isinstance(stock, DenseDocumentAttention.Config):
+        return stock
+    # Nobody says that a dense mask means the same for a subclass or another window.
+    if type(stock) is FlexAttention.Config or getattr(stock, "window_size", None) == (-1, 0):
+        names = {field.name for field in dataclasses.fields(FlexAttention.Config)}
+        kept = {name: getattr(stock, name) for name in names if hasattr(stock, name)}
+        return DenseDocumentAttention.Config(**kept)
+    raise NotImplementedError(f"no CPU attention for {stock}")
+
+
+def _device_module() -> ModuleType:
+    """Make what torch.cuda is to a GPU: torch.cpu, and what else the host asks of it."""
+    total_memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    module = ModuleType("cpu")
+    vars(module).update(
+        vars(torch.cpu),
+        current_device=lambda: 0,  # "cpu" in torch.cpu; the host passes it to barrier().
+        get_device_name=lambda _device=None: _cpu_name(),
+        get_device_properties=lambda _device=None: SimpleNamespace(total_memory=total_memory),
+        memory_stats=lambda _device=None: _memory_stats(),
+        reset_peak_memory_stats=_reset_peak_memory,
+        empty_cache=lambda: None,
+    )
+    return module
+
+
+def _cpu_name() -> str:
+    return _proc_field("/proc/cpuinfo", "model name") or platform.machine()
+
+
+def _memory_stats() -> dict[str, int]:
+    """Report the whole process's peak resident memory, in bytes, under the names of a GPU's."""
+    peak = _proc_field("/proc/self/status", "VmHWM")
+    # Without that field: the peak since the process began, which nothing resets.
+    kib = int(peak.split()[0]) if peak else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"active_bytes.all.peak": kib * 1024, "reserved_bytes.all.peak": kib * 1024}
+
+
+def _reset_peak_memory() -> None:
+    with contextlib.suppress(OSError):  # Not every container may write there.
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _proc_field(path: str, key: str) -> str | None:
+    fields = (line.partition(":") for line in Path(path).read_text().splitlines())
+    return next((value.strip() for name, _, value in fields if name.strip() == key), None)

@@ -1,0 +1,270 @@
+"""The data loader: rows of packed documents that carry the domain of every token."""
+
+import functools
+import hashlib
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchtitan.components.dataloader import ParallelAwareDataloader
+from torchtitan.components.tokenizer import BaseTokenizer
+
+from titan_integration.documents import (
+    Documents,
+    embedded_documents,
+    hub_documents,
+    local_documents,
+    open_hub,
+)
+from titan_integration.packing import Encode, PackedRows
+from titan_integration.records import (
+    DEFAULT_DOMAIN_COLUMN,
+    ONLY_DOMAIN,
+    SUFFIXES,
+    Columns,
+    domain_of,
+    text_of,
+)
+from titan_integration.stream import StreamedRows, open_local_stream
+
+EMBEDDED = "stdlib"
+
+
+class DomainTextDataLoader(ParallelAwareDataloader):
+    """Yield ``({"input", "positions", "domain_ids"}, labels)``, each int64 ``[local_batch_size, seq_len]``.
+
+    ``positions`` is 0 where a document, or the rest of one from an earlier row, starts. Labels never cross documents.
+    The global batch does not depend on the number of ranks, in order and content (but for ``streaming``).
+
+    The saved state is one small entry per virtual shard, written by the ranks that read the shard, instead of one
+    entry per rank. Before the first batch the state lists all of them, which is what a checkpoint is then asked for:
+    together the ranks have saved them all, so that a state fits any number of ranks.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(ParallelAwareDataloader.Config):
+        """What to read; ``persistent_workers`` has no effect, as a loader is read once."""
+
+        dataset: str = EMBEDDED
+        """``stdlib`` (the running Python's own library), a file or directory (.jsonl, .json, .parquet), or a
+        Hugging Face name. ``dataset_path``, if set, is a file or directory and wins."""
+
+        hf_name: str | None = None
+        """Configuration name of a Hugging Face data set."""
+
+        split: str = "train"
+        """``train`` or ``validation``; for a directory the sub-directory, for Hugging Face the split."""
+
+        text_column: str = "text"
+        """Column of the text; dots reach into nested records."""
+
+        domain_column: str = DEFAULT_DOMAIN_COLUMN
+        """Column of the domain, such as ``meta.redpajama_set_name``; empty: everything is one domain, ``all``."""
+
+        domains: list[str] | None = None
+        """Domain names in the order of their ids; default: the sorted names in the data."""
+
+        streaming: bool = False
+        """Read local files or Hugging Face data as a stream, instead of by index."""
+
+        infinite: bool = True
+        """Start over when the text ends."""
+
+        seed: int = 0
+        """Seed of the order of documents (no effect on a stream, which keeps its own order)."""
+
+    domains: tuple[str, ...]
+    """Domain names in the order of their ids."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        dp_world_size: int,
+        dp_rank: int,
+        tokenizer: BaseTokenizer,
+        seq_len: int,
+        local_batch_size: int,
+        snapshot_every_n_steps: int | None = 1,
+        **kwargs: Any,  # noqa: ANN401, ARG002 -- the host passes what other loaders need
+    ) -> None:
+        """Open the data and check it.
+
+        Args:
+            config: What to read.
+            dp_world_size: Number of data-parallel ranks.
+            dp_rank: This rank.
+            tokenizer: Its begin and end of text tokens are added to every document.
+            seq_len: Tokens of a row.
+            local_batch_size: Rows of a batch on this rank.
+            snapshot_every_n_steps: Accepted for the host; the state here is up to date after every batch.
+            kwargs: Ignored.
+
+        Raises:
+            ValueError: For anything wrong with the data or its description; names the place and the fix.
+        """
+        encode = functools.partial(tokenizer.encode, add_bos=True, add_eos=True)
+        where = config.dataset_path or config.dataset
+        made_from: dict[str, Any] = {"seq_len": seq_len, "vocab_size": tokenizer.get_vocab_size()}
+        rows: PackedRows | StreamedRows
+        if config.streaming:
+            rows = _streamed_rows(config, encode, seq_len, local_batch_size, dp_rank, dp_world_size)
+            made_from |= {"stream": where, "split": config.split}
+        else:
+            documents = load_documents(config)
+            rows = PackedRows(
+                documents,
+                encode,
+                seq_len=seq_len,
+                local_batch_size=local_batch_size,
+                dp_rank=dp_rank,
+                dp_world_size=dp_world_size,
+                seed=config.seed,
+                infinite=config.infinite,
+            )
+            rows.check_size(where)
+            made_from |= {
+                "seed": config.seed,
+                "shards": rows.num_shards,
+                "documents": len(documents),
+            }
+            made_from |= {"text": _fingerprint(documents)}
+        self.domains = rows.domains
+        self._rows = rows
+        self._state = dict(rows.state)
+        self._made_from = made_from | {"domains": list(rows.domains)}
+        with warnings.catch_warnings():
+            # torchdata 0.11 calls a function that torch 2.15 has deprecated; there is nothing a user could do.
+            warnings.filterwarnings("ignore", "'set_vital' is deprecated", UserWarning)
+            super().__init__(
+                rows,
+                dp_rank=dp_rank,
+                dp_world_size=dp_world_size,
+                batch_size=None,  # whole batches, so that each brings along the state it leads to
+                collate_fn=_unchanged,
+                num_workers=config.num_workers,
+                prefetch_factor=config.prefetch_factor,
+                pin_memory=config.pin_memory and torch.cuda.is_available(),
+                snapshot_every_n_steps=snapshot_every_n_steps,
+            )
+
+    def __iter__(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        """Yield batches from the loaded state on, or from the start; iterating again starts there again."""
+        self._state = self._rows.own_state()
+        for inputs, labels, moved in super().__iter__():
+            self._state |= moved
+            yield inputs, labels
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what it takes to go on after the last batch that was yielded."""
+        return {"made_from": json.dumps(self._made_from, sort_keys=True), **self._state}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Start from a saved state, of any number of ranks; an empty one changes nothing.
+
+        Raises:
+            ValueError: If the state is damaged, or of other data, another row length or another tokenizer.
+        """
+        if not state_dict:
+            return
+        try:
+            made_from = dict(json.loads(state_dict["made_from"]))
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(
+                f"data loader state: 'made_from' is {state_dict.get('made_from')!r}; the checkpoint is damaged or of "
+                "another loader. To start the data afresh: --checkpoint.exclude_from_loading dataloader"
+            ) from None
+        for key, now in self._made_from.items():
+            if made_from.get(key) != now:
+                raise ValueError(
+                    f"data loader state: saved with {key} = {made_from.get(key)!r}, now it is {now!r}. Restore it, or "
+                    "start the data afresh: --checkpoint.exclude_from_loading dataloader"
+                )
+        self._rows.load(state_dict)
+        self._state = dict(self._rows.state)
+
+
+def load_documents(config: DomainTextDataLoader.Config) -> Documents:
+    """Open the documents that a configuration names, by index.
+
+    Raises:
+        ValueError: For anything wrong with the data or its description.
+    """
+    columns = Columns(config.text_column, config.domain_column)
+    if config.dataset == EMBEDDED and config.dataset_path is None:
+        return embedded_documents(config.split, config.domains)
+    if path := _local_path(config):
+        return local_documents(path, config.split, columns, config.domains)
+    dataset = open_hub(config.dataset, config.hf_name, config.split, streaming=False)
+    return hub_documents(dataset, columns, config.domains, config.dataset)
+
+
+def _streamed_rows(
+    config: DomainTextDataLoader.Config,
+    encode: Encode,
+    seq_len: int,
+    local_batch_size: int,
+    dp_rank: int,
+    dp_world_size: int,
+) -> StreamedRows:
+    where = config.dataset_path or config.dataset
+    path = _local_path(config)
+    if where == EMBEDDED:
+        raise ValueError(
+            "dataset 'stdlib' is in memory and cannot be streamed; leave out --dataloader.streaming"
+        )
+    if config.domain_column and not config.domains:
+        raise ValueError(
+            f"{where}: a stream does not tell its domains beforehand; list them in --dataloader.domains, "
+            "or set --dataloader.domain_column '' for a single one"
+        )
+    if not config.infinite and dp_world_size > 1:
+        raise ValueError(
+            f"{where}: a stream does not tell its length, so {dp_world_size} ranks could stop at different steps and "
+            "hang; limit the steps (--validator.steps) or leave out --dataloader.streaming"
+        )
+    if config.num_workers > 1:
+        raise ValueError(f"{where}: a stream can use at most one worker, not {config.num_workers}")
+    columns = Columns(config.text_column, config.domain_column)
+    if path:
+        stream = open_local_stream(path, config.split)
+    else:
+        stream = open_hub(config.dataset, config.hf_name, config.split, streaming=True)
+    for record in stream.take(1):
+        text_of(record, columns, f"{where}: the first record")
+        domain_of(record, columns, f"{where}: the first record")
+    return StreamedRows(
+        stream,
+        encode,
+        columns,
+        tuple(config.domains or [ONLY_DOMAIN]) if config.domain_column else (ONLY_DOMAIN,),
+        seq_len=seq_len,
+        local_batch_size=local_batch_size,
+        dp_rank=dp_rank,
+        dp_world_size=dp_world_size,
+        infinite=config.infinite,
+        where=where,
+    )
+
+
+def _local_path(config: DomainTextDataLoader.Config) -> Path | None:
+    if config.dataset_path is not None:
+        return Path(config.dataset_path).expanduser()
+    path = Path(config.dataset).expanduser()
+    looks_local = config.dataset.startswith((".", "/", "~")) or path.suffix in SUFFIXES
+    return path if looks_local or path.exists() else None
+
+
+def _fingerprint(documents: Documents) -> str:
+    """Hash a few documents of all parts, to notice that a state belongs to other text."""
+    few = range(0, len(documents), max(1, len(documents) // 64))
+    return hashlib.sha256(repr([documents[i] for i in few]).encode()).hexdigest()[:16]
+
+
+def _unchanged(batch: Any) -> Any:  # noqa: ANN401
+    return batch

@@ -1,0 +1,178 @@
+"""Where texts come from: the embedded standard library, local files, or Hugging Face; each text has a domain.
+
+Everything that a user can get wrong about data is found here, when the documents are opened and not while training.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from titan_integration.records import (
+    ONLY_DOMAIN,
+    Columns,
+    domain_of,
+    local_files,
+    near,
+    read_records,
+    siblings,
+    text_of,
+)
+from titan_integration.stdlib_text import DOMAINS, stdlib_text
+
+if TYPE_CHECKING:
+    import datasets
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Texts by index, each with the number of its domain in ``names``."""
+
+    texts: Sequence[str]
+    domain_ids: Sequence[int]
+    names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        """Return the number of documents."""
+        return len(self.texts)
+
+    def __getitem__(self, index: int) -> tuple[str, str]:
+        """Return text and domain name of one document."""
+        return self.texts[index], self.names[self.domain_ids[index]]
+
+
+def embedded_documents(split: str, domains: Sequence[str] | None = None) -> Documents:
+    """Return the documents of the running Python's standard library (see ``stdlib_text``).
+
+    Raises:
+        ValueError: For an unknown split, or declared domains that differ from the ones there are.
+    """
+    texts = stdlib_text(split)
+    present = {t.domain for other in ("train", "validation") for t in stdlib_text(other)}
+    names = _names(
+        present,
+        domains if domains is not None else [d for d in DOMAINS if d in present],
+        "'stdlib'",
+    )
+    return Documents([t.text for t in texts], [names.index(t.domain) for t in texts], names)
+
+
+def local_documents(
+    path: Path, split: str, columns: Columns, domains: Sequence[str] | None = None
+) -> Documents:
+    """Read local files into memory; for more text than fits there, stream it.
+
+    Args:
+        path: A .jsonl, .json or .parquet file, or a directory of them (with a sub-directory per split, or without).
+        split: ``train``, ``validation``, ``test`` or a sub-directory's name.
+        columns: Names of the text and domain columns.
+        domains: Names in the order of their ids; sorted names from the data by default.
+
+    Raises:
+        ValueError: If a file is missing, unreadable or lacks a column, or the domains do not match; names the place.
+    """
+    texts: list[str] = []
+    found: list[str | None] = []
+    unnamed = ""
+    for file in local_files(path, split):
+        for place, record in read_records(file, columns):
+            text = text_of(record, columns, place)
+            if not text:
+                continue
+            texts.append(text)
+            found.append(domain_of(record, columns, place))
+            unnamed = unnamed or (place if found[-1] is None else "")
+    if not texts:
+        raise ValueError(f"{path}: no text in any record of split {split!r}")
+    return Documents(texts, *_number(found, unnamed, columns, domains, str(path)))
+
+
+def hub_documents(
+    dataset: "datasets.Dataset", columns: Columns, domains: Sequence[str] | None, where: str
+) -> Documents:
+    """Wrap a map-style Hugging Face data set: texts stay on disk until they are read, domains are read at once.
+
+    Raises:
+        ValueError: If a column is missing or not text, or the domains do not match.
+    """
+    if not len(dataset):
+        raise ValueError(f"{where}: the data set has no records")
+    text_of(dataset[0], columns, f"{where}: record 0")
+    top_level = (
+        columns.domain
+        if columns.domain in dataset.column_names
+        else columns.domain.partition(".")[0]
+    )
+    if top_level in dataset.column_names:
+        labels = dataset.select_columns([top_level])
+        found = [domain_of(r, columns, f"{where}: record {i}") for i, r in enumerate(labels)]
+    else:
+        found = [domain_of(dataset[0], columns, f"{where}: record 0")] * len(dataset)
+    unnamed = f"{where}: record {found.index(None)}" if None in found else ""
+    return Documents(
+        _HubTexts(dataset, columns, where), *_number(found, unnamed, columns, domains, where)
+    )
+
+
+def open_hub(name: str, hf_name: str | None, split: str, *, streaming: bool) -> Any:  # noqa: ANN401
+    """Open a Hugging Face data set by name, as a ``Dataset`` or, streaming, as an ``IterableDataset``.
+
+    Raises:
+        ValueError: If it cannot be opened, with the first line of the reason.
+    """
+    import datasets
+
+    try:
+        return datasets.load_dataset(name, hf_name, split=split, streaming=streaming)
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"dataset {name!r} is not 'stdlib', not a file or directory here{near(name, ['stdlib', *siblings(name)])}, "
+            f"and Hugging Face could not open it with split {split!r}: {type(error).__name__}: {reason}"
+        ) from error
+
+
+def _number(
+    found: Sequence[str | None],
+    unnamed: str,
+    columns: Columns,
+    declared: Sequence[str] | None,
+    where: str,
+) -> tuple[list[int], tuple[str, ...]]:
+    """Turn one domain per document into ids and names; ``unnamed`` is the first place without a domain, or empty."""
+    if unnamed and any(d is not None for d in found):
+        raise ValueError(
+            f"{unnamed}: no {columns.domain!r} here, but other records of {where} have one"
+        )
+    domains = [ONLY_DOMAIN if d is None else d for d in found]
+    names = _names(set(domains), declared, where)
+    ids = {name: i for i, name in enumerate(names)}
+    return [ids[d] for d in domains], names
+
+
+def _names(present: set[str], declared: Sequence[str] | None, where: str) -> tuple[str, ...]:
+    if declared is None:
+        return tuple(sorted(present))
+    both = f"declared: {', '.join(declared)}; in the data: {', '.join(sorted(present))}"
+    if len(set(declared)) != len(declared):
+        raise ValueError(f"{where}: a domain is declared twice ({', '.join(declared)})")
+    if empty := [d for d in declared if d not in present]:
+        raise ValueError(f"{where}: empty domain {empty[0]!r}: no document belongs to it ({both})")
+    if undeclared := sorted(present - set(declared)):
+        raise ValueError(
+            f"{where}: domain {undeclared[0]!r} is in the data but not in 'domains' ({both})"
+        )
+    return tuple(declared)
+
+
+class _HubTexts(Sequence[str]):
+    """The text column of a Hugging Face data set, read one record at a time."""
+
+    def __init__(self, dataset: "datasets.Dataset", columns: Columns, where: str) -> None:
+        self._dataset, self._columns, self._where = dataset, columns, where
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: Any) -> Any:  # noqa: ANN401
+        return text_of(self._dataset[index], self._columns, f"{self._where}: record {index}")

@@ -1,0 +1,193 @@
+"""Records of local files, one at a time, each with its place for messages; and what a record's columns hold."""
+
+import difflib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+DEFAULT_DOMAIN_COLUMN = "domain"
+ONLY_DOMAIN = "all"
+SUFFIXES = (".jsonl", ".json", ".parquet")
+
+# What a split's directory may be called.
+_SPLIT_DIRS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev", "eval"),
+    "test": ("test",),
+}
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Where in a record the text and the domain are; dotted paths reach into nested records."""
+
+    text: str = "text"
+    domain: str = DEFAULT_DOMAIN_COLUMN
+
+
+def local_files(path: Path, split: str) -> list[Path]:
+    """List the data files of one split, sorted by path.
+
+    Raises:
+        ValueError: If the path does not exist, or nothing in it fits; names what there is.
+    """
+    if not path.exists():
+        raise ValueError(f"{path}: no such file or directory{near(path.name, siblings(str(path)))}")
+    if path.is_file():
+        if path.suffix not in SUFFIXES:
+            raise ValueError(
+                f"{path}: cannot read {path.suffix or 'a file without suffix'}; use {', '.join(SUFFIXES)}"
+            )
+        return [path]
+    known = {name for names in _SPLIT_DIRS.values() for name in names}
+    there = [d.name for d in sorted(path.iterdir()) if d.is_dir()]
+    folder = next(
+        (path / name for name in (*_SPLIT_DIRS.get(split, ()), split) if name in there), path
+    )
+    if folder is path and known.intersection(there):
+        # Falling back to the whole directory would validate on the training text.
+        raise ValueError(
+            f"{path}: no sub-directory for split {split!r}; there are {', '.join(there)}"
+        )
+    files = [
+        f
+        for f in sorted(folder.rglob("*"))
+        if f.suffix in SUFFIXES and f.is_file() and f.name[0] != "."
+    ]
+    if not files:
+        raise ValueError(f"{folder}: no {', '.join(SUFFIXES)} file in this directory")
+    return files
+
+
+def text_of(record: Mapping[str, Any], columns: Columns, place: str) -> str:
+    """Return a record's text.
+
+    Raises:
+        ValueError: If the column is missing or holds something else; names the place.
+    """
+    try:
+        text = _lookup(record, columns.text)
+    except KeyError:
+        raise _missing_column(record, columns.text, "text_column", place) from None
+    if not isinstance(text, str):
+        raise ValueError(
+            f"{place}: text column {columns.text!r} holds {type(text).__name__}, not a string"
+        )
+    return text
+
+
+def domain_of(record: Mapping[str, Any], columns: Columns, place: str) -> str | None:
+    """Return a record's domain; None if it has none and the column's name is the default one.
+
+    Raises:
+        ValueError: If a column that the user named is missing, or the domain is not a name; names the place.
+    """
+    if not columns.domain:
+        return ONLY_DOMAIN
+    try:
+        domain = _lookup(record, columns.domain)
+    except KeyError:
+        if columns.domain == DEFAULT_DOMAIN_COLUMN:
+            return None
+        raise _missing_column(record, columns.domain, "domain_column", place) from None
+    if isinstance(domain, bool) or not isinstance(domain, str | int) or domain == "":
+        raise ValueError(f"{place}: domain column {columns.domain!r} holds {domain!r}, not a name")
+    return str(domain)
+
+
+def read_records(file: Path, columns: Columns) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield every record of a file with its place, for messages."""
+    records = _parquet(file, columns) if file.suffix == ".parquet" else _json(file)
+    for place, record in records:
+        if not isinstance(record, Mapping):
+            raise ValueError(
+                f"{place}: a record must be a JSON object, not {type(record).__name__}"
+            )
+        yield place, record
+
+
+def _json(file: Path) -> Iterator[tuple[str, Any]]:
+    content = file.read_bytes()
+    if content.lstrip().startswith(b"["):
+        records = _decode(content, str(file), first_line=1)
+        yield from ((f"{file}: record {i}", record) for i, record in enumerate(records))
+        return
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        if line.strip():
+            yield f"{file}:{number}", _decode(line, str(file), first_line=number)
+
+
+def _decode(content: bytes, file: str, first_line: int) -> Any:  # noqa: ANN401
+    try:
+        return json.loads(content)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{file}:{first_line + error.lineno - 1}: invalid JSON: {error.msg}"
+        ) from error
+    except UnicodeDecodeError as error:
+        line = first_line + content[: error.start].count(b"\n")
+        raise ValueError(f"{file}:{line}: not UTF-8 text") from error
+
+
+def _parquet(file: Path, columns: Columns) -> Iterator[tuple[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = 0
+    try:
+        with pq.ParquetFile(file) as parquet:
+            names = parquet.schema_arrow.names
+            wanted = {
+                c if c in names else c.partition(".")[0]
+                for c in (columns.text, columns.domain)
+                if c
+            }
+            # With a column missing everything is read, so that the message can list what there is.
+            for batch in parquet.iter_batches(
+                columns=sorted(wanted) if wanted <= set(names) else None
+            ):
+                for record in batch.to_pylist():
+                    yield f"{file}: row {number}", record
+                    number += 1
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{file}: not a readable Parquet file: {reason}") from error
+
+
+def _lookup(record: Mapping[str, Any], path: str) -> Any:  # noqa: ANN401
+    if path in record:
+        return record[path]
+    value: Any = record
+    for key in path.split("."):
+        if not isinstance(value, Mapping):
+            raise KeyError(path)
+        value = value[key]
+    return value
+
+
+def _missing_column(record: Mapping[str, Any], name: str, setting: str, place: str) -> ValueError:
+    there = list(_column_names(record))
+    return ValueError(
+        f"{place}: no column {name!r}{near(name, there)}; there are: {', '.join(there)}. Set --dataloader.{setting}"
+    )
+
+
+def _column_names(record: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in record.items():
+        if isinstance(value, Mapping):
+            yield from _column_names(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key
+
+
+def near(name: str, there: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(there), n=3)
+    return f" (did you mean {' or '.join(close)}?)" if close else ""
+
+
+def siblings(path: str) -> list[str]:
+    folder = Path(path).parent
+    return [p.name for p in islice(folder.iterdir(), 10_000)] if folder.is_dir() else []

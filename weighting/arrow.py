@@ -1,0 +1,316 @@
+"""Arrow text to calls with positions, and calls back to text.
+
+    pipeline = stage ( ("->" | "→") stage )*
+    stage    = name [ "(" [ argument ("," argument)* ] ")" ]
+    argument = [ name "=" ] value
+    value    = number | number "/" "n" | word | "text" | name "(" ... ")" | "{" key ":" value ... "}"
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NoReturn
+
+from weighting.errors import Problem, Source, Span, SpecError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+MAX_DEPTH = 16
+
+
+@dataclass(frozen=True)
+class Literal:
+    """A number, a word, a text, a truth value or nothing."""
+
+    value: str | int | float | bool | None
+    span: Span
+    quoted: bool = False
+
+
+@dataclass(frozen=True)
+class Share:
+    """A number over n, the number of units in scope: 2/n."""
+
+    numerator: float
+    span: Span
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """A map written in braces: {0: 100, 500: 0.4}."""
+
+    entries: tuple[tuple[Literal, Value], ...]
+    span: Span
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One argument of a call; `name` is None when it is positional."""
+
+    name: str | None
+    value: Value
+    span: Span
+
+
+@dataclass(frozen=True)
+class Call:
+    """A name with arguments: a stage, or a schedule inside one."""
+
+    name: str
+    arguments: tuple[Argument, ...]
+    span: Span
+    name_span: Span
+
+
+Value = Literal | Share | Pairs | Call
+
+_TOKEN = re.compile(
+    r"""(?P<space>\s+)
+      | (?P<arrow>->|→)
+      | (?P<number>[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?(?![\w.]))
+      | (?P<name>[^\W\d]\w*(?:[-.](?=\w)\w+)*)
+      | (?P<text>"[^"\n]*"|'[^'\n]*')
+      | (?P<mark>[(){},=:/])
+      | (?P<other>[-+.\w]+|.)""",
+    re.VERBOSE,
+)
+_NAME = re.compile(r"[^\W\d]\w*(?:[-.](?=\w)\w+)*")
+_OPENING, _CLOSING = {"(": ")", "{": "}"}, {")", "}"}
+_WORDS: dict[str, bool | None] = {"true": True, "false": False, "null": None}
+
+
+def parse(source: Source, span: Span, problems: list[Problem]) -> tuple[Call, ...] | None:
+    """Return the stages written in `source.text[span]`, or None after noting what is wrong.
+
+    Every stage is read on its own, so several broken stages give several problems.
+    """
+    before = len(problems)
+    calls: list[Call] = []
+    pieces = list(_split(source, span))
+    for number, (tokens, piece) in enumerate(pieces):
+        if not tokens:
+            where = "after" if number else "before"
+            message = f"a stage is missing {where} '->'" if len(pieces) > 1 else "no stage here"
+            problems.append(source.problem(message, piece))
+            continue
+        try:
+            calls.append(_Parser(source, tokens).stage())
+        except SpecError as error:
+            problems.extend(error.problems)
+    return tuple(calls) if len(problems) == before else None
+
+
+def to_text(calls: tuple[Call, ...]) -> str:
+    """Return calls as arrow text; parsing it gives equal calls."""
+    return " -> ".join(_call_text(call) for call in calls)
+
+
+def number_text(value: float) -> str:
+    """Return the shortest text that reads back as this number."""
+    return str(int(value)) if value == int(value) and abs(value) < 1e15 else repr(value)  # noqa: PLR2004
+
+
+def _call_text(call: Call) -> str:
+    if not call.arguments:
+        return call.name
+    arguments = ", ".join(
+        f"{_word_text(a.name)}={_value_text(a.value)}" if a.name else _value_text(a.value)
+        for a in call.arguments
+    )
+    return f"{call.name}({arguments})"
+
+
+def _value_text(value: Value) -> str:
+    if isinstance(value, Call):
+        return _call_text(value)
+    if isinstance(value, Share):
+        return f"{number_text(value.numerator)}/n"
+    if isinstance(value, Pairs):
+        return (
+            "{" + ", ".join(f"{_value_text(k)}: {_value_text(v)}" for k, v in value.entries) + "}"
+        )
+    return _word_text(value.value)
+
+
+def _word_text(value: str | float | bool | None) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    if isinstance(value, int | float):
+        return number_text(value)
+    plain = _NAME.fullmatch(value) and value not in _WORDS
+    return value if plain else '"' + value.replace('"', "'") + '"'
+
+
+@dataclass(frozen=True)
+class _Token:
+    kind: str
+    text: str
+    span: Span
+
+
+def _split(source: Source, span: Span) -> Iterator[tuple[list[_Token], Span]]:
+    """Yield the tokens between arrows, with the span a message about a gap should point at."""
+    tokens: list[_Token] = []
+    place = (span[0], span[0] + 1)
+    for match in _TOKEN.finditer(source.text, *span):
+        kind = match.lastgroup or "other"
+        if kind == "space":
+            continue
+        if kind == "arrow":
+            yield tokens, (match.span() if not tokens else place)
+            tokens, place = [], match.span()
+        else:
+            tokens.append(_Token(kind, match.group(), match.span()))
+    yield tokens, place
+
+
+class _Parser:
+    """Recursive descent over the tokens of one stage."""
+
+    def __init__(self, source: Source, tokens: list[_Token]) -> None:
+        self.source = source
+        self.tokens = tokens
+        self.position = 0
+        self.depth = 0
+
+    def stage(self) -> Call:
+        call = self._call(self._take_name("a stage name"))
+        if token := self._peek():
+            hint = "stages are joined by '->'"
+            if token.text in _CLOSING:
+                hint = f"this {token.text!r} closes nothing"
+            elif token.kind == "name" or token.text in {"|", ">", "=>", "-", ",", "="}:
+                hint += f", not by {token.text!r}" if token.kind != "name" else ""
+            self._fail(f"unexpected {token.text!r}; {hint}", token.span)
+        return call
+
+    def _call(self, name: _Token) -> Call:
+        opening = self._peek()
+        if opening is None or opening.text != "(":
+            return Call(name.text, (), name.span, name.span)
+        self._deeper(opening)
+        self.position += 1
+        arguments: list[Argument] = []
+        while not self._accept(")"):
+            argument = self._argument()
+            if argument.name is None and any(a.name for a in arguments):
+                message = "an argument without a name cannot follow one with a name; name it"
+                self._fail(message, argument.span)
+            arguments.append(argument)
+            self._separator(opening, ")")
+        self.depth -= 1
+        return Call(name.text, tuple(arguments), (name.span[0], self._end()), name.span)
+
+    def _argument(self) -> Argument:
+        token, following = self._peek(), self._peek(1)
+        if token and following and token.kind in {"name", "text"} and following.text in {"=", ":"}:
+            if following.text == ":":
+                message = f"write {token.text}=..., with '=' instead of ':'"
+                self._fail(message, (token.span[0], following.span[1]))
+            self.position += 2
+            value = self._value()
+            return Argument(_unquote(token), value, (token.span[0], self._end()))
+        value = self._value()
+        return Argument(None, value, value.span)
+
+    def _value(self) -> Value:
+        token = self._peek()
+        if token is None:
+            self._fail("a value is missing here", self._last_span())
+        if token.text == "{":
+            return self._pairs(token)
+        self.position += 1
+        if token.kind == "number":
+            return self._number(token)
+        if token.kind == "text":
+            return Literal(_unquote(token), token.span, quoted=True)
+        if token.kind == "name":
+            following = self._peek()
+            if following and following.text == "(":
+                return self._call(token)
+            return Literal(_WORDS.get(token.text, token.text), token.span)
+        if token.text in _CLOSING | {",", "="}:
+            self._fail(f"a value is missing before {token.text!r}", token.span)
+        self._fail(f"{token.text!r} is not a value", token.span)
+
+    def _number(self, token: _Token) -> Value:
+        integral = re.fullmatch(r"[-+]?[0-9]{1,18}", token.text)
+        value = int(token.text) if integral else float(token.text)
+        if not self._accept("/"):
+            return Literal(value, token.span)
+        unit = self._peek()
+        span = (token.span[0], unit.span[1] if unit else self._end())
+        if unit is None or unit.text != "n":
+            self._fail("only k/n can be written, n the number of units in scope", span)
+        self.position += 1
+        return Share(float(value), span)
+
+    def _pairs(self, opening: _Token) -> Pairs:
+        self._deeper(opening)
+        self.position += 1
+        entries: list[tuple[Literal, Value]] = []
+        while not self._accept("}"):
+            key = self._value()
+            if not isinstance(key, Literal):
+                self._fail("a key is a number or a name", key.span)
+            if not self._accept(":"):
+                self._fail("a key is followed by ':' and its value", key.span)
+            if any(key.value == other.value for other, _ in entries):
+                self._fail(f"{key.value!r} is given twice; keep one", key.span)
+            entries.append((key, self._value()))
+            self._separator(opening, "}")
+        self.depth -= 1
+        return Pairs(tuple(entries), (opening.span[0], self._end()))
+
+    def _separator(self, opening: _Token, closing: str) -> None:
+        """Expect a comma, or leave the closing bracket for the caller's loop."""
+        token = self._peek()
+        if token is None:
+            self._fail(f"this {opening.text!r} is never closed", opening.span)
+        if token.text == closing:
+            return
+        if not self._accept(","):
+            self._fail(f"expected ',' or {closing!r} before {token.text!r}", token.span)
+        if (following := self._peek()) is None:
+            self._fail(f"this {opening.text!r} is never closed", opening.span)
+        if following.text == closing:
+            self._fail("an argument is missing after ','", token.span)
+
+    def _take_name(self, what: str) -> _Token:
+        token = self._peek()
+        assert token is not None
+        if token.kind != "name":
+            self._fail(f"expected {what}, not {token.text!r}", token.span)
+        self.position += 1
+        return token
+
+    def _deeper(self, token: _Token) -> None:
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            self._fail(f"nested more than {MAX_DEPTH} deep", token.span)
+
+    def _peek(self, ahead: int = 0) -> _Token | None:
+        index = self.position + ahead
+        return self.tokens[index] if index < len(self.tokens) else None
+
+    def _accept(self, text: str) -> bool:
+        token = self._peek()
+        if token is None or token.kind == "text" or token.text != text:
+            return False
+        self.position += 1
+        return True
+
+    def _end(self) -> int:
+        return self.tokens[self.position - 1].span[1]
+
+    def _last_span(self) -> Span:
+        return self.tokens[-1].span
+
+    def _fail(self, message: str, span: Span) -> NoReturn:
+        raise SpecError([self.source.problem(message, span)])
+
+
+def _unquote(token: _Token) -> str:
+    return token.text[1:-1] if token.kind == "text" else token.text

@@ -1,0 +1,407 @@
+"""Spec -> one pure function from signals to weights; every check of order and level lives here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from weighting.contract import (
+    Alone,
+    Collectives,
+    Constrain,
+    Level,
+    Pool,
+    Scope,
+    Shape,
+    Signals,
+    Source,
+    Stage,
+    Weigh,
+)
+from weighting.errors import NonFiniteSignalError, Problem, SpecError
+from weighting.levels import Groups, group
+from weighting.stages import Clamp, Loss, Mean, Uniform
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from weighting.spec import Spec
+
+MOMENTS = ("count", "sum", "square_sum", "capped", "nonfinite", "min", "max")
+"""Columns of `Weights.moments`: the first five add up over ranks and batches."""
+_LEVEL_IDS: dict[str, str] = {"domain": "domain_ids", "document": "segment_ids"}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a built pipeline returns, in the shape of the signals; float32, no gradient.
+
+    Attributes:
+        token: Final weight of each token: the product of the factors, mean one over valid
+            tokens unless the spec says otherwise, 0 at ignored ones.
+        factors: Each factor's weight of each token, before the product.
+        moments: [factors + 1, 7] statistics of the weights of this rank's units, one row per
+            factor and last the tokens; see `MOMENTS`.  Sum or extremise over ranks, then
+            `summarize`.
+    """
+
+    token: Tensor
+    factors: dict[str, Tensor]
+    moments: Tensor
+
+    @property
+    def metrics(self) -> dict[str, Tensor]:
+        """Readable statistics, 0-D; see `summarize`."""
+        return summarize(self.moments, tuple(self.factors))
+
+
+def summarize(moments: Tensor, factors: Sequence[str]) -> dict[str, Tensor]:
+    """Return named statistics of `Weights.moments`, one set per factor and one for the tokens.
+
+        ess_frac = (sum w)^2 / (n * sum w^2), from 1/n (one unit has it all) to 1 (equal weights)
+
+    Returns:
+        For each factor and "weight" (the final token weights): `/min`, `/max`, `/ess_frac` and
+        `/capped_frac` (the share of units at their cap); `weight/nonfinite_frac` is the share of
+        tokens dropped for a non-finite signal.
+    """
+    metrics: dict[str, Tensor] = {}
+    for name, row in zip([*factors, "weight"], moments, strict=True):
+        count, total, squares, capped, nonfinite, low, high = row.unbind()
+        none = count == 0
+        n = torch.where(none, 1, count)
+        metrics[f"{name}/min"] = torch.where(none, 0, low)
+        metrics[f"{name}/max"] = torch.where(none, 0, high)
+        ess = total * total / torch.where(squares > 0, n * squares, 1)
+        metrics[f"{name}/ess_frac"] = ess.clamp(max=1)
+        metrics[f"{name}/capped_frac"] = capped / n
+        if name == "weight":
+            metrics["weight/nonfinite_frac"] = nonfinite / (n + nonfinite)
+    return metrics
+
+
+def build(
+    spec: Spec,
+    *,
+    domains: Sequence[str] | None = None,
+    collectives: Collectives | None = None,
+) -> Weighting:
+    """Turn a spec into a module that maps signals and a step to weights.
+
+    Args:
+        spec: The spec.
+        domains: Names of the domains in the order of their ids; needed when a factor reads them.
+        collectives: How statistics reach other ranks; a single rank when None.
+
+    Raises:
+        SpecError: The stages do not fit together, or the domains do not fit the spec; every
+            problem at once.
+    """
+    problems = order_problems(spec)
+    if not problems:
+        problems = _domain_problems(spec, domains)
+    if problems:
+        raise SpecError(problems)
+    return Weighting(spec, tuple(domains or ()), collectives or Alone())
+
+
+class Step(NamedTuple):
+    """A stage of an expanded pipeline: what it is, where it was written, the level it leaves."""
+
+    stage: Stage
+    index: int
+    level: Level
+
+
+def plan(pipeline: tuple[Stage, ...]) -> list[Step]:
+    """Return the stages a pipeline stands for: the implied head, and sugar spelled out."""
+    head: tuple[Stage, ...] = ()
+    if pipeline[0].kind == "pool":
+        head = (Loss(),)
+    elif pipeline[0].takes == "score":
+        head = (Loss(), Mean(level="sequence"))
+    steps: list[Step] = []
+    level: Level = "token"
+    for index, written in [*((0, stage) for stage in head), *enumerate(pipeline)]:
+        for stage in _expand(written):
+            if isinstance(stage, Pool):
+                level = stage.level
+            steps.append(Step(stage, index, level))
+    return steps
+
+
+def order_problems(spec: Spec) -> list[Problem]:
+    """Return every place where the stages of a spec do not fit together."""
+    problems: list[Problem] = []
+    for factor, pipeline in spec.factors.items():
+        for index, message in _misfits(pipeline):
+            place = spec.place(factor, index)
+            if place is None:
+                message = f"{factor}, stage {index + 1}: {message}"
+            problems.append(Problem(message, place))
+    return problems
+
+
+class Weighting(nn.Module):
+    """A built spec: signals and step in, weights out; pure but for its buffers, the state.
+
+    Attributes:
+        spec: What it was built from.
+        domains: Names of the domains, in the order of their ids.
+        plans: The expanded stages of each factor.
+        needs: Fields of `Signals` it reads.
+        identity: True when every weight is one by construction.
+    """
+
+    def __init__(self, spec: Spec, domains: tuple[str, ...], collectives: Collectives) -> None:
+        super().__init__()
+        self.spec = spec
+        self.domains = domains
+        self.collectives = collectives
+        self.plans = {name: plan(pipeline) for name, pipeline in spec.factors.items()}
+        self.needs = frozenset().union(*map(_needs, self.plans.values()))
+        self.identity = spec.reduction == "token_mean" and all(map(_is_identity, self.plans.values()))
+
+    def forward(self, signals: Signals, step: int | Tensor = 0) -> Weights:
+        """Return the weights of a batch.
+
+        Args:
+            signals: Per-token tensors, [B, L] or [T]; at least `needs`.
+            step: Optimizer step; a 0-D tensor keeps one compiled graph for all steps.
+
+        Raises:
+            ValueError: A signal it needs is missing or of another shape.
+        """
+        shape, device = signals.loss.shape, signals.loss.device
+        flat = _flatten(signals, self.needs)
+        assert flat.valid is not None
+        step = torch.as_tensor(step, device=device)
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            if self.identity:
+                runs = {name: _ones(flat.valid) for name in self.plans}
+                token = flat.valid.float()
+            else:
+                runs = {
+                    name: self._run(steps, signals, flat, step) for name, steps in self.plans.items()
+                }
+                token = self._combine(signals, flat.valid, [run.token for run in runs.values()])
+            ok = torch.stack([run.ok for run in runs.values()]).all(0)
+            rows = [run.moments for run in runs.values()]
+            rows.append(_moments(token, ok, flat.valid & ~ok, largest=None))
+            return Weights(
+                token=token.reshape(shape),
+                factors={name: run.token.reshape(shape) for name, run in runs.items()},
+                moments=torch.stack(rows),
+            )
+
+    def check(self, weights: Weights) -> None:
+        """Raise if a signal was not finite and the spec says `on_nonfinite: error`; synchronises.
+
+        Raises:
+            NonFiniteSignalError: Says how many tokens and what to do.
+        """
+        raise_if_nonfinite(self.spec, int(weights.moments[-1, MOMENTS.index("nonfinite")]))
+
+    def _run(self, steps: list[Step], signals: Signals, flat: Signals, step: Tensor) -> _Run:
+        """Run one factor's stages."""
+        assert flat.valid is not None
+        (source, *rest) = [step.stage for step in steps]
+        assert isinstance(source, Source)
+        scope = Scope("token", step, flat.valid, self.domains, self.collectives)
+        tokens_ok, groups, largest = flat.valid, None, None
+        x, scope = _finite(source.read(flat, scope), scope)
+        for stage in rest:
+            if isinstance(stage, Pool):
+                groups = group(signals, stage.level, len(self.domains), self.collectives)
+                assert groups is not None
+                x, scope, tokens_ok = self._pool(stage, x, flat.valid, scope, groups)
+            else:
+                assert isinstance(stage, Shape | Weigh | Constrain)
+                x = stage.apply(x, scope)
+            if stage.gives == "score":
+                x, scope = _finite(x, scope)
+            if isinstance(stage, Clamp):
+                largest = stage.max(step)
+        x = torch.where(scope.valid, x, 0)
+        x, valid = self._own(x, scope), self._own(scope.valid, scope)
+        token = groups.broadcast(x) if groups else x
+        tokens_ok = tokens_ok & (groups.broadcast(valid) if groups else valid)
+        moments = _moments(x, valid, flat.valid & ~tokens_ok, largest)
+        return _Run(torch.where(tokens_ok, token, 0), tokens_ok, moments)
+
+    def _pool(
+        self, stage: Pool, x: Tensor, valid: Tensor, scope: Scope, groups: Groups
+    ) -> tuple[Tensor, Scope, Tensor]:
+        """Pool token scores to units, and bring the units of all ranks together."""
+        bad = valid & ~scope.valid
+        score = stage.pool(x, scope.valid, groups)
+        present, spoilt = groups.sum(torch.stack([scope.valid.float(), bad.float()])) > 0
+        if groups.level == "domain":  # one bad token must not silence a whole domain: drop it alone
+            return score, Scope("domain", scope.step, present, self.domains), scope.valid
+        packed = torch.stack([score, (present & ~spoilt).float()])
+        score, ok = self.collectives.gather(packed).transpose(0, 1).flatten(1)
+        return score, Scope(groups.level, scope.step, ok > 0, self.domains), valid
+
+    def _own(self, x: Tensor, scope: Scope) -> Tensor:
+        """Return this rank's part of units that were brought together."""
+        if scope.level in {"token", "domain"}:
+            return x
+        ranks = self.collectives.gather(x.new_zeros(())).numel()
+        return x.unflatten(0, (ranks, -1))[self.collectives.rank]
+
+    def _combine(self, signals: Signals, valid: Tensor, factors: list[Tensor]) -> Tensor:
+        """Multiply the factors and scale the product to mean one: the one place that does either."""
+        product = torch.stack(factors).prod(0)
+        if self.spec.reduction == "sequence_mean":
+            groups = group(signals, "sequence", 0, self.collectives)
+            assert groups is not None
+            lengths = groups.sum(valid.float())
+            product = product / groups.broadcast(lengths).clamp(min=1)
+            if self.spec.normalize == "none":
+                tokens_and_rows = torch.stack([valid.sum(), (lengths > 0).sum()]).float()
+                tokens, rows = self.collectives.sum(tokens_and_rows)
+                product = product * (tokens / rows.clamp(min=1))
+        if self.spec.normalize == "none":
+            return product
+        total, count = self.collectives.sum(torch.stack([product.sum(), valid.sum().float()]))
+        return product * torch.where(total > 0, count / torch.where(total > 0, total, 1), 0)
+
+
+def raise_if_nonfinite(spec: Spec, tokens: int) -> None:
+    """Raise when tokens had non-finite signals and the spec does not allow that.
+
+    Raises:
+        NonFiniteSignalError: Says how many tokens and what to do.
+    """
+    if tokens and spec.on_nonfinite == "error":
+        msg = (
+            f"{spec.name}: {tokens} tokens had a NaN or infinite signal; look for a diverging "
+            "model or a bad data column, or write on_nonfinite: drop to leave such units out"
+        )
+        raise NonFiniteSignalError(msg)
+
+
+class _Run(NamedTuple):
+    """One factor's outcome: token weights [T], tokens not dropped [T], moments [7]."""
+
+    token: Tensor
+    ok: Tensor
+    moments: Tensor
+
+
+def _expand(stage: Stage) -> Iterator[Stage]:
+    parts = stage.expand()
+    if parts == (stage,):
+        yield stage
+    else:
+        for part in parts:
+            yield from _expand(part)
+
+
+def _misfits(pipeline: tuple[Stage, ...]) -> Iterator[tuple[int, str]]:
+    """Yield (index, message) for every stage that cannot stand where it is written."""
+    before = pipeline[0]
+    pooled = False
+    for index, stage in enumerate(pipeline):
+        if index == 0:
+            if stage.takes == "weight":
+                yield 0, f"{stage.name} changes weights and cannot come first; {_TO_WEIGHT} before it"
+            elif stage.takes == "score" and stage.kind != "pool":
+                pooled = True  # the implied head is loss -> mean(sequence)
+        elif stage.takes is None:
+            yield index, f"{stage.name} starts a pipeline and cannot follow {before.name}"
+        elif stage.takes != before.gives:
+            hint = _TO_WEIGHT if stage.takes == "weight" else "a pipeline weighs only once"
+            message = f"{stage.name} takes a {stage.takes}, but {before.name} gives a {before.gives}"
+            yield index, f"{message}; {hint}{' before it' if stage.takes == 'weight' else ''}"
+        if isinstance(stage, Pool):
+            if pooled and (index or stage.takes != "score"):
+                message = f"{stage.name}({stage.level}) pools tokens, but they are already pooled"
+                yield index, f"{message}; a pipeline has one level"
+            pooled = True
+        before = stage
+    if before.gives != "weight":
+        yield len(pipeline) - 1, f"the pipeline ends in a score; {_TO_WEIGHT} at its end"
+
+
+_TO_WEIGHT = "put temperature(...) or mean_one"
+
+
+def _domain_problems(spec: Spec, domains: Sequence[str] | None) -> list[Problem]:
+    problems: list[Problem] = []
+    for factor, pipeline in spec.factors.items():
+        for step in plan(pipeline):
+            place = spec.place(factor, step.index)
+            if "domain_ids" not in _needs([step]):
+                continue
+            if not domains:
+                message = f"{factor} needs domain names; give build(spec, domains=[...])"
+                return [Problem(message, place)]
+            message = isinstance(step.stage, Source) and step.stage.problem_with(tuple(domains))
+            if message:
+                problems.append(Problem(message, place))
+    return problems
+
+
+def _needs(steps: Sequence[Step]) -> frozenset[str]:
+    read = (step.stage.needs for step in steps if isinstance(step.stage, Source))
+    ids = {_LEVEL_IDS[step.level] for step in steps if step.level in _LEVEL_IDS}
+    return frozenset(ids).union(*read)
+
+
+def _is_identity(steps: list[Step]) -> bool:
+    first, *rest = [step.stage for step in steps]
+    return isinstance(first, Uniform) and all(isinstance(stage, Constrain) for stage in rest)
+
+
+def _flatten(signals: Signals, needs: frozenset[str]) -> Signals:
+    """Return the needed signals as flat float32, with 0 at invalid tokens."""
+    loss = signals.loss
+    valid = torch.ones_like(loss, dtype=torch.bool) if signals.valid is None else signals.valid
+    flat: dict[str, Tensor] = {}
+    for name in needs | {"loss", "valid"}:
+        value = valid if name == "valid" else getattr(signals, name)
+        if value is None:
+            if name == "target_prob":
+                continue  # the stage derives it from the loss
+            msg = f"this spec reads {name}; give Signals({name}=...)"
+            raise ValueError(msg)
+        if value.shape != loss.shape:
+            msg = f"{name} has shape {[*value.shape]}, the loss {[*loss.shape]}; they must agree"
+            raise ValueError(msg)
+        value = value.detach().reshape(-1)
+        if name == "valid":
+            value = value.bool()
+        elif not name.endswith("_ids"):
+            value = torch.where(valid.reshape(-1).bool(), value.float(), 0)
+        flat[name] = value
+    return Signals(**flat)
+
+
+def _finite(x: Tensor, scope: Scope) -> tuple[Tensor, Scope]:
+    """Leave units whose score is not finite out of the scope."""
+    ok = x.isfinite()
+    kept = Scope(scope.level, scope.step, scope.valid & ok, scope.domains, scope.collectives)
+    return torch.where(ok, x, 0), kept
+
+
+def _ones(valid: Tensor) -> _Run:
+    token = valid.float()
+    return _Run(token, valid, _moments(token, valid, torch.zeros_like(valid), largest=None))
+
+
+def _moments(weight: Tensor, valid: Tensor, dropped: Tensor, largest: Tensor | None) -> Tensor:
+    """Return the row of `MOMENTS` of one set of units."""
+    at_cap = torch.zeros_like(valid) if largest is None else weight >= largest * (1 - 1e-5)
+    return torch.stack([
+        valid.sum().float(),
+        torch.where(valid, weight, 0).sum(),
+        torch.where(valid, weight * weight, 0).sum(),
+        (valid & at_cap).sum().float(),
+        dropped.sum().float(),
+        torch.where(valid, weight, torch.inf).amin(),
+        torch.where(valid, weight, -torch.inf).amax(),
+    ])

@@ -1,0 +1,306 @@
+"""Calls to stages and schedules, and back: names, arguments and their ranges are checked here."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ValidationError
+
+from weighting import arrow
+from weighting.arrow import Argument, Call, Literal, Pairs, Share, Value
+from weighting.contract import Stage
+from weighting.document import Map, Node, Scalar, Seq
+from weighting.errors import Problem, Source, Span, nearest
+from weighting.registry import stages
+from weighting.schedules import SCHEDULES, Constant, Schedule, ShareOfN
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_SHARE = re.compile(r"([-+]?[0-9.]+(?:[eE][-+]?[0-9]+)?)\s*/\s*n")
+
+
+def make_stage(source: Source, call: Call, problems: list[Problem]) -> Stage | None:
+    """Return the stage a call names, or None after noting what is wrong."""
+    made = _make(source, call, stages(), "stage", problems)
+    assert made is None or isinstance(made, Stage)
+    return made
+
+
+def stage_call(stage: Stage) -> Call:
+    """Return the call that writes a stage; `make_stage` gives it back."""
+    return _call(stage, positional=1)
+
+
+def from_yaml(source: Source, node: Node, problems: list[Problem]) -> tuple[Call, ...] | None:
+    """Return the calls of a pipeline written as arrow text or as a YAML list."""
+    if isinstance(node, Scalar) and isinstance(node.value, str):
+        return arrow.parse(source, node.raw, problems)
+    if not isinstance(node, Seq):
+        message = "a pipeline is arrow text (normalize -> temperature(1)) or a list of stages"
+        problems.append(source.problem(message, node.span))
+        return None
+    before = len(problems)
+    if not node.items:
+        message = "a pipeline needs a stage; write uniform for plain training"
+        problems.append(source.problem(message, node.span))
+    calls: list[Call] = []
+    items = iter(node.items)
+    for item in items:
+        if isinstance(item, Scalar) and isinstance(item.value, str):
+            if not item.quoted and _open_brackets(item.value) > 0:
+                problems.append(_split_problem(source, item))
+                while _open_brackets(_text_of(source, item)) >= 0 and (item := next(items, None)):
+                    pass  # the rest of the stage that YAML took apart
+                continue
+            calls.extend(arrow.parse(source, item.raw, problems) or ())
+        elif isinstance(item, Map) and len(item.entries) == 1:
+            (key, value) = item.entries[0]
+            calls.extend(filter(None, [_yaml_call(source, key, value, problems)]))
+        else:
+            message = "a stage is a name, name(arguments) or one `name: {arguments}`"
+            if isinstance(item, Map):
+                message += "; these are several, give each its own '-'"
+            problems.append(source.problem(message, item.span))
+    return tuple(calls) if len(problems) == before else None
+
+
+def to_yaml(call: Call) -> object:
+    """Return a call as the plain data its YAML list item holds."""
+    if not call.arguments:
+        return call.name
+    if len(call.arguments) == 1 and isinstance(call.arguments[0].value, Pairs):
+        return {call.name: _yaml_value(call.arguments[0].value)}
+    return {call.name: {a.name: _yaml_value(a.value) for a in _named(call).arguments}}
+
+
+def _make(
+    source: Source,
+    call: Call,
+    known: Mapping[str, type[BaseModel]],
+    what: str,
+    problems: list[Problem],
+) -> Any:
+    cls = known.get(call.name)
+    if cls is None:
+        message = f"unknown {what} {call.name!r}{nearest(call.name, known)}"
+        problems.append(source.problem(message, call.name_span))
+        return None
+    before = len(problems)
+    values, spans = _bind(source, call, cls, problems)
+    if len(problems) > before:
+        return None
+    try:
+        return cls.model_validate(values)
+    except ValidationError as error:
+        for item in error.errors():
+            problems.append(_argument_problem(source, call, cls, item, spans))
+        return None
+
+
+def _bind(
+    source: Source, call: Call, cls: type[BaseModel], problems: list[Problem]
+) -> tuple[dict[str, Any], dict[str, Span]]:
+    """Match arguments to fields; return values and where each stands, noting mismatches."""
+    collects: str | None = getattr(cls, "collects", None)
+    fields = list(cls.model_fields)
+    values: dict[str, Any] = {}
+    spans: dict[str, Span] = {}
+    for index, argument in enumerate(call.arguments):
+        name = argument.name
+        value = _plain(source, argument.value, problems)
+        if collects:
+            if name is not None:
+                value = {name: value}
+            elif not isinstance(value, dict):
+                message = f"{call.name} takes name=value pairs or a map in braces"
+                problems.append(source.problem(message, argument.span))
+                continue
+            name = collects
+            for key in value:
+                spans[str(key)] = argument.span
+                if key in values.get(collects, {}):
+                    message = f"{key!r} is given twice; keep one"
+                    problems.append(source.problem(message, argument.span))
+            value = {**values.get(collects, {}), **value}
+        elif name is None:
+            if index >= len(fields):
+                takes = f"takes {', '.join(fields)}" if fields else "takes no arguments"
+                message = f"{call.name} {takes}; this one is too many"
+                problems.append(source.problem(message, argument.span))
+                continue
+            name = fields[index]
+        elif name not in fields:
+            takes = nearest(name, fields) if fields else "; it takes no arguments"
+            message = f"unknown argument {name!r} of {call.name}{takes}"
+            problems.append(source.problem(message, argument.span))
+            continue
+        elif name in values:
+            message = f"argument {name!r} of {call.name} is given twice; keep one"
+            problems.append(source.problem(message, argument.span))
+            continue
+        values[name] = value
+        spans.setdefault(name, argument.value.span)
+    return values, spans
+
+
+def _argument_problem(
+    source: Source, call: Call, cls: type[BaseModel], item: Any, spans: dict[str, Span]
+) -> Problem:
+    loc = [str(part) for part in item["loc"] if part != "[key]"]
+    span = next((spans[part] for part in reversed(loc) if part in spans), call.span)
+    if item["type"] == "missing":
+        return source.problem(f"{call.name} needs {loc[0]}: {call.name}({loc[0]}=...)", span)
+    reason = str(item["ctx"]["error"]) if "error" in item.get("ctx", {}) else item["msg"]
+    reason = reason[:1].lower() + reason[1:]
+    if getattr(cls, "collects", None) == (loc or [None])[0]:
+        loc = loc[1:]
+    where = f"{loc[0]} of {call.name}" if loc else call.name
+    return source.problem(f"{where}: {reason}", span)
+
+
+def _plain(source: Source, value: Value, problems: list[Problem]) -> Any:
+    """Return what a stage's field is given for a written value."""
+    if isinstance(value, Share):
+        return ShareOfN(numerator=value.numerator)
+    if isinstance(value, Call):
+        return _make(source, value, SCHEDULES, "schedule", problems)
+    if isinstance(value, Pairs):
+        return {key.value: _plain(source, item, problems) for key, item in value.entries}
+    return value.value
+
+
+def _call(model: Stage | Schedule, positional: int) -> Call:
+    """Return the call that writes a stage or schedule: what was given, in field order."""
+    span: Span = (0, 0)
+    collects, arguments = model.collects, []
+    for name in type(model).model_fields:
+        value = getattr(model, name)
+        if value is None or name not in model.model_fields_set:
+            continue
+        if name == collects and all(isinstance(key, str) for key in value):
+            arguments += [Argument(key, _written(item), span) for key, item in value.items()]
+        else:
+            is_positional = len(arguments) < positional and (
+                type(model).model_fields[name].is_required()
+            )
+            arguments.append(Argument(None if is_positional else name, _written(value), span))
+    return Call(model.name, tuple(arguments), span, span)
+
+
+def _written(value: object) -> Value:
+    """Return the written form of a field's value."""
+    span: Span = (0, 0)
+    if isinstance(value, Constant):
+        return Literal(value.value, span)
+    if isinstance(value, ShareOfN):
+        return Share(value.numerator, span)
+    if isinstance(value, Schedule):
+        return _call(value, positional=value.positional)
+    if isinstance(value, dict):
+        entries = ((Literal(key, span), _written(item)) for key, item in value.items())
+        return Pairs(tuple(entries), span)
+    assert value is None or isinstance(value, str | int | float | bool)
+    return Literal(value, span)
+
+
+def _named(call: Call) -> Call:
+    """Return the call with every positional argument named."""
+    cls = stages().get(call.name) or SCHEDULES[call.name]
+    names = list(cls.model_fields)
+    arguments = tuple(
+        Argument(a.name or names[i], a.value, a.span) for i, a in enumerate(call.arguments)
+    )
+    return Call(call.name, arguments, call.span, call.name_span)
+
+
+def _yaml_value(value: Value) -> object:
+    if isinstance(value, Share):
+        return f"{arrow.number_text(value.numerator)}/n"
+    if isinstance(value, Pairs):
+        return {key.value: _yaml_value(item) for key, item in value.entries}
+    if isinstance(value, Call):
+        return to_yaml(value)
+    number = value.value
+    if isinstance(number, float) and number == int(number):
+        return int(number)
+    return number
+
+
+def _yaml_call(source: Source, key: Scalar, node: Node, problems: list[Problem]) -> Call | None:
+    """Return the call written as `name: arguments`."""
+    name = str(key.value)
+    if "(" in name:
+        text = f"{name}: {_text_of(source, node)}"
+        message = f"inside brackets an argument takes '=': {text.replace(': ', '=', 1)}"
+        problems.append(source.problem(message, (key.span[0], node.span[1])))
+        return None
+    span = (key.span[0], node.span[1])
+    cls = stages().get(name) or SCHEDULES.get(name)
+    arguments: list[Argument] = []
+    if isinstance(node, Map) and getattr(cls, "collects", None):
+        arguments = [Argument(None, _yaml_argument(source, node, problems, pairs=True), node.span)]
+    elif isinstance(node, Map):
+        for item_key, item in node.entries:
+            if _is_broken(item):
+                problems.append(_split_problem(source, item))
+                return None
+            value = _yaml_argument(source, item, problems)
+            arguments.append(Argument(str(item_key.value), value, item_key.span))
+    elif isinstance(node, Seq):
+        message = f"the arguments of {name} are a map, {name}: {{argument: value}}, or one value"
+        problems.append(source.problem(message, node.span))
+        return None
+    elif node.value is not None:
+        if _is_broken(node):
+            problems.append(_split_problem(source, node))
+            return None
+        arguments = [Argument(None, _yaml_argument(source, node, problems), node.span)]
+    return Call(name, tuple(arguments), span, key.span)
+
+
+def _yaml_argument(
+    source: Source, node: Node, problems: list[Problem], *, pairs: bool = False
+) -> Value:
+    """Return an argument's value written in YAML."""
+    if isinstance(node, Map):
+        first = node.entries[0] if len(node.entries) == 1 else None
+        if first and str(first[0].value) in SCHEDULES and not pairs:
+            call = _yaml_call(source, *first, problems)
+            return call or Literal(None, node.span)
+        entries = (
+            (Literal(key.value, key.span, key.quoted), _yaml_argument(source, item, problems))
+            for key, item in node.entries
+        )
+        return Pairs(tuple(entries), node.span)
+    if isinstance(node, Seq):
+        problems.append(source.problem("a list is not a value here", node.span))
+        return Literal(None, node.span)
+    if isinstance(node.value, str):
+        if share := _SHARE.fullmatch(node.value.strip()):
+            return Share(float(share[1]), node.span)
+        if not node.quoted and "(" in node.value:
+            found: list[Problem] = []
+            calls = arrow.parse(source, node.raw, found)
+            problems.extend(found)
+            return calls[0] if calls else Literal(None, node.span)
+    return Literal(node.value, node.span, node.quoted)
+
+
+def _is_broken(node: Node) -> bool:
+    return isinstance(node, Scalar) and not node.quoted and _open_brackets(node.value) > 0
+
+
+def _open_brackets(value: object) -> int:
+    text = str(value)
+    return text.count("(") - text.count(")")
+
+
+def _text_of(source: Source, node: Node) -> str:
+    return source.text[node.span[0] : node.span[1]]
+
+
+def _split_problem(source: Source, node: Node) -> Problem:
+    message = "YAML splits this at the comma inside the brackets; put quotes around the whole call"
+    return source.problem(message, node.span)

@@ -1,0 +1,239 @@
+"""What flows through a pipeline, and the promises its parts make.
+
+A pipeline reads **signals** (per token, float32, detached), forms a **score** per unit of its
+**level** (any real number; higher matters more) and turns it into a **weight** per unit
+(non-negative, mean one over its scope).  Stages are pure: same input, same output; they never
+modify their input, never look at another unit except through the statistics of `Scope`, never
+branch on a tensor's value, and return float32 of the shape they were given.  Masks are not their
+business: invalid units are left out of every statistic by `Scope` and weigh zero afterwards.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from weighting.levels import Groups
+
+Level = Literal["token", "document", "sequence", "domain"]
+Form = Literal["score", "weight"]
+
+
+@dataclass(frozen=True)
+class Signals:
+    """What the forward pass knows about each token, as tensors of one shape, [B, L] or [T].
+
+    Only what a built pipeline `needs` has to be given.  Values at invalid tokens are never read.
+
+    Attributes:
+        loss: Negative log-likelihood, nats.
+        valid: True where the label counts; all tokens when None.
+        entropy: Entropy of the prediction, nats.
+        target_prob: Probability given to the label; exp(-loss) when None.
+        error_norm: Euclidean norm of prediction minus one-hot label.
+        ref_loss: Loss of a reference model, nats.
+        domain_ids: Index of each token's domain in the names given to `build`.
+        segment_ids: Document of each token: from 0, below L in each row of [B, L] (below T
+            for [T]); equal ids in one row are one document.
+        sequence_ids: Sequence of each token, for flat [T] input only (below T); rows are the
+            sequences of [B, L], and a flat input without them has one sequence per segment.
+        columns: Columns of the dataset, by name.
+    """
+
+    loss: Tensor
+    valid: Tensor | None = None
+    entropy: Tensor | None = None
+    target_prob: Tensor | None = None
+    error_norm: Tensor | None = None
+    ref_loss: Tensor | None = None
+    domain_ids: Tensor | None = None
+    segment_ids: Tensor | None = None
+    sequence_ids: Tensor | None = None
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Collectives(Protocol):
+    """How statistics reach the other ranks; injected, so that the core knows no ranks."""
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Return every rank's x, [ranks, *x.shape], in rank order; shapes are equal."""
+        ...
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Return the elementwise sum over ranks."""
+        ...
+
+    def max(self, x: Tensor) -> Tensor:
+        """Return the elementwise maximum over ranks."""
+        ...
+
+    @property
+    def rank(self) -> int:
+        """This rank's place in what `gather` returns."""
+        ...
+
+
+class Alone:
+    """The collectives of a single rank."""
+
+    rank = 0
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Return x with a leading dimension of one."""
+        return x.unsqueeze(0)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Return x."""
+        return x
+
+    def max(self, x: Tensor) -> Tensor:
+        """Return x."""
+        return x
+
+
+@dataclass(frozen=True)
+class Scope:
+    """The units a statistic runs over, and the step.
+
+    Attributes:
+        level: What one unit is.
+        step: Optimizer step, 0-D.
+        valid: [U] bool; units that count.
+        domains: Names of the domains, in the order of their ids.
+        collectives: Reaches units held by other ranks; None when all units are here.
+    """
+
+    level: Level
+    step: Tensor
+    valid: Tensor
+    domains: tuple[str, ...] = ()
+    collectives: Collectives | None = None
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Return the sum of x [..., U] over valid units; 0 if there are none."""
+        total = torch.where(self.valid, x, 0).sum(-1)
+        return total if self.collectives is None else self.collectives.sum(total)
+
+    def max(self, x: Tensor) -> Tensor:
+        """Return the maximum of x [..., U] over valid units; 0 if there are none."""
+        largest = torch.where(self.valid, x, -torch.inf).amax(-1)
+        largest = largest if self.collectives is None else self.collectives.max(largest)
+        return torch.where(largest == -torch.inf, 0, largest)
+
+    def range(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return minimum and maximum of x [U] over valid units, in one collective; 0 if none."""
+        low, high = self.max(torch.stack([-x, x]))
+        return -low, high
+
+    def count(self) -> Tensor:
+        """Return the number of valid units, 0-D float32."""
+        return self.sum(torch.ones_like(self.valid, dtype=torch.float32))
+
+
+class Stage(BaseModel):
+    """One step of a pipeline, as written: frozen, typed arguments and one pure method.
+
+    Derive from `Source`, `Pool`, `Shape`, `Weigh` or `Constrain`, which say what goes in and out.
+    Arguments that may change over training are annotated `Number` (or a ranged sibling) and are
+    called with `scope.step` to get their value.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    name: ClassVar[str]
+    """Its name in the language; set by `@stage(name)`."""
+    kind: ClassVar[str]
+    takes: ClassVar[Form | None]
+    gives: ClassVar[Form]
+    collects: ClassVar[str | None] = None
+    """The field that holds arguments of free names, as in table(web=2, code=1)."""
+
+    def expand(self) -> tuple[Stage, ...]:
+        """Return the stages this one stands for; itself unless it is sugar."""
+        return (self,)
+
+
+class Source(Stage):
+    """– -> score per token: reads a signal."""
+
+    kind: ClassVar[str] = "source"
+    takes: ClassVar[Form | None] = None
+    gives: ClassVar[Form] = "score"
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """The fields of `Signals` it reads."""
+
+    def problem_with(self, domains: tuple[str, ...]) -> str | None:
+        """Return why it cannot work with these domain names, or None; asked when it is built."""
+        del domains
+
+    @abstractmethod
+    def read(self, signals: Signals, scope: Scope) -> Tensor:
+        """Return a score per token, [T]; the signals are flat."""
+        raise NotImplementedError
+
+
+class Pool(Stage):
+    """Score per token -> score per unit of another level."""
+
+    kind: ClassVar[str] = "pool"
+    takes: ClassVar[Form | None] = "score"
+    gives: ClassVar[Form] = "score"
+    level: Literal["document", "sequence", "domain"]
+
+    @abstractmethod
+    def pool(self, score: Tensor, valid: Tensor, groups: Groups) -> Tensor:
+        """Return a score per unit, [U]; anything finite for units without a valid token."""
+        raise NotImplementedError
+
+
+class _Step(Stage):
+    """One value per unit in, one out."""
+
+    @abstractmethod
+    def apply(self, x: Tensor, scope: Scope) -> Tensor:
+        """Return the new value of every unit, [U]."""
+        raise NotImplementedError
+
+
+class Shape(_Step):
+    """Score -> score: says how much a unit matters, given how it compares."""
+
+    kind: ClassVar[str] = "shape"
+    takes: ClassVar[Form | None] = "score"
+    gives: ClassVar[Form] = "score"
+
+
+class Weigh(_Step):
+    """Score -> weight: non-negative, mean one over the scope."""
+
+    kind: ClassVar[str] = "weigh"
+    takes: ClassVar[Form | None] = "score"
+    gives: ClassVar[Form] = "weight"
+
+
+class Constrain(_Step):
+    """Weight -> weight: keeps the mean."""
+
+    kind: ClassVar[str] = "constrain"
+    takes: ClassVar[Form | None] = "weight"
+    gives: ClassVar[Form] = "weight"
+
+
+class Sugar(Stage):
+    """Stands for other stages: says which in `expand`, and needs no method of its own."""
+
+    kind: ClassVar[str] = "shape"
+    takes: ClassVar[Form | None] = "score"
+    gives: ClassVar[Form] = "score"
+
+    @abstractmethod
+    def expand(self) -> tuple[Stage, ...]:
+        """Return the stages this one stands for."""
+        raise NotImplementedError

@@ -1,0 +1,177 @@
+"""YAML text to nodes with positions, and plain data to YAML text.
+
+The only room that imports yaml.  Nothing is constructed from tags, aliases are refused, and
+scalars follow YAML 1.2 (`1e-3` is a number, `no` is a word), so reading a file can neither run
+code nor surprise.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from weighting.errors import Problem, Source, Span, SpecError
+
+MAX_CHARACTERS = 1_000_000
+MAX_DEPTH = 32
+
+_INTEGER = re.compile(r"[-+]?[0-9]+")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_SPECIAL = {".inf": math.inf, "+.inf": math.inf, "-.inf": -math.inf, ".nan": math.nan}
+_WORDS = {"true": True, "false": False, "null": None, "~": None, "": None}
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """A single value; `raw` is where its text stands in the source, without quotes."""
+
+    value: str | int | float | bool | None
+    span: Span
+    raw: Span
+    quoted: bool
+
+
+@dataclass(frozen=True)
+class Seq:
+    """A list."""
+
+    items: tuple[Node, ...]
+    span: Span
+
+
+@dataclass(frozen=True)
+class Map:
+    """A mapping, in order."""
+
+    entries: tuple[tuple[Scalar, Node], ...]
+    span: Span
+
+
+Node = Scalar | Seq | Map
+
+
+def parse(source: Source) -> Node:
+    """Return the tree of a YAML text.
+
+    Raises:
+        SpecError: The text is not YAML, holds tabs as indentation, tags, aliases or several
+            documents, repeats a key, is nested too deeply or is too large.
+    """
+    if len(source.text) > MAX_CHARACTERS:
+        msg = f"a spec is at most {MAX_CHARACTERS:,} characters; this has {len(source.text):,}"
+        raise SpecError([Problem(f"{source.name}: {msg}")])
+    try:
+        _refuse_machinery(source)
+        root = yaml.compose(source.text, Loader=yaml.SafeLoader)
+    except yaml.reader.ReaderError as error:
+        place = (error.position, error.position + 1)
+        message = f"character {ord(error.character):#06x} is not allowed in YAML; remove it"
+        raise SpecError([source.problem(message, place)]) from None
+    except yaml.MarkedYAMLError as error:
+        raise SpecError([_syntax_problem(source, error)]) from None
+    if root is None:
+        raise SpecError([source.problem("the file is empty; a spec starts with version: 1", (0, 1))])
+    problems: list[Problem] = []
+    node = _convert(source, root, problems)
+    if problems:
+        raise SpecError(problems)
+    return node
+
+
+def dump(data: object, *, flow_leaves: bool) -> str:
+    """Return plain data (dicts, lists, strings, numbers) as YAML text, keys in their order.
+
+    Args:
+        data: The data.
+        flow_leaves: Write the innermost maps and lists on one line, {a: 1}.
+    """
+    style = None if flow_leaves else False
+    return yaml.safe_dump(
+        data, sort_keys=False, allow_unicode=True, width=math.inf, default_flow_style=style
+    )
+
+
+def _refuse_machinery(source: Source) -> None:
+    """Walk the event stream, which builds nothing, and refuse what a spec has no use for."""
+    depth, documents = 0, 0
+    for event in yaml.parse(source.text, Loader=yaml.SafeLoader):
+        span = (event.start_mark.index, event.end_mark.index)
+        message = None
+        if isinstance(event, yaml.DocumentStartEvent):
+            documents += 1
+            message = "a spec file holds one document; remove this '---'" if documents > 1 else None
+        elif isinstance(event, yaml.AliasEvent):
+            message = f"aliases are not allowed; write out what *{event.anchor} stands for"
+        elif isinstance(event, yaml.NodeEvent) and event.anchor:
+            message = f"anchors are not allowed; remove &{event.anchor}"
+        elif getattr(event, "tag", None) not in {None, "!"}:
+            message = f"tags are not allowed; remove {source.text[span[0] : span[1]].split()[0]}"
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+            if depth > MAX_DEPTH:
+                message = f"nested more than {MAX_DEPTH} deep; a spec needs four levels"
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        if message:
+            raise SpecError([source.problem(message, span)])
+
+
+def _syntax_problem(source: Source, error: yaml.MarkedYAMLError) -> Problem:
+    mark = error.problem_mark or error.context_mark
+    start = mark.index if mark else 0
+    found = source.text[start : start + 1]
+    message = f"this is not YAML: {error.problem or error.context}"
+    if found == "\t" or "\\t" in (error.problem or ""):
+        message = "a tab cannot indent YAML; use spaces"
+    elif "mapping values are not allowed" in (error.problem or ""):
+        message += "; if the ':' belongs to an argument write '=' instead, as in clamp(max=3)"
+    elif found in "`@%":
+        message = f"a YAML value cannot begin with {found!r}; put it in quotes"
+    return source.problem(message, (start, start + 1))
+
+
+def _convert(source: Source, node: yaml.Node, problems: list[Problem]) -> Node:
+    span = (node.start_mark.index, node.end_mark.index)
+    if isinstance(node, yaml.ScalarNode):
+        return _scalar(source, node, span)
+    if isinstance(node, yaml.SequenceNode):
+        return Seq(tuple(_convert(source, item, problems) for item in node.value), span)
+    assert isinstance(node, yaml.MappingNode)
+    entries: list[tuple[Scalar, Node]] = []
+    lines: dict[Any, int] = {}
+    for key_node, value_node in node.value:
+        key = _convert(source, key_node, problems)
+        if not isinstance(key, Scalar):
+            problems.append(source.problem("a key must be a single name", key.span))
+            continue
+        line = key_node.start_mark.line + 1
+        if key.value in lines:
+            message = f"{key.value!r} is given twice (first on line {lines[key.value]}); keep one"
+            problems.append(source.problem(message, key.span))
+        lines.setdefault(key.value, line)
+        entries.append((key, _convert(source, value_node, problems)))
+    return Map(tuple(entries), span)
+
+
+def _scalar(source: Source, node: yaml.ScalarNode, span: Span) -> Scalar:
+    start, end = span
+    if node.style in {"'", '"'}:
+        return Scalar(node.value, span, (start + 1, end - 1), quoted=True)
+    if node.style in {"|", ">"}:  # the text begins on the line after the indicator
+        body = source.text.find("\n", start, end) + 1
+        return Scalar(node.value.strip(), span, (body or end, end), quoted=True)
+    return Scalar(_resolve(node.value), span, span, quoted=False)
+
+
+def _resolve(text: str) -> str | int | float | bool | None:
+    if text.lower() in _WORDS and text in {text.lower(), text.capitalize(), text.upper()}:
+        return _WORDS[text.lower()]
+    if _INTEGER.fullmatch(text):
+        return int(text) if len(text) < 20 else float(text)  # noqa: PLR2004 - a 64-bit step
+    if _FLOAT.fullmatch(text):
+        return float(text)
+    return _SPECIAL.get(text.lower(), text)

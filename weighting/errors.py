@@ -1,0 +1,118 @@
+"""What goes wrong with a spec, and where."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+
+class SpecError(ValueError):
+    """A weighting spec cannot be used; carries every problem found in it at once.
+
+    Attributes:
+        problems: All problems, in reading order.
+        file: Where the first problem is: a path, or the name the text was given.
+        line: Its line, from 1; 0 when the spec was not read from text.
+        column: Its column, from 1; 0 when the spec was not read from text.
+    """
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        assert problems, "a SpecError needs a problem"
+        self.problems = tuple(sorted(set(problems), key=_reading_order))
+        place = self.problems[0].place
+        self.file = place.source if place else ""
+        self.line = place.line if place else 0
+        self.column = place.column if place else 0
+        super().__init__("\n".join(str(problem) for problem in self.problems))
+
+
+class NonFiniteSignalError(ValueError):
+    """A signal was NaN or infinite and the spec says `on_nonfinite: error`."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A stretch of one line of a source text; line and column count from 1."""
+
+    source: str
+    line: int
+    column: int
+    width: int
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.source}:{self.line}:{self.column}"
+
+    def picture(self) -> str:
+        """Return the source line with a caret under the place."""
+        start = self.column - 1
+        window = max(0, start - 60)
+        shown = self.text[window : window + 100]
+        width = max(1, min(self.width, len(shown) - (start - window)))
+        return f"    {shown}\n    {' ' * (start - window)}{'^' * width}"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong: what it is, how to mend it, and where it stands."""
+
+    message: str
+    place: Place | None = None
+
+    def __str__(self) -> str:
+        if self.place is None:
+            return self.message
+        return f"{self.place}: {self.message}\n{self.place.picture()}"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A named text; turns character offsets into places."""
+
+    name: str
+    text: str
+
+    def place(self, start: int, end: int) -> Place:
+        """Return the place of `text[start:end]`, cut at the end of its first line."""
+        start = min(start, len(self.text))
+        line_start = self.text.rfind("\n", 0, start) + 1
+        line_end = self.text.find("\n", start)
+        line_end = len(self.text) if line_end < 0 else line_end
+        return Place(
+            source=self.name,
+            line=self.text.count("\n", 0, start) + 1,
+            column=start - line_start + 1,
+            width=max(1, min(end, line_end) - start),
+            # Control characters would move the caret or the terminal's cursor.
+            text="".join(
+                c if c.isprintable() else " " for c in self.text[line_start:line_end]
+            ),
+        )
+
+    def problem(self, message: str, span: Span) -> Problem:
+        """Return a problem at a span of this text."""
+        return Problem(message, self.place(*span))
+
+
+Span = tuple[int, int]
+"""Start and end of a stretch of a source text, as character offsets."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return '; did you mean ...?' for the closest known name, or what is known, or ''."""
+    names = sorted(known)
+    close = get_close_matches(name.lower(), names, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    if names and len(names) <= 12:  # noqa: PLR2004 - more would bury the message
+        return f"; known: {', '.join(names)}"
+    return ""
+
+
+def _reading_order(problem: Problem) -> tuple[int, int, str]:
+    place = problem.place
+    return (place.line, place.column, problem.message) if place else (0, 0, problem.message)

@@ -1,0 +1,109 @@
+"""Token <-> document, sequence and domain: which tokens share a unit, reduce and broadcast."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from weighting.contract import Collectives, Level, Signals
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Tokens grouped into the units of a level.
+
+    Attributes:
+        level: document, sequence or domain.
+        ids: [T] unit of each token, from 0 below `size`.
+        size: Number of unit slots on this rank; empty slots are allowed.
+        row: Tokens per unit when units are consecutive and equally long (rows), else 0.
+        collectives: Joins the parts of a unit that live on several ranks (domains).
+    """
+
+    level: Level
+    ids: Tensor
+    size: int
+    row: int
+    collectives: Collectives
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Return the sum of x [..., T] over the tokens of each unit, [..., U]."""
+        if self.row:
+            return x.unflatten(-1, (self.size, self.row)).sum(-1)
+        if self.level == "domain":  # few units: a product sums in a fixed order on any device
+            return self.collectives.sum(x @ self._members().to(x.dtype))
+        return x.new_zeros(*x.shape[:-1], self.size).index_add(-1, self.ids, x)
+
+    def max(self, x: Tensor) -> Tensor:
+        """Return the maximum of x [T] over the tokens of each unit, [U]; -inf for empty ones."""
+        if self.row:
+            return x.unflatten(-1, (self.size, self.row)).amax(-1)
+        if self.level == "domain":
+            return self.collectives.max(
+                torch.where(self._members(), x[:, None], -torch.inf).amax(0)
+            )
+        empty = x.new_full((self.size,), -torch.inf)
+        return empty.scatter_reduce(0, self.ids, x, "amax")
+
+    def broadcast(self, unit: Tensor) -> Tensor:
+        """Return each token's value of its unit, [U] -> [T]."""
+        if self.row:
+            return unit.repeat_interleave(self.row)
+        return unit.gather(0, self.ids)
+
+    def _members(self) -> Tensor:
+        return self.ids[:, None] == torch.arange(self.size, device=self.ids.device)
+
+
+def group(
+    signals: Signals, level: Level, num_domains: int, collectives: Collectives
+) -> Groups | None:
+    """Return the groups of a level for signals of shape [B, L] or [T]; None for tokens.
+
+    Raises:
+        ValueError: The ids this level needs are missing or out of range.  The range is looked at
+            on CPU in eager mode only, where it costs no synchronisation.
+    """
+    rows, length = signals.loss.shape if signals.loss.dim() == 2 else (1, signals.loss.numel())
+    if level == "token":
+        return None
+    if level == "domain":
+        ids = _ids(signals.domain_ids, "domain_ids", num_domains)
+        return Groups(level, ids, num_domains, 0, collectives)
+    if level == "sequence" and signals.loss.dim() == 2:
+        row_ids = torch.arange(rows, device=signals.loss.device).repeat_interleave(length)
+        return Groups(level, row_ids, rows, length, collectives)
+    given, name = signals.segment_ids, "segment_ids"
+    if level == "sequence" and signals.sequence_ids is not None:
+        given, name = signals.sequence_ids, "sequence_ids"
+    ids = _ids(given, name, length)
+    offsets = torch.arange(rows, device=ids.device).repeat_interleave(length) * length
+    return Groups(level, ids + offsets, rows * length, 0, collectives)
+
+
+def documents(positions: Tensor) -> Tensor:
+    """Return the document of each token, from 0 in each row, given positions [B, L].
+
+    A document begins where the position is 0; a row may begin in the middle of one.
+    """
+    starts = positions == 0
+    # The first token opens document 0 whatever its position.
+    starts = torch.cat([torch.zeros_like(starts[:, :1]), starts[:, 1:]], dim=1)
+    return starts.cumsum(1)
+
+
+def _ids(ids: Tensor | None, name: str, size: int) -> Tensor:
+    if ids is None:
+        msg = f"{name} are needed by this spec's levels; give Signals({name}=...)"
+        raise ValueError(msg)
+    ids = ids.reshape(-1).long()
+    if not torch.compiler.is_compiling() and ids.device.type == "cpu" and ids.numel():
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= size:
+            msg = f"{name} must run from 0 to {size - 1}; found {low} to {high}"
+            raise ValueError(msg)
+    return ids

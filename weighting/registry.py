@@ -1,0 +1,52 @@
+"""Which stages there are: `@stage("name")` makes a class a word of the language."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, TypeVar
+
+from weighting.contract import Stage
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+S = TypeVar("S", bound=type[Stage])
+_STAGES: dict[str, type[Stage]] = {}
+
+
+def stage(name: str) -> Callable[[S], S]:
+    """Register a stage under its name in the language.
+
+    Args:
+        name: Lower-case identifier; taken names are refused, unless the very same class is
+            being defined again, as when its module is reloaded.
+
+    Raises:
+        ValueError: The name is not an identifier, is taken, or the class is not a stage.
+    """
+
+    def register(cls: S) -> S:
+        if not re.fullmatch(r"[a-z_][a-z0-9_]*", name):
+            msg = f"a stage name is a lower-case identifier, not {name!r}"
+            raise ValueError(msg)
+        if not (isinstance(cls, type) and issubclass(cls, Stage) and hasattr(cls, "kind")):
+            msg = f"@stage({name!r}) needs a subclass of Source, Pool, Shape, Weigh or Constrain"
+            raise ValueError(msg)
+        other = _STAGES.get(name)
+        if other is not None and _origin(other) != _origin(cls):
+            msg = f"two stages are named {name!r}: {_origin(other)} and {_origin(cls)}; rename one"
+            raise ValueError(msg)
+        cls.name = name
+        _STAGES[name] = cls
+        return cls
+
+    return register
+
+
+def stages() -> Mapping[str, type[Stage]]:
+    """Return every registered stage by name."""
+    return _STAGES
+
+
+def _origin(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"

@@ -1,0 +1,212 @@
+"""Numbers that may change over training: optimizer step -> scalar.
+
+Every number of the language is one of these, a plain number being `Constant`.  A schedule is
+evaluated on a tensor, so one compiled graph serves every step.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import Annotated, ClassVar
+
+import torch
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from torch import Tensor
+
+
+class Schedule(BaseModel, ABC):
+    """A scalar for every optimizer step, counted from 1 as the trainer counts."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    name: ClassVar[str]
+    positional: ClassVar[int] = 0
+    """How many arguments are printed without their names."""
+    collects: ClassVar[str | None] = None
+    """The field that holds a map given as the only argument."""
+
+    @abstractmethod
+    def __call__(self, step: Tensor) -> Tensor:
+        """Return the value at `step` (0-D, steps) as a 0-D float32 tensor."""
+
+    @abstractmethod
+    def extremes(self) -> tuple[float, ...]:
+        """Return values between which every value of the schedule lies."""
+
+
+class Constant(Schedule):
+    """The same value at every step."""
+
+    name: ClassVar[str] = "constant"
+    positional: ClassVar[int] = 1
+    value: float
+
+    def __call__(self, step: Tensor) -> Tensor:
+        return _scalar(self.value, step)
+
+    def extremes(self) -> tuple[float, ...]:
+        return (self.value,)
+
+
+class ShareOfN(Schedule):
+    """k/n of the total, n the number of units in scope: k in mean-one terms, at every step."""
+
+    name: ClassVar[str] = "share"
+    numerator: float
+
+    def __call__(self, step: Tensor) -> Tensor:
+        return _scalar(self.numerator, step)
+
+    def extremes(self) -> tuple[float, ...]:
+        return (self.numerator,)
+
+
+class Step(Schedule):
+    """`before` until step `at`, then `after` (from step `at` on)."""
+
+    name: ClassVar[str] = "step"
+    positional: ClassVar[int] = 2
+    before: float
+    after: float
+    at: int = Field(ge=0)
+
+    def __call__(self, step: Tensor) -> Tensor:
+        return torch.where(step < self.at, self.before, self.after)
+
+    def extremes(self) -> tuple[float, ...]:
+        return (self.before, self.after)
+
+
+class _Ramp(Schedule):
+    """From `start` to `end` over `over` steps; constant outside them."""
+
+    positional: ClassVar[int] = 2
+    start: float
+    end: float
+    over: int = Field(ge=1)
+
+    def progress(self, step: Tensor, begin: int = 0) -> Tensor:
+        """Return how far the ramp has come, from 0 to 1."""
+        return ((step - begin).to(torch.float32) / self.over).clamp(0, 1)
+
+    def extremes(self) -> tuple[float, ...]:
+        return (self.start, self.end)
+
+
+class Linear(_Ramp):
+    """start + (end - start) * t, t running from 0 to 1 over `over` steps after `begin`."""
+
+    name: ClassVar[str] = "linear"
+    begin: int = Field(default=0, ge=0)
+
+    def __call__(self, step: Tensor) -> Tensor:
+        return torch.lerp(
+            _scalar(self.start, step), _scalar(self.end, step), self.progress(step, self.begin)
+        )
+
+
+class Cosine(_Ramp):
+    """end + (start - end) * (1 + cos(pi t)) / 2, t from 0 to 1 over `over` steps after `begin`."""
+
+    name: ClassVar[str] = "cosine"
+    begin: int = Field(default=0, ge=0)
+
+    def __call__(self, step: Tensor) -> Tensor:
+        share = (1 - torch.cos(math.pi * self.progress(step, self.begin))) / 2
+        return torch.lerp(_scalar(self.start, step), _scalar(self.end, step), share)
+
+
+class Exponential(_Ramp):
+    """start * (end / start) ** t, t from 0 to 1 over `over` steps; both ends positive."""
+
+    name: ClassVar[str] = "exponential"
+    start: float = Field(gt=0)
+    end: float = Field(gt=0)
+
+    def __call__(self, step: Tensor) -> Tensor:
+        logs = _scalar(math.log(self.start), step), _scalar(math.log(self.end), step)
+        return torch.lerp(*logs, self.progress(step)).exp()
+
+
+def _sorted_steps(values: dict[int, float]) -> dict[int, float]:
+    if not values or min(values) < 0:
+        msg = "needs at least one step: value, steps from 0"
+        raise ValueError(msg)
+    return dict(sorted(values.items()))
+
+
+class Piecewise(Schedule):
+    """The value of the last step reached: {0: 100, 500: 0.4}; before the first step, its value."""
+
+    name: ClassVar[str] = "piecewise"
+    positional: ClassVar[int] = 1
+    collects: ClassVar[str | None] = "values"
+    values: Annotated[dict[int, float], AfterValidator(_sorted_steps)]
+
+    def __call__(self, step: Tensor) -> Tensor:
+        (_, first), *later = self.values.items()
+        value = _scalar(first, step)
+        for at, held in later:
+            value = torch.where(step >= at, held, value)
+        return value
+
+    def extremes(self) -> tuple[float, ...]:
+        return tuple(self.values.values())
+
+
+SCHEDULES: dict[str, type[Schedule]] = {
+    schedule.name: schedule for schedule in (Constant, Step, Linear, Cosine, Exponential, Piecewise)
+}
+"""The schedules of the language, by name."""
+
+
+def _number(value: object) -> object:
+    """Let a plain number stand for the constant schedule."""
+    if isinstance(value, Schedule):
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        shown = f"{value!r} is text; remove the quotes" if isinstance(value, str) else f"{value!r}"
+        msg = f"a number or a schedule is needed, not {shown}"
+        raise ValueError(msg)
+    return Constant(value=value)
+
+
+def _within(
+    low: float = -math.inf, high: float = math.inf, *, open_low: bool = False, share: bool = False
+) -> AfterValidator:
+    """Check every value a schedule can take, and whether k/n has a meaning here."""
+
+    def check(schedule: Schedule) -> Schedule:
+        if isinstance(schedule, ShareOfN) and not share:
+            msg = "k/n is a share of the total weight and has no meaning here; write a number"
+            raise ValueError(msg)
+        for value in schedule.extremes():
+            if not low <= value <= high or (open_low and value == low):
+                above = f"greater than {low:g}" if open_low else f"at least {low:g}"
+                bounds = [above] * (low > -math.inf) + [f"at most {high:g}"] * (high < math.inf)
+                msg = f"must be {' and '.join(bounds)}, not {value:g}"
+                raise ValueError(msg)
+        return schedule
+
+    return AfterValidator(check)
+
+
+_COERCE = BeforeValidator(_number)
+_LARGEST = 1e30
+
+Number = Annotated[Schedule, _COERCE, _within(-_LARGEST, _LARGEST)]
+"""Any number or schedule."""
+PositiveNumber = Annotated[Schedule, _COERCE, _within(0, _LARGEST, open_low=True)]
+"""Greater than 0."""
+NonNegativeNumber = Annotated[Schedule, _COERCE, _within(0, _LARGEST)]
+"""At least 0."""
+UnitNumber = Annotated[Schedule, _COERCE, _within(0, 1)]
+"""From 0 to 1."""
+CapNumber = Annotated[Schedule, _COERCE, _within(1, _LARGEST, share=True)]
+"""A largest weight, in mean-one terms or as k/n of the total; below 1 no weights can obey it."""
+FloorNumber = Annotated[Schedule, _COERCE, _within(0, 1, share=True)]
+"""A smallest weight, in mean-one terms or as k/n of the total; above 1 no weights can obey it."""
+
+
+def _scalar(value: float, like: Tensor) -> Tensor:
+    return torch.full((), value, device=like.device, dtype=torch.float32)

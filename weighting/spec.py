@@ -1,0 +1,364 @@
+"""The validated whole: reading a spec from text, and writing it back."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import re
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, SerializeAsAny, model_validator
+
+import weighting.stages  # noqa: F401 - registers the words of the language
+from weighting import arrow, calls, document
+from weighting.contract import Stage
+from weighting.document import Map, Node, Scalar, Seq
+from weighting.errors import Place, Problem, Source, Span, SpecError, nearest
+from weighting.registry import stages
+
+Pipeline = tuple[SerializeAsAny[Stage], ...]
+Spelling = Literal["arrow", "yaml"]
+
+SINGLE = "pipeline"
+"""The name of the only factor of a spec written with `pipeline:`."""
+
+
+class _Marks:
+    """Where each stage stands in the text a spec was read from; no part of its value."""
+
+    def __init__(self, source: Source, spans: dict[tuple[str, int], Span]) -> None:
+        self.source = source
+        self.spans = spans
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Marks)
+
+    def __hash__(self) -> int:
+        return 0
+
+
+class Spec(BaseModel):
+    """A weighting: one pipeline, or several named factors whose weights multiply.
+
+    Attributes:
+        version: Version of the language.
+        name: What to call it in logs and files.
+        factors: Pipelines by name; a single `pipeline:` is a factor of that name.
+        normalize: `mean_one` scales the product of the factors to mean one over valid tokens;
+            `none` leaves it, for published methods that do not normalise.
+        reduction: `token_mean` lets every token of a sequence count alike; `sequence_mean` lets
+            every sequence count alike whatever its length.
+        on_nonfinite: `error` reports a NaN or infinite signal at the next log step; `drop`
+            weighs the unit 0 and counts it.
+        plugins: Modules that register further stages.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    version: Literal[1] = 1
+    name: str = Field(default="unnamed", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    factors: dict[str, Pipeline] = Field(min_length=1)
+    normalize: Literal["mean_one", "none"] = "mean_one"
+    reduction: Literal["token_mean", "sequence_mean"] = "token_mean"
+    on_nonfinite: Literal["error", "drop"] = "error"
+    plugins: tuple[str, ...] = ()
+    _marks: _Marks = PrivateAttr(default_factory=lambda: _Marks(Source("", ""), {}))
+
+    @model_validator(mode="after")
+    def _some_stages(self) -> Spec:
+        empty = [name for name, pipeline in self.factors.items() if not pipeline]
+        if empty:
+            msg = f"factor {empty[0]!r} has no stage; write uniform for plain training"
+            raise ValueError(msg)
+        return self
+
+    @property
+    def hash(self) -> str:
+        """Sixteen hex digits that change whenever the meaning of the spec may have changed."""
+        text = dumps(self.model_copy(update={"name": "unnamed"}))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def place(self, factor: str, index: int) -> Place | None:
+        """Return where a stage was written; None for a spec that was not read from text."""
+        span = self._marks.spans.get((factor, index))
+        return self._marks.source.place(*span) if span else None
+
+    def __str__(self) -> str:
+        return dumps(self)
+
+
+def load(path: str | Path, *, allow_plugins: bool = False) -> Spec:
+    """Read a spec file.
+
+    Args:
+        path: The file; a shipped spec may be given by its name alone, as in "linupper".
+        allow_plugins: Import the modules the spec names under `plugins:`, which runs their code.
+
+    Raises:
+        SpecError: The file is missing, unreadable or wrong; every error in it at once.
+    """
+    found = find(path)
+    try:
+        text = found.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        msg = f"{path}: not UTF-8 text (byte {error.start}); save the spec as UTF-8"
+        raise SpecError([Problem(msg)]) from None
+    except OSError as error:
+        raise SpecError([Problem(f"{path}: {error.strerror or error}")]) from None
+    return loads(text, source=str(path), allow_plugins=allow_plugins)
+
+
+def loads(text: str, source: str = "<spec>", *, allow_plugins: bool = False) -> Spec:
+    """Read a spec from YAML text, or a single pipeline from arrow text.
+
+    Args:
+        text: The spec.
+        source: What to call it in messages.
+        allow_plugins: Import the modules the spec names under `plugins:`, which runs their code.
+
+    Raises:
+        SpecError: Anything is wrong with it; every error at once.
+    """
+    from weighting.build import order_problems  # noqa: PLC0415 - build knows specs, not the reverse
+
+    origin = Source(source, text.replace("\r\n", "\n"))
+    node = document.parse(origin)
+    problems: list[Problem] = []
+    spec = _read(origin, node, problems, allow_plugins=allow_plugins)
+    if problems:
+        # A user mends a file once: say what `build` would object to in the sound factors too.
+        raise SpecError([*problems, *(order_problems(spec) if spec else ())])
+    assert spec is not None
+    return spec
+
+
+def resolve(text: str, *, allow_plugins: bool = False) -> Spec:
+    """Return the spec a command line argument means: a file, a shipped name or arrow text.
+
+    Raises:
+        SpecError: It is none of them, or wrong.
+    """
+    looks_like_file = text.endswith((".yaml", ".yml")) or Path(text).is_file()
+    if not looks_like_file and (re.search(r"->|→|\(", text) or text.strip() in stages()):
+        if text.strip() not in shipped():
+            return loads(text, source="<arrow>", allow_plugins=allow_plugins)
+    return load(text, allow_plugins=allow_plugins)
+
+
+def dumps(spec: Spec, spelling: Spelling = "arrow") -> str:
+    """Write a spec as YAML, its pipelines as arrow text or as YAML lists; `loads` gives it back."""
+    data: dict[str, Any] = {"version": spec.version}
+    for name in ("name", "plugins", "normalize", "reduction", "on_nonfinite"):
+        value = getattr(spec, name)
+        if value != Spec.model_fields[name].default:
+            data[name] = list(value) if isinstance(value, tuple) else value
+    written = {name: _pipeline_data(p, spelling) for name, p in spec.factors.items()}
+    single = list(written) == [SINGLE]
+    data |= {SINGLE: written[SINGLE]} if single else {"factors": written}
+    return document.dump(data, flow_leaves=spelling == "yaml")
+
+
+def arrow_text(pipeline: tuple[Stage, ...]) -> str:
+    """Return a pipeline as arrow text."""
+    return arrow.to_text(tuple(calls.stage_call(stage) for stage in pipeline))
+
+
+def shipped() -> dict[str, Path]:
+    """Return the spec files that come with the package, by name."""
+    here = Path(__file__).resolve().parent
+    for folder in (here / "specs", here.parent / "specs"):  # installed; a source checkout
+        if files := sorted(folder.glob("*.yaml")):
+            return {file.stem: file for file in files}
+    return {}
+
+
+def find(path: str | Path) -> Path:
+    """Return the file a path means, looking among the shipped specs when it does not exist.
+
+    Raises:
+        SpecError: There is no such file.
+    """
+    file = Path(path)
+    if file.is_file():
+        return file
+    name = file.name.removesuffix(".yaml")
+    known = shipped()
+    is_bare = str(path) in {name, f"specs/{name}.yaml"}
+    if is_bare and name in known:
+        return known[name]
+    what = "is a directory" if file.is_dir() else "no such file"
+    raise SpecError([Problem(f"{path}: {what}{nearest(name, known)}")])
+
+
+def _pipeline_data(pipeline: tuple[Stage, ...], spelling: Spelling) -> object:
+    if spelling == "arrow":
+        return arrow_text(pipeline)
+    return [calls.to_yaml(calls.stage_call(stage)) for stage in pipeline]
+
+
+_KEYS = ("version", "name", SINGLE, "factors", "plugins", "normalize", "reduction", "on_nonfinite")
+
+
+def _read(
+    source: Source, root: Node, problems: list[Problem], *, allow_plugins: bool
+) -> Spec | None:
+    """Return the spec of a document; with problems noted, a spec of its sound factors or None."""
+    if isinstance(root, Scalar) and isinstance(root.value, str):
+        root = Map(((Scalar(SINGLE, root.span, root.raw, quoted=False), root),), root.span)
+        entries = {SINGLE: root.entries[0]}
+    elif isinstance(root, Map):
+        entries = {str(key.value): (key, value) for key, value in root.entries}
+        _check_keys(source, root, entries, problems)
+    else:
+        message = "a spec is a map that starts with version: 1 and holds pipeline: or factors:"
+        problems.append(source.problem(message, root.span))
+        return None
+    options = {name: _option(source, *entries[name], problems) for name in _OPTIONS if name in entries}
+    if "plugins" in entries:
+        options["plugins"] = _plugins(source, entries["plugins"][1], problems, allow=allow_plugins)
+    spans: dict[tuple[str, int], Span] = {}
+    factors: dict[str, tuple[Stage, ...]] = {}
+    for key, node in _pipelines(source, entries, problems):
+        pipeline = _pipeline(source, str(key.value), node, spans, problems)
+        if pipeline:
+            factors[str(key.value)] = pipeline
+    if not factors:
+        return None
+    spec = Spec(factors=factors, **{k: v for k, v in options.items() if v is not None})
+    spec._marks = _Marks(source, spans)  # noqa: SLF001 - its own private attribute
+    return spec
+
+
+_OPTIONS: dict[str, str | tuple[str, ...]] = {
+    "name": "^[A-Za-z0-9][A-Za-z0-9._-]*$",
+    "normalize": ("mean_one", "none"),
+    "reduction": ("token_mean", "sequence_mean"),
+    "on_nonfinite": ("error", "drop"),
+}
+
+
+def _check_keys(
+    source: Source, root: Map, entries: dict[str, tuple[Scalar, Node]], problems: list[Problem]
+) -> None:
+    for name, (key, _) in entries.items():
+        if name in _KEYS:
+            continue
+        message = f"unknown key {name!r}"
+        owner = next((n for n, c in stages().items() if name in c.model_fields), None)
+        close = nearest(name, _KEYS)
+        if name in stages():
+            message += f"; {name} is a stage and belongs in pipeline:"
+        elif owner and "did you mean" not in close:
+            message += f"; {name} is an argument of {owner}: write {owner}({name}=...)"
+        problems.append(source.problem(message if ";" in message else message + close, key.span))
+    if "version" not in entries:
+        message = "version is missing; write version: 1 on the first line"
+        problems.append(source.problem(message, (root.span[0], root.span[0] + 1)))
+    else:
+        value = entries["version"][1]
+        if not isinstance(value, Scalar) or value.value != 1 or isinstance(value.value, bool):
+            message = "this release reads version 1 of the language; write version: 1"
+            problems.append(source.problem(message, value.span))
+
+
+def _option(source: Source, key: Scalar, node: Node, problems: list[Problem]) -> str | None:
+    allowed = _OPTIONS[str(key.value)]
+    value = node.value if isinstance(node, Scalar) else None
+    if isinstance(allowed, str):
+        if isinstance(value, str | int | float) and re.fullmatch(allowed, str(value)):
+            return str(value)
+        message = f"{key.value} is a word of letters, digits, '.', '_' and '-'"
+    elif value in allowed:
+        return str(value)
+    else:
+        message = f"{key.value} is {' or '.join(allowed)}"
+        message += nearest(value, allowed) if isinstance(value, str) else ""
+    problems.append(source.problem(message, node.span))
+    return None
+
+
+def _plugins(
+    source: Source, node: Node, problems: list[Problem], *, allow: bool
+) -> tuple[str, ...]:
+    """Import the plugin modules if that was allowed; return their names."""
+    items = node.items if isinstance(node, Seq) else (node,)
+    names: list[str] = []
+    for item in items:
+        name = item.value if isinstance(item, Scalar) else None
+        if not isinstance(name, str) or not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*", name):
+            message = "a plugin is the dotted name of a Python module, such as my_stages"
+            problems.append(source.problem(message, item.span))
+            continue
+        names.append(name)
+        if name in sys.modules:
+            continue
+        if not allow:
+            message = (
+                f"importing {name} runs its code; allow it with --allow-plugins, or "
+                f"allow_plugins=True, or import {name} yourself first"
+            )
+            problems.append(source.problem(message, item.span))
+            continue
+        try:
+            _import_plugin(name)
+        except Exception as error:  # noqa: BLE001 - a plugin may fail in any way
+            message = f"plugin {name} cannot be imported: {type(error).__name__}: {error}"
+            problems.append(source.problem(message, item.span))
+    return tuple(names)
+
+
+def _import_plugin(name: str) -> None:
+    """Import a module, from the working directory too, as `python -m` would."""
+    here = str(Path.cwd())
+    added = here not in sys.path and "" not in sys.path
+    if added:
+        sys.path.insert(0, here)
+    try:
+        importlib.import_module(name)
+    finally:
+        if added:
+            sys.path.remove(here)
+
+
+def _pipelines(
+    source: Source, entries: dict[str, tuple[Scalar, Node]], problems: list[Problem]
+) -> list[tuple[Scalar, Node]]:
+    """Return the named pipelines of a document, noting when there is not exactly one home."""
+    single, several = entries.get(SINGLE), entries.get("factors")
+    if single and several:
+        message = "give pipeline: or factors:, not both; move it under factors: with a name"
+        problems.append(source.problem(message, single[0].span))
+    if not single and not several:
+        message = "nothing to weigh by; add pipeline: or factors: (uniform is plain training)"
+        problems.append(source.problem(message, (len(source.text.rstrip()) - 1,) * 2))
+    found = [single] if single else []
+    if several:
+        node = several[1]
+        if not isinstance(node, Map) or not node.entries:
+            message = "factors: is a map from a name to its pipeline"
+            problems.append(source.problem(message, node.span))
+            return found
+        for key, value in node.entries:
+            if isinstance(key.value, str) and re.fullmatch(r"[^\W\d][\w-]*", key.value):
+                found.append((key, value))
+            else:
+                message = "a factor's name is a word of letters, digits, '_' and '-'"
+                problems.append(source.problem(message, key.span))
+    return found
+
+
+def _pipeline(
+    source: Source,
+    factor: str,
+    node: Node,
+    spans: dict[tuple[str, int], Span],
+    problems: list[Problem],
+) -> tuple[Stage, ...] | None:
+    written = calls.from_yaml(source, node, problems)
+    if written is None:
+        return None
+    made = [calls.make_stage(source, call, problems) for call in written]
+    spans.update({(factor, index): call.span for index, call in enumerate(written)})
+    sound = [stage for stage in made if stage is not None]
+    return tuple(sound) if len(sound) == len(made) else None

@@ -1,0 +1,27 @@
+"""LinUpper: grow with the normalised loss, level off at a cap."""
+
+from __future__ import annotations
+
+from weighting.contract import Stage, Sugar
+from weighting.registry import stage
+from weighting.schedules import Constant, PositiveNumber
+from weighting.stages.affine import Affine
+from weighting.stages.clip import Clip
+
+
+@stage("linupper")
+class LinUpper(Sugar):
+    """Down-weight low normalised losses; treat all above alpha - 1 alike.
+
+    f(h) = minimum(h + 1, alpha)
+
+    Sugar: affine(shift=1) -> clip(max=alpha).
+
+    Source: Sow et al. (2025), ICLR, arXiv:2502.06733, section 4 ("LinUpper").
+    """
+
+    alpha: PositiveNumber = Constant(value=1)
+
+    def expand(self) -> tuple[Stage, ...]:
+        """Return the shift and the cap."""
+        return (Affine(shift=Constant(value=1)), Clip(max=self.alpha))

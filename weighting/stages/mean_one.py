@@ -1,0 +1,49 @@
+"""Scale scores to mean one: the scores are the weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from weighting.contract import Scope, Stage, Sugar, Weigh
+from weighting.registry import stage
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@stage("mean_one")
+class MeanOne(Weigh):
+    """Scale the scores to mean one over the scope; negative scores count as 0.
+
+    w = x * n / sum(x)
+
+    When every score is 0, every weight is 1.
+
+    Source: Su et al. (2024), "MiLe Loss", arXiv:2310.19531, section 3 (the factor alpha).
+    Differs: one mean over all valid tokens; the authors average the reciprocals of per-rank means
+    that also count ignored positions.
+    """
+
+    def apply(self, x: Tensor, scope: Scope) -> Tensor:
+        """Return the weights."""
+        w = x.clamp(0, 1e30)  # a finite sum of up to 1e8 scores
+        total, count = scope.sum(torch.stack([w, torch.ones_like(w)]))
+        zero = total <= 0
+        return torch.where(zero, 1, w * (count / torch.where(zero, 1, total)))
+
+
+@stage("token_scale")
+class TokenScale(Sugar):
+    """Scale scores to mean one, as MiLe says it.
+
+    Sugar: mean_one.
+    """
+
+    gives = "weight"
+    kind = "weigh"
+
+    def expand(self) -> tuple[Stage, ...]:
+        """Return `mean_one`."""
+        return (MeanOne(),)

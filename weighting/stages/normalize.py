@@ -1,0 +1,35 @@
+"""Min-max normalisation: makes losses of any size comparable."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from weighting.contract import Scope, Shape
+from weighting.registry import stage
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@stage("normalize")
+class Normalize(Shape):
+    """Map the scope's [min, max] to [-1, 1]; a scope of equal scores maps to 0.
+
+    h = 2 * (x - min) / (max - min) - 1
+
+    At the head of a pipeline it stands for loss -> mean(sequence) -> normalize.
+
+    Source: Sow et al. (2025), "Dynamic Loss-Based Sample Reweighting for Improved Large Language
+    Model Pretraining", ICLR, arXiv:2502.06733, section 4.  Differs: the authors' code computes
+    2x/range - (max+min)/range with range at least 1e-6, which cancels when the range is small
+    and does not reach [-1, 1] when it is below 1e-6.
+    """
+
+    def apply(self, x: Tensor, scope: Scope) -> Tensor:
+        """Return the normalised scores."""
+        low, high = scope.range(x / 2)  # halves: the range of any float32 scores is finite
+        width = high - low
+        flat = width <= 0
+        return torch.where(flat, 0, 2 * ((x / 2 - low) / torch.where(flat, 1, width)) - 1)

@@ -1,0 +1,48 @@
+"""A score for each domain, given as a table."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+import torch
+from pydantic import Field
+
+from weighting.contract import Scope, Signals, Source
+from weighting.errors import nearest
+from weighting.registry import stage
+from weighting.schedules import NonNegativeNumber
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@stage("table")
+class Table(Source):
+    """The table's entry for the token's domain: table(web=1, code=2).
+
+    score_t = weights[domain_t]
+
+    Every domain of the data needs an entry and every entry a domain, so that neither a new
+    domain nor a misspelt one goes unnoticed.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"domain_ids"})
+    collects: ClassVar[str | None] = "weights"
+    weights: Annotated[dict[str, NonNegativeNumber], Field(min_length=1)]
+
+    def problem_with(self, domains: tuple[str, ...]) -> str | None:
+        """Return what keeps the table from covering these domains exactly, if anything."""
+        unknown = [f"{name!r}{nearest(name, domains)}" for name in self.weights.keys() - {*domains}]
+        missing = sorted({*domains} - self.weights.keys())
+        both = f"the table has {', '.join(self.weights)}; the data has {', '.join(domains)}"
+        if unknown:
+            return f"the data has no domain {', '.join(sorted(unknown))} ({both})"
+        if missing:
+            return f"the table has no entry for {', '.join(missing)} ({both})"
+        return None
+
+    def read(self, signals: Signals, scope: Scope) -> Tensor:
+        """Look every token's domain up."""
+        assert signals.domain_ids is not None, "build checks what a pipeline needs"
+        entries = torch.stack([self.weights[name](scope.step) for name in scope.domains])
+        return entries[signals.domain_ids.long()]

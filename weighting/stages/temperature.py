@@ -1,0 +1,39 @@
+"""Softmax with a temperature: from scores to weights."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from weighting.contract import Scope, Weigh
+from weighting.project import TINY
+from weighting.registry import stage
+from weighting.schedules import PositiveNumber
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@stage("temperature")
+class Temperature(Weigh):
+    """Softmax over the scope, scaled to mean one; all weights tend to 1 as tau grows.
+
+    w = n * exp(x / tau) / sum(exp(x / tau))
+
+    The exponent is at least log(1e-30) below its maximum, so that no weight underflows to zero
+    and a later cap can always restore the sum.
+
+    Source: Sow et al. (2025), ICLR, arXiv:2502.06733, eq. 4 (tau is the paper's r; KL-regularised
+    weights, after Qi et al. 2021).
+    """
+
+    tau: PositiveNumber
+
+    def apply(self, x: Tensor, scope: Scope) -> Tensor:
+        """Return the weights."""
+        below = (x - scope.max(x)) / self.tau(scope.step)
+        w = torch.where(scope.valid, below.clamp(min=math.log(TINY)).exp(), 0)
+        total, count = scope.sum(torch.stack([w, scope.valid.to(w.dtype)]))
+        return w * (count / total.clamp(min=TINY))
