@@ -1,7 +1,6 @@
 """Run torchtitan's whole trainer on CPU with gloo, where a machine has no accelerator.
 
-torchtitan 0.3.0 chooses its device when imported and takes CUDA for granted. All it needs to do
-without is here, for a trainer to call in this order:
+torchtitan 0.3.0 takes CUDA for granted. What it needs to do without, in the order of a trainer:
 
     if cpu.use_cpu():               # before the host's Trainer.__init__
         cpu.prepare_config(config)
@@ -13,25 +12,23 @@ CUDA_VISIBLE_DEVICES="" gives the CPU on a machine with GPUs. Knows nothing abou
 """
 
 import contextlib
-import dataclasses
 import math
 import os
 import platform
 import resource
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import cast
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor.experimental._context_parallel import _attention as torch_cp
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
+from torch.nn.functional import scaled_dot_product_attention
 from torchtitan.components import metrics
 from torchtitan.components.dataloader import ParallelAwareDataloader
 from torchtitan.config import Configurable
@@ -45,21 +42,13 @@ from typing_extensions import override
 
 def accelerator_present() -> bool:
     """Tell whether the host would find an accelerator; looks anew at every call."""
-    _, module = utils.get_device_info()
-    return bool(module.is_available())
+    return bool(utils.get_device_info()[1].is_available())
 
 
 def use_cpu() -> bool:
-    """Point torchtitan at the CPU if there is no accelerator. Early, late or again: all the same.
-
-    Returns:
-        True if training runs on the CPU.
-    """
-    if accelerator_present():
-        return False
-    if utils.device_type == "cpu":
-        return True
-
+    """Point torchtitan at the CPU if there is no accelerator, and say so; any time, and again."""
+    if accelerator_present() or utils.device_type == "cpu":
+        return utils.device_type == "cpu"
     # Several modules copy the two names when imported, and `torchtitan.train` imports them all
     # before it reads `--module`. Rebinding `utils` will do once they look the names up there.
     stock = {"device_type": utils.device_type, "device_module": utils.device_module}
@@ -70,15 +59,12 @@ def use_cpu() -> bool:
                 if vars(module).get(key) == stock[key]:
                     setattr(module, key, value)
     metrics.DeviceMemoryMonitor.__init__.__defaults__ = ("cpu:0",)
-    # The host would warn and take an A100's figure.
-    utils.get_peak_flops = lambda device_name: math.nan
+    utils.get_peak_flops = lambda device_name: math.nan  # noqa: ARG005 (stock: an A100's figure)
     # Host and torch compile this: some twenty seconds a process, to save milliseconds a step.
-    attention._compiled_create_block_mask = create_block_mask
-    torch_cp._compiled_create_block_mask = create_block_mask  # pyrefly: ignore[bad-assignment]
-
+    vars(attention)["_compiled_create_block_mask"] = create_block_mask
+    vars(torch_cp)["_compiled_create_block_mask"] = create_block_mask
     if os.environ.get("RANK", "0") == "0":
-        threads = f"threads per rank: {torch.get_num_threads()}"
-        logger.info(f"No accelerator found: running on CPU with gloo ({_cpu_name()}, {threads})")
+        logger.info(f"No accelerator found: running on CPU with gloo ({_cpu_name()})")
     return True
 
 
@@ -92,7 +78,7 @@ def prepare_config(config: Trainer.Config) -> Trainer.Config:
     config.training.mixed_precision_param = "float32"
     config.training.enable_cpu_offload = False  # It is there already.
     for _, loader, _, _ in config.traverse(ParallelAwareDataloader.Config):
-        cast("ParallelAwareDataloader.Config", loader).pin_memory = False
+        loader.pin_memory = False  # pyrefly: ignore[missing-attribute]
     for stock in (FlexAttention.Config, VarlenAttention.Config):
         for _, found, parent, name in list(config.traverse(stock)):
             setattr(parent, str(name), _dense_config(found))
@@ -101,16 +87,14 @@ def prepare_config(config: Trainer.Config) -> Trainer.Config:
 
 def fix_fsdp(model_parts: Iterable[nn.Module]) -> None:
     """Make FSDP reduce gradients by plain sums, as gloo lacks PREMUL_SUM. For sharded models."""
-    for part in model_parts:
-        for module in part.modules():
-            if isinstance(module, FSDPModule):
-                module.set_force_sum_reduction_for_comms(True)
+    for module in (module for part in model_parts for module in part.modules()):
+        if isinstance(module, FSDPModule):
+            module.set_force_sum_reduction_for_comms(True)
 
 
 def hide_mfu(metrics_processor: metrics.MetricsProcessor) -> None:
     """Make the host print "N/A" for the share of this CPU's peak FLOPS, which nobody knows."""
-    # The host skips the figure for quantized models, and reads the flag for nothing else so far.
-    metrics_processor.has_quantization = True
+    metrics_processor.has_quantization = True  # The flag does nothing else so far.
 
 
 class DenseDocumentAttention(FlexAttention):
@@ -142,16 +126,12 @@ class DenseDocumentAttention(FlexAttention):
     ) -> Tensor:
         """Attend where the mask allows; NotImplementedError for score_mod and out_transform."""
         if score_mod is not None or out_transform is not None:
-            raise NotImplementedError(
-                "score_mod and out_transform work on attention scores, which "
-                "scaled_dot_product_attention keeps to itself: this model needs an accelerator"
-            )
+            msg = "score_mod and out_transform: scaled_dot_product_attention hides its scores"
+            raise NotImplementedError(msg)
         q, k, v = (x.transpose(1, 2) for x in (q_BLNH, k_BLNH, v_BLNH))
         bias = _bias(attention_masks, q.dtype)
-        out_BNLH = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=bias, scale=scale, enable_gqa=enable_gqa
-        )
-        return out_BNLH.transpose(1, 2)
+        out = scaled_dot_product_attention(q, k, v, bias, scale=scale, enable_gqa=enable_gqa)
+        return out.transpose(1, 2)
 
 
 # All layers of a batch share one mask; an entry goes when its batch does.
@@ -159,17 +139,15 @@ _biases: WeakKeyDictionary[BlockMask, Tensor] = WeakKeyDictionary()
 
 
 def _bias(mask: BlockMask, dtype: torch.dtype) -> Tensor:
-    if torch.compiler.is_compiling():  # The mask becomes part of the graph; nothing to keep.
-        return _dense_bias(mask, dtype)
-    if mask not in _biases:
-        _biases[mask] = _dense_bias(mask, dtype)
-    return _biases[mask]
-
-
-def _dense_bias(mask: BlockMask, dtype: torch.dtype) -> Tensor:
-    # Attention would turn booleans into these numbers itself, in every layer, at 40% of its time.
+    compiling = torch.compiler.is_compiling()  # The mask is part of the graph then; keep nothing.
+    if not compiling and mask in _biases:
+        return _biases[mask]
     allowed = create_mask(mask.mask_mod, *mask.shape, device=mask.kv_indices.device)
-    return torch.zeros_like(allowed, dtype=dtype).masked_fill_(~allowed, -math.inf)
+    # Given booleans, SDPA would make these numbers in every layer, for 40% more of its time.
+    bias = torch.zeros_like(allowed, dtype=dtype).masked_fill_(~allowed, -math.inf)
+    if not compiling:
+        _biases[mask] = bias
+    return bias
 
 
 def _dense_config(stock: Configurable.Config) -> FlexAttention.Config:
@@ -177,10 +155,10 @@ def _dense_config(stock: Configurable.Config) -> FlexAttention.Config:
         return stock
     # Nobody says that a dense mask means the same for a subclass or another window.
     if type(stock) is FlexAttention.Config or getattr(stock, "window_size", None) == (-1, 0):
-        names = {field.name for field in dataclasses.fields(FlexAttention.Config)}
-        kept = {name: getattr(stock, name) for name in names if hasattr(stock, name)}
-        return DenseDocumentAttention.Config(**kept)
-    raise NotImplementedError(f"no CPU attention for {stock}")
+        names = [field.name for field in fields(FlexAttention.Config) if hasattr(stock, field.name)]
+        return DenseDocumentAttention.Config(**{name: getattr(stock, name) for name in names})
+    msg = f"no CPU attention for {stock}"
+    raise NotImplementedError(msg)
 
 
 def _device_module() -> ModuleType:
@@ -217,5 +195,5 @@ def _reset_peak_memory() -> None:
 
 
 def _proc_field(path: str, key: str) -> str | None:
-    fields = (line.partition(":") for line in Path(path).read_text().splitlines())
-    return next((value.strip() for name, _, value in fields if name.strip() == key), None)
+    lines = (line.partition(":") for line in Path(path).read_text().splitlines())
+    return next((value.strip() for name, _, value in lines if name.strip() == key), None)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torchtitan.components.dataloader import ParallelAwareDataloader
 from torchtitan.components.tokenizer import BaseTokenizer
+from typing_extensions import override
 
 from titan_integration.documents import (
     Documents,
@@ -21,14 +22,12 @@ from titan_integration.documents import (
     local_documents,
     open_hub,
 )
-from titan_integration.packing import Encode, PackedRows
+from titan_integration.packing import Cut, Encode, PackedRows
 from titan_integration.records import (
     DEFAULT_DOMAIN_COLUMN,
     ONLY_DOMAIN,
     SUFFIXES,
     Columns,
-    domain_of,
-    text_of,
 )
 from titan_integration.stream import StreamedRows, open_local_stream
 
@@ -36,14 +35,16 @@ EMBEDDED = "stdlib"
 
 
 class DomainTextDataLoader(ParallelAwareDataloader):
-    """Yield ``({"input", "positions", "domain_ids"}, labels)``, each int64 ``[local_batch_size, seq_len]``.
+    """Yield ``({"input", "positions", "domain_ids"}, labels)``, each int64 ``[B, L]``.
 
-    ``positions`` is 0 where a document, or the rest of one from an earlier row, starts. Labels never cross documents.
-    The global batch does not depend on the number of ranks, in order and content (but for ``streaming``).
+    ``positions`` is 0 where a document, or the rest of one from an earlier row, starts. Labels
+    never cross documents. The global batch does not depend on the number of ranks, in order and
+    content (but for ``streaming``).
 
-    The saved state is one small entry per virtual shard, written by the ranks that read the shard, instead of one
-    entry per rank. Before the first batch the state lists all of them, which is what a checkpoint is then asked for:
-    together the ranks have saved them all, so that a state fits any number of ranks.
+    The saved state is one small entry per virtual shard, written by the ranks that read the shard,
+    instead of one entry per rank. Before the first batch the state lists all of them, which is what
+    a checkpoint is then asked for: together the ranks have saved them all, so that a state fits any
+    number of ranks.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -51,23 +52,24 @@ class DomainTextDataLoader(ParallelAwareDataloader):
         """What to read; ``persistent_workers`` has no effect, as a loader is read once."""
 
         dataset: str = EMBEDDED
-        """``stdlib`` (the running Python's own library), a file or directory (.jsonl, .json, .parquet), or a
-        Hugging Face name. ``dataset_path``, if set, is a file or directory and wins."""
+        """``stdlib`` (the running Python's own library), a file or directory (.jsonl, .json,
+        .parquet), or a Hugging Face name. A file or directory in ``dataset_path`` wins."""
 
         hf_name: str | None = None
         """Configuration name of a Hugging Face data set."""
 
         split: str = "train"
-        """``train`` or ``validation``; for a directory the sub-directory, for Hugging Face the split."""
+        """``train`` or ``validation``; a directory's sub-directory; Hugging Face's split."""
 
         text_column: str = "text"
         """Column of the text; dots reach into nested records."""
 
         domain_column: str = DEFAULT_DOMAIN_COLUMN
-        """Column of the domain, such as ``meta.redpajama_set_name``; empty: everything is one domain, ``all``."""
+        """Column of the domain, such as ``meta.redpajama_set_name``; empty: one domain, ``all``."""
 
         domains: list[str] | None = None
-        """Domain names in the order of their ids; default: the sorted names in the data."""
+        """Domain names in the order of their ids; default: the sorted names in the data (so give
+        them where the training and validation text may not have the same domains)."""
 
         streaming: bool = False
         """Read local files or Hugging Face data as a stream, instead of by index."""
@@ -102,44 +104,38 @@ class DomainTextDataLoader(ParallelAwareDataloader):
             tokenizer: Its begin and end of text tokens are added to every document.
             seq_len: Tokens of a row.
             local_batch_size: Rows of a batch on this rank.
-            snapshot_every_n_steps: Accepted for the host; the state here is up to date after every batch.
+            snapshot_every_n_steps: Accepted for the host; the state here is up to date after every
+                batch.
             kwargs: Ignored.
 
         Raises:
-            ValueError: For anything wrong with the data or its description; names the place and the fix.
+            ValueError: For anything wrong with the data or its description; names the place and the
+                fix.
         """
+        if config.seed < 0:
+            msg = f"seed {config.seed} is negative; set --dataloader.seed to 0 or more"
+            raise ValueError(msg)
         encode = functools.partial(tokenizer.encode, add_bos=True, add_eos=True)
+        cut = Cut(seq_len, local_batch_size, dp_rank, dp_world_size)
         where = config.dataset_path or config.dataset
         made_from: dict[str, Any] = {"seq_len": seq_len, "vocab_size": tokenizer.get_vocab_size()}
         rows: PackedRows | StreamedRows
         if config.streaming:
-            rows = _streamed_rows(config, encode, seq_len, local_batch_size, dp_rank, dp_world_size)
+            rows = _streamed_rows(config, encode, cut)
             made_from |= {"stream": where, "split": config.split}
         else:
             documents = load_documents(config)
-            rows = PackedRows(
-                documents,
-                encode,
-                seq_len=seq_len,
-                local_batch_size=local_batch_size,
-                dp_rank=dp_rank,
-                dp_world_size=dp_world_size,
-                seed=config.seed,
-                infinite=config.infinite,
-            )
+            rows = PackedRows(documents, encode, cut, seed=config.seed, infinite=config.infinite)
             rows.check_size(where)
-            made_from |= {
-                "seed": config.seed,
-                "shards": rows.num_shards,
-                "documents": len(documents),
-            }
-            made_from |= {"text": _fingerprint(documents)}
+            made_from |= {"seed": config.seed, "shards": rows.num_shards}
+            made_from |= {"documents": len(documents), "text": _fingerprint(documents)}
         self.domains = rows.domains
         self._rows = rows
         self._state = dict(rows.state)
         self._made_from = made_from | {"domains": list(rows.domains)}
         with warnings.catch_warnings():
-            # torchdata 0.11 calls a function that torch 2.15 has deprecated; there is nothing a user could do.
+            # torchdata 0.11 calls a function that torch 2.15 has deprecated; there is nothing a
+            # user could do.
             warnings.filterwarnings("ignore", "'set_vital' is deprecated", UserWarning)
             super().__init__(
                 rows,
@@ -153,38 +149,48 @@ class DomainTextDataLoader(ParallelAwareDataloader):
                 snapshot_every_n_steps=snapshot_every_n_steps,
             )
 
+    @override
+    # The host only ever takes iter() of a loader and next() of that.
+    # pyrefly: ignore [bad-override]
     def __iter__(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-        """Yield batches from the loaded state on, or from the start; iterating again starts there again."""
+        """Yield batches from the loaded state on; iterating again starts there again."""
         self._state = self._rows.own_state()
         for inputs, labels, moved in super().__iter__():
             self._state |= moved
             yield inputs, labels
 
+    @override
     def state_dict(self) -> dict[str, Any]:
         """Return what it takes to go on after the last batch that was yielded."""
         return {"made_from": json.dumps(self._made_from, sort_keys=True), **self._state}
 
+    @override
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Start from a saved state, of any number of ranks; an empty one changes nothing.
 
         Raises:
-            ValueError: If the state is damaged, or of other data, another row length or another tokenizer.
+            ValueError: If the state is damaged, or of other data, another row length or another
+                tokenizer.
         """
         if not state_dict:
             return
         try:
             made_from = dict(json.loads(state_dict["made_from"]))
         except (KeyError, TypeError, ValueError):
-            raise ValueError(
-                f"data loader state: 'made_from' is {state_dict.get('made_from')!r}; the checkpoint is damaged or of "
-                "another loader. To start the data afresh: --checkpoint.exclude_from_loading dataloader"
-            ) from None
+            msg = (
+                f"data loader state: 'made_from' is {state_dict.get('made_from')!r}; the "
+                "checkpoint is damaged or of another loader. To start the data afresh: "
+                "--checkpoint.exclude_from_loading dataloader"
+            )
+            raise ValueError(msg) from None
         for key, now in self._made_from.items():
             if made_from.get(key) != now:
-                raise ValueError(
-                    f"data loader state: saved with {key} = {made_from.get(key)!r}, now it is {now!r}. Restore it, or "
-                    "start the data afresh: --checkpoint.exclude_from_loading dataloader"
+                msg = (
+                    f"data loader state: saved with {key} = {made_from.get(key)!r}, now it is "
+                    f"{now!r}. Restore it, or start the data afresh: "
+                    "--checkpoint.exclude_from_loading dataloader"
                 )
+                raise ValueError(msg)
         self._rows.load(state_dict)
         self._state = dict(self._rows.state)
 
@@ -204,52 +210,41 @@ def load_documents(config: DomainTextDataLoader.Config) -> Documents:
     return hub_documents(dataset, columns, config.domains, config.dataset)
 
 
-def _streamed_rows(
-    config: DomainTextDataLoader.Config,
-    encode: Encode,
-    seq_len: int,
-    local_batch_size: int,
-    dp_rank: int,
-    dp_world_size: int,
-) -> StreamedRows:
+def _streamed_rows(config: DomainTextDataLoader.Config, encode: Encode, cut: Cut) -> StreamedRows:
     where = config.dataset_path or config.dataset
     path = _local_path(config)
     if where == EMBEDDED:
-        raise ValueError(
+        msg = (
             "dataset 'stdlib' is in memory and cannot be streamed; leave out --dataloader.streaming"
         )
+        raise ValueError(msg)
     if config.domain_column and not config.domains:
-        raise ValueError(
-            f"{where}: a stream does not tell its domains beforehand; list them in --dataloader.domains, "
-            "or set --dataloader.domain_column '' for a single one"
+        msg = (
+            f"{where}: a stream does not tell its domains beforehand; list them in "
+            "--dataloader.domains, or set --dataloader.domain_column '' for a single one"
         )
-    if not config.infinite and dp_world_size > 1:
-        raise ValueError(
-            f"{where}: a stream does not tell its length, so {dp_world_size} ranks could stop at different steps and "
-            "hang; limit the steps (--validator.steps) or leave out --dataloader.streaming"
+        raise ValueError(msg)
+    if not config.infinite and cut.num_ranks > 1:
+        msg = (
+            f"{where}: a stream does not tell its length, so {cut.num_ranks} ranks could stop at "
+            "different steps and hang; limit the steps (--validator.steps) or leave out "
+            "--dataloader.streaming"
         )
+        raise ValueError(msg)
     if config.num_workers > 1:
-        raise ValueError(f"{where}: a stream can use at most one worker, not {config.num_workers}")
+        msg = f"{where}: a stream can use at most one worker, not {config.num_workers}"
+        raise ValueError(msg)
     columns = Columns(config.text_column, config.domain_column)
     if path:
         stream = open_local_stream(path, config.split)
     else:
         stream = open_hub(config.dataset, config.hf_name, config.split, streaming=True)
-    for record in stream.take(1):
-        text_of(record, columns, f"{where}: the first record")
-        domain_of(record, columns, f"{where}: the first record")
-    return StreamedRows(
-        stream,
-        encode,
-        columns,
-        tuple(config.domains or [ONLY_DOMAIN]) if config.domain_column else (ONLY_DOMAIN,),
-        seq_len=seq_len,
-        local_batch_size=local_batch_size,
-        dp_rank=dp_rank,
-        dp_world_size=dp_world_size,
-        infinite=config.infinite,
-        where=where,
+    domains = tuple(config.domains or ()) if config.domain_column else (ONLY_DOMAIN,)
+    rows = StreamedRows(
+        stream, encode, cut, columns, domains, infinite=config.infinite, where=where
     )
+    rows.check_first()
+    return rows
 
 
 def _local_path(config: DomainTextDataLoader.Config) -> Path | None:

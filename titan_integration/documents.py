@@ -1,12 +1,15 @@
-"""Where texts come from: the embedded standard library, local files, or Hugging Face; each text has a domain.
+"""Where texts come from: the standard library, local files or Hugging Face.
 
-Everything that a user can get wrong about data is found here, when the documents are opened and not while training.
+Everything that a user can get wrong about data is found here, when the documents are opened and not
+while training.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import datasets
 
 from titan_integration.records import (
     ONLY_DOMAIN,
@@ -19,9 +22,6 @@ from titan_integration.records import (
     text_of,
 )
 from titan_integration.stdlib_text import DOMAINS, stdlib_text
-
-if TYPE_CHECKING:
-    import datasets
 
 
 @dataclass(frozen=True)
@@ -63,13 +63,15 @@ def local_documents(
     """Read local files into memory; for more text than fits there, stream it.
 
     Args:
-        path: A .jsonl, .json or .parquet file, or a directory of them (with a sub-directory per split, or without).
+        path: A .jsonl, .json or .parquet file, or a directory of them (with a sub-directory per
+            split, or without).
         split: ``train``, ``validation``, ``test`` or a sub-directory's name.
         columns: Names of the text and domain columns.
         domains: Names in the order of their ids; sorted names from the data by default.
 
     Raises:
-        ValueError: If a file is missing, unreadable or lacks a column, or the domains do not match; names the place.
+        ValueError: If a file is missing, unreadable or lacks a column, or the domains do not match;
+            names the place.
     """
     texts: list[str] = []
     found: list[str | None] = []
@@ -83,20 +85,22 @@ def local_documents(
             found.append(domain_of(record, columns, place))
             unnamed = unnamed or (place if found[-1] is None else "")
     if not texts:
-        raise ValueError(f"{path}: no text in any record of split {split!r}")
+        msg = f"{path}: no text in any record of split {split!r}"
+        raise ValueError(msg)
     return Documents(texts, *_number(found, unnamed, columns, domains, str(path)))
 
 
 def hub_documents(
-    dataset: "datasets.Dataset", columns: Columns, domains: Sequence[str] | None, where: str
+    dataset: datasets.Dataset, columns: Columns, domains: Sequence[str] | None, where: str
 ) -> Documents:
-    """Wrap a map-style Hugging Face data set: texts stay on disk until they are read, domains are read at once.
+    """Wrap a map-style Hugging Face data set; its texts stay on disk until they are read.
 
     Raises:
         ValueError: If a column is missing or not text, or the domains do not match.
     """
     if not len(dataset):
-        raise ValueError(f"{where}: the data set has no records")
+        msg = f"{where}: the data set has no records"
+        raise ValueError(msg)
     text_of(dataset[0], columns, f"{where}: record 0")
     top_level = (
         columns.domain
@@ -104,8 +108,9 @@ def hub_documents(
         else columns.domain.partition(".")[0]
     )
     if top_level in dataset.column_names:
-        labels = dataset.select_columns([top_level])
-        found = [domain_of(r, columns, f"{where}: record {i}") for i, r in enumerate(labels)]
+        batches = dataset.select_columns([top_level]).with_format("arrow").iter(batch_size=10_000)
+        records = (record for batch in batches for record in batch.to_pylist())
+        found = [domain_of(r, columns, f"{where}: record {i}") for i, r in enumerate(records)]
     else:
         found = [domain_of(dataset[0], columns, f"{where}: record 0")] * len(dataset)
     unnamed = f"{where}: record {found.index(None)}" if None in found else ""
@@ -115,21 +120,21 @@ def hub_documents(
 
 
 def open_hub(name: str, hf_name: str | None, split: str, *, streaming: bool) -> Any:  # noqa: ANN401
-    """Open a Hugging Face data set by name, as a ``Dataset`` or, streaming, as an ``IterableDataset``.
+    """Open a Hugging Face data set by name, as ``Dataset`` or ``IterableDataset`` (streaming).
 
     Raises:
         ValueError: If it cannot be opened, with the first line of the reason.
     """
-    import datasets
-
     try:
         return datasets.load_dataset(name, hf_name, split=split, streaming=streaming)
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
-        raise ValueError(
-            f"dataset {name!r} is not 'stdlib', not a file or directory here{near(name, ['stdlib', *siblings(name)])}, "
-            f"and Hugging Face could not open it with split {split!r}: {type(error).__name__}: {reason}"
-        ) from error
+        msg = (
+            f"dataset {name!r} is not 'stdlib', not a file or directory here"
+            f"{near(name, ['stdlib', *siblings(name)])}, and Hugging Face could not open it with "
+            f"split {split!r}: {type(error).__name__}: {reason}"
+        )
+        raise ValueError(msg) from error
 
 
 def _number(
@@ -139,11 +144,10 @@ def _number(
     declared: Sequence[str] | None,
     where: str,
 ) -> tuple[list[int], tuple[str, ...]]:
-    """Turn one domain per document into ids and names; ``unnamed`` is the first place without a domain, or empty."""
+    """Return ids and names; ``unnamed`` is the first place without a domain, or empty."""
     if unnamed and any(d is not None for d in found):
-        raise ValueError(
-            f"{unnamed}: no {columns.domain!r} here, but other records of {where} have one"
-        )
+        msg = f"{unnamed}: no {columns.domain!r} here, but other records of {where} have one"
+        raise ValueError(msg)
     domains = [ONLY_DOMAIN if d is None else d for d in found]
     names = _names(set(domains), declared, where)
     ids = {name: i for i, name in enumerate(names)}
@@ -155,20 +159,21 @@ def _names(present: set[str], declared: Sequence[str] | None, where: str) -> tup
         return tuple(sorted(present))
     both = f"declared: {', '.join(declared)}; in the data: {', '.join(sorted(present))}"
     if len(set(declared)) != len(declared):
-        raise ValueError(f"{where}: a domain is declared twice ({', '.join(declared)})")
+        msg = f"{where}: a domain is declared twice ({', '.join(declared)})"
+        raise ValueError(msg)
     if empty := [d for d in declared if d not in present]:
-        raise ValueError(f"{where}: empty domain {empty[0]!r}: no document belongs to it ({both})")
+        msg = f"{where}: empty domain {empty[0]!r}: no document belongs to it ({both})"
+        raise ValueError(msg)
     if undeclared := sorted(present - set(declared)):
-        raise ValueError(
-            f"{where}: domain {undeclared[0]!r} is in the data but not in 'domains' ({both})"
-        )
+        msg = f"{where}: domain {undeclared[0]!r} is in the data but not in 'domains' ({both})"
+        raise ValueError(msg)
     return tuple(declared)
 
 
 class _HubTexts(Sequence[str]):
     """The text column of a Hugging Face data set, read one record at a time."""
 
-    def __init__(self, dataset: "datasets.Dataset", columns: Columns, where: str) -> None:
+    def __init__(self, dataset: datasets.Dataset, columns: Columns, where: str) -> None:
         self._dataset, self._columns, self._where = dataset, columns, where
 
     def __len__(self) -> int:

@@ -1,8 +1,9 @@
-"""Documents packed into rows: the same global rows for any number of data-parallel ranks, resumable at every batch.
+"""Documents packed into rows: the same global rows for any number of data-parallel ranks.
 
-The stream of rows is defined without ranks. Documents, shuffled anew every epoch, are dealt to virtual shards, each
-shard packs its own documents, and global row ``g`` is the next row of shard ``g mod shards``. With ``W`` ranks of
-``b`` rows, step ``t`` of rank ``r`` is the global rows ``(t*W + r)*b ... (t*W + r)*b + b - 1``.
+The stream of rows is defined without ranks. Documents, shuffled anew every epoch, are dealt to
+virtual shards, each shard packs its own documents, and global row ``g`` is the next row of shard
+``g mod shards``. With ``W`` ranks of ``b`` rows each, step ``t`` of rank ``r`` takes the ``b``
+global rows from ``(t*W + r)*b`` on.
 """
 
 import functools
@@ -17,9 +18,10 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from titan_integration.documents import Documents
 
-# A rank tokenizes only its own shards when its rows always fall on them: when the global batch divides the number of
-# shards, as 1, 2, 3, 4, 6, 8, ..., 64, 96 and 192 do. Otherwise ranks share shards and tokenize some text twice.
-# A change of this number changes every stream of rows and refuses older states.
+# A rank tokenizes only its own shards when its rows always fall on them: when the global batch
+# divides the number of shards, as 1, 2, 3, 4, 6, 8, ..., 64, 96 and 192 do. Otherwise ranks share
+# shards and tokenize some text twice. A change of this number changes every stream of rows and
+# refuses older states.
 NUM_SHARDS = 192
 
 Encode = Callable[[str], list[int]]
@@ -27,8 +29,17 @@ Encode = Callable[[str], list[int]]
 Batch = tuple[dict[str, Tensor], Tensor, dict[str, Any]]
 
 
+class Cut(NamedTuple):
+    """How the global stream of rows is cut: tokens of a row, rows of a local batch, this rank."""
+
+    seq_len: int
+    local_batch: int
+    rank: int
+    num_ranks: int
+
+
 class Cursor(NamedTuple):
-    """Where a shard is: rows packed so far, epoch, document within the shard, token pairs of it already used."""
+    """Where a shard is: rows packed, epoch, document within the shard, tokens of it used."""
 
     rows: int = 0
     epoch: int = 0
@@ -37,7 +48,7 @@ class Cursor(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """A stretch of one document's tokens (one more than it has inputs, as the last is only a label), and its domain."""
+    """A stretch of one document: its inputs and one more token, the last label; and its domain."""
 
     tokens: Tensor
     domain_id: int
@@ -46,16 +57,14 @@ class Piece(NamedTuple):
 class PackedRows(IterableDataset[Batch]):
     """The local batches of one data-parallel rank.
 
-    An endless stream reads from ``NUM_SHARDS`` shards. A finite one reads from a single shard, on every rank: only so
-    does each rank know where the text ends, stop at the same step as the others, and leave out less than a batch.
+    An endless stream reads from ``NUM_SHARDS`` shards. A finite one reads from a single shard, on
+    every rank: only so does each rank know where the text ends, stop at the same step as the
+    others, and leave out less than a batch.
 
     Args:
         documents: The texts.
         encode: Text -> token ids, with begin and end of text.
-        seq_len: Tokens of a row.
-        local_batch_size: Rows of a batch on this rank.
-        dp_rank: This rank.
-        dp_world_size: Number of ranks.
+        cut: Which part of the rows this rank yields.
         seed: Seed of the shuffles.
         infinite: Whether to start the next epoch when the text ends.
     """
@@ -64,29 +73,27 @@ class PackedRows(IterableDataset[Batch]):
         self,
         documents: Documents,
         encode: Encode,
+        cut: Cut,
         *,
-        seq_len: int,
-        local_batch_size: int,
-        dp_rank: int,
-        dp_world_size: int,
         seed: int,
         infinite: bool,
     ) -> None:
+        """Deal the documents to shards; nothing is tokenized yet."""
         self.domains = documents.names
         self.num_shards = min(NUM_SHARDS, len(documents)) if infinite else 1
         self._documents = documents
         self._encode = encode
-        self._seq_len = seq_len
-        self._local_batch = local_batch_size
-        self._global_batch = local_batch_size * dp_world_size
-        self._first_row = local_batch_size * dp_rank
+        self._seq_len = cut.seq_len
+        self._local_batch = cut.local_batch
+        self._global_batch = cut.local_batch * cut.num_ranks
+        self._first_row = cut.local_batch * cut.rank
         self._seed = seed
         self._infinite = infinite
         self.state: dict[str, Any] = {"row": 0}
         self.state |= {shard_key(shard): list(Cursor()) for shard in range(self.num_shards)}
 
     def own_state(self) -> dict[str, Any]:
-        """Return what of the starting state this rank saves: its own shards only, which it keeps up to date."""
+        """Return the part of the starting state that this rank saves: the shards it reads."""
         return {"row": self.state["row"]} | {
             shard_key(s): self.state[shard_key(s)] for s in self._own_shards()
         }
@@ -100,18 +107,18 @@ class PackedRows(IterableDataset[Batch]):
         loaded = {key: state.get(key) for key in self.state}
         row = loaded["row"]
         if type(row) is not int or row < 0:
-            raise ValueError(
-                f"data loader state: 'row' is {row!r}, not a count; the checkpoint is damaged"
-            )
+            msg = f"data loader state: 'row' is {row!r}, not a count; the checkpoint is damaged"
+            raise ValueError(msg)
         for shard in range(self.num_shards):
-            cursor = loaded[shard_key(shard)]
+            cursor: Any = loaded[shard_key(shard)]
             # A shard never is ahead of the rows that all ranks together have taken from it.
             taken = (row - shard + self.num_shards - 1) // self.num_shards
             if not _is_cursor(cursor) or cursor[0] > max(taken, 0):
-                raise ValueError(
-                    f"data loader state: {shard_key(shard)!r} is {cursor!r} at row {row}, which cannot be; "
-                    "the checkpoint is damaged or not of this loader"
+                msg = (
+                    f"data loader state: {shard_key(shard)!r} is {cursor!r} at row {row}, which "
+                    "cannot be; the checkpoint is damaged or not of this loader"
                 )
+                raise ValueError(msg)
         self.state = loaded
 
     def __iter__(self) -> Iterator[Batch]:
@@ -119,7 +126,7 @@ class PackedRows(IterableDataset[Batch]):
         worker = get_worker_info()
         first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
         cursors = {s: Cursor(*self.state[shard_key(s)]) for s in range(self.num_shards)}
-        # A document that goes on in the shard's next row is found here instead of being tokenized again.
+        # A document that goes on in the shard's next row is found here, not tokenized again.
         encode = functools.lru_cache(maxsize=2 * self.num_shards)(self._tokens)
         order = functools.lru_cache(maxsize=8)(self._order)
         row = self.state["row"] + first * self._global_batch
@@ -137,9 +144,8 @@ class PackedRows(IterableDataset[Batch]):
                 pieces.append(packed)
                 touched.add(shard)
             row += self._global_batch
-            while (
-                not self._infinite and cursors[0].rows < row
-            ):  # is there text for the other ranks too?
+            # Is there text for the other ranks too? If not, all of them stop here.
+            while not self._infinite and cursors[0].rows < row:
                 packed, cursors[0] = self._pack(0, cursors[0], encode, order)
                 if packed is None:
                     return
@@ -148,17 +154,23 @@ class PackedRows(IterableDataset[Batch]):
             row += (stride - 1) * self._global_batch
 
     def check_size(self, where: str) -> None:
-        """Raise ValueError if there is too little text: for one row, or, if finite, for one batch of all ranks."""
+        """Check that there is text for one row, or, if finite, for one batch of all ranks.
+
+        Raises:
+            ValueError: If there is less.
+        """
         rows = 1 if self._infinite else self._global_batch
         need, have = rows * self._seq_len, 0
         for i in range(len(self._documents)):
-            have += len(self._tokens(i)[0]) - 1
+            have += max(len(self._tokens(i)[0]) - 1, 0)
             if have >= need:
                 return
         what = "one row needs" if rows == 1 else f"one batch of {rows} rows needs"
-        raise ValueError(
-            f"{where}: too little text: {have} tokens, but {what} {need}; add text or lower --training.seq_len"
+        msg = (
+            f"{where}: too little text: {have} tokens, but {what} {need}; add text or lower "
+            "--training.seq_len"
         )
+        raise ValueError(msg)
 
     def _own_shards(self) -> list[int]:
         # Steps move a rank's rows by the global batch, so modulo this number they never move.
@@ -168,9 +180,8 @@ class PackedRows(IterableDataset[Batch]):
         return [s for s in range(self.num_shards) if s % period in residues]
 
     def _tokens(self, index: int) -> tuple[Tensor, int]:
-        return torch.tensor(self._encode(self._documents.texts[index])), self._documents.domain_ids[
-            index
-        ]
+        tokens = torch.tensor(self._encode(self._documents.texts[index]), dtype=torch.int64)
+        return tokens, self._documents.domain_ids[index]
 
     def _order(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self._seed, epoch]).permutation(len(self._documents))
@@ -182,7 +193,7 @@ class PackedRows(IterableDataset[Batch]):
         encode: Callable[[int], tuple[Tensor, int]],
         order: Callable[[int], np.ndarray],
     ) -> tuple[list[Piece] | None, Cursor]:
-        """Return a shard's next row and the cursor after it; no row if a finite stream ends within it."""
+        """Return a shard's next row (None if a finite stream ends in it) and the next cursor."""
         rows, epoch, document, offset = cursor
         pieces: list[Piece] = []
         room = self._seq_len
@@ -204,7 +215,7 @@ class PackedRows(IterableDataset[Batch]):
 
 
 def batch_of(rows: list[list[Piece]]) -> tuple[dict[str, Tensor], Tensor]:
-    """Lay out rows of pieces as tensors ``[b, L]``; positions restart at 0 with every piece, also a continued one."""
+    """Lay out rows as tensors ``[B, L]``; positions start at 0 in every piece, even a later one."""
 
     def stack(part: Callable[[Piece], Tensor]) -> Tensor:
         return torch.stack([torch.cat([part(piece) for piece in row]) for row in rows])
@@ -222,14 +233,11 @@ def shard_key(shard: int) -> str:
     return f"shard_{shard:03d}"
 
 
-def _is_cursor(value: object) -> bool:
-    return (
-        isinstance(value, list | tuple)
-        and len(value) == len(Cursor._fields)
-        and all(map(is_count, value))
-    )
-
-
 def is_count(value: object) -> bool:
     """Tell whether a value from a saved state is a whole number from 0 on."""
     return type(value) is int and value >= 0
+
+
+def _is_cursor(value: Any) -> bool:  # noqa: ANN401
+    is_list = type(value) in {list, tuple} and len(value) == len(Cursor._fields)
+    return is_list and all(map(is_count, value))

@@ -1,4 +1,4 @@
-"""Records of local files, one at a time, each with its place for messages; and what a record's columns hold."""
+"""Records of local files, each with its place for messages, and what their columns hold."""
 
 import difflib
 import json
@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 DEFAULT_DOMAIN_COLUMN = "domain"
 ONLY_DOMAIN = "all"
@@ -35,12 +38,15 @@ def local_files(path: Path, split: str) -> list[Path]:
         ValueError: If the path does not exist, or nothing in it fits; names what there is.
     """
     if not path.exists():
-        raise ValueError(f"{path}: no such file or directory{near(path.name, siblings(str(path)))}")
+        msg = f"{path}: no such file or directory{near(path.name, siblings(str(path)))}"
+        raise ValueError(msg)
     if path.is_file():
         if path.suffix not in SUFFIXES:
-            raise ValueError(
-                f"{path}: cannot read {path.suffix or 'a file without suffix'}; use {', '.join(SUFFIXES)}"
+            msg = (
+                f"{path}: cannot read {path.suffix or 'a file without suffix'}; use "
+                f"{', '.join(SUFFIXES)}"
             )
+            raise ValueError(msg)
         return [path]
     known = {name for names in _SPLIT_DIRS.values() for name in names}
     there = [d.name for d in sorted(path.iterdir()) if d.is_dir()]
@@ -49,16 +55,16 @@ def local_files(path: Path, split: str) -> list[Path]:
     )
     if folder is path and known.intersection(there):
         # Falling back to the whole directory would validate on the training text.
-        raise ValueError(
-            f"{path}: no sub-directory for split {split!r}; there are {', '.join(there)}"
-        )
+        msg = f"{path}: no sub-directory for split {split!r}; there are {', '.join(there)}"
+        raise ValueError(msg)
     files = [
         f
         for f in sorted(folder.rglob("*"))
         if f.suffix in SUFFIXES and f.is_file() and f.name[0] != "."
     ]
     if not files:
-        raise ValueError(f"{folder}: no {', '.join(SUFFIXES)} file in this directory")
+        msg = f"{folder}: no {', '.join(SUFFIXES)} file in this directory"
+        raise ValueError(msg)
     return files
 
 
@@ -73,9 +79,8 @@ def text_of(record: Mapping[str, Any], columns: Columns, place: str) -> str:
     except KeyError:
         raise _missing_column(record, columns.text, "text_column", place) from None
     if not isinstance(text, str):
-        raise ValueError(
-            f"{place}: text column {columns.text!r} holds {type(text).__name__}, not a string"
-        )
+        msg = f"{place}: text column {columns.text!r} holds {type(text).__name__}, not a string"
+        raise ValueError(msg)  # noqa: TRY004 -- it is the data that is wrong
     return text
 
 
@@ -83,7 +88,8 @@ def domain_of(record: Mapping[str, Any], columns: Columns, place: str) -> str | 
     """Return a record's domain; None if it has none and the column's name is the default one.
 
     Raises:
-        ValueError: If a column that the user named is missing, or the domain is not a name; names the place.
+        ValueError: If a column that the user named is missing, or the domain is not a name; names
+            the place.
     """
     if not columns.domain:
         return ONLY_DOMAIN
@@ -94,7 +100,8 @@ def domain_of(record: Mapping[str, Any], columns: Columns, place: str) -> str | 
             return None
         raise _missing_column(record, columns.domain, "domain_column", place) from None
     if isinstance(domain, bool) or not isinstance(domain, str | int) or domain == "":
-        raise ValueError(f"{place}: domain column {columns.domain!r} holds {domain!r}, not a name")
+        msg = f"{place}: domain column {columns.domain!r} holds {domain!r}, not a name"
+        raise ValueError(msg)
     return str(domain)
 
 
@@ -103,9 +110,8 @@ def read_records(file: Path, columns: Columns) -> Iterator[tuple[str, Mapping[st
     records = _parquet(file, columns) if file.suffix == ".parquet" else _json(file)
     for place, record in records:
         if not isinstance(record, Mapping):
-            raise ValueError(
-                f"{place}: a record must be a JSON object, not {type(record).__name__}"
-            )
+            msg = f"{place}: a record must be a JSON object, not {type(record).__name__}"
+            raise ValueError(msg)  # noqa: TRY004 -- likewise
         yield place, record
 
 
@@ -124,18 +130,15 @@ def _decode(content: bytes, file: str, first_line: int) -> Any:  # noqa: ANN401
     try:
         return json.loads(content)
     except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{file}:{first_line + error.lineno - 1}: invalid JSON: {error.msg}"
-        ) from error
+        msg = f"{file}:{first_line + error.lineno - 1}: invalid JSON: {error.msg}"
+        raise ValueError(msg) from error
     except UnicodeDecodeError as error:
         line = first_line + content[: error.start].count(b"\n")
-        raise ValueError(f"{file}:{line}: not UTF-8 text") from error
+        msg = f"{file}:{line}: not UTF-8 text"
+        raise ValueError(msg) from error
 
 
 def _parquet(file: Path, columns: Columns) -> Iterator[tuple[str, Any]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     number = 0
     try:
         with pq.ParquetFile(file) as parquet:
@@ -154,7 +157,8 @@ def _parquet(file: Path, columns: Columns) -> Iterator[tuple[str, Any]]:
                     number += 1
     except (pa.ArrowException, OSError) as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"{file}: not a readable Parquet file: {reason}") from error
+        msg = f"{file}: not a readable Parquet file: {reason}"
+        raise ValueError(msg) from error
 
 
 def _lookup(record: Mapping[str, Any], path: str) -> Any:  # noqa: ANN401
@@ -171,7 +175,8 @@ def _lookup(record: Mapping[str, Any], path: str) -> Any:  # noqa: ANN401
 def _missing_column(record: Mapping[str, Any], name: str, setting: str, place: str) -> ValueError:
     there = list(_column_names(record))
     return ValueError(
-        f"{place}: no column {name!r}{near(name, there)}; there are: {', '.join(there)}. Set --dataloader.{setting}"
+        f"{place}: no column {name!r}{near(name, there)}; there are: {', '.join(there)}. Set "
+        f"--dataloader.{setting}"
     )
 
 
@@ -184,10 +189,12 @@ def _column_names(record: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def near(name: str, there: Iterable[str]) -> str:
+    """Return a question with the names that are close, or nothing."""
     close = difflib.get_close_matches(name, list(there), n=3)
     return f" (did you mean {' or '.join(close)}?)" if close else ""
 
 
 def siblings(path: str) -> list[str]:
+    """List the names beside a path."""
     folder = Path(path).parent
     return [p.name for p in islice(folder.iterdir(), 10_000)] if folder.is_dir() else []

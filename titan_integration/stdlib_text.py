@@ -1,8 +1,9 @@
 """The embedded data set: the running Python's own standard library, as text in five domains.
 
-It needs no network and no download, is real text, and its domains differ in how predictable they are:
-``code``, ``docs`` (reference prose), ``tests``, ``tables`` (generated code) and ``data`` (text that is not code).
-Two installations of one Python version may differ (distributions leave parts out), never two reads of one.
+It needs no network and no download, is real text, and its domains differ in how predictable they
+are: ``code``, ``docs`` (reference prose), ``tests``, ``tables`` (generated code) and ``data`` (text
+that is not code). Two installations of one Python version may differ (distributions leave parts
+out), never two reads of one.
 """
 
 import functools
@@ -22,9 +23,11 @@ logger = logging.getLogger(__name__)
 DOMAINS = ("code", "data", "docs", "tables", "tests")
 SPLITS = ("train", "validation")
 
-# A document is at most this long (characters), so that a domain is many documents and not a few huge ones.
+# A document is at most this long (characters), so that a domain is many documents and not a few
+# huge ones.
 MAX_CHARS = 8_000
-# A domain reads at most this much (bytes): the test suite alone is 20 MB where it is installed, and absent elsewhere.
+# A domain reads at most this much (bytes): the test suite alone is 20 MB where it is installed, and
+# absent elsewhere.
 MAX_DOMAIN_BYTES = 4_000_000
 MAX_FILE_BYTES = 500_000
 HELD_OUT_PERCENT = 5
@@ -41,9 +44,11 @@ _TABLE_NAMES = {
     "mimetypes.py",
     "stat.py",
 }
-# Prose shorter than this (characters) is not worth a document of its own beside the code that it comes from.
+# Prose shorter than this (characters) is not worth a document of its own beside the code that it
+# comes from.
 _MIN_PROSE_CHARS = 1_500
-# Every triple-quoted string in order; group 1 is set when nothing but white space stands before it: a docstring.
+# Every triple-quoted string in order; group 1 is set when nothing but white space stands before it:
+# a docstring.
 _TRIPLE_QUOTED = re.compile(r'(^[ \t]*[rR]?)?"""(.*?)"""', re.MULTILINE | re.DOTALL)
 
 
@@ -60,13 +65,15 @@ def stdlib_text(split: str = "train") -> tuple[Text, ...]:
     """Return the documents of one split, in an order that is fixed for a given Python installation.
 
     Args:
-        split: ``train`` or ``validation`` (about 5 % of the files of every domain; all pieces of a file go together).
+        split: ``train`` or ``validation`` (about 5 % of the files of every domain; all pieces of a
+            file go together).
 
     Raises:
         ValueError: For another split, or when this Python has no standard library on disk.
     """
     if split not in SPLITS:
-        raise ValueError(f"dataset 'stdlib' has no split {split!r}; use one of {', '.join(SPLITS)}")
+        msg = f"dataset 'stdlib' has no split {split!r}; use one of {', '.join(SPLITS)}"
+        raise ValueError(msg)
     texts = _all_texts()
     held_out = _held_out_files(texts)
     return tuple(
@@ -75,7 +82,7 @@ def stdlib_text(split: str = "train") -> tuple[Text, ...]:
 
 
 def read_stdlib(root: Path) -> list[Text]:
-    """Read every document below a standard library directory; a domain without text is left out, with a log line."""
+    """Read every document below a standard library directory; log the domains without text."""
     files: dict[str, list[Path]] = {domain: [] for domain in DOMAINS}
     for path in _walk(root):
         files[_domain(PurePosixPath(path.relative_to(root)))].append(path)
@@ -100,10 +107,12 @@ def _all_texts() -> tuple[Text, ...]:
     root = Path(sysconfig.get_path("stdlib"))
     texts = tuple(read_stdlib(root))
     if not any(t.domain == "code" for t in texts):
-        raise ValueError(
-            f"dataset 'stdlib': no Python source in {root} (this Python keeps its library elsewhere, perhaps in a zip "
+        msg = (
+            f"dataset 'stdlib': no Python source in {root} (this Python keeps its library "
+            "elsewhere, perhaps in a zip "
             "file); name a file or directory of your own in --dataloader.dataset"
         )
+        raise ValueError(msg)
     return texts
 
 
@@ -119,7 +128,8 @@ def _domain(path: PurePosixPath) -> str:
         return "tests"
     if path.suffix != ".py":
         return "data"
-    # Distributions often leave the test suites out; the library's own testing tools are always there.
+    # Distributions often leave the test suites out; the library's own testing tools are always
+    # there.
     if path.parts[0] == "unittest" or path.name == "doctest.py":
         return "tests"
     if (
@@ -132,7 +142,7 @@ def _domain(path: PurePosixPath) -> str:
 
 
 def _read(paths: Iterable[Path], root: Path) -> Iterator[tuple[str, str]]:
-    """Yield name and content of the text files, in order of a hash (so a cut leaves a fair sample), up to the cap."""
+    """Yield name and content of text files up to the cap, in a hash's order: a fair sample."""
     total = 0
     for path in sorted(paths, key=lambda p: _hash(p.relative_to(root).as_posix())):
         try:
@@ -163,16 +173,16 @@ def _reference_topics() -> dict[str, str]:
 
 
 def _pieces(name: str, domain: str, text: str) -> list[Text]:
-    """Cut a text at line ends into documents of at most ``MAX_CHARS``; only a longer line is cut inside."""
-    pieces, current = [], ""
+    """Cut a text into documents of at most ``MAX_CHARS``, at line ends where there are any."""
+    pieces: list[str] = []
+    current = ""
     for line in text.splitlines(keepends=True):
         if len(current) + len(line) > MAX_CHARS:
             pieces.append(current)
             current = ""
-        while len(line) > MAX_CHARS:
-            pieces.append(line[:MAX_CHARS])
-            line = line[MAX_CHARS:]
-        current += line
+        *whole, rest = (line[i : i + MAX_CHARS] for i in range(0, len(line), MAX_CHARS))
+        pieces += whole
+        current += rest
     pieces.append(current)
     return [
         Text(f"{name}#{i:03d}", domain, piece) for i, piece in enumerate(pieces) if piece.strip()
@@ -180,11 +190,12 @@ def _pieces(name: str, domain: str, text: str) -> list[Text]:
 
 
 def _held_out_files(texts: Iterable[Text]) -> set[tuple[str, str]]:
-    # By file and not by piece: a module's docstrings are in both code and docs, and must not be in both splits.
+    # By file and not by piece: a module's docstrings are in both code and docs, and must not be in
+    # both splits.
     by_domain: dict[str, set[str]] = {}
     for t in texts:
         by_domain.setdefault(t.domain, set()).add(_file(t.name))
-    held_out = set()
+    held_out: set[tuple[str, str]] = set()
     for domain, names in by_domain.items():
         chosen = {n for n in names if _hash("held out " + n) % 100 < HELD_OUT_PERCENT}
         if len(names) > 1 and not chosen:

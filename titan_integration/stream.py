@@ -1,57 +1,53 @@
-"""Rows from a streamed Hugging Face data set, for text that neither fits in memory nor has an index."""
+"""Rows from a streamed Hugging Face data set, for text that does not fit in memory."""
 
 import copy
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NoReturn
 
+import datasets
 import torch
+from datasets.distributed import split_dataset_by_node
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from titan_integration.packing import Batch, Encode, Piece, batch_of, is_count
+from titan_integration.packing import Batch, Cut, Encode, Piece, batch_of, is_count
 from titan_integration.records import Columns, domain_of, local_files, text_of
-
-if TYPE_CHECKING:
-    import datasets
 
 
 class StreamedRows(IterableDataset[Batch]):
     """The local batches of one rank from a streamed Hugging Face data set, in its own order.
 
-    Differs from ``PackedRows``: the data set is split among the ranks by Hugging Face, so here the rows do depend on
-    the number of ranks, and a saved state only fits the same number.
+    Differs from ``PackedRows``: the data set is split among the ranks by Hugging Face, so here the
+    rows do depend on the number of ranks, and a saved state only fits the same number.
     """
 
     def __init__(
         self,
-        stream: "datasets.IterableDataset",
+        stream: datasets.IterableDataset,
         encode: Encode,
+        cut: Cut,
         columns: Columns,
         domains: tuple[str, ...],
         *,
-        seq_len: int,
-        local_batch_size: int,
-        dp_rank: int,
-        dp_world_size: int,
         infinite: bool,
         where: str,
     ) -> None:
-        from datasets.distributed import split_dataset_by_node
-
+        """Take this rank's part of a stream; ``where`` names the stream in messages."""
         self.domains = domains
-        self._stream = split_dataset_by_node(stream, dp_rank, dp_world_size)
+        self._stream = split_dataset_by_node(stream, cut.rank, cut.num_ranks)
         self._encode = encode
         self._columns = columns
-        self._seq_len = seq_len
-        self._local_batch = local_batch_size
+        self._seq_len = cut.seq_len
+        self._local_batch = cut.local_batch
         self._infinite = infinite
         self._where = where
-        self._key = f"dp_rank_{dp_rank}"
-        # Text, because Hugging Face's nested state has no fixed shape and a checkpoint entry must have one.
+        self._key = f"dp_rank_{cut.rank}"
+        # Text, because Hugging Face's nested state has no fixed shape and a checkpoint entry must
+        # have one.
         self.state: dict[str, Any] = {
-            "world_size": dp_world_size,
+            "world_size": cut.num_ranks,
             self._key: json.dumps([0, None, 0]),
         }
 
@@ -66,20 +62,42 @@ class StreamedRows(IterableDataset[Batch]):
             ValueError: If it was saved by another number of ranks, or is damaged.
         """
         if state.get("world_size") != self.state["world_size"]:
-            raise ValueError(
-                f"data loader state: saved with {state.get('world_size')} data-parallel ranks, now there are "
-                f"{self.state['world_size']}; a streamed data set can only resume with the same number"
+            msg = (
+                f"data loader state: saved with {state.get('world_size')} data-parallel ranks, "
+                f"now there are {self.state['world_size']}; a streamed data set can only resume "
+                "with the same number"
             )
+            raise ValueError(msg)
         try:
             epoch, source, offset = json.loads(state[self._key])
-            sound = is_count(epoch) and is_count(offset) and isinstance(source, dict | None)
+            sound = (
+                is_count(epoch) and is_count(offset) and (source is None or type(source) is dict)
+            )
         except (KeyError, TypeError, ValueError):
             sound = False
         if not sound:
-            raise ValueError(
-                f"data loader state: {self._key!r} is {state.get(self._key)!r}; the checkpoint is damaged"
+            msg = (
+                f"data loader state: {self._key!r} is {state.get(self._key)!r}; the checkpoint is "
+                "damaged"
             )
+            raise ValueError(msg)
         self.state = {key: state[key] for key in self.state}
+
+    def check_first(self) -> None:
+        """Read one record.
+
+        Raises:
+            ValueError: If there is none, or it cannot be read, or has not the columns or a domain.
+        """
+        try:
+            record = next(iter(copy.deepcopy(self._stream)), None)
+        except Exception as error:
+            reason = str(error).strip().partition("\n")[0]
+            msg = f"{self._where}: cannot read the stream: {type(error).__name__}: {reason}"
+            raise ValueError(msg) from error
+        if record is None:
+            self._raise_empty()
+        self._tokens(record)
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield this rank's batches."""
@@ -91,19 +109,17 @@ class StreamedRows(IterableDataset[Batch]):
                 rows = []
 
     def _rows(self) -> Iterator[tuple[list[Piece], tuple[int, Any, int]]]:
-        """Yield rows with (epoch, Hugging Face's state before the row's last document, token pairs used of that)."""
+        """Yield rows with (epoch, source state before the last document, tokens of it used)."""
         epoch, source, skip = json.loads(self.state[self._key])
         stream = copy.deepcopy(self._stream)  # so that iterating again starts over
         pieces: list[Piece] = []
         room = self._seq_len
         while True:
-            stream.set_epoch(
-                epoch
-            )  # Hugging Face reorders the files by it, and resumes only within it
+            # Hugging Face reorders the files by the epoch, and resumes only within one.
+            stream.set_epoch(epoch)
             if source is not None:
                 stream.load_state_dict(source)
-            seen = 0
-            for seen, record in enumerate(stream, start=1):
+            for record in stream:
                 tokens, domain_id = self._tokens(record)
                 offset, skip = skip, 0
                 while (take := min(len(tokens) - 1 - offset, room)) > 0:
@@ -112,39 +128,45 @@ class StreamedRows(IterableDataset[Batch]):
                     room -= take
                     if not room:
                         yield pieces, (epoch, source, offset)
-                        pieces, room = [], self._seq_len
+                        pieces, room = list[Piece](), self._seq_len
                 source = copy.deepcopy(stream.state_dict())
             if not self._infinite:
                 return
-            if not seen and source is None:
-                raise ValueError(f"{self._where}: this rank's part of the stream has no records")
+            if source is None:  # it is set after every record
+                self._raise_empty()
             epoch, source, skip = epoch + 1, None, 0
+
+    def _raise_empty(self) -> NoReturn:
+        msg = f"{self._where}: this rank's part of the stream has no records"
+        raise ValueError(msg)
 
     def _tokens(self, record: Mapping[str, Any]) -> tuple[Tensor, int]:
         place = f"{self._where}: a streamed record"
         text = text_of(record, self._columns, place)
         name = domain_of(record, self._columns, place)
         if name not in self.domains:
-            raise ValueError(
-                f"{place}: domain {name!r} is not in 'domains' ({', '.join(self.domains)})"
+            what = (
+                f"domain {name!r}" if name else f"no column {self._columns.domain!r}, whose value"
             )
+            msg = f"{place}: {what} must be one of 'domains' ({', '.join(self.domains)})"
+            raise ValueError(msg)
         return torch.tensor(self._encode(text)), self.domains.index(name)
 
 
-def open_local_stream(path: Path, split: str) -> "datasets.IterableDataset":
+def open_local_stream(path: Path, split: str) -> datasets.IterableDataset:
     """Open local files of one kind as a Hugging Face ``IterableDataset``.
 
     Raises:
         ValueError: If files are missing, or of two kinds.
     """
-    import datasets
-
     files = local_files(path, split)
     builders = {"parquet" if f.suffix == ".parquet" else "json" for f in files}
     if len(builders) > 1:
-        raise ValueError(
-            f"{path}: JSON and Parquet files cannot be streamed together; keep one kind in the directory"
+        msg = (
+            f"{path}: JSON and Parquet files cannot be streamed together; keep one kind in the "
+            "directory"
         )
+        raise ValueError(msg)
     return datasets.load_dataset(
         builders.pop(), data_files=[str(f) for f in files], split="train", streaming=True
     )

@@ -1,4 +1,4 @@
-"""A small byte-level BPE tokenizer for the embedded data set, trained at first use and cached for the user."""
+"""A small byte-level BPE tokenizer for the embedded data set, trained at first use and cached."""
 
 import hashlib
 import json
@@ -19,31 +19,38 @@ BOS = "<|begin_of_text|>"
 EOS = "<|end_of_text|>"
 SPECIAL_TOKENS = [BOS, EOS]
 
-# Characters of each domain that the tokenizer is trained on: enough for a few thousand merges, seconds on one core.
+# Characters of each domain that the tokenizer is trained on: enough for a few thousand merges,
+# seconds on one core.
 SAMPLE_CHARS = 400_000
 # Raise this when the way of training changes, so that older caches are not used.
 RECIPE = 1
 
 
 def ensure_tokenizer(vocab_size: int = 2048) -> Path:
-    """Return the directory of a tokenizer with exactly this vocabulary, training it first if it is not cached.
+    """Return the directory of a tokenizer with exactly this vocabulary, training it if need be.
 
-    Safe when several processes do this at once: all write the same bytes, and a file appears whole or not at all.
+    Safe when several processes do this at once: all write the same bytes, and a file appears whole
+    or not at all.
 
     Args:
-        vocab_size: Number of tokens, at least 258 (256 bytes and the two special tokens, whose ids are 0 and 1).
+        vocab_size: Number of tokens, at least 258 (256 bytes and the two special tokens, whose ids
+            are 0 and 1).
 
     Returns:
-        Directory with ``tokenizer.json`` and ``tokenizer_config.json``, fit for ``--hf_assets_path``.
+        Directory with ``tokenizer.json`` and ``tokenizer_config.json``, fit for
+        ``--hf_assets_path``.
 
     Raises:
-        ValueError: If the vocabulary is too small, or larger than the text allows, or the cache cannot be written.
+        ValueError: If the vocabulary is too small, or larger than the text allows, or the cache
+            cannot be written.
     """
     smallest = 256 + len(SPECIAL_TOKENS)
     if vocab_size < smallest:
-        raise ValueError(
-            f"vocab_size {vocab_size} is too small: bytes and special tokens already make {smallest}"
+        msg = (
+            f"vocab_size {vocab_size} is too small: bytes and special tokens already make "
+            f"{smallest}"
         )
+        raise ValueError(msg)
     sample = _sample()
     folder = (
         cache_dir()
@@ -69,10 +76,11 @@ def ensure_tokenizer(vocab_size: int = 2048) -> Path:
         _write(folder / "tokenizer_config.json", json.dumps(config, indent=2))
         _write(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
     except OSError as error:
-        raise ValueError(
+        msg = (
             f"cannot write the tokenizer cache {folder} ({error.strerror}); "
             "set WEIGHTING_CACHE to a directory that you can write"
-        ) from error
+        )
+        raise ValueError(msg) from error
     return folder
 
 
@@ -112,9 +120,11 @@ def _train(sample: list[str], vocab_size: int) -> Tokenizer:
     )
     tokenizer.train_from_iterator(sample, trainer)
     if tokenizer.get_vocab_size() != vocab_size:
-        raise ValueError(
-            f"vocab_size {vocab_size} is too large: the embedded text yields {tokenizer.get_vocab_size()} tokens"
+        msg = (
+            f"vocab_size {vocab_size} is too large: the embedded text yields "
+            f"{tokenizer.get_vocab_size()} tokens"
         )
+        raise ValueError(msg)
     return tokenizer
 
 
@@ -128,7 +138,7 @@ def _is_whole(folder: Path, vocab_size: int) -> bool:
 
 
 def _write(path: Path, text: str) -> None:
-    """Put a file in place in one step, so that another process, or one killed here, never leaves half of it."""
+    """Put a file in place in one step, so that nobody ever sees half of it, even after a kill."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:

@@ -1,9 +1,9 @@
 """Arrow text to calls with positions, and calls back to text.
 
-    pipeline = stage ( ("->" | "→") stage )*
-    stage    = name [ "(" [ argument ("," argument)* ] ")" ]
-    argument = [ name "=" ] value
-    value    = number | number "/" "n" | word | "text" | name "(" ... ")" | "{" key ":" value ... "}"
+pipeline = stage ( ("->" | "→") stage )*
+stage    = name [ "(" [ argument ("," argument)* ] ")" ]
+argument = [ name "=" ] value
+value    = number | number "/" "n" | word | "text" | name "(" ... ")" | "{" key ":" value ... "}"
 """
 
 from __future__ import annotations

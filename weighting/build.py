@@ -108,6 +108,17 @@ def build(
     return Weighting(spec, tuple(domains or ()), collectives or Alone())
 
 
+def sketch(spec: Spec) -> Weighting:
+    """Build a spec to look at, without the domain names it may need to run.
+
+    Raises:
+        SpecError: The stages do not fit together; every problem at once.
+    """
+    if problems := order_problems(spec):
+        raise SpecError(problems)
+    return Weighting(spec, (), Alone())
+
+
 class Step(NamedTuple):
     """A stage of an expanded pipeline: what it is, where it was written, the level it leaves."""
 
@@ -163,7 +174,9 @@ class Weighting(nn.Module):
         self.collectives = collectives
         self.plans = {name: plan(pipeline) for name, pipeline in spec.factors.items()}
         self.needs = frozenset().union(*map(_needs, self.plans.values()))
-        self.identity = spec.reduction == "token_mean" and all(map(_is_identity, self.plans.values()))
+        self.identity = spec.reduction == "token_mean" and all(
+            map(_is_identity, self.plans.values())
+        )
 
     def forward(self, signals: Signals, step: int | Tensor = 0) -> Weights:
         """Return the weights of a batch.
@@ -185,7 +198,8 @@ class Weighting(nn.Module):
                 token = flat.valid.float()
             else:
                 runs = {
-                    name: self._run(steps, signals, flat, step) for name, steps in self.plans.items()
+                    name: self._run(steps, signals, flat, step)
+                    for name, steps in self.plans.items()
                 }
                 token = self._combine(signals, flat.valid, [run.token for run in runs.values()])
             ok = torch.stack([run.ok for run in runs.values()]).all(0)
@@ -249,8 +263,7 @@ class Weighting(nn.Module):
         """Return this rank's part of units that were brought together."""
         if scope.level in {"token", "domain"}:
             return x
-        ranks = self.collectives.gather(x.new_zeros(())).numel()
-        return x.unflatten(0, (ranks, -1))[self.collectives.rank]
+        return x.unflatten(0, (self.collectives.size, -1))[self.collectives.rank]
 
     def _combine(self, signals: Signals, valid: Tensor, factors: list[Tensor]) -> Tensor:
         """Multiply the factors and scale the product to mean one: the one place that does either."""
@@ -308,14 +321,19 @@ def _misfits(pipeline: tuple[Stage, ...]) -> Iterator[tuple[int, str]]:
     for index, stage in enumerate(pipeline):
         if index == 0:
             if stage.takes == "weight":
-                yield 0, f"{stage.name} changes weights and cannot come first; {_TO_WEIGHT} before it"
+                yield (
+                    0,
+                    f"{stage.name} changes weights and cannot come first; {_TO_WEIGHT} before it",
+                )
             elif stage.takes == "score" and stage.kind != "pool":
                 pooled = True  # the implied head is loss -> mean(sequence)
         elif stage.takes is None:
             yield index, f"{stage.name} starts a pipeline and cannot follow {before.name}"
         elif stage.takes != before.gives:
             hint = _TO_WEIGHT if stage.takes == "weight" else "a pipeline weighs only once"
-            message = f"{stage.name} takes a {stage.takes}, but {before.name} gives a {before.gives}"
+            message = (
+                f"{stage.name} takes a {stage.takes}, but {before.name} gives a {before.gives}"
+            )
             yield index, f"{message}; {hint}{' before it' if stage.takes == 'weight' else ''}"
         if isinstance(stage, Pool):
             if pooled and (index or stage.takes != "score"):
@@ -396,12 +414,14 @@ def _ones(valid: Tensor) -> _Run:
 def _moments(weight: Tensor, valid: Tensor, dropped: Tensor, largest: Tensor | None) -> Tensor:
     """Return the row of `MOMENTS` of one set of units."""
     at_cap = torch.zeros_like(valid) if largest is None else weight >= largest * (1 - 1e-5)
-    return torch.stack([
-        valid.sum().float(),
-        torch.where(valid, weight, 0).sum(),
-        torch.where(valid, weight * weight, 0).sum(),
-        (valid & at_cap).sum().float(),
-        dropped.sum().float(),
-        torch.where(valid, weight, torch.inf).amin(),
-        torch.where(valid, weight, -torch.inf).amax(),
-    ])
+    return torch.stack(
+        [
+            valid.sum().float(),
+            torch.where(valid, weight, 0).sum(),
+            torch.where(valid, weight * weight, 0).sum(),
+            (valid & at_cap).sum().float(),
+            dropped.sum().float(),
+            torch.where(valid, weight, torch.inf).amin(),
+            torch.where(valid, weight, -torch.inf).amax(),
+        ]
+    )

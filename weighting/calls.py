@@ -28,9 +28,9 @@ def make_stage(source: Source, call: Call, problems: list[Problem]) -> Stage | N
     return made
 
 
-def stage_call(stage: Stage) -> Call:
-    """Return the call that writes a stage; `make_stage` gives it back."""
-    return _call(stage, positional=1)
+def stage_call(stage: Stage, *, defaults: bool = False) -> Call:
+    """Return the call that writes a stage, with or without its defaults; `make_stage` reads it."""
+    return _call(stage, positional=1, defaults=defaults)
 
 
 def from_yaml(source: Source, node: Node, problems: list[Problem]) -> tuple[Call, ...] | None:
@@ -171,13 +171,14 @@ def _plain(source: Source, value: Value, problems: list[Problem]) -> Any:
     return value.value
 
 
-def _call(model: Stage | Schedule, positional: int) -> Call:
+def _call(model: Stage | Schedule, positional: int, *, defaults: bool = False) -> Call:
     """Return the call that writes a stage or schedule: what was given, in field order."""
     span: Span = (0, 0)
-    collects, arguments = model.collects, []
+    collects = model.collects
+    arguments: list[Argument] = []
     for name in type(model).model_fields:
         value = getattr(model, name)
-        if value is None or name not in model.model_fields_set:
+        if value is None or not (defaults or name in model.model_fields_set):
             continue
         if name == collects and all(isinstance(key, str) for key in value):
             arguments += [Argument(key, _written(item), span) for key, item in value.items()]

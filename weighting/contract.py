@@ -80,11 +80,17 @@ class Collectives(Protocol):
         """This rank's place in what `gather` returns."""
         ...
 
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        ...
+
 
 class Alone:
     """The collectives of a single rank."""
 
     rank = 0
+    size = 1
 
     def gather(self, x: Tensor) -> Tensor:
         """Return x with a leading dimension of one."""
@@ -154,6 +160,8 @@ class Stage(BaseModel):
     gives: ClassVar[Form]
     collects: ClassVar[str | None] = None
     """The field that holds arguments of free names, as in table(web=2, code=1)."""
+    statistics: ClassVar[str] = ""
+    """Which statistics over its scope it takes, for people to read."""
 
     def expand(self) -> tuple[Stage, ...]:
         """Return the stages this one stands for; itself unless it is sugar."""

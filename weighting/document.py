@@ -74,7 +74,9 @@ def parse(source: Source) -> Node:
     except yaml.MarkedYAMLError as error:
         raise SpecError([_syntax_problem(source, error)]) from None
     if root is None:
-        raise SpecError([source.problem("the file is empty; a spec starts with version: 1", (0, 1))])
+        raise SpecError(
+            [source.problem("the file is empty; a spec starts with version: 1", (0, 1))]
+        )
     problems: list[Problem] = []
     node = _convert(source, root, problems)
     if problems:

@@ -88,9 +88,7 @@ class Source:
             column=start - line_start + 1,
             width=max(1, min(end, line_end) - start),
             # Control characters would move the caret or the terminal's cursor.
-            text="".join(
-                c if c.isprintable() else " " for c in self.text[line_start:line_end]
-            ),
+            text="".join(c if c.isprintable() else " " for c in self.text[line_start:line_end]),
         )
 
     def problem(self, message: str, span: Span) -> Problem:

@@ -95,7 +95,9 @@ def weighted_sum(nll: Tensor, weight: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def distribution_signals(logits: Tensor, labels: Tensor, needs: frozenset[str]) -> dict[str, Tensor]:
+def distribution_signals(
+    logits: Tensor, labels: Tensor, needs: frozenset[str]
+) -> dict[str, Tensor]:
     """Return the signals in `needs` that take the whole predicted distribution.
 
         entropy    = -sum_v p_v log p_v                          nats

@@ -42,7 +42,9 @@ def cap(weight: Tensor, largest: Tensor, scope: Scope) -> Tensor:
     scale = low.exp()
     for _ in range(_NEWTON_STEPS):  # the sum is concave in s: steps from below stay below
         full = scale * w >= largest
-        rest, free = scope.sum(torch.stack([torch.where(full, largest, 0), torch.where(full, 0, w)]))
+        rest, free = scope.sum(
+            torch.stack([torch.where(full, largest, 0), torch.where(full, 0, w)])
+        )
         scale = torch.where(free > 0, (total - rest) / free.clamp(min=TINY), scale)
     out = torch.minimum(largest, scale * w)
     out = torch.where((weight == 0) & (out < 1e-12), 0, out)  # a zero nobody needed stays zero
@@ -83,5 +85,8 @@ def _bracket(
         points = low + (high - low) * grid
         below = (rising(points) < target).sum()  # points are sorted: this many lie below
         edges = torch.cat([low[None], points, high[None]])
-        low, high = edges.gather(0, below[None]).squeeze(0), edges.gather(0, below[None] + 1).squeeze(0)
+        low, high = (
+            edges.gather(0, below[None]).squeeze(0),
+            edges.gather(0, below[None] + 1).squeeze(0),
+        )
     return low, high

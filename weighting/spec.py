@@ -214,7 +214,9 @@ def _read(
         message = "a spec is a map that starts with version: 1 and holds pipeline: or factors:"
         problems.append(source.problem(message, root.span))
         return None
-    options = {name: _option(source, *entries[name], problems) for name in _OPTIONS if name in entries}
+    options = {
+        name: _option(source, *entries[name], problems) for name in _OPTIONS if name in entries
+    }
     if "plugins" in entries:
         options["plugins"] = _plugins(source, entries["plugins"][1], problems, allow=allow_plugins)
     spans: dict[tuple[str, int], Span] = {}

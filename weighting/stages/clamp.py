@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from weighting.contract import Constrain, Scope
 from weighting.project import cap
@@ -27,6 +27,7 @@ class Clamp(Constrain):
     Differs: the authors' code has no cap; it holds there by itself only for tau above 1.38-1.44.
     """
 
+    statistics: ClassVar[str] = "sum"
     max: CapNumber
 
     def apply(self, x: Tensor, scope: Scope) -> Tensor:

@@ -23,7 +23,7 @@ class Entropy(Source):
 
     The second is sugar: entropy -> affine(shift=sigma) -> pow(gamma).
 
-    Source: Su et al. (2024), "MiLe Loss", NAACL Findings, arXiv:2310.19531, eq. 6.
+    Source: Su et al. (2024), "MiLe Loss", NAACL Findings, arXiv:2310.19531.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"entropy"})

@@ -15,7 +15,7 @@ class Extremes(Sugar):
 
     Sugar: abs.
 
-    Source: Sow et al. (2025), ICLR, arXiv:2502.06733, section 4 ("Extremes").
+    Source: Sow et al. (2025), ICLR, arXiv:2502.06733 ("Extremes").
     """
 
     def expand(self) -> tuple[Stage, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from weighting.contract import Constrain, Scope
 from weighting.project import raise_to
@@ -23,6 +23,7 @@ class Floor(Constrain):
     To mix with uniform weights instead, as DoReMi smooths, use interpolate.
     """
 
+    statistics: ClassVar[str] = "sum"
     min: FloorNumber
 
     def apply(self, x: Tensor, scope: Scope) -> Tensor:

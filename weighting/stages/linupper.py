@@ -17,7 +17,7 @@ class LinUpper(Sugar):
 
     Sugar: affine(shift=1) -> clip(max=alpha).
 
-    Source: Sow et al. (2025), ICLR, arXiv:2502.06733, section 4 ("LinUpper").
+    Source: Sow et al. (2025), ICLR, arXiv:2502.06733 ("LinUpper").
     """
 
     alpha: PositiveNumber = Constant(value=1)

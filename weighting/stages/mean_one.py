@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
@@ -21,10 +21,12 @@ class MeanOne(Weigh):
 
     When every score is 0, every weight is 1.
 
-    Source: Su et al. (2024), "MiLe Loss", arXiv:2310.19531, section 3 (the factor alpha).
+    Source: Su et al. (2024), "MiLe Loss", arXiv:2310.19531 (the factor alpha).
     Differs: one mean over all valid tokens; the authors average the reciprocals of per-rank means
     that also count ignored positions.
     """
+
+    statistics: ClassVar[str] = "sum"
 
     def apply(self, x: Tensor, scope: Scope) -> Tensor:
         """Return the weights."""

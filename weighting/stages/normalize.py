@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
@@ -22,10 +22,12 @@ class Normalize(Shape):
     At the head of a pipeline it stands for loss -> mean(sequence) -> normalize.
 
     Source: Sow et al. (2025), "Dynamic Loss-Based Sample Reweighting for Improved Large Language
-    Model Pretraining", ICLR, arXiv:2502.06733, section 4.  Differs: the authors' code computes
+    Model Pretraining", ICLR, arXiv:2502.06733.  Differs: the authors' code computes
     2x/range - (max+min)/range with range at least 1e-6, which cancels when the range is small
     and does not reach [-1, 1] when it is below 1e-6.
     """
+
+    statistics: ClassVar[str] = "min, max"
 
     def apply(self, x: Tensor, scope: Scope) -> Tensor:
         """Return the normalised scores."""

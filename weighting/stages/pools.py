@@ -24,7 +24,9 @@ class Mean(Pool):
 
     def pool(self, score: Tensor, valid: Tensor, groups: Groups) -> Tensor:
         """Return the means."""
-        total, count = groups.sum(torch.stack([torch.where(valid, score, 0), valid.to(score.dtype)]))
+        total, count = groups.sum(
+            torch.stack([torch.where(valid, score, 0), valid.to(score.dtype)])
+        )
         return total / count.clamp(min=1)
 
 

@@ -28,6 +28,8 @@ class Pow(Shape):
 
     def apply(self, x: Tensor, scope: Scope) -> Tensor:
         """Return the powers."""
-        if isinstance(self.exponent, Constant) and self.exponent.value == round(self.exponent.value):
+        if isinstance(self.exponent, Constant) and self.exponent.value == round(
+            self.exponent.value
+        ):
             return torch.pow(x, self.exponent.value)
         return torch.pow(x.clamp(min=0), self.exponent(scope.step))

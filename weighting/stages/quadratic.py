@@ -17,7 +17,7 @@ class Quadratic(Sugar):
 
     Sugar: pow(2) -> affine(scale=-1, shift=1).
 
-    Source: Sow et al. (2025), ICLR, arXiv:2502.06733, section 4 ("Quadratic").
+    Source: Sow et al. (2025), ICLR, arXiv:2502.06733 ("Quadratic").
     """
 
     def expand(self) -> tuple[Stage, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
@@ -25,10 +25,11 @@ class Temperature(Weigh):
     The exponent is at least log(1e-30) below its maximum, so that no weight underflows to zero
     and a later cap can always restore the sum.
 
-    Source: Sow et al. (2025), ICLR, arXiv:2502.06733, eq. 4 (tau is the paper's r; KL-regularised
+    Source: Sow et al. (2025), ICLR, arXiv:2502.06733, (tau is the paper's r; KL-regularised
     weights, after Qi et al. 2021).
     """
 
+    statistics: ClassVar[str] = "max, sum"
     tau: PositiveNumber
 
     def apply(self, x: Tensor, scope: Scope) -> Tensor:

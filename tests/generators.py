@@ -1,0 +1,314 @@
+"""Batches, pipelines and ranks for the tests: the tables of cases, and hypothesis strategies."""
+
+import dataclasses
+import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+import weighting as wt
+from hypothesis import strategies as st
+from reference import Batch
+from weighting.registry import stages
+
+SPECS = Path(__file__).resolve().parent.parent / "specs"
+DOMAINS = ("code", "data", "docs", "tables", "tests")
+_TABLE = "table(code=1, data=0.5, docs=1.5, tables=linear(0.5, 2, over=4), tests=0)"
+
+STAGE_PIPELINES = {
+    "abs": "normalize -> abs -> temperature(0.7)",
+    "affine": "affine(step(2, 0.5, at=3), shift=-1) -> temperature(1)",
+    "clamp": "normalize -> temperature(0.3) -> clamp(linear(2, 1.2, over=4))",
+    "clip": "normalize -> clip(min=-0.5, max=linear(0.1, 0.6, over=5)) -> temperature(0.5)",
+    "entropy": "entropy(gamma=linear(1, 2, over=4), sigma=0.5) -> mean_one",
+    "extremes": "normalize -> extremes -> temperature(0.4)",
+    "floor": "normalize -> temperature(0.3) -> floor(linear(0.5, 0.1, over=4))",
+    "focal": "focal(gamma=cosine(0.5, 2, over=5)) -> mean_one",
+    "interpolate": "normalize -> temperature(0.4) -> interpolate(exponential(1, 0.1, over=4))",
+    "linupper": "normalize -> linupper(alpha=linear(1, 1.5, over=3)) -> temperature(0.4)",
+    "loss": "loss -> mean_one",
+    "max": "max(document) -> temperature(2)",
+    "mean": "entropy -> mean(domain) -> temperature(0.8)",
+    "mean_one": "target_prob -> affine(scale=-1, shift=1) -> mean_one",
+    "normalize": "normalize -> temperature(0.4)",
+    "pow": "normalize -> abs -> pow(linear(0.5, 3, over=4)) -> temperature(1)",
+    "quadratic": "normalize -> quadratic -> temperature(0.4)",
+    "sum": "loss -> sum(document) -> normalize -> temperature(1)",
+    "table": f"{_TABLE} -> mean_one",
+    "target_prob": "target_prob -> pow(0.5) -> mean_one",
+    "temperature": "temperature(piecewise({0: 4, 2: 1, 5: 2}))",
+    "token_scale": "entropy(gamma=1) -> token_scale",
+    "uniform": "uniform",
+}
+"""For every stage of the language a small pipeline in which it stands legally."""
+
+EXTRA_SPECS = {
+    "sequence-mean": "reduction: sequence_mean\npipeline: normalize -> temperature(0.5)",
+    "uniform-by-sequence": "reduction: sequence_mean\npipeline: uniform",
+    "none": "normalize: none\npipeline: normalize -> temperature(0.5) -> clamp(2/n)",
+    "none-by-sequence": "normalize: none\nreduction: sequence_mean\npipeline: focal -> mean_one",
+    "all-levels": (
+        "factors:\n"
+        "  domain: mean(domain) -> normalize -> temperature(1) -> clamp(2/n) -> floor(0.1/n)\n"
+        "  document: max(document) -> normalize -> linupper -> temperature(1) -> clamp(1.5)\n"
+        "  instance: sum(sequence) -> temperature(20) -> floor(0.2)\n"
+        "  token: entropy(1) -> token_scale -> interpolate(0.5)"
+    ),
+    "drop": "on_nonfinite: drop\npipeline: normalize -> temperature(0.5)",
+}
+"""What neither the shipped specs nor `STAGE_PIPELINES` reach."""
+
+
+def _text(body):
+    """Return spec text of options and a pipeline, or of a pipeline alone."""
+    if "pipeline: " not in body and "factors:" not in body:
+        body = f"pipeline: '{body}'"
+    return f"version: 1\n{body}\n"
+
+
+SPEC_TEXTS = {path.stem: path.read_text() for path in sorted(SPECS.glob("*.yaml"))}
+"""The shipped specs."""
+
+CASES = {
+    **{f"spec {name}": text for name, text in SPEC_TEXTS.items()},
+    **{f"stage {name}": _text(pipeline) for name, pipeline in STAGE_PIPELINES.items()},
+    **{f"extra {name}": _text(body) for name, body in EXTRA_SPECS.items()},
+}
+"""Every spec the laws are checked on."""
+
+
+def own_stages():
+    """Return the stages of the language itself, without those other tests may have registered."""
+    return {n: c for n, c in stages().items() if c.__module__.startswith("weighting.stages.")}
+
+
+def built(text, **given):
+    """Return a spec text as a module, for `DOMAINS`."""
+    return wt.build(wt.loads(text), domains=DOMAINS, **given)
+
+
+def batch(rows=4, length=6, *, seed=0, keep=0.7):
+    """Return random signals of rows of tokens, with a share of ignored ones and several documents.
+
+    The first token of the batch always counts; rows differ in length.
+    """
+    g = torch.Generator().manual_seed(seed)
+    shape = (rows, length)
+    valid = torch.rand(shape, generator=g) < keep
+    valid[0, 0] = True
+    loss = torch.rand(shape, generator=g) * 5 + 0.01
+    starts = torch.rand(shape, generator=g) < 0.3  # noqa: PLR2004 - documents of some three tokens
+    starts[:, 0] = False
+    return wt.Signals(
+        loss=loss,
+        valid=valid,
+        entropy=torch.rand(shape, generator=g) * 4,
+        target_prob=(-loss).exp(),
+        error_norm=torch.rand(shape, generator=g),
+        ref_loss=torch.rand(shape, generator=g) * 5,
+        domain_ids=torch.randint(0, len(DOMAINS), shape, generator=g),
+        segment_ids=starts.long().cumsum(1),
+    )
+
+
+FLOATS = ("loss", "entropy", "target_prob", "error_norm", "ref_loss")
+IDS = ("domain_ids", "segment_ids", "sequence_ids")
+
+
+def changed(signals, change, names=(*FLOATS, *IDS, "valid")):
+    """Return signals with `change(name, tensor)` in place of each given tensor."""
+    values = {name: getattr(signals, name) for name in names}
+    new = {name: change(name, value) for name, value in values.items() if value is not None}
+    return dataclasses.replace(signals, **new)
+
+
+def as_lists(signals):
+    """Return signals as the nested lists a reference reads."""
+    names = [[DOMAINS[d] for d in row] for row in signals.domain_ids.tolist()]
+    return Batch(signals.loss.tolist(), signals.valid.tolist(), signals.entropy.tolist(), names)
+
+
+class Lockstep:
+    """Ranks in one process: a thread each, meeting at every collective."""
+
+    def __init__(self, ranks):
+        """Prepare for a number of ranks."""
+        self.ranks = ranks
+        self.barrier = threading.Barrier(ranks, timeout=60)
+        self.slots = [None] * ranks
+
+    def run(self, function):
+        """Return what `function(rank, collectives)` gives on each rank."""
+
+        def one(rank):
+            try:
+                return function(rank, RankCollectives(self, rank))
+            except BaseException:
+                self.barrier.abort()
+                raise
+
+        with ThreadPoolExecutor(self.ranks) as pool:
+            return list(pool.map(one, range(self.ranks)))
+
+    def exchange(self, rank, kind, x):
+        """Return every rank's x, insisting that all call the same collective on the same shape."""
+        self.slots[rank] = (kind, x)
+        self.barrier.wait()
+        everyone = list(self.slots)
+        self.barrier.wait()
+        calls = {(k, tuple(v.shape), v.dtype) for k, v in everyone}
+        assert len(calls) == 1, f"ranks disagree on what they exchange: {calls}"
+        return torch.stack([v for _, v in everyone])
+
+
+class RankCollectives:
+    """What `build` is given on one rank."""
+
+    def __init__(self, lockstep, rank):
+        """Belong to a lockstep, as one of its ranks."""
+        self.lockstep = lockstep
+        self.rank = rank
+
+    def gather(self, x):
+        """Return every rank's x."""
+        return self.lockstep.exchange(self.rank, "gather", x)
+
+    def sum(self, x):
+        """Return the sum over ranks."""
+        return self.lockstep.exchange(self.rank, "sum", x).sum(0)
+
+    def max(self, x):
+        """Return the maximum over ranks."""
+        return self.lockstep.exchange(self.rank, "max", x).amax(0)
+
+
+# Strategies -------------------------------------------------------------------------------------
+
+
+def float32s(low, high):
+    """Return floats between bounds that float32 holds exactly."""
+    return st.floats(low, high, width=32, allow_nan=False, allow_infinity=False)
+
+
+def losses(min_size=1, max_size=32, high=20.0):
+    """Return lists of losses, nats."""
+    return st.lists(float32s(0.0, high), min_size=min_size, max_size=max_size)
+
+
+_numbers = st.one_of(
+    st.integers(0, 10**6),
+    st.floats(0, 1e6, allow_nan=False),
+    st.sampled_from([1e-3, 0.1, 1 / 3, 1e-20, 123456789.123, 1e15, 1e16]),
+)
+
+
+def _schedules(numbers, positive):
+    """Return the texts of numbers and schedules whose values are drawn from `numbers`."""
+    steps, spans = st.integers(0, 10**12), st.integers(1, 10**6)
+
+    def text(name, *parts):
+        return st.tuples(*parts).map(lambda got: f"{name}({', '.join(map(_argument, got))})")
+
+    def named(name, values):
+        return values.map(lambda value: (name, value))
+
+    pairs = st.dictionaries(steps, numbers, min_size=1, max_size=3).map(
+        lambda d: "piecewise({" + ", ".join(f"{k}: {v!r}" for k, v in d.items()) + "})"
+    )
+    return st.one_of(
+        numbers.map(repr),
+        text("constant", numbers),
+        text("step", numbers, numbers, named("at", steps)),
+        text("linear", numbers, numbers, named("over", spans)),
+        text("linear", numbers, numbers, named("over", spans), named("begin", steps)),
+        text("cosine", named("start", numbers), named("end", numbers), named("over", spans)),
+        text("exponential", positive, positive, named("over", spans)),
+        pairs,
+    )
+
+
+def _argument(value):
+    return f"{value[0]}={value[1]!r}" if isinstance(value, tuple) else repr(value)
+
+
+@st.composite
+def pipelines(draw):
+    """Return the arrow text of a legal pipeline, of any level, with numbers of every kind."""
+    positive = st.floats(1e-3, 1e6)
+    number = _schedules(st.one_of(_numbers, _numbers.map(lambda x: -x)), positive)
+    above_zero = _schedules(positive, positive)
+    unit = _schedules(st.floats(0, 1), st.floats(1e-3, 1))
+    cap = st.one_of(st.integers(1, 9).map(lambda k: f"{k}/n"), _schedules(st.floats(1, 99), positive))
+    floor = st.one_of(st.just("0.25/n"), unit)
+    words = st.text("abcxyz_0", min_size=1, max_size=5).filter(lambda w: not w[0].isdigit())
+    names = st.one_of(words, st.sampled_from(["true", "null", "web text", "a: b", "→", "n", "x#y"]))
+    table = st.dictionaries(names, st.floats(0, 9), min_size=1, max_size=4).map(
+        lambda d: "table(" + ", ".join(f'"{k}"={v!r}' for k, v in d.items()) + ")"
+    )
+    source = draw(
+        st.one_of(
+            st.sampled_from(["", "loss", "entropy", "target_prob", "focal", "uniform"]),
+            number.map(lambda x: f"entropy({x})"),
+            above_zero.map(lambda x: f"entropy(sigma={x})"),
+            above_zero.map(lambda x: f"focal(gamma={x})"),
+            table,
+        )
+    )
+    stages_ = [source] if source else []
+    if source != "uniform":
+        pool = st.builds(
+            "{}({})".format,
+            st.sampled_from(["mean", "sum", "max"]),
+            st.sampled_from(["sequence", "document", "domain"]),
+        )
+        stages_ += draw(st.lists(pool, max_size=1))
+        shape = st.one_of(
+            st.sampled_from(["normalize", "abs", "quadratic", "extremes", "linupper"]),
+            number.map(lambda x: f"affine({x})"),
+            st.tuples(number, number).map(lambda x: f"affine(scale={x[0]}, shift={x[1]})"),
+            number.map(lambda x: f"clip(min={x})"),
+            number.map(lambda x: f"clip(max={x})"),
+            number.map(lambda x: f"pow({x})"),
+            above_zero.map(lambda x: f"linupper(alpha={x})"),
+        )
+        stages_ += draw(st.lists(shape, max_size=3))
+        weigh = st.one_of(
+            st.sampled_from(["mean_one", "token_scale"]),
+            above_zero.map(lambda x: f"temperature({x})"),
+        )
+        stages_.append(draw(weigh))
+    constrain = st.one_of(
+        cap.map(lambda x: f"clamp({x})"),
+        floor.map(lambda x: f"floor({x})"),
+        unit.map(lambda x: f"interpolate({x})"),
+    )
+    stages_ += draw(st.lists(constrain, max_size=2))
+    return " -> ".join(stages_)
+
+
+@st.composite
+def spec_texts(draw):
+    """Return the text of a legal spec: options, and one pipeline or several factors."""
+    lines = ["version: 1"]
+    options = {
+        "name": st.sampled_from(["x", "my-spec", "v1.2", "A_b"]),
+        "normalize": st.sampled_from(["mean_one", "none"]),
+        "reduction": st.sampled_from(["token_mean", "sequence_mean"]),
+        "on_nonfinite": st.sampled_from(["error", "drop"]),
+    }
+    for key, values in options.items():
+        if draw(st.booleans()):
+            lines.append(f"{key}: {draw(values)}")
+    if draw(st.booleans()):
+        lines.append(f"pipeline: '{draw(pipelines())}'")
+    else:
+        names = draw(st.lists(st.sampled_from("abcde"), min_size=1, max_size=3, unique=True))
+        lines.append("factors:")
+        lines += [f"  {name}: '{draw(pipelines())}'" for name in names]
+    return "\n".join(lines) + "\n"
+
+
+def close(actual, expected, *, rel=1e-5, absolute=1e-6):
+    """Tell whether two weights agree; the default is what some hundred float32 roundings cost."""
+    return math.isclose(actual, expected, rel_tol=rel, abs_tol=absolute)

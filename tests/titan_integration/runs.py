@@ -1,0 +1,42 @@
+"""Starts the trainer in real processes, for the tests."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+SMALL = "--training.seq_len=64 --training.steps=5 --metrics.disable_color_printing".split()
+
+
+def environment() -> dict[str, str]:
+    """Return the environment of a child: one thread a rank, this checkout first."""
+    paths = [str(ROOT), str(HERE), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def torchrun(ranks: int, *command: str, timeout: int = 300) -> subprocess.CompletedProcess[str]:
+    """Run a command line of torchrun on some ranks and return what came of it."""
+    options = ["--standalone", f"--nproc-per-node={ranks}"]
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *options, *command],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def drive(out: Path, ranks: int, module: str, config: str, *flags: str) -> list[dict[str, Any]]:
+    """Train through `drive.py`; return what each rank wrote down, and fail if a rank did."""
+    flags = ("--module", module, "--config", config, f"--dump_folder={out}/dump", *SMALL, *flags)
+    done = torchrun(ranks, str(HERE / "drive.py"), str(out), *flags)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return [torch.load(out / f"rank{rank}.pt") for rank in range(ranks)]

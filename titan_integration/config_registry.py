@@ -1,0 +1,78 @@
+"""Every stock Llama-3 config of torchtitan, with a weighting plugged in.
+
+    torchrun ... -m torchtitan.train --module titan_integration --config llama3_debugmodel \\
+        --weighting.spec specs/linupper.yaml
+
+The debug model trains on text that every Python has; the others read C4, as the host's do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataLoader
+from torchtitan.models.common.config_utils import decoder_vocab_size
+from torchtitan.models.llama3 import config_registry as stock
+from torchtitan.models.llama3 import model_registry
+
+from titan_integration.data import DomainTextDataLoader
+from titan_integration.tokenizer import ensure_tokenizer
+from titan_integration.trainer import WeightedTrainer, with_weighting
+
+if TYPE_CHECKING:
+    from torchtitan.trainer import Trainer
+
+
+def llama3_debugmodel() -> WeightedTrainer.Config:
+    """Six layers of width 256, vocabulary 2,048, on the built-in text."""
+    config = stock.llama3_debugmodel()
+    config.hf_assets_path = str(ensure_tokenizer())
+    config.dataloader = DomainTextDataLoader.Config()
+    config.validator.dataloader = DomainTextDataLoader.Config(split="validation", infinite=False)
+    return with_weighting(config)
+
+
+def llama3_1b() -> WeightedTrainer.Config:
+    """Llama 3.2 1B: the host's 8B settings with its 1B model."""
+    return _on_c4(_resized("1B", "Llama-3.2-1B"))
+
+
+def llama3_3b() -> WeightedTrainer.Config:
+    """Llama 3.2 3B: the host's 8B settings with its 3B model."""
+    return _on_c4(_resized("3B", "Llama-3.2-3B"))
+
+
+def llama3_8b() -> WeightedTrainer.Config:
+    """Llama 3.1 8B, the host's settings."""
+    return _on_c4(stock.llama3_8b())
+
+
+def llama3_70b() -> WeightedTrainer.Config:
+    """Llama 3.1 70B, the host's settings."""
+    return _on_c4(stock.llama3_70b())
+
+
+def llama3_405b() -> WeightedTrainer.Config:
+    """Llama 3.1 405B, the host's settings."""
+    return _on_c4(stock.llama3_405b())
+
+
+def _resized(flavor: str, assets: str) -> Trainer.Config:
+    config = stock.llama3_8b()
+    config.model_spec = model_registry(flavor)
+    config.hf_assets_path = f"./assets/hf/{assets}"
+    vocab = decoder_vocab_size(config.model_spec)
+    config.loss.loss_fn.global_vocab_size = vocab  # pyrefly: ignore[missing-attribute]
+    return config
+
+
+def _on_c4(config: Trainer.Config) -> WeightedTrainer.Config:
+    """Read the same C4 as the host, through the loader that knows domains."""
+    c4 = DomainTextDataLoader.Config(
+        dataset="allenai/c4", hf_name="en", domain_column="", streaming=True
+    )
+    if isinstance(config.dataloader, HuggingFaceTextDataLoader.Config):
+        config.dataloader = c4
+    config.validator.dataloader = replace(c4, split="validation", infinite=False)
+    return with_weighting(config)

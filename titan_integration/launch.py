@@ -1,0 +1,110 @@
+"""Start torchtitan's trainer through torchrun with what this machine needs; say where results are.
+
+`weighting train` ends up here.  The flags a user gives come last and win.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import torch
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import get_args_parser
+from torch.distributed.run import run as torchrun
+
+from weighting.spec import resolve
+
+_ON_CPU = {
+    "--training.steps": "60",
+    "--training.seq_len": "128",
+    "--training.local_batch_size": "16",
+}
+"""What a laptop can train in minutes: 16 sequences of 128 tokens a step."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the trainer; return the exit status: 0, 2 for an error of the user's, or the ranks'."""
+    args = _parse(sys.argv[1:] if arguments is None else arguments)
+    name = resolve(args.spec, allow_plugins=args.allow_plugins).name
+    flags = _flags(args, name)
+    ranks = args.ranks or max(1, torch.accelerator.device_count())
+    if not torch.accelerator.is_available():
+        # Ranks share the cores; more threads than that only get in each other's way.
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    here = str(Path.cwd())  # a plugin or config module of the user's may be here
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
+    options = ["--standalone", f"--nproc-per-node={ranks}", "--local-ranks-filter=0"]
+    command = [*options, "--role=rank", "--tee=3", "-m", "torchtitan.train", *flags]
+    code = _torchrun(command)
+    folder = Path(_value(flags, "--dump_folder"))
+    if code == 0 and "--checkpoint.create_seed_checkpoint" not in flags:
+        _report(folder)
+    return code
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m titan_integration.launch")
+    parser.add_argument("--spec", required=True)
+    parser.add_argument("--config", default="llama3_debugmodel")
+    parser.add_argument("--module", default="titan_integration")
+    parser.add_argument("--data")
+    parser.add_argument("--ranks", type=int)
+    parser.add_argument("--allow-plugins", action="store_true")
+    parser.add_argument("flags", nargs="*")
+    return parser.parse_args(arguments)
+
+
+def _flags(args: argparse.Namespace, name: str) -> list[str]:
+    """Return torchtitan's command line: ours first, the user's after it."""
+    flags = ["--module", args.module, "--config", args.config, "--weighting.spec", args.spec]
+    defaults = {"--dump_folder": f"outputs/{name}"}
+    if not torch.accelerator.is_available() and args.config == "llama3_debugmodel":
+        defaults |= _ON_CPU
+    for flag, value in defaults.items():
+        if _value(args.flags, flag) is None:
+            flags += [flag, value]
+    if args.allow_plugins:
+        flags.append("--weighting.allow_plugins")
+    if not sys.stdout.isatty():
+        flags.append("--metrics.disable_color_printing")
+    if args.data:
+        is_local = Path(args.data).exists()
+        flags += ["--dataloader.dataset_path" if is_local else "--dataloader.dataset", args.data]
+    return [*flags, *args.flags]
+
+
+def _value(flags: list[str], flag: str) -> str | None:
+    """Return what a command line gives for a flag, in either spelling; the last one counts."""
+    found = None
+    names = {flag, flag.replace("_", "-")}
+    for index, word in enumerate(flags):
+        name, equals, value = word.partition("=")
+        if name in names:
+            found = value if equals else flags[index + 1] if index + 1 < len(flags) else None
+    return found
+
+
+def _torchrun(command: list[str]) -> int:
+    """Run torchrun; the ranks have said what was wrong, so add no traceback of its own."""
+    try:
+        torchrun(get_args_parser().parse_args(command))
+    except ChildFailedError as error:
+        codes = {failure.exitcode for failure in error.failures.values()}
+        # A rank that fails first decides; the others are stopped by a signal.
+        return max((code for code in codes if code > 0), default=1)
+    return 0
+
+
+def _report(folder: Path) -> None:
+    from titan_integration.metrics import FILE, FOLDER, read_lines, table  # noqa: PLC0415
+
+    path = folder / FOLDER / FILE
+    if path.exists():
+        print(f"\n{table(read_lines(path))}\n\nmetrics: {path}")  # noqa: T201 - the result
+
+
+if __name__ == "__main__":
+    sys.exit(main())

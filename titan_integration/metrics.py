@@ -1,0 +1,154 @@
+"""The weighting's numbers at every log step: through the host's loggers, and as JSON lines."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+from torchtitan.components.metrics import MetricsProcessor
+from torchtitan.components.validate import Validator
+from torchtitan.tools.logging import logger
+from typing_extensions import override
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from titan_integration.state import RunState
+    from weighting.contract import Collectives
+
+FOLDER, FILE = "weighting", "metrics.jsonl"
+"""Where a run's JSON lines are, below its dump folder."""
+
+
+class WeightedMetricsProcessor(MetricsProcessor):
+    """The host's metrics processor; adds the weighting's statistics to every log step.
+
+    Names are `weighting/<statistic>`: the unweighted cross entropy, the weighted loss, and for
+    each factor and the final token weights the minimum, maximum, effective sample size and share
+    at the cap.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(MetricsProcessor.Config):
+        """The host's fields."""
+
+    state: RunState | None = None
+    """Set by the trainer before the first step."""
+    collectives: Collectives | None = None
+    """Reaches the ranks whose statistics add up."""
+    path: Path | None = None
+    """The JSON lines file; None until the first line, and on every rank but the first."""
+    dump_folder: str = ""
+
+    @override
+    def log(
+        self,
+        step: int,
+        global_avg_loss: float,
+        global_max_loss: float,
+        grad_norm: float,
+        extra_metrics: dict[str, Any] | None = None,
+    ) -> None:
+        """Log a step; called on all ranks.
+
+        Raises:
+            NonFiniteSignalError: As `RunState.statistics`.
+        """
+        assert self.state is not None, "the trainer sets the state"
+        found = {**self.state.statistics(self.collectives), "weighted_loss": global_avg_loss}
+        tokens, since = self.ntokens_since_last_log, self.time_last_log
+        named = {f"weighting/{name}": value for name, value in found.items()}
+        extra = {**(extra_metrics or {}), **named}
+        super().log(step, global_avg_loss, global_max_loss, grad_norm, extra)
+        seconds = max(self.time_last_log - since, 1e-9)
+        logger.info(
+            f"weights: {self.state.fn.spec.name}  unweighted loss: {found['unweighted_loss']:8.5f}  "
+            f"max: {found['weight/max']:.3f}  ess: {found['weight/ess_frac']:.3f}  "
+            f"capped: {capped(found):.3f}"
+        )
+        if dist.get_rank() == 0:
+            line = {"step": step, **found, "grad_norm": grad_norm, "tps": tokens / seconds}
+            self._write(json.dumps(line), fresh=step == 1)
+
+    def _write(self, line: str, *, fresh: bool) -> None:
+        """Append a line; a run that starts afresh sets the file of an earlier one aside."""
+        if self.path is None:
+            self.path = Path(self.dump_folder) / FOLDER / FILE
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if fresh and self.path.exists():
+                set_aside(self.path)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+
+class UnweightedValidator(Validator):
+    """The host's validator; leaves out what only the training loss reads."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Validator.Config):
+        """The host's fields."""
+
+    @override
+    def post_dataloading_process(
+        self,
+        input_dict: dict[str, torch.Tensor],
+        labels: Tensor,
+        model_parts: list[nn.Module],
+    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """Drop the domains, which the host would hand to the model."""
+        inputs = {name: value for name, value in input_dict.items() if name != "domain_ids"}
+        return super().post_dataloading_process(inputs, labels, model_parts)
+
+
+def capped(found: dict[str, float]) -> float:
+    """Return the largest share of units at their cap among the factors of one line."""
+    shares = [v for k, v in found.items() if k.endswith("/capped_frac") and k != "weight/capped_frac"]
+    return max(shares, default=0.0)
+
+
+def read_lines(path: Path) -> list[dict[str, float]]:
+    """Return the lines of a metrics file, the last one of each step, in step order.
+
+    Raises:
+        ValueError: The file holds something else; a torn last line is left out.
+    """
+    lines: dict[int, dict[str, float]] = {}
+    texts = path.read_text(encoding="utf-8").splitlines()
+    for number, text in enumerate(texts, 1):
+        try:
+            line = json.loads(text)
+            lines[int(line["step"])] = line
+        except (ValueError, KeyError, TypeError) as error:
+            if number == len(texts):
+                break
+            msg = f"{path}:{number}: not a line of metrics"
+            raise ValueError(msg) from error
+    return [lines[step] for step in sorted(lines)]
+
+
+def table(lines: list[dict[str, float]], rows: int = 8) -> str:
+    """Return a small table of a run: step, losses, largest weight, ESS and share at the cap."""
+    if not lines:
+        return "no steps were logged"
+    last = len(lines) - 1
+    picked = sorted({round(i * last / max(rows - 1, 1)) for i in range(rows)})
+    out = ["  step     loss  weighted  weight max    ESS  capped"]
+    out += [
+        f"{line['step']:6.0f} {line['unweighted_loss']:8.4f}  {line['weighted_loss']:8.4f}"
+        f"  {line['weight/max']:10.3f} {line['weight/ess_frac']:6.3f}  {capped(line):6.3f}"
+        for line in (lines[i] for i in picked)
+    ]
+    return "\n".join(out)
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a file to the first free `name.1`, `name.2`, ... and return that."""
+    number = 1
+    while (target := path.with_name(f"{path.name}.{number}")).exists():
+        number += 1
+    path.rename(target)
+    return target

@@ -1,0 +1,211 @@
+"""torchtitan's trainer with a weighting plugged in."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torchtitan.components.metrics import MetricsProcessor
+from torchtitan.components.validate import Validator
+from torchtitan.config import Configurable
+from torchtitan.tools.logging import logger
+from torchtitan.trainer import Trainer
+from typing_extensions import override
+
+import weighting as wt
+from titan_integration import cpu, versions
+from titan_integration.collectives import OverRanks
+from titan_integration.loss import (
+    WeightedChunkedLoss,
+    WeightedCrossEntropyLoss,
+    weighted_loss_config,
+)
+from titan_integration.metrics import UnweightedValidator, WeightedMetricsProcessor
+from titan_integration.state import RunState
+from weighting.build import sketch
+from weighting.spec import resolve
+
+C = TypeVar("C", bound=Configurable.Config)
+
+SIGNALS = frozenset({"loss", "entropy", "target_prob", "error_norm", "domain_ids", "segment_ids"})
+"""What this trainer can give a weighting."""
+
+
+@dataclass(kw_only=True, slots=True)
+class WeightingConfig:
+    """Which weighting to train with."""
+
+    spec: str = ""
+    """A spec file, the name of a shipped spec, or arrow text."""
+
+    allow_plugins: bool = False
+    """Import the modules the spec names under plugins:, which runs their code."""
+
+    allow_changed_spec: bool = False
+    """Resume a checkpoint of another spec, starting the weighting's state afresh."""
+
+
+class WeightedTrainer(Trainer):
+    """The host's trainer: weighs the training loss, logs what it did, saves the state it keeps.
+
+    Everything is the host's own but the loss; validation stays unweighted.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Trainer.Config):
+        """The host's fields, and `weighting`."""
+
+        weighting: WeightingConfig = field(default_factory=WeightingConfig)
+
+    state: RunState
+
+    @override
+    def __init__(self, config: Config) -> None:
+        """Check the spec, build the host's trainer, then join the two.
+
+        Raises:
+            SystemExit: Spec, data or settings are wrong; status 2, said once, on the first rank.
+        """
+        with exit_on_user_error():
+            versions.check()
+            on_cpu = cpu.use_cpu()
+            if on_cpu:
+                cpu.prepare_config(config)
+            spec = read_spec(config.weighting)
+            refuse_unsupported(config, sketch(spec))
+            super().__init__(config)
+            if on_cpu:
+                cpu.fix_fsdp(self.model_parts)
+                cpu.hide_mfu(self.metrics_processor)
+            self._join(config, spec)
+
+    def _join(self, config: Config, spec: wt.Spec) -> None:
+        """Build the weighting for this run's ranks and domains and hand it to who needs it."""
+        assert isinstance(self.loss_fn, WeightedChunkedLoss | WeightedCrossEntropyLoss)
+        assert isinstance(self.metrics_processor, WeightedMetricsProcessor)
+        dims = self.parallel_dims
+        ranks = OverRanks(dims.get_mesh("batch").get_group()) if dims.dp_enabled else None
+        domains = getattr(self.dataloader, "domains", None)
+        fn = wt.build(spec, domains=domains, collectives=ranks)
+        allow = config.weighting.allow_changed_spec
+        self.state = RunState(fn, self.device, allow_changed_spec=allow)
+        if config.compile.enable and "loss" in config.compile.components:
+            self.state.compile(config.compile.backend)
+        self.loss_fn.state = self.state
+        self.metrics_processor.state = self.state
+        self.metrics_processor.collectives = ranks
+        self.metrics_processor.dump_folder = config.dump_folder
+        if config.checkpoint.enable:
+            self.checkpointer.states["weighting"] = self.state
+        logger.info(f"Weighting: {spec.name} ({spec.hash})\n{spec}")
+        if domains:
+            logger.info(f"Domains: {', '.join(domains)}")
+
+    @override
+    def post_dataloading_process(
+        self, input_dict: dict[str, Tensor], labels: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """Keep the domains for the loss; the host would hand them to the model."""
+        inputs = dict(input_dict)
+        self.state.set_batch(inputs.pop("domain_ids", None))
+        return super().post_dataloading_process(inputs, labels)
+
+    @override
+    def train_step(self, data_iterator: Iterator[tuple[dict[str, Tensor], Tensor]]) -> None:
+        """Run one optimizer step of the host at the weighting's own step."""
+        self.state.begin_step(self.step)
+        super().train_step(data_iterator)
+
+    @override
+    def train(self) -> None:
+        """Train; errors of the user's making end the run with one message and status 2."""
+        with exit_on_user_error():
+            super().train()
+
+
+def with_weighting(config: Trainer.Config, spec: str = "") -> WeightedTrainer.Config:
+    """Return a trainer config with a weighting plugged in; nothing else changes.
+
+    Args:
+        config: Any config of the host that trains a language model with its cross entropy.
+        spec: A spec file, the name of a shipped spec, or arrow text; `--weighting.spec` on the
+            command line takes its place.
+
+    Raises:
+        ValueError: The config's loss cannot be weighted.
+    """
+    weighted = _recast(config, WeightedTrainer.Config)
+    weighted.weighting = WeightingConfig(spec=spec)
+    weighted.loss = weighted_loss_config(config.loss)
+    if type(config.metrics) is MetricsProcessor.Config:
+        weighted.metrics = _recast(config.metrics, WeightedMetricsProcessor.Config)
+    if type(config.validator) is Validator.Config:
+        weighted.validator = _recast(config.validator, UnweightedValidator.Config)
+    if cpu.use_cpu():
+        cpu.prepare_config(weighted)
+    return weighted
+
+
+def read_spec(config: WeightingConfig) -> wt.Spec:
+    """Return the spec a config names.
+
+    Raises:
+        ValueError: None is named, or it is wrong.
+    """
+    if not config.spec:
+        msg = "no weighting spec; pass --weighting.spec, as in --weighting.spec specs/linupper.yaml"
+        raise ValueError(msg)
+    return resolve(config.spec, allow_plugins=config.allow_plugins)
+
+
+def refuse_unsupported(config: WeightedTrainer.Config, fn: wt.Weighting) -> None:
+    """Refuse what would train with wrong weights, before anything is built.
+
+    Raises:
+        ValueError: Says what, why, and what to do instead.
+    """
+    missing = sorted(fn.needs - SIGNALS)
+    if missing:
+        msg = f"{fn.spec.name} reads {', '.join(missing)}, which this trainer does not provide yet"
+        raise ValueError(msg)
+    if fn.identity:
+        return
+    degrees = config.parallelism
+    reasons = {
+        "tensor_parallel_degree": "each rank sees a slice of the vocabulary only",
+        "context_parallel_degree": "each rank sees a part of every sequence only",
+        "pipeline_parallel_degree": "losses come one microbatch at a time, after others' backward",
+    }
+    for name, reason in reasons.items():
+        if getattr(degrees, name) > 1:
+            msg = (
+                f"weighting is not exact under {name} > 1 yet ({reason}); set "
+                f"--parallelism.{name} 1 and shard the data instead, or train specs/uniform.yaml"
+            )
+            raise ValueError(msg)
+    if degrees.spmd_backend == "full_dtensor":
+        msg = "weighting needs --parallelism.spmd_backend spmd_types or partial_dtensor"
+        raise ValueError(msg)
+
+
+@contextlib.contextmanager
+def exit_on_user_error() -> Iterator[None]:
+    """Turn a ValueError into one message on the first rank, and exit status 2 on all."""
+    try:
+        yield
+    except ValueError as error:
+        if os.environ.get("RANK", "0") == "0":
+            sys.stderr.write(f"\nerror: {error}\n")
+            sys.stderr.flush()
+        raise SystemExit(2) from None
+
+
+def _recast(config: Configurable.Config, cls: type[C]) -> C:
+    """Return a config of a subclass with the same values."""
+    return cls(**{f.name: getattr(config, f.name) for f in fields(config) if f.init})

@@ -1,0 +1,30 @@
+"""The `weighting` command: check, explain, list, train."""
+
+from __future__ import annotations
+
+import click
+
+from weighting import __version__
+from weighting.cli.check import check
+from weighting.cli.explain import explain
+from weighting.cli.listing import list_words
+from weighting.cli.train import train
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80})
+@click.version_option(__version__, prog_name="weighting")
+def main() -> None:
+    """Say how much each token's gradient counts, in a few lines of YAML.
+
+    \b
+    Wherever SPEC is asked for, give
+      a file           specs/linupper.yaml
+      a shipped spec   linupper
+      arrow text       "normalize -> linupper(alpha=1) -> temperature(0.4)"
+    """  # noqa: D301 - \b is click's, for text it must not rewrap
+
+
+main.add_command(check)
+main.add_command(explain)
+main.add_command(list_words)
+main.add_command(train)

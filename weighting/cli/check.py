@@ -1,0 +1,39 @@
+"""`weighting check`: is this spec right?"""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from weighting.cli.common import allow_plugins, read
+from weighting.errors import SpecError
+
+
+@click.command()
+@click.argument("specs", metavar="SPEC...", nargs=-1, required=True)
+@allow_plugins
+def check(specs: tuple[str, ...], *, allow_plugins: bool) -> None:
+    """Check specs and show every error with its place; exit 2 if there is any.
+
+    \b
+    Examples:
+      weighting check specs/*.yaml
+      weighting check "entropy(gamma=1) -> token_scale"
+    """  # noqa: D301
+    wrong = 0
+    for argument in specs:
+        try:
+            spec, fn = read(argument, plugins=allow_plugins)
+        except SpecError as error:
+            wrong += 1
+            click.echo(str(error), err=True)
+            continue
+        levels = " x ".join(dict.fromkeys(f"per {steps[-1].level}" for steps in fn.plans.values()))
+        reads = ", ".join(sorted(fn.needs)) or "nothing"
+        name = argument if spec.name == "unnamed" else f"{argument}: {spec.name}"
+        click.echo(f"ok  {name}, weighs {levels}, reads {reads}")
+    if wrong:
+        count = f"{wrong} of {len(specs)} specs" if len(specs) > 1 else "the spec"
+        click.echo(f"{count} cannot be used", err=True)
+        sys.exit(2)

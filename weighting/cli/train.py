@@ -1,0 +1,57 @@
+"""`weighting train`: check the spec, then hand over to the torchtitan integration."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+
+import click
+
+from weighting.cli.common import allow_plugins, give_up, read_or_exit
+
+
+@click.command(context_settings={"ignore_unknown_options": True})
+@click.argument("spec", metavar="SPEC")
+@click.option("--config", default="llama3_debugmodel", show_default=True, help="Config function.")
+@click.option(
+    "--module", default="titan_integration", show_default=True, help="Module it is found in."
+)
+@click.option("--data", help="A .jsonl/.parquet file or folder, or a Hugging Face name.")
+@click.option("--ranks", type=click.IntRange(1), help="Processes; default one per accelerator.")
+@allow_plugins
+@click.argument("flags", metavar="[TORCHTITAN FLAGS]...", nargs=-1, type=click.UNPROCESSED)
+def train(  # noqa: D417 - click documents its own arguments
+    spec: str,
+    config: str,
+    module: str,
+    data: str | None,
+    ranks: int | None,
+    flags: tuple[str, ...],
+    *,
+    allow_plugins: bool,
+) -> None:
+    """Train with torchtitan, weighted by SPEC; further flags go to torchtitan.
+
+    Without an accelerator it trains a small model on this machine's CPU for 60
+    steps, on text that comes with Python.
+
+    \b
+    Examples:
+      weighting train specs/linupper.yaml
+      weighting train linupper --data my.jsonl --training.steps 500
+      weighting train mile --config llama3_8b --training.local_batch_size 2
+    """  # noqa: D301
+    read_or_exit(spec, plugins=allow_plugins)
+    if importlib.util.find_spec("torchtitan") is None:
+        give_up("training needs torchtitan: pip install 'weighting-dsl[titan]'")
+    command = [sys.executable, "-m", "titan_integration.launch", "--spec", spec]
+    command += ["--config", config, "--module", module]
+    command += ["--data", data] if data else []
+    command += ["--ranks", str(ranks)] if ranks else []
+    command += ["--allow-plugins"] if allow_plugins else []
+    try:
+        code = subprocess.call([*command, "--", *flags])  # noqa: S603 - our own module
+    except KeyboardInterrupt:
+        code = 130
+    sys.exit(code)
