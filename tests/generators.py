@@ -169,6 +169,7 @@ class RankCollectives:
         """Belong to a lockstep, as one of its ranks."""
         self.lockstep = lockstep
         self.rank = rank
+        self.size = lockstep.ranks
 
     def gather(self, x):
         """Return every rank's x."""
@@ -239,7 +240,9 @@ def pipelines(draw):
     number = _schedules(st.one_of(_numbers, _numbers.map(lambda x: -x)), positive)
     above_zero = _schedules(positive, positive)
     unit = _schedules(st.floats(0, 1), st.floats(1e-3, 1))
-    cap = st.one_of(st.integers(1, 9).map(lambda k: f"{k}/n"), _schedules(st.floats(1, 99), positive))
+    cap = st.one_of(
+        st.integers(1, 9).map(lambda k: f"{k}/n"), _schedules(st.floats(1, 99), st.floats(1, 99))
+    )
     floor = st.one_of(st.just("0.25/n"), unit)
     words = st.text("abcxyz_0", min_size=1, max_size=5).filter(lambda w: not w[0].isdigit())
     names = st.one_of(words, st.sampled_from(["true", "null", "web text", "a: b", "→", "n", "x#y"]))

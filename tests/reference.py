@@ -173,8 +173,7 @@ def linupper_x_mile(batch):
     """u_t = w_s v_t / mean_t (w_s v_t), w of LinUpper and v of MiLe."""
     sequences = _linupper_sequences(batch)
     rows = [
-        [(w or 0.0) * v for v in tokens]
-        for w, tokens in zip(sequences, mile(batch), strict=True)
+        [(w or 0.0) * v for v in tokens] for w, tokens in zip(sequences, mile(batch), strict=True)
     ]
     return mean_one(rows, batch.valid)
 

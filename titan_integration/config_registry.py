@@ -1,6 +1,6 @@
-"""Every stock Llama-3 config of torchtitan, with a weighting plugged in.
+r"""Every stock Llama-3 config of torchtitan, with a weighting plugged in.
 
-    torchrun ... -m torchtitan.train --module titan_integration --config llama3_debugmodel \\
+    torchrun ... -m torchtitan.train --module titan_integration --config llama3_debugmodel \
         --weighting.spec specs/linupper.yaml
 
 The debug model trains on text that every Python has; the others read C4, as the host's do.

@@ -108,7 +108,8 @@ def hub_documents(
         else columns.domain.partition(".")[0]
     )
     if top_level in dataset.column_names:
-        batches = dataset.select_columns([top_level]).with_format("arrow").iter(batch_size=10_000)
+        column = dataset.select_columns([top_level]).with_format("arrow")
+        batches = column.iter(batch_size=10_000)  # pyrefly: ignore[missing-attribute]
         records = (record for batch in batches for record in batch.to_pylist())
         found = [domain_of(r, columns, f"{where}: record {i}") for i, r in enumerate(records)]
     else:

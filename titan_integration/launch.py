@@ -34,12 +34,12 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.accelerator.is_available():
         # Ranks share the cores; more threads than that only get in each other's way.
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
-    here = str(Path.cwd())  # a plugin or config module of the user's may be here
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
+    # A plugin or config module of the user's may be in the working directory.
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")])
     options = ["--standalone", f"--nproc-per-node={ranks}", "--local-ranks-filter=0"]
     command = [*options, "--role=rank", "--tee=3", "-m", "torchtitan.train", *flags]
     code = _torchrun(command)
-    folder = Path(_value(flags, "--dump_folder"))
+    folder = Path(_value(flags, "--dump_folder") or ".")
     if code == 0 and "--checkpoint.create_seed_checkpoint" not in flags:
         _report(folder)
     return code

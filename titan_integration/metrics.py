@@ -65,10 +65,10 @@ class WeightedMetricsProcessor(MetricsProcessor):
         extra = {**(extra_metrics or {}), **named}
         super().log(step, global_avg_loss, global_max_loss, grad_norm, extra)
         seconds = max(self.time_last_log - since, 1e-9)
+        name, plain = self.state.fn.spec.name, found["unweighted_loss"]
         logger.info(
-            f"weights: {self.state.fn.spec.name}  unweighted loss: {found['unweighted_loss']:8.5f}  "
-            f"max: {found['weight/max']:.3f}  ess: {found['weight/ess_frac']:.3f}  "
-            f"capped: {capped(found):.3f}"
+            f"weights: {name}  unweighted loss: {plain:8.5f}  max: {found['weight/max']:.3f}  "
+            f"ess: {found['weight/ess_frac']:.3f}  capped: {capped(found):.3f}"
         )
         if dist.get_rank() == 0:
             line = {"step": step, **found, "grad_norm": grad_norm, "tps": tokens / seconds}
@@ -106,7 +106,9 @@ class UnweightedValidator(Validator):
 
 def capped(found: dict[str, float]) -> float:
     """Return the largest share of units at their cap among the factors of one line."""
-    shares = [v for k, v in found.items() if k.endswith("/capped_frac") and k != "weight/capped_frac"]
+    shares = [
+        v for k, v in found.items() if k.endswith("/capped_frac") and k != "weight/capped_frac"
+    ]
     return max(shares, default=0.0)
 
 

@@ -21,6 +21,8 @@ from weighting.levels import documents
 from weighting.losses import IGNORE_INDEX
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from weighting import Weighting, Weights
 
 _ADDED = MOMENTS.index("min")
@@ -38,7 +40,7 @@ class RunState(Stateful):
     def __init__(self, fn: Weighting, device: torch.device, *, allow_changed_spec: bool) -> None:
         self.fn = fn.to(device)
         self.step = torch.zeros((), dtype=torch.int64, device=device)
-        self._weigh = self.fn
+        self._weigh: Callable[[Signals, Tensor], Weights] = self.fn
         self._allow_changed_spec = allow_changed_spec
         self._domain_ids: Tensor | None = None
         rows = len(fn.plans) + 1
@@ -135,7 +137,9 @@ class RunState(Stateful):
         )
         self._nonfinite.zero_()
         raise_if_nonfinite(self.fn.spec, int(added[-1]))
-        metrics = {name: value.item() for name, value in summarize(moments, [*self.fn.plans]).items()}
+        metrics = {
+            name: value.item() for name, value in summarize(moments, [*self.fn.plans]).items()
+        }
         return {"unweighted_loss": added[-2].item(), **metrics}
 
     @override

@@ -5,12 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-from torch import Tensor
 from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.components.validate import Validator
 from torchtitan.config import Configurable
@@ -30,6 +27,11 @@ from titan_integration.metrics import UnweightedValidator, WeightedMetricsProces
 from titan_integration.state import RunState
 from weighting.build import sketch
 from weighting.spec import resolve
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
 
 C = TypeVar("C", bound=Configurable.Config)
 
@@ -66,7 +68,8 @@ class WeightedTrainer(Trainer):
     state: RunState
 
     @override
-    def __init__(self, config: Config) -> None:
+    # A Config builds the trainer it belongs to, so this one never gets the parent's.
+    def __init__(self, config: Config) -> None:  # pyrefly: ignore[bad-override]
         """Check the spec, build the host's trainer, then join the two.
 
         Raises:
@@ -102,6 +105,7 @@ class WeightedTrainer(Trainer):
         self.metrics_processor.collectives = ranks
         self.metrics_processor.dump_folder = config.dump_folder
         if config.checkpoint.enable:
+            # pyrefly: ignore[missing-attribute]
             self.checkpointer.states["weighting"] = self.state
         logger.info(f"Weighting: {spec.name} ({spec.hash})\n{spec}")
         if domains:

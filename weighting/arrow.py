@@ -160,7 +160,8 @@ def _split(source: Source, span: Span) -> Iterator[tuple[list[_Token], Span]]:
             continue
         if kind == "arrow":
             yield tokens, (match.span() if not tokens else place)
-            tokens, place = [], match.span()
+            tokens = []
+            place = match.span()
         else:
             tokens.append(_Token(kind, match.group(), match.span()))
     yield tokens, place
@@ -215,7 +216,7 @@ class _Parser:
         value = self._value()
         return Argument(None, value, value.span)
 
-    def _value(self) -> Value:
+    def _value(self) -> Value:  # noqa: RET503 - _fail does not return
         token = self._peek()
         if token is None:
             self._fail("a value is missing here", self._last_span())

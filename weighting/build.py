@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from weighting.contract import (
     Alone,
@@ -149,10 +150,10 @@ def order_problems(spec: Spec) -> list[Problem]:
     problems: list[Problem] = []
     for factor, pipeline in spec.factors.items():
         for index, message in _misfits(pipeline):
-            place = spec.place(factor, index)
+            place, where = spec.place(factor, index), ""
             if place is None:
-                message = f"{factor}, stage {index + 1}: {message}"
-            problems.append(Problem(message, place))
+                where = f"{factor}, stage {index + 1}: "
+            problems.append(Problem(where + message, place))
     return problems
 
 
@@ -178,6 +179,7 @@ class Weighting(nn.Module):
             map(_is_identity, self.plans.values())
         )
 
+    @override
     def forward(self, signals: Signals, step: int | Tensor = 0) -> Weights:
         """Return the weights of a batch.
 
@@ -253,7 +255,7 @@ class Weighting(nn.Module):
         bad = valid & ~scope.valid
         score = stage.pool(x, scope.valid, groups)
         present, spoilt = groups.sum(torch.stack([scope.valid.float(), bad.float()])) > 0
-        if groups.level == "domain":  # one bad token must not silence a whole domain: drop it alone
+        if groups.level == "domain":  # a bad token must not silence its whole domain
             return score, Scope("domain", scope.step, present, self.domains), scope.valid
         packed = torch.stack([score, (present & ~spoilt).float()])
         score, ok = self.collectives.gather(packed).transpose(0, 1).flatten(1)
@@ -266,7 +268,7 @@ class Weighting(nn.Module):
         return x.unflatten(0, (self.collectives.size, -1))[self.collectives.rank]
 
     def _combine(self, signals: Signals, valid: Tensor, factors: list[Tensor]) -> Tensor:
-        """Multiply the factors and scale the product to mean one: the one place that does either."""
+        """Multiply the factors and scale the product to mean one: the one place that does."""
         product = torch.stack(factors).prod(0)
         if self.spec.reduction == "sequence_mean":
             groups = group(signals, "sequence", 0, self.collectives)
@@ -358,9 +360,9 @@ def _domain_problems(spec: Spec, domains: Sequence[str] | None) -> list[Problem]
             if not domains:
                 message = f"{factor} needs domain names; give build(spec, domains=[...])"
                 return [Problem(message, place)]
-            message = isinstance(step.stage, Source) and step.stage.problem_with(tuple(domains))
-            if message:
-                problems.append(Problem(message, place))
+            reason = isinstance(step.stage, Source) and step.stage.problem_with(tuple(domains))
+            if reason:
+                problems.append(Problem(reason, place))
     return problems
 
 
@@ -379,7 +381,7 @@ def _flatten(signals: Signals, needs: frozenset[str]) -> Signals:
     """Return the needed signals as flat float32, with 0 at invalid tokens."""
     loss = signals.loss
     valid = torch.ones_like(loss, dtype=torch.bool) if signals.valid is None else signals.valid
-    flat: dict[str, Tensor] = {}
+    flat: dict[str, Any] = {}
     for name in needs | {"loss", "valid"}:
         value = valid if name == "valid" else getattr(signals, name)
         if value is None:

@@ -18,6 +18,8 @@ from weighting.schedules import SCHEDULES, Constant, Schedule, ShareOfN
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from pydantic_core import ErrorDetails
+
 _SHARE = re.compile(r"([-+]?[0-9.]+(?:[eE][-+]?[0-9]+)?)\s*/\s*n")
 
 
@@ -81,7 +83,7 @@ def _make(
     known: Mapping[str, type[BaseModel]],
     what: str,
     problems: list[Problem],
-) -> Any:
+) -> BaseModel | None:
     cls = known.get(call.name)
     if cls is None:
         message = f"unknown {what} {call.name!r}{nearest(call.name, known)}"
@@ -94,8 +96,7 @@ def _make(
     try:
         return cls.model_validate(values)
     except ValidationError as error:
-        for item in error.errors():
-            problems.append(_argument_problem(source, call, cls, item, spans))
+        problems += [_argument_problem(source, call, cls, e, spans) for e in error.errors()]
         return None
 
 
@@ -146,7 +147,7 @@ def _bind(
 
 
 def _argument_problem(
-    source: Source, call: Call, cls: type[BaseModel], item: Any, spans: dict[str, Span]
+    source: Source, call: Call, cls: type[BaseModel], item: ErrorDetails, spans: dict[str, Span]
 ) -> Problem:
     loc = [str(part) for part in item["loc"] if part != "[key]"]
     span = next((spans[part] for part in reversed(loc) if part in spans), call.span)
@@ -160,7 +161,7 @@ def _argument_problem(
     return source.problem(f"{where}: {reason}", span)
 
 
-def _plain(source: Source, value: Value, problems: list[Problem]) -> Any:
+def _plain(source: Source, value: Value, problems: list[Problem]) -> Any:  # noqa: ANN401
     """Return what a stage's field is given for a written value."""
     if isinstance(value, Share):
         return ShareOfN(numerator=value.numerator)

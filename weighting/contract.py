@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
+from typing_extensions import override
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -241,6 +242,7 @@ class Sugar(Stage):
     takes: ClassVar[Form | None] = "score"
     gives: ClassVar[Form] = "score"
 
+    @override
     @abstractmethod
     def expand(self) -> tuple[Stage, ...]:
         """Return the stages this one stands for."""

@@ -68,13 +68,14 @@ def group(
         ValueError: The ids this level needs are missing or out of range.  The range is looked at
             on CPU in eager mode only, where it costs no synchronisation.
     """
-    rows, length = signals.loss.shape if signals.loss.dim() == 2 else (1, signals.loss.numel())
+    is_flat = signals.loss.dim() == 1
+    rows, length = (1, signals.loss.numel()) if is_flat else signals.loss.shape
     if level == "token":
         return None
     if level == "domain":
         ids = _ids(signals.domain_ids, "domain_ids", num_domains)
         return Groups(level, ids, num_domains, 0, collectives)
-    if level == "sequence" and signals.loss.dim() == 2:
+    if level == "sequence" and not is_flat:
         row_ids = torch.arange(rows, device=signals.loss.device).repeat_interleave(length)
         return Groups(level, row_ids, rows, length, collectives)
     given, name = signals.segment_ids, "segment_ids"

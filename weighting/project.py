@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 TINY = 1e-30
 """A weight of zero counts as this when the others cannot hold the sum under the cap."""
+_NOTHING = 1e-12
 _CANDIDATES, _PASSES, _NEWTON_STEPS = 32, 5, 3
 
 
@@ -47,7 +48,7 @@ def cap(weight: Tensor, largest: Tensor, scope: Scope) -> Tensor:
         )
         scale = torch.where(free > 0, (total - rest) / free.clamp(min=TINY), scale)
     out = torch.minimum(largest, scale * w)
-    out = torch.where((weight == 0) & (out < 1e-12), 0, out)  # a zero nobody needed stays zero
+    out = torch.where((weight == 0) & (out < _NOTHING), 0, out)  # a zero nobody needed stays
     return torch.where(scope.max(weight) <= largest, weight, out)
 
 

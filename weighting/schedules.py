@@ -13,6 +13,7 @@ from typing import Annotated, ClassVar
 import torch
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from torch import Tensor
+from typing_extensions import override
 
 
 class Schedule(BaseModel, ABC):
@@ -41,9 +42,11 @@ class Constant(Schedule):
     positional: ClassVar[int] = 1
     value: float
 
+    @override
     def __call__(self, step: Tensor) -> Tensor:
         return _scalar(self.value, step)
 
+    @override
     def extremes(self) -> tuple[float, ...]:
         return (self.value,)
 
@@ -54,9 +57,11 @@ class ShareOfN(Schedule):
     name: ClassVar[str] = "share"
     numerator: float
 
+    @override
     def __call__(self, step: Tensor) -> Tensor:
         return _scalar(self.numerator, step)
 
+    @override
     def extremes(self) -> tuple[float, ...]:
         return (self.numerator,)
 
@@ -70,9 +75,11 @@ class Step(Schedule):
     after: float
     at: int = Field(ge=0)
 
+    @override
     def __call__(self, step: Tensor) -> Tensor:
         return torch.where(step < self.at, self.before, self.after)
 
+    @override
     def extremes(self) -> tuple[float, ...]:
         return (self.before, self.after)
 
@@ -89,6 +96,7 @@ class _Ramp(Schedule):
         """Return how far the ramp has come, from 0 to 1."""
         return ((step - begin).to(torch.float32) / self.over).clamp(0, 1)
 
+    @override
     def extremes(self) -> tuple[float, ...]:
         return (self.start, self.end)
 
@@ -99,6 +107,7 @@ class Linear(_Ramp):
     name: ClassVar[str] = "linear"
     begin: int = Field(default=0, ge=0)
 
+    @override
     def __call__(self, step: Tensor) -> Tensor:
         return torch.lerp(
             _scalar(self.start, step), _scalar(self.end, step), self.progress(step, self.begin)
@@ -111,6 +120,7 @@ class Cosine(_Ramp):
     name: ClassVar[str] = "cosine"
     begin: int = Field(default=0, ge=0)
 
+    @override
     def __call__(self, step: Tensor) -> Tensor:
         share = (1 - torch.cos(math.pi * self.progress(step, self.begin))) / 2
         return torch.lerp(_scalar(self.start, step), _scalar(self.end, step), share)
@@ -123,6 +133,7 @@ class Exponential(_Ramp):
     start: float = Field(gt=0)
     end: float = Field(gt=0)
 
+    @override
     def __call__(self, step: Tensor) -> Tensor:
         logs = _scalar(math.log(self.start), step), _scalar(math.log(self.end), step)
         return torch.lerp(*logs, self.progress(step)).exp()
@@ -143,6 +154,7 @@ class Piecewise(Schedule):
     collects: ClassVar[str | None] = "values"
     values: Annotated[dict[int, float], AfterValidator(_sorted_steps)]
 
+    @override
     def __call__(self, step: Tensor) -> Tensor:
         (_, first), *later = self.values.items()
         value = _scalar(first, step)
@@ -150,6 +162,7 @@ class Piecewise(Schedule):
             value = torch.where(step >= at, held, value)
         return value
 
+    @override
     def extremes(self) -> tuple[float, ...]:
         return tuple(self.values.values())
 
@@ -167,7 +180,7 @@ def _number(value: object) -> object:
     if isinstance(value, bool) or not isinstance(value, int | float):
         shown = f"{value!r} is text; remove the quotes" if isinstance(value, str) else f"{value!r}"
         msg = f"a number or a schedule is needed, not {shown}"
-        raise ValueError(msg)
+        raise ValueError(msg)  # noqa: TRY004 - pydantic turns only a ValueError into a message
     return Constant(value=value)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -52,7 +52,7 @@ def simulate(
         "error_norm": error_norm,
         "ref_loss": ref_loss,
     }
-    tensors = {
+    tensors: dict[str, Any] = {
         name: torch.as_tensor(value, dtype=torch.float32).reshape(-1, 1)
         for name, value in given.items()
         if value is not None

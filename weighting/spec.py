@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, SerializeAsAny, model_validator
+from typing_extensions import override
 
 import weighting.stages  # noqa: F401 - registers the words of the language
 from weighting import arrow, calls, document
@@ -84,6 +85,7 @@ class Spec(BaseModel):
         span = self._marks.spans.get((factor, index))
         return self._marks.source.place(*span) if span else None
 
+    @override
     def __str__(self) -> str:
         return dumps(self)
 
@@ -140,9 +142,9 @@ def resolve(text: str, *, allow_plugins: bool = False) -> Spec:
         SpecError: It is none of them, or wrong.
     """
     looks_like_file = text.endswith((".yaml", ".yml")) or Path(text).is_file()
-    if not looks_like_file and (re.search(r"->|→|\(", text) or text.strip() in stages()):
-        if text.strip() not in shipped():
-            return loads(text, source="<arrow>", allow_plugins=allow_plugins)
+    is_arrow = re.search(r"->|→|\(", text) or text.strip() in stages().keys() - shipped().keys()
+    if is_arrow and not looks_like_file:
+        return loads(text, source="<arrow>", allow_plugins=allow_plugins)
     return load(text, allow_plugins=allow_plugins)
 
 
@@ -214,7 +216,7 @@ def _read(
         message = "a spec is a map that starts with version: 1 and holds pipeline: or factors:"
         problems.append(source.problem(message, root.span))
         return None
-    options = {
+    options: dict[str, Any] = {
         name: _option(source, *entries[name], problems) for name in _OPTIONS if name in entries
     }
     if "plugins" in entries:
@@ -227,7 +229,8 @@ def _read(
             factors[str(key.value)] = pipeline
     if not factors:
         return None
-    spec = Spec(factors=factors, **{k: v for k, v in options.items() if v is not None})
+    given = {name: value for name, value in options.items() if value is not None}
+    spec = Spec.model_validate({"factors": factors, **given})
     spec._marks = _Marks(source, spans)  # noqa: SLF001 - its own private attribute
     return spec
 

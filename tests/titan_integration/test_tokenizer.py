@@ -44,7 +44,7 @@ def contents(folder):
 
 
 def test_the_host_loads_it_with_the_exact_vocabulary():
-    """torchtitan's tokenizer class finds 2048 tokens, of which 0 and 1 are the special ones."""
+    """The host's tokenizer class finds 2048 tokens, of which 0 and 1 are the special ones."""
     tokenizer = HuggingFaceTokenizer(tokenizer_path=str(ensure_tokenizer()))
     assert tokenizer.get_vocab_size() == 2048
     assert (tokenizer.bos_id, tokenizer.eos_id) == (0, 1)

@@ -127,9 +127,7 @@ def test_resumed_run_goes_on_bitwise(seed, spec, one_rank, tmp_path):
 
     other = ["--module=titan_integration", "--config=llama3_debugmodel", "--weighting.spec=mile"]
     flags = ["--checkpoint.enable", f"--dump_folder={tmp_path}/dump", "--training.seq_len=64"]
-    refused = torchrun(
-        1, "-m", "torchtitan.train", *other, *flags, "--training.local_batch_size=8"
-    )
+    refused = torchrun(1, "-m", "torchtitan.train", *other, *flags, "--training.local_batch_size=8")
     assert refused.returncode != 0
     assert "another weighting spec" in refused.stderr
     assert "entropy(gamma=1)" in refused.stderr

@@ -138,7 +138,8 @@ def _turns(schedule: Schedule) -> list[int]:
 
 def _wrapped(label: str, stages: list[str]) -> list[str]:
     """Return a pipeline over as many lines as it takes, broken at its arrows."""
-    lines, current = [], f"  {label:8} {stages[0]}"
+    lines: list[str] = []
+    current = f"  {label:8} {stages[0]}"
     for stage in stages[1:]:
         if len(current) + len(stage) + 4 > 80:  # noqa: PLR2004 - a terminal's width
             lines.append(current)

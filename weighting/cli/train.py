@@ -21,7 +21,7 @@ from weighting.cli.common import allow_plugins, give_up, read_or_exit
 @click.option("--ranks", type=click.IntRange(1), help="Processes; default one per accelerator.")
 @allow_plugins
 @click.argument("flags", metavar="[TORCHTITAN FLAGS]...", nargs=-1, type=click.UNPROCESSED)
-def train(  # noqa: D417 - click documents its own arguments
+def train(
     spec: str,
     config: str,
     module: str,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from typing_extensions import override
+
 from weighting.contract import Scope, Shape
 from weighting.registry import stage
 
@@ -18,6 +20,7 @@ class Abs(Shape):
     y = |x|
     """
 
+    @override
     def apply(self, x: Tensor, scope: Scope) -> Tensor:
         """Return |x|."""
         del scope

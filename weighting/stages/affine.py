@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from typing_extensions import override
+
 from weighting.contract import Scope, Shape
 from weighting.registry import stage
 from weighting.schedules import Constant, Number
@@ -22,6 +24,7 @@ class Affine(Shape):
     scale: Number = Constant(value=1)
     shift: Number = Constant(value=0)
 
+    @override
     def apply(self, x: Tensor, scope: Scope) -> Tensor:
         """Return scale * x + shift."""
         return self.scale(scope.step) * x + self.shift(scope.step)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+from typing_extensions import override
+
 from weighting.contract import Constrain, Scope
 from weighting.project import cap
 from weighting.registry import stage
@@ -30,6 +32,7 @@ class Clamp(Constrain):
     statistics: ClassVar[str] = "sum"
     max: CapNumber
 
+    @override
     def apply(self, x: Tensor, scope: Scope) -> Tensor:
         """Return the capped weights."""
         return cap(x, self.max(scope.step), scope)

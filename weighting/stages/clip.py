@@ -6,14 +6,16 @@ from typing import TYPE_CHECKING
 
 import torch
 from pydantic import model_validator
+from typing_extensions import override
 
 from weighting.contract import Scope, Shape
 from weighting.registry import stage
 from weighting.schedules import Number
 
 if TYPE_CHECKING:
+    from typing import Self
+
     from torch import Tensor
-    from typing_extensions import Self
 
 
 @stage("clip")
@@ -36,6 +38,7 @@ class Clip(Shape):
             raise ValueError(msg)
         return self
 
+    @override
     def apply(self, x: Tensor, scope: Scope) -> Tensor:
         """Return the clipped scores."""
         if self.min is not None:

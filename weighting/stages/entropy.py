@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+from typing_extensions import override
+
 from weighting.contract import Scope, Signals, Source, Stage
 from weighting.registry import stage
 from weighting.schedules import Constant, NonNegativeNumber, Number
@@ -30,6 +32,7 @@ class Entropy(Source):
     gamma: Number | None = None
     sigma: NonNegativeNumber | None = None
 
+    @override
     def expand(self) -> tuple[Stage, ...]:
         """Return the raw entropy, shifted and raised when arguments are given."""
         if self.gamma is None and self.sigma is None:
@@ -37,6 +40,7 @@ class Entropy(Source):
         one = Constant(value=1)
         return (Entropy(), Affine(shift=self.sigma or one), Pow(exponent=self.gamma or one))
 
+    @override
     def read(self, signals: Signals, scope: Scope) -> Tensor:
         """Return the entropy."""
         del scope

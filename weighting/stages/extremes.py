@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing_extensions import override
+
 from weighting.contract import Stage, Sugar
 from weighting.registry import stage
 from weighting.stages.abs import Abs
@@ -18,6 +20,7 @@ class Extremes(Sugar):
     Source: Sow et al. (2025), ICLR, arXiv:2502.06733 ("Extremes").
     """
 
+    @override
     def expand(self) -> tuple[Stage, ...]:
         """Return the absolute value."""
         return (Abs(),)

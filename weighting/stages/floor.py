@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+from typing_extensions import override
+
 from weighting.contract import Constrain, Scope
 from weighting.project import raise_to
 from weighting.registry import stage
@@ -26,6 +28,7 @@ class Floor(Constrain):
     statistics: ClassVar[str] = "sum"
     min: FloorNumber
 
+    @override
     def apply(self, x: Tensor, scope: Scope) -> Tensor:
         """Return the raised weights."""
         return raise_to(x, self.min(scope.step), scope)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+from typing_extensions import override
+
 from weighting.contract import Scope, Signals, Source
 from weighting.registry import stage
 from weighting.schedules import Constant, NonNegativeNumber
@@ -26,6 +28,7 @@ class Focal(Source):
     needs: ClassVar[frozenset[str]] = frozenset({"loss"})
     gamma: NonNegativeNumber = Constant(value=1)
 
+    @override
     def read(self, signals: Signals, scope: Scope) -> Tensor:
         """Return the focal score."""
         return (-(-signals.loss).expm1()).clamp(min=0) ** self.gamma(scope.step)

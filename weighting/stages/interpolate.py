@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from typing_extensions import override
+
 from weighting.contract import Constrain, Scope
 from weighting.registry import stage
 from weighting.schedules import UnitNumber
@@ -23,6 +25,7 @@ class Interpolate(Constrain):
 
     lam: UnitNumber
 
+    @override
     def apply(self, x: Tensor, scope: Scope) -> Tensor:
         """Return the mixed weights."""
         lam = self.lam(scope.step)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing_extensions import override
+
 from weighting.contract import Stage, Sugar
 from weighting.registry import stage
 from weighting.schedules import Constant, PositiveNumber
@@ -22,6 +24,7 @@ class LinUpper(Sugar):
 
     alpha: PositiveNumber = Constant(value=1)
 
+    @override
     def expand(self) -> tuple[Stage, ...]:
         """Return the shift and the cap."""
         return (Affine(shift=Constant(value=1)), Clip(max=self.alpha))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+from typing_extensions import override
+
 from weighting.contract import Scope, Signals, Source
 from weighting.registry import stage
 
@@ -20,6 +22,7 @@ class Loss(Source):
 
     needs: ClassVar[frozenset[str]] = frozenset({"loss"})
 
+    @override
     def read(self, signals: Signals, scope: Scope) -> Tensor:
         """Return the loss."""
         del scope

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
+from typing_extensions import override
 
 from weighting.contract import Scope, Stage, Sugar, Weigh
 from weighting.registry import stage
@@ -28,6 +29,7 @@ class MeanOne(Weigh):
 
     statistics: ClassVar[str] = "sum"
 
+    @override
     def apply(self, x: Tensor, scope: Scope) -> Tensor:
         """Return the weights."""
         w = x.clamp(0, 1e30)  # a finite sum of up to 1e8 scores
@@ -46,6 +48,7 @@ class TokenScale(Sugar):
     gives = "weight"
     kind = "weigh"
 
+    @override
     def expand(self) -> tuple[Stage, ...]:
         """Return `mean_one`."""
         return (MeanOne(),)

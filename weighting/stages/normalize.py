@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
+from typing_extensions import override
 
 from weighting.contract import Scope, Shape
 from weighting.registry import stage
@@ -29,6 +30,7 @@ class Normalize(Shape):
 
     statistics: ClassVar[str] = "min, max"
 
+    @override
     def apply(self, x: Tensor, scope: Scope) -> Tensor:
         """Return the normalised scores."""
         low, high = scope.range(x / 2)  # halves: the range of any float32 scores is finite

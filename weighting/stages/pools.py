@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from typing_extensions import override
 
 from weighting.contract import Pool
 from weighting.registry import stage
@@ -22,6 +23,7 @@ class Mean(Pool):
     score_u = sum_{t in u} score_t / |u|
     """
 
+    @override
     def pool(self, score: Tensor, valid: Tensor, groups: Groups) -> Tensor:
         """Return the means."""
         total, count = groups.sum(
@@ -37,6 +39,7 @@ class Sum(Pool):
     score_u = sum_{t in u} score_t
     """
 
+    @override
     def pool(self, score: Tensor, valid: Tensor, groups: Groups) -> Tensor:
         """Return the sums."""
         return groups.sum(torch.where(valid, score, 0))
@@ -49,6 +52,7 @@ class Max(Pool):
     score_u = max_{t in u} score_t
     """
 
+    @override
     def pool(self, score: Tensor, valid: Tensor, groups: Groups) -> Tensor:
         """Return the maxima."""
         largest = groups.max(torch.where(valid, score, -torch.inf))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from typing_extensions import override
 
 from weighting.contract import Scope, Shape
 from weighting.registry import stage
@@ -26,6 +27,7 @@ class Pow(Shape):
 
     exponent: Number
 
+    @override
     def apply(self, x: Tensor, scope: Scope) -> Tensor:
         """Return the powers."""
         if isinstance(self.exponent, Constant) and self.exponent.value == round(

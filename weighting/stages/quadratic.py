@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing_extensions import override
+
 from weighting.contract import Stage, Sugar
 from weighting.registry import stage
 from weighting.schedules import Constant
@@ -20,6 +22,7 @@ class Quadratic(Sugar):
     Source: Sow et al. (2025), ICLR, arXiv:2502.06733 ("Quadratic").
     """
 
+    @override
     def expand(self) -> tuple[Stage, ...]:
         """Return the square and its mirror."""
         one = Constant(value=1)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import torch
 from pydantic import Field
+from typing_extensions import override
 
 from weighting.contract import Scope, Signals, Source
 from weighting.errors import nearest
@@ -30,6 +31,7 @@ class Table(Source):
     collects: ClassVar[str | None] = "weights"
     weights: Annotated[dict[str, NonNegativeNumber], Field(min_length=1)]
 
+    @override
     def problem_with(self, domains: tuple[str, ...]) -> str | None:
         """Return what keeps the table from covering these domains exactly, if anything."""
         unknown = [f"{name!r}{nearest(name, domains)}" for name in self.weights.keys() - {*domains}]
@@ -41,6 +43,7 @@ class Table(Source):
             return f"the table has no entry for {', '.join(missing)} ({both})"
         return None
 
+    @override
     def read(self, signals: Signals, scope: Scope) -> Tensor:
         """Look every token's domain up."""
         assert signals.domain_ids is not None, "build checks what a pipeline needs"

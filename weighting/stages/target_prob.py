@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+from typing_extensions import override
+
 from weighting.contract import Scope, Signals, Source
 from weighting.registry import stage
 
@@ -20,6 +22,7 @@ class TargetProb(Source):
 
     needs: ClassVar[frozenset[str]] = frozenset({"target_prob"})
 
+    @override
     def read(self, signals: Signals, scope: Scope) -> Tensor:
         """Return the probability, from the loss when the signal is not given."""
         del scope

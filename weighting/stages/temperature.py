@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
+from typing_extensions import override
 
 from weighting.contract import Scope, Weigh
 from weighting.project import TINY
@@ -32,6 +33,7 @@ class Temperature(Weigh):
     statistics: ClassVar[str] = "max, sum"
     tau: PositiveNumber
 
+    @override
     def apply(self, x: Tensor, scope: Scope) -> Tensor:
         """Return the weights."""
         below = (x - scope.max(x)) / self.tau(scope.step)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
+from typing_extensions import override
 
 from weighting.contract import Form, Scope, Signals, Source
 from weighting.registry import stage
@@ -22,6 +23,7 @@ class Uniform(Source):
 
     gives: ClassVar[Form] = "weight"
 
+    @override
     def read(self, signals: Signals, scope: Scope) -> Tensor:
         """Return ones."""
         del scope

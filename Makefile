@@ -1,0 +1,33 @@
+# make train   install what it takes, then train a small Llama with LinUpper on this machine
+# make test    install what it takes, then run every test
+# make lint    ruff and pyrefly, both quiet
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.PHONY: train test lint clean
+
+train: $(STAMP)
+	$(BIN)/weighting train specs/linupper.yaml
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check --quiet .
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/pyrefly check --summary=none
+
+clean:
+	rm -rf $(VENV) build dist outputs
+
+# Reinstalled only when what is installed changes; the sources themselves are used in place.
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Python 3.11 or newer is needed; pass one: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV): torch and torchtitan, about 6 GB, once"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.15.0 -e '.[titan,plot,dev]'
+	@touch $@
