@@ -43,7 +43,12 @@ def adversarial():
     }
     batches = {name: dataclasses.replace(plain, **change) for name, change in changes.items()}
     one_row = tables.batch(1, 8, seed=51)
-    return {"plain": plain, **batches, "one row": one_row, "many rows": tables.batch(64, 3, seed=52)}
+    return {
+        "plain": plain,
+        **batches,
+        "one row": one_row,
+        "many rows": tables.batch(64, 3, seed=52),
+    }
 
 
 def assert_like_reference(name, signals, label):

@@ -394,10 +394,10 @@ def _flatten(signals: Signals, needs: frozenset[str]) -> Signals:
             raise ValueError(msg)
         value = value.detach().reshape(-1)
         if name == "valid":
-            value = value.bool()
-        elif not name.endswith("_ids"):
-            value = torch.where(valid.reshape(-1).bool(), value.float(), 0)
-        flat[name] = value
+            flat[name] = value.bool()
+            continue
+        value = value.long() if name.endswith("_ids") else value.float()
+        flat[name] = torch.where(valid.reshape(-1).bool(), value, 0)
     return Signals(**flat)
 
 

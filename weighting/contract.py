@@ -153,7 +153,9 @@ class Stage(BaseModel):
     called with `scope.step` to get their value.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True
+    )
     name: ClassVar[str]
     """Its name in the language; set by `@stage(name)`."""
     kind: ClassVar[str]

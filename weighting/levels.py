@@ -73,7 +73,7 @@ def group(
     if level == "token":
         return None
     if level == "domain":
-        ids = _ids(signals.domain_ids, "domain_ids", num_domains)
+        ids = _ids(signals.domain_ids, signals.valid, "domain_ids", num_domains)
         return Groups(level, ids, num_domains, 0, collectives)
     if level == "sequence" and not is_flat:
         row_ids = torch.arange(rows, device=signals.loss.device).repeat_interleave(length)
@@ -81,7 +81,7 @@ def group(
     given, name = signals.segment_ids, "segment_ids"
     if level == "sequence" and signals.sequence_ids is not None:
         given, name = signals.sequence_ids, "sequence_ids"
-    ids = _ids(given, name, length)
+    ids = _ids(given, signals.valid, name, length)
     offsets = torch.arange(rows, device=ids.device).repeat_interleave(length) * length
     return Groups(level, ids + offsets, rows * length, 0, collectives)
 
@@ -97,11 +97,14 @@ def documents(positions: Tensor) -> Tensor:
     return starts.cumsum(1)
 
 
-def _ids(ids: Tensor | None, name: str, size: int) -> Tensor:
+def _ids(ids: Tensor | None, valid: Tensor | None, name: str, size: int) -> Tensor:
+    """Return flat ids, 0 at ignored tokens, whose ids may be anything."""
     if ids is None:
         msg = f"{name} are needed by this spec's levels; give Signals({name}=...)"
         raise ValueError(msg)
     ids = ids.reshape(-1).long()
+    if valid is not None:
+        ids = torch.where(valid.reshape(-1).bool(), ids, 0)
     if not torch.compiler.is_compiling() and ids.device.type == "cpu" and ids.numel():
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= size:

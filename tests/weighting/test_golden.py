@@ -6,8 +6,8 @@ import weighting as wt
 from torch.testing import assert_close
 
 LOSS = [1.0, 2.0, 3.0, 5.0]
-UPPER = "normalize -> affine(0.5, 0.5) -> temperature({})"
 LINUPPER = "normalize -> linupper(alpha=1) -> temperature({})"
+UPPER = "normalize -> affine(0.5, 0.5) -> temperature({})"
 QUADRATIC = "normalize -> quadratic -> temperature({})"
 
 SHARES = {
@@ -22,15 +22,15 @@ SHARES = {
     "extremes": [0.422192, 0.120960, 0.034656, 0.422192],
     "dro-kl": [0.015219, 0.041371, 0.112457, 0.830953],
     "loss -> mean(sequence) -> temperature(1)": [0.015219, 0.041371, 0.112457, 0.830953],
+    # Where the cap of 2/4 binds: 0.588432 falls to 0.5, and the others grow alike to fill it.
+    "quadratic": [0.058680, 0.382640, 0.5, 0.058680],
+    # exp(h / 0.4) for h = -1, -0.5, 0, 1 is 0.899005 for the last: 0.5, the others fill it.
+    "prop1": [0.029989, 0.104672, 0.365340, 0.5],
 }
 """Sum-to-one weights of `LOSS`."""
 
-# The quadratic's largest share, 0.588432, exceeds 2/4: the rest shares what the cap leaves over.
-_REST = 0.5 / (1 - 0.588432)
-CAPPED = {
-    "quadratic": [0.048301 * _REST, 0.314965 * _REST, 0.5, 0.048301 * _REST],
-    "prop1": [0.5 * x / 0.342946 for x in (0.053934**0, 0, 0)],
-}
+TOKEN_LOSS = [0.1, 1.0, 2.0, 4.0]
+ENTROPY = [0.0, 1.0, 2.0, 3.0]
 
 
 @pytest.mark.parametrize("spec", SHARES)
@@ -39,3 +39,36 @@ def test_shares_of_four_losses(spec):
     got = wt.simulate(spec, LOSS) / len(LOSS)
     # The vectors are given to six decimals.
     assert_close(got, torch.tensor(SHARES[spec]), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "spec", ["mile", "entropy(gamma=1) -> token_scale", "entropy(1) -> mean_one"]
+)
+def test_mile(spec):
+    """Entropies 0 to 3 weigh 0.4 to 1.6, and the weighted loss of the four tokens is 2.41."""
+    weight = wt.simulate(spec, TOKEN_LOSS, entropy=ENTROPY)
+    assert_close(weight, torch.tensor([0.4, 0.8, 1.2, 1.6]), rtol=0, atol=1e-6)
+    loss = (weight * torch.tensor(TOKEN_LOSS)).mean().item()
+    assert loss == pytest.approx(2.41, abs=1e-6)
+
+
+@pytest.mark.parametrize("spec", ["focal", "focal -> mean_one", "focal(1) -> token_scale"])
+def test_focal(spec):
+    """Token losses 0.1 to 4 get the weights and the weighted loss of the focal formula."""
+    weight = wt.simulate(spec, TOKEN_LOSS)
+    expected = torch.tensor([0.147904, 0.982457, 1.343882, 1.525757])
+    assert_close(weight, expected, rtol=0, atol=1e-6)
+    loss = (weight * torch.tensor(TOKEN_LOSS)).mean().item()
+    assert loss == pytest.approx(2.447010, abs=1e-6)
+
+
+def test_table():
+    """A table weighs every unit by the share of its domain."""
+    weight = wt.simulate("table(web=1, code=3) -> mean_one", domain=["web", "code", "web", "web"])
+    # 1, 3, 1, 1 over their mean 1.5.
+    assert_close(weight, torch.tensor([2 / 3, 2, 2 / 3, 2 / 3]), rtol=0, atol=1e-6)
+
+
+def test_uniform():
+    """Plain training weighs every unit exactly one."""
+    assert wt.simulate("uniform", LOSS).tolist() == [1, 1, 1, 1]

@@ -48,4 +48,4 @@ class Table(Source):
         """Look every token's domain up."""
         assert signals.domain_ids is not None, "build checks what a pipeline needs"
         entries = torch.stack([self.weights[name](scope.step) for name in scope.domains])
-        return entries[signals.domain_ids.long()]
+        return entries[signals.domain_ids]
