@@ -11,10 +11,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from torchtitan.components.optimizer import LRSchedulersContainer, default_adamw
+from torchtitan.config import CompileConfig, TrainingConfig
 from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataLoader
 from torchtitan.models.common.config_utils import decoder_vocab_size
 from torchtitan.models.llama3 import config_registry as stock
 from torchtitan.models.llama3 import model_registry
+from torchtitan.tools.logging import logger
 
 from titan_integration.data import DomainTextDataLoader
 from titan_integration.tokenizer import ensure_tokenizer
@@ -54,8 +57,19 @@ def llama3_70b() -> WeightedTrainer.Config:
 
 
 def llama3_405b() -> WeightedTrainer.Config:
-    """Llama 3.1 405B, the host's settings."""
-    return _on_c4(stock.llama3_405b())
+    """Llama 3.1 405B, the host's settings; without float8 where torchao or the GPU cannot."""
+    try:
+        return _on_c4(stock.llama3_405b())
+    except (ImportError, ValueError) as error:
+        logger.warning(f"llama3_405b without float8 layers: {error}")
+    config = stock.llama3_70b()
+    config.model_spec = model_registry("405B")
+    config.hf_assets_path = "./assets/hf/Llama-3.1-405B"
+    config.optimizer = default_adamw(lr=8e-5)
+    config.lr_scheduler = LRSchedulersContainer.Config(warmup_steps=600)
+    config.training = TrainingConfig(local_batch_size=2, seq_len=8192, steps=3000)
+    config.compile = CompileConfig(enable=True, enable_async_tensor_parallel=True)
+    return _on_c4(config)
 
 
 def _resized(flavor: str, assets: str) -> Trainer.Config:

@@ -17,7 +17,8 @@ from torch.distributed.fsdp import FSDPModule
 from torchtitan.components.loss import BaseLoss, ChunkedLossWrapper, CrossEntropyLoss
 from typing_extensions import override
 
-from weighting.losses import distribution_signals, token_loss, weighted_sum
+from titan_integration.vocabulary import losses_with_gradient, signals
+from weighting.losses import weighted_sum
 
 if TYPE_CHECKING:
     from titan_integration.state import RunState
@@ -45,7 +46,8 @@ class TokenWeightedCrossEntropy(CrossEntropyLoss):
         if weights is None:
             return super().__call__(pred, labels, global_valid_tokens, **kwargs)
         assert global_valid_tokens is not None, "only training is weighted"
-        return weighted_sum(token_loss(pred, labels), weights) / global_valid_tokens, {}
+        nll = losses_with_gradient(pred, labels, self.global_vocab_size)
+        return weighted_sum(nll, weights) / global_valid_tokens, {}
 
 
 class WeightedCrossEntropyLoss(TokenWeightedCrossEntropy):
@@ -77,11 +79,10 @@ class WeightedCrossEntropyLoss(TokenWeightedCrossEntropy):
             loss, metrics = super().__call__(pred, labels, global_valid_tokens)
             _record_plain(state, labels, loss)
             return loss, metrics
-        nll = token_loss(pred, labels)
-        more = distribution_signals(pred, labels, state.fn.needs)
-        out = state.weigh(nll.detach(), labels, positions, more)
-        state.add_cross_entropy(nll.sum() / global_valid_tokens)
-        return weighted_sum(nll, out.token) / global_valid_tokens, {}
+        found = signals(pred, labels, self.global_vocab_size, state.fn.needs)
+        out = state.weigh(labels, positions, found)
+        state.add_cross_entropy(found["loss"].sum() / global_valid_tokens)
+        return super().__call__(pred, labels, global_valid_tokens, weights=out.token)
 
 
 class WeightedChunkedLoss(ChunkedLossWrapper):
@@ -114,31 +115,27 @@ class WeightedChunkedLoss(ChunkedLossWrapper):
             loss, metrics = super().__call__(pred, labels, global_valid_tokens, **loss_inputs)
             _record_plain(state, labels, loss)
             return loss, metrics
-        nll, more = self._signals(pred, labels, state.fn.needs)
-        out = state.weigh(nll, labels, positions, more)
-        state.add_cross_entropy(nll.sum() / global_valid_tokens)
+        found = self._signals(pred, labels, state.fn.needs)
+        out = state.weigh(labels, positions, found)
+        state.add_cross_entropy(found["loss"].sum() / global_valid_tokens)
         return super().__call__(pred, labels, global_valid_tokens, weights=out.token, **loss_inputs)
 
     @torch.no_grad()
-    def _signals(
-        self, hidden: Tensor, labels: Tensor, needs: frozenset[str]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of every token, [B, L], and the other signals, chunk by chunk."""
+    def _signals(self, hidden: Tensor, labels: Tensor, needs: frozenset[str]) -> dict[str, Tensor]:
+        """Return the loss of every token and what else is needed, [B, L], chunk by chunk."""
         lm_head = self.lm_head
         assert lm_head is not None, "the trainer sets lm_head"
         if isinstance(lm_head, FSDPModule):  # gather its weight once; the host's loop reshards it
             lm_head.set_reshard_after_forward(False)
             lm_head.unshard()
-        losses: list[Tensor] = []
-        others: dict[str, list[Tensor]] = {}
+        found: dict[str, list[Tensor]] = {}
         chunks = (hidden.chunk(self.num_chunks, dim=1), labels.chunk(self.num_chunks, dim=1))
         for hidden_chunk, label_chunk in zip(*chunks, strict=True):
-            logits = lm_head(hidden_chunk)
-            losses.append(token_loss(logits, label_chunk))
-            for name, value in distribution_signals(logits, label_chunk, needs).items():
-                others.setdefault(name, []).append(value)
-            del logits
-        return torch.cat(losses, 1), {name: torch.cat(parts, 1) for name, parts in others.items()}
+            vocab_size = getattr(self.loss_fn, "global_vocab_size", None)
+            chunk = signals(lm_head(hidden_chunk), label_chunk, vocab_size, needs)
+            for name, value in chunk.items():
+                found.setdefault(name, []).append(value)
+        return {name: torch.cat(parts, 1) for name, parts in found.items()}
 
 
 def weighted_loss_config(stock: BaseLoss.Config) -> BaseLoss.Config:
@@ -163,5 +160,5 @@ def weighted_loss_config(stock: BaseLoss.Config) -> BaseLoss.Config:
 
 def _record_plain(state: RunState, labels: Tensor, loss: Tensor) -> None:
     """Note the statistics of a batch whose weights are one by construction."""
-    state.weigh(torch.zeros_like(labels, dtype=torch.float32), labels, None, {})
+    state.weigh(labels, None, {"loss": torch.zeros_like(labels, dtype=torch.float32)})
     state.add_cross_entropy(loss)

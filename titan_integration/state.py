@@ -78,27 +78,23 @@ class RunState(Stateful):
             self._domain_ids = torch.zeros_like(domain_ids, device=self.step.device)
         self._domain_ids.copy_(domain_ids)
 
-    def weigh(
-        self, loss: Tensor, labels: Tensor, positions: Tensor | None, more: dict[str, Tensor]
-    ) -> Weights:
+    def weigh(self, labels: Tensor, positions: Tensor | None, found: dict[str, Tensor]) -> Weights:
         """Return the weights of a batch and add to the statistics of the step.
 
         Args:
-            loss: [B, L] nats.
             labels: [B, L].
             positions: [B, L], 0 where a document starts; one document per row when None.
-            more: Further signals the weighting needs.
+            found: `loss` in nats and the other signals the weighting needs, each [B, L].
         """
         needs = self.fn.needs
         segment_ids = None
         if "segment_ids" in needs:
             segment_ids = torch.zeros_like(labels) if positions is None else documents(positions)
         signals = Signals(
-            loss=loss,
             valid=labels != IGNORE_INDEX,
             domain_ids=self._domain_ids if "domain_ids" in needs else None,
             segment_ids=segment_ids,
-            **more,  # pyrefly: ignore[bad-argument-type]
+            **found,  # pyrefly: ignore[bad-argument-type]
         )
         out = self._weigh(signals, self.step)
         self._moments[:, :_ADDED] += out.moments[:, :_ADDED]

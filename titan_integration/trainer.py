@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -182,7 +183,6 @@ def refuse_unsupported(config: WeightedTrainer.Config, fn: wt.Weighting) -> None
         return
     degrees = config.parallelism
     reasons = {
-        "tensor_parallel_degree": "each rank sees a slice of the vocabulary only",
         "context_parallel_degree": "each rank sees a part of every sequence only",
         "pipeline_parallel_degree": "losses come one microbatch at a time, after others' backward",
     }
@@ -204,10 +204,17 @@ def exit_on_user_error() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        if os.environ.get("RANK", "0") == "0":
-            sys.stderr.write(f"\nerror: {error}\n")
-            sys.stderr.flush()
+        # torchrun stops all ranks as soon as one ends: let the first one speak.  If it has nothing
+        # to say, the error is this rank's alone.
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(_HEAD_START)
+        sys.stderr.write(f"\nerror: {error}\n")
+        sys.stderr.flush()
         raise SystemExit(2) from None
+
+
+_HEAD_START = 10.0
+"""Seconds the other ranks wait for the first to report an error."""
 
 
 def _recast(config: Configurable.Config, cls: type[C]) -> C:

@@ -52,7 +52,7 @@ def explanation(spec: Spec, fn: Weighting, steps: int | None = None) -> list[str
         lines += ["", f"{name}: one weight per {planned[-1].level}"]
         lines += _wrapped("written", arrow_text(spec.factors[name]).split(" -> "))
         lines += _wrapped("means", [_in_full(step) for step in planned])
-        lines += ["", "  stage                        gives                 statistics"]
+        lines += ["", f"  {'stage':25} {'gives':19} statistics"]
         lines += [_row(step) for step in planned]
     lines += ["", *_ending(spec, fn), "", *_schedules(fn, steps)]
     lines += ["as a YAML list:", ""]
@@ -68,19 +68,19 @@ def _row(step: PlannedStage) -> str:
     stage = step.stage
     over = "none"
     if stage.kind == "pool":
-        over = f"over the tokens of each {step.level}"
+        over = f"over the tokens of the {step.level}"
     elif stage.statistics:
         over = f"{stage.statistics} over {_SPANS[step.level]}"
     text = _in_full(step)
-    text = text if len(text) <= 28 else text[:25] + "..."  # noqa: PLR2004 - the column's width
-    return f"  {text:28} {f'{stage.gives} per {step.level}':21} {over}"
+    text = text if len(text) <= 25 else text[:22] + "..."  # noqa: PLR2004 - the column's width
+    return f"  {text:25} {f'{stage.gives} per {step.level}':19} {over}"
 
 
 def _ending(spec: Spec, fn: Weighting) -> Iterator[str]:
     yield f"scope: statistics run over {_SCOPE}"
     product = " x ".join(fn.plans) if len(fn.plans) > 1 else "the weights"
     if fn.identity:
-        yield "final: every weight is one by construction; the loss is the trainer's own, bitwise"
+        yield "final: every weight is one; the loss is the trainer's own, bitwise"
     elif spec.normalize == "none":
         yield f"final: {product}, not normalised"
     else:

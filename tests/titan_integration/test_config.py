@@ -1,0 +1,106 @@
+"""Configs: every stock Llama gets a weighting and nothing else; what cannot be right is refused."""
+
+import dataclasses
+
+import pytest
+from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss, MSELoss
+from torchtitan.models.llama3 import config_registry as stock
+from torchtitan.trainer import Trainer
+
+import weighting as wt
+from titan_integration import config_registry, with_weighting
+from titan_integration.loss import WeightedChunkedLoss, WeightedCrossEntropyLoss
+from titan_integration.metrics import UnweightedValidator, WeightedMetricsProcessor
+from titan_integration.trainer import (
+    WeightedTrainer,
+    WeightingConfig,
+    read_spec,
+    refuse_unsupported,
+)
+from weighting.build import sketch
+
+REPLACED = {"loss", "metrics", "validator", "dataloader", "weighting", "model_spec", "training"}
+"""What a weighting (or, for the last two, a CPU) changes in a config."""
+
+
+@pytest.mark.parametrize("size", ["debugmodel", "1b", "3b", "8b", "70b", "405b"])
+def test_every_stock_llama_has_a_weighted_config(size):
+    """The weighted config builds a WeightedTrainer and keeps the host's settings."""
+    config = getattr(config_registry, f"llama3_{size}")()
+    try:
+        host = getattr(stock, f"llama3_{size}", stock.llama3_8b)()
+    except (ImportError, ValueError):  # 405B takes torchao and a recent GPU
+        assert size == "405b"
+        host = stock.llama3_70b()
+        host.optimizer, host.lr_scheduler = config.optimizer, config.lr_scheduler
+        host.training, host.compile = config.training, config.compile
+
+    assert type(config)._owner is WeightedTrainer
+    assert isinstance(config.loss, WeightedChunkedLoss.Config)
+    assert isinstance(config.metrics, WeightedMetricsProcessor.Config)
+    assert isinstance(config.validator, UnweightedValidator.Config)
+    assert config.loss.num_chunks == host.loss.num_chunks
+    assert config.model_spec.flavor.lower() == size
+    assert config.training.local_batch_size == host.training.local_batch_size
+    assert config.training.seq_len == host.training.seq_len
+    for field in dataclasses.fields(Trainer.Config):
+        if field.name not in REPLACED | {"hf_assets_path"}:
+            assert getattr(config, field.name) == getattr(host, field.name), field.name
+
+
+def test_a_loss_keeps_its_settings():
+    """Chunked or not, the cross entropy becomes its weighted counterpart with the same settings."""
+    host = stock.llama3_debugmodel()
+    host.loss = CrossEntropyLoss.Config(global_vocab_size=77)
+    assert with_weighting(host).loss == WeightedCrossEntropyLoss.Config(global_vocab_size=77)
+    host.loss = ChunkedLossWrapper.Config(
+        num_chunks=3, loss_fn=CrossEntropyLoss.Config(global_vocab_size=77)
+    )
+    weighted = with_weighting(host).loss
+    assert (weighted.num_chunks, weighted.loss_fn.global_vocab_size) == (3, 77)
+
+
+def test_another_loss_is_refused():
+    """A loss that is not the cross entropy cannot be weighted, and is named."""
+    host = stock.llama3_debugmodel()
+    host.loss = MSELoss.Config()
+    with pytest.raises(
+        ValueError, match=r"cannot weight the loss MSELoss.Config; use CrossEntropy"
+    ):
+        with_weighting(host)
+
+
+def test_no_spec_and_a_wrong_spec_are_errors():
+    """A run without a spec is not a run with a default one."""
+    with pytest.raises(ValueError, match=r"no weighting spec; pass --weighting.spec"):
+        read_spec(WeightingConfig())
+    with pytest.raises(wt.SpecError, match="unknown stage 'nope'"):
+        read_spec(WeightingConfig(spec="nope(1)"))
+
+
+@pytest.mark.parametrize("name", ["context", "pipeline"])
+def test_a_parallelism_that_would_be_wrong_is_refused_with_the_reason(name):
+    """Weights are refused where a rank cannot see what they depend on; plain training is not."""
+    config = config_registry.llama3_debugmodel()
+    setattr(config.parallelism, f"{name}_parallel_degree", 2)
+
+    with pytest.raises(ValueError, match=rf"not exact under {name}_parallel_degree > 1 yet \("):
+        refuse_unsupported(config, sketch(wt.load("linupper")))
+    refuse_unsupported(config, sketch(wt.load("uniform")))
+
+
+def test_a_signal_nobody_gives_is_refused():
+    """A spec that reads what the trainer cannot give is refused by the name of the signal."""
+
+    class NeedsReference(wt.Source):
+        needs = frozenset({"ref_loss"})
+
+        def read(self, signals, scope):
+            del scope
+            return signals.ref_loss
+
+    wt.stage("needs_reference_for_test")(NeedsReference)
+    fn = sketch(wt.loads("needs_reference_for_test -> mean_one"))
+    config = config_registry.llama3_debugmodel()
+    with pytest.raises(ValueError, match="reads ref_loss, which this trainer does not provide"):
+        refuse_unsupported(config, fn)

@@ -1,0 +1,111 @@
+"""`weighting train` as a user runs it: flags, results, and errors that end well."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+from runs import environment
+
+from titan_integration import launch
+
+
+def train(*arguments, timeout=240):
+    """Return what `weighting train` did."""
+    return subprocess.run(
+        [sys.executable, "-m", "weighting.cli", "train", *arguments],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+@pytest.mark.processes
+def test_a_stage_of_ones_own_trains_on_data_of_ones_own(tmp_path):
+    """A plugin's stage and a jsonl file train; the table and the metrics file tell of it."""
+    (tmp_path / "sharpening_stages.py").write_text(
+        "import weighting as wt\n"
+        "@wt.stage('sharpen')\n"
+        "class Sharpen(wt.Shape):\n"
+        "    '''Multiply the score.'''\n"
+        "    by: wt.PositiveNumber = 2.0\n"
+        "    def apply(self, x, scope):\n"
+        "        return x * self.by(scope.step)\n"
+    )
+    spec = tmp_path / "sharp.yaml"
+    spec.write_text(
+        "version: 1\nname: sharp\nplugins: [sharpening_stages]\n"
+        "factors:\n"
+        "  domain: table(prose=2, verse=1) -> mean_one\n"
+        "  instance: normalize -> sharpen(by=2) -> temperature(0.4) -> clamp(1.5/n)\n"
+    )
+    lines = [
+        {"text": f"Line {i} of {kind}. " * 40, "domain": kind}
+        for i in range(40)
+        for kind in ("prose", "verse")
+    ]
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(map(json.dumps, lines)))
+    flags = ["--training.steps=3", "--training.seq_len=64", f"--dump_folder={tmp_path / 'out'}"]
+    env_path = environment()["PYTHONPATH"]
+    done = subprocess.run(
+        [sys.executable, "-m", "weighting.cli", "train", str(spec), "--allow-plugins"]
+        + ["--data", str(data), *flags],
+        env={**environment(), "PYTHONPATH": env_path},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    metrics = tmp_path / "out" / "weighting" / "metrics.jsonl"
+    assert done.stdout.rstrip().endswith(f"metrics: {metrics}")
+    found = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [line["step"] for line in found] == [1, 2, 3]
+    for line in found:
+        assert line["instance/max"] <= 1.5 + 1e-5
+        assert line["instance/capped_frac"] > 0
+        assert line["domain/max"] > line["domain/min"] > 0
+        assert line["weighted_loss"] != line["unweighted_loss"]
+    assert "Domains: prose, verse" in done.stdout
+    assert "\x1b" not in done.stdout, "no colour codes in a pipe"
+
+
+@pytest.mark.processes
+def test_corrupt_data_is_one_error_on_one_rank_and_status_2(tmp_path):
+    """Two ranks on a corrupt parquet file end soon, with one message, no traceback, status 2."""
+    bad = tmp_path / "bad.parquet"
+    bad.write_bytes(b"PAR1" + bytes(range(256)) * 4)
+    began = time.monotonic()
+    done = train("linupper", "--ranks", "2", "--data", str(bad), f"--dump_folder={tmp_path}")
+
+    assert done.returncode == 2
+    output = done.stdout + done.stderr
+    assert output.count("error: ") == 1
+    assert f"error: {bad}: not a readable Parquet file" in output
+    assert "Traceback" not in output
+    assert time.monotonic() - began < 120
+
+
+def test_users_flags_win_over_defaults():
+    """What a user passes on is not given twice, in either spelling, and comes last."""
+    args = launch._parse(["--spec", "mile", "--", "--training.steps=7", "--dump-folder", "here"])
+    flags = launch._flags(args, "mile")
+
+    assert flags[-3:] == ["--training.steps=7", "--dump-folder", "here"]
+    assert "--training.steps" not in flags
+    assert "--dump_folder" not in flags
+    assert launch._value(flags, "--dump_folder") == "here"
+
+
+def test_a_path_and_a_name_of_data_go_where_they_belong(tmp_path):
+    """Data that exists is a path; anything else is a Hugging Face name."""
+    for data, flag in ((str(tmp_path), "dataset_path"), ("allenai/c4", "dataset")):
+        args = launch._parse(["--spec", "mile", "--data", data])
+        flags = launch._flags(args, "mile")
+        assert flags[flags.index(data) - 1] == f"--dataloader.{flag}"

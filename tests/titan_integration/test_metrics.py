@@ -1,0 +1,104 @@
+"""Metrics files: what is written, read back and shown."""
+
+import json
+
+import pytest
+import torch
+
+import weighting as wt
+from titan_integration.metrics import read_lines, set_aside, table
+from titan_integration.state import RunState
+
+
+def line(step, **more):
+    """Return a line of metrics."""
+    found = {
+        "unweighted_loss": 2.0,
+        "weighted_loss": 2.1,
+        "weight/max": 1.5,
+        "weight/ess_frac": 0.9,
+    }
+    return {"step": step, **found, "pipeline/capped_frac": 0.25, **more}
+
+
+def state_of(spec):
+    """Return the run state of a spec on one rank."""
+    fn = wt.build(wt.loads(spec))
+    return RunState(fn, torch.device("cpu"), allow_changed_spec=False)
+
+
+def test_the_last_line_of_a_step_counts_and_a_torn_one_is_left_out(tmp_path):
+    """A resumed run's lines replace those of the steps it repeats; half a line is no line."""
+    path = tmp_path / "metrics.jsonl"
+    lines = [line(1), line(2), line(2, weighted_loss=9.0)]
+    path.write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 3, "unw')
+
+    assert [(x["step"], x["weighted_loss"]) for x in read_lines(path)] == [(1, 2.1), (2, 9.0)]
+
+
+def test_a_file_that_is_not_metrics_is_named_with_its_line(tmp_path):
+    """Something else in the middle of the file is an error with its place."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("hello\n" + json.dumps(line(1)) + "\n")
+
+    with pytest.raises(ValueError, match=r"metrics.jsonl:1: not a line of metrics"):
+        read_lines(path)
+
+
+def test_the_table_is_small_and_has_both_ends():
+    """A long run is shown in eight rows, the first and the last step among them."""
+    rows = table([line(step) for step in range(1, 101)]).splitlines()
+
+    assert len(rows) == 9
+    assert rows[1].split() == ["1", "2.0000", "2.1000", "1.500", "0.900", "0.250"]
+    assert rows[-1].split()[0] == "100"
+    assert table([]) == "no steps were logged"
+
+
+def test_an_earlier_file_is_kept_under_the_first_free_name(tmp_path):
+    """Setting a file aside never overwrites one set aside before."""
+    path = tmp_path / "metrics.jsonl"
+    for number in (1, 2):
+        path.write_text(str(number))
+        assert set_aside(path).name == f"metrics.jsonl.{number}"
+    assert (tmp_path / "metrics.jsonl.1").read_text() == "1"
+
+
+def test_statistics_add_up_over_microbatches():
+    """The statistics of a step are those of its microbatches taken together."""
+    state = state_of("normalize -> temperature(1) -> clamp(1.2/n)")
+    state.begin_step(1)
+    labels = torch.zeros(4, 8, dtype=torch.long)
+    seen = []
+    for seed in (0, 1):
+        loss = torch.rand(4, 8, generator=torch.Generator().manual_seed(seed))
+        seen.append(state.weigh(labels, None, {"loss": loss}).token)
+        state.add_cross_entropy(loss.mean() / 2)
+    found = state.statistics()
+
+    tokens = torch.cat(seen)
+    assert found["weight/max"] == pytest.approx(tokens.max().item())
+    assert found["weight/min"] == pytest.approx(tokens.min().item())
+    ess = tokens.sum() ** 2 / (tokens.numel() * (tokens**2).sum())
+    assert found["weight/ess_frac"] == pytest.approx(ess.item(), rel=1e-5)  # float32 sums
+    capped = (tokens[:, 0] >= 1.2 * (1 - 1e-5)).float().mean().item()
+    assert found["pipeline/capped_frac"] == pytest.approx(capped)
+    assert capped > 0
+    state.begin_step(2)
+    assert state.statistics()["weight/max"] == 0
+
+
+def test_a_bad_signal_is_reported_at_the_next_log_step_only():
+    """NaN passes through the loss without a word and is an error when statistics are read."""
+    state = state_of("mean(sequence) -> temperature(1)")
+    loss = torch.ones(2, 3)
+    loss[1, 1] = torch.nan
+    for step in (1, 2):
+        state.begin_step(step)
+        labels = torch.zeros(2, 3, dtype=torch.long)
+        found = {"loss": loss if step == 1 else torch.ones(2, 3)}
+        out = state.weigh(labels, None, found)
+        assert out.token.isfinite().all()
+    with pytest.raises(wt.NonFiniteSignalError, match="3 tokens had a NaN or infinite signal"):
+        state.statistics()
+    assert state.statistics()["weight/nonfinite_frac"] == 0, "reported once"

@@ -1,0 +1,105 @@
+"""The command line: what it prints, and how it ends."""
+
+import click.testing
+import pytest
+
+from weighting.cli import main
+from weighting.registry import stages
+from weighting.schedules import SCHEDULES
+from weighting.spec import shipped
+
+
+def run(*arguments):
+    """Return what a command did."""
+    return click.testing.CliRunner().invoke(main, arguments)
+
+
+def test_check_accepts_every_shipped_spec():
+    """Checking all shipped specs prints a line each and ends well."""
+    done = run("check", *shipped())
+
+    assert done.exit_code == 0
+    assert len(done.output.splitlines()) == len(shipped()) > 0
+
+
+def test_check_shows_the_errors_of_all_files_and_exits_2(tmp_path):
+    """Every wrong file is reported, the right ones too, and the status is 2."""
+    (tmp_path / "a.yaml").write_text("version: 1\npipeline: normaliz -> clamp(2/n)\n")
+    (tmp_path / "b.yaml").write_text("version: 1\npipline: uniform\n")
+    done = run("check", str(tmp_path / "a.yaml"), "linupper", str(tmp_path / "b.yaml"))
+
+    assert done.exit_code == 2
+    assert "a.yaml:2:11: unknown stage 'normaliz'; did you mean 'normalize'?" in done.output
+    assert "b.yaml:2:1: unknown key 'pipline'; did you mean 'pipeline'?" in done.output
+    assert "ok  linupper" in done.output
+    assert "2 of 3 specs cannot be used" in done.output
+
+
+@pytest.mark.parametrize("command", ["check", "explain", "train"])
+def test_a_missing_file_is_one_line_and_status_2(command):
+    """A file that does not exist is named, with the nearest shipped spec."""
+    done = run(command, "specs/linuper.yaml")
+
+    assert done.exit_code == 2
+    first = done.output.splitlines()[0]
+    assert first == "specs/linuper.yaml: no such file; did you mean 'linupper'?"
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_explain_fits_a_terminal(name):
+    """An explanation names every written stage and stays within 80 columns."""
+    done = run("explain", name)
+
+    assert done.exit_code == 0
+    for_people, _, _ = done.output.partition("as a YAML list:")
+    assert max(map(len, for_people.splitlines())) <= 80
+    assert f"name: {name}" in done.output
+    assert "signals: " in done.output
+
+
+def test_explain_fills_in_what_was_left_out():
+    """Sugar is expanded, defaults are shown, and each statistic has its level and scope."""
+    done = run("explain", "normalize -> linupper -> temperature(step(100, 0.4, at=500))")
+
+    for text in (
+        "loss -> mean(sequence) -> normalize -> affine(scale=1, shift=1)",
+        "clip(max=1)",
+        "min, max over all sequences",
+        "statistics run over the microbatch, on all data-parallel ranks",
+        "signals: loss",
+    ):
+        assert text in done.output
+    rows = [line.split() for line in done.output.splitlines()]
+    assert ["499", "100"] in rows
+    assert ["500", "0.4"] in rows
+
+
+def test_list_names_every_word_of_the_language():
+    """Every stage, schedule and shipped spec is listed."""
+    done = run("list")
+
+    assert done.exit_code == 0
+    words = {line.split()[0].partition("(")[0] for line in done.output.splitlines() if line.strip()}
+    own = {name for name, cls in stages().items() if cls.__module__.startswith("weighting.")}
+    assert own | set(SCHEDULES) | set(shipped()) <= words
+
+
+def test_plugins_are_imported_only_when_allowed(tmp_path, monkeypatch):
+    """A spec with plugins is refused until the import is allowed; then its stages are words."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "halving_stages.py").write_text(
+        "import weighting as wt\n"
+        "@wt.stage('halve')\n"
+        "class Halve(wt.Shape):\n"
+        "    '''Half the score.'''\n"
+        "    def apply(self, x, scope):\n"
+        "        return x / 2\n"
+    )
+    spec = "version: 1\nplugins: [halving_stages]\npipeline: normalize -> halve -> temperature(1)\n"
+    (tmp_path / "halve.yaml").write_text(spec)
+
+    refused = run("check", "halve.yaml")
+    assert refused.exit_code == 2
+    assert "halve.yaml:2:11: importing halving_stages runs its code" in refused.output
+    allowed = run("check", "halve.yaml", "--allow-plugins")
+    assert allowed.exit_code == 0, allowed.output

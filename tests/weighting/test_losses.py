@@ -1,0 +1,226 @@
+"""Signals from logits, and the weighted cross entropy."""
+
+import math
+
+import generators as tables
+import pytest
+import reference
+import torch
+import torch.nn.functional as F  # noqa: N812 - the usual name
+import weighting as wt
+from torch.testing import assert_close
+from weighting.losses import distribution_signals, token_loss
+
+IGNORED = -100
+ABC = ("a", "b", "c")
+
+
+def example(shape=(3, 5), vocabulary=7, dtype=torch.float32):
+    """Return logits and labels, some of them ignored; the first label counts."""
+    logits = (2 * torch.randn(*shape, vocabulary)).to(dtype).requires_grad_()
+    labels = torch.randint(0, vocabulary, shape)
+    labels[torch.rand(shape) < 0.3] = IGNORED
+    labels.view(-1)[0] = 2
+    return logits, labels
+
+
+def table_spec(pipeline="table(a=0, b=1, c=2.5) -> mean_one"):
+    """Return a built spec that weighs tokens by given numbers."""
+    return wt.build(wt.loads(f"version: 1\npipeline: {pipeline}\n"), domains=ABC)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (15,), (1, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_uniform_is_cross_entropy_bit_by_bit(shape, dtype):
+    """With weights that are one by construction, loss and gradient are torch's, to the last bit."""
+    logits, labels = example(shape, dtype=dtype)
+    loss, _ = wt.weighted_cross_entropy(logits, labels, wt.build(wt.load("uniform")))
+    (gradient,) = torch.autograd.grad(loss, logits)
+    plain = F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORED)
+    (expected,) = torch.autograd.grad(plain, logits)
+    assert torch.equal(loss, plain)
+    assert torch.equal(gradient, expected)
+    assert gradient.dtype == dtype
+
+
+@pytest.mark.parametrize(
+    "pipeline",
+    ["uniform -> clamp(2/n) -> floor(0.5)", "uniform -> interpolate(0.5)", "uniform"],
+)
+def test_constrained_uniform_is_uniform(pipeline):
+    """Constraints leave weights of one alone, so the spec still counts as plain training."""
+    fn = wt.build(wt.loads(pipeline))
+    assert fn.identity
+    logits, labels = example()
+    loss, _ = wt.weighted_cross_entropy(logits, labels, fn)
+    assert torch.equal(loss, F.cross_entropy(logits.flatten(0, 1), labels.flatten()))
+
+
+@pytest.mark.parametrize("pipeline", ["temperature(1e30)", "affine(0) -> mean_one"])
+def test_weights_that_happen_to_be_one_give_cross_entropy(pipeline):
+    """Computed weights of one agree with plain cross entropy to float32 rounding."""
+    logits, labels = example()
+    fn = wt.build(wt.loads(pipeline))
+    assert not fn.identity
+    loss, out = wt.weighted_cross_entropy(logits, labels, fn)
+    assert_close(out.token, (labels != IGNORED).float(), rtol=1e-6, atol=0)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    plain = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    (expected,) = torch.autograd.grad(plain, logits)
+    assert_close(loss, plain, rtol=1e-6, atol=0)
+    assert_close(gradient, expected, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (15,)])
+def test_loss_and_gradient_are_those_of_float64(shape):
+    """Given weights, one of them zero at the first token, multiply loss and gradient exactly."""
+    logits, labels = example(shape)
+    domains = torch.randint(0, 3, shape)
+    domains.view(-1)[0] = 0
+    loss, out = wt.weighted_cross_entropy(logits, labels, table_spec(), domain_ids=domains)
+    (gradient,) = torch.autograd.grad(loss, logits)
+
+    entries = [0.0, 1.0, 2.5]
+    valid = (labels != IGNORED).flatten().tolist()
+    raw = [entries[d] if ok else 0.0 for d, ok in zip(domains.flatten(), valid, strict=True)]
+    weights = [w * sum(valid) / sum(raw) for w in raw]
+    wide = logits.detach().double().requires_grad_()
+    total = torch.zeros((), dtype=torch.float64)
+    for t, (row, label) in enumerate(
+        zip(wide.flatten(0, -2), labels.flatten().tolist(), strict=True)
+    ):
+        if valid[t]:
+            total = total - weights[t] * row.log_softmax(-1)[label]
+    expected = total / sum(valid)
+    (expected_gradient,) = torch.autograd.grad(expected, wide)
+
+    # Float32 against float64.
+    assert_close(out.token.flatten(), torch.tensor(weights), rtol=1e-6, atol=1e-7)
+    assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+    assert_close(gradient.double(), expected_gradient, rtol=1e-5, atol=1e-8)
+    assert (gradient.flatten(0, -2)[0] == 0).all()
+    assert (gradient[labels == IGNORED] == 0).all()
+
+
+@pytest.mark.parametrize("name", tables.SPEC_TEXTS)
+def test_weights_carry_no_gradient(name):
+    """The gradient of the loss is that of the weighted sum with the weights held constant."""
+    logits, labels = example()
+    domains = torch.randint(0, len(tables.DOMAINS), labels.shape)
+    fn = tables.built(tables.SPEC_TEXTS[name])
+    loss, out = wt.weighted_cross_entropy(logits, labels, fn, domain_ids=domains)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    nll = token_loss(logits, labels)
+    plain = (out.token * nll).sum() / (labels != IGNORED).sum()
+    (expected,) = torch.autograd.grad(plain, logits)
+    # The same sum in another order.
+    assert_close(loss, plain, rtol=1e-6, atol=0)
+    assert_close(gradient, expected, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", tables.SPEC_TEXTS)
+def test_a_batch_without_labels_costs_nothing(name):
+    """When every label is ignored the loss and its gradient are 0, not NaN."""
+    logits, labels = example()
+    labels[:] = IGNORED
+    fn = tables.built(tables.SPEC_TEXTS[name])
+    domains = torch.zeros_like(labels)
+    loss, _ = wt.weighted_cross_entropy(logits, labels, fn, domain_ids=domains)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert loss.item() == 0
+    assert (gradient == 0).all()
+
+
+def test_a_weight_of_zero_hides_an_infinite_loss():
+    """An impossible label of weight 0 leaves loss and gradient finite."""
+    logits, labels = example()
+    logits = logits.detach().clone()
+    logits[0, 0, labels[0, 0]] = -torch.inf
+    logits.requires_grad_()
+    domains = torch.ones_like(labels)
+    domains[0, 0] = 0
+    loss, out = wt.weighted_cross_entropy(logits, labels, table_spec(), domain_ids=domains)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert out.token[0, 0] == 0
+    assert loss.isfinite()
+    assert gradient.isfinite().all()
+
+
+def test_a_weight_of_zero_hides_a_nan_loss():
+    """A token of NaN logits and weight 0 spoils neither the loss nor other tokens' gradient."""
+    logits, labels = example()
+    logits = logits.detach().clone()
+    logits[0, 0] = torch.nan
+    logits.requires_grad_()
+    domains = torch.ones_like(labels)
+    domains[0, 0] = 0
+    loss, _ = wt.weighted_cross_entropy(logits, labels, table_spec(), domain_ids=domains)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert loss.isfinite()
+    assert gradient.flatten(0, 1)[1:].isfinite().all()
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 1024])
+def test_distribution_signals_are_their_formulas(chunk, monkeypatch):
+    """Entropy and error norm are those of the softmax, whatever the chunk."""
+    monkeypatch.setattr("weighting.losses._CHUNK", chunk)
+    logits, labels = example()
+    got = distribution_signals(logits, labels, frozenset({"entropy", "error_norm", "loss"}))
+    assert set(got) == {"entropy", "error_norm"}
+    for b, t in (labels != IGNORED).nonzero().tolist():
+        p, label = reference.distribution(logits[b, t].double().tolist()), labels[b, t].item()
+        entropy = -sum(x * math.log(x) for x in p)
+        norm = sum((x - (v == label)) ** 2 for v, x in enumerate(p)) ** 0.5
+        # Float32 sums over the vocabulary; the norm is a root of a difference.
+        assert got["entropy"][b, t].item() == pytest.approx(entropy, rel=1e-5, abs=1e-6)
+        assert got["error_norm"][b, t].item() == pytest.approx(norm, rel=1e-4, abs=1e-3)
+
+
+def test_token_loss_is_the_negative_log_likelihood():
+    """Each label's loss is -log softmax, and 0 where the label is ignored."""
+    logits, labels = example()
+    got = token_loss(logits, labels)
+    for b, row in enumerate(labels.tolist()):
+        for t, label in enumerate(row):
+            expected = (
+                0.0
+                if label == IGNORED
+                else reference.softmax_cross_entropy(logits[b, t].double().tolist(), label)
+            )
+            assert got[b, t].item() == pytest.approx(expected, rel=1e-5, abs=1e-6)  # float32
+
+
+def test_entropy_of_certain_and_uniform_predictions():
+    """A certain prediction has entropy 0, even with infinite logits, and V equal ones log V."""
+    logits = torch.full((1, 2, 8), -torch.inf)
+    logits[0, 0, 3] = 0
+    logits[0, 1] = 1
+    got = distribution_signals(logits, torch.tensor([[3, 3]]), frozenset({"entropy"}))["entropy"]
+    assert_close(got, torch.tensor([[0.0, 8.0]]).where(got == 0, torch.tensor(8.0).log()))
+
+
+def test_mile_reads_the_entropy_of_the_logits():
+    """MiLe through the loss weighs by one plus the entropy of each prediction."""
+    logits, labels = example()
+    _, out = wt.weighted_cross_entropy(logits, labels, wt.build(wt.load("mile")))
+    entropy = torch.distributions.Categorical(logits=logits.detach()).entropy()
+    raw = torch.where(labels != IGNORED, 1 + entropy, 0)
+    assert_close(out.token, raw * (labels != IGNORED).sum() / raw.sum(), rtol=1e-5, atol=1e-6)
+
+
+def test_logits_and_labels_must_belong_together():
+    """Labels of another shape are an error that names both shapes."""
+    logits, labels = example()
+    with pytest.raises(ValueError, match=r"logits \[3, 5, 7\] and labels \[3, 4\]"):
+        wt.weighted_cross_entropy(logits, labels[:, :4], wt.build(wt.load("uniform")))
+
+
+@pytest.mark.parametrize(
+    ("name", "argument"), [("table-x-linupper", "domain_ids"), ("document", "segment_ids")]
+)
+def test_a_missing_signal_is_asked_for(name, argument):
+    """A spec that reads ids which are not given says which."""
+    text = tables.SPEC_TEXTS.get(name, "version: 1\npipeline: mean(document) -> mean_one\n")
+    logits, labels = example()
+    with pytest.raises(ValueError, match=argument):
+        wt.weighted_cross_entropy(logits, labels, tables.built(text))
