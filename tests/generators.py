@@ -7,9 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-import weighting as wt
 from hypothesis import strategies as st
 from reference import Batch
+
+import weighting as wt
 from weighting.registry import stages
 
 SPECS = Path(__file__).resolve().parent.parent / "specs"
@@ -98,7 +99,7 @@ def batch(rows=4, length=6, *, seed=0, keep=0.7):
     valid = torch.rand(shape, generator=g) < keep
     valid[0, 0] = True
     loss = torch.rand(shape, generator=g) * 5 + 0.01
-    starts = torch.rand(shape, generator=g) < 0.3  # noqa: PLR2004 - documents of some three tokens
+    starts = torch.rand(shape, generator=g) < 0.3
     starts[:, 0] = False
     return wt.Signals(
         loss=loss,

@@ -135,27 +135,27 @@ def uniform(batch):
 
 
 def linupper(batch):
-    """w = softmax(min(h + 1, 1) / r), w <= 2/n."""
+    """W = softmax(min(h + 1, 1) / r), w <= 2/n."""
     return by_sequence(batch, _linupper_sequences(batch))
 
 
 def quadratic(batch):
-    """w = softmax((1 - h^2) / r), w <= 2/n."""
+    """W = softmax((1 - h^2) / r), w <= 2/n."""
     return by_sequence(batch, capped(_sequence_shape(batch, lambda h: 1 - h * h)))
 
 
 def extremes(batch):
-    """w = softmax(|h| / r), w <= 2/n."""
+    """W = softmax(|h| / r), w <= 2/n."""
     return by_sequence(batch, capped(_sequence_shape(batch, abs)))
 
 
 def prop1(batch):
-    """w = min(2/n, s exp(h / r)) with the s that makes the sum one."""
+    """W = min(2/n, s exp(h / r)) with the s that makes the sum one."""
     return by_sequence(batch, capped(_sequence_shape(batch, lambda h: h)))
 
 
 def dro_kl(batch):
-    """w = softmax(l / lambda), lambda = 1."""
+    """W = softmax(l / lambda), lambda = 1."""
     return by_sequence(batch, softmax(sequence_losses(batch), 1.0))
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import generators as tables
 import pytest
+
 from weighting.contract import Sugar
 from weighting.registry import stages
 
@@ -59,13 +60,13 @@ def test_the_core_knows_no_trainer_no_ranks_and_no_log(path):
 
 @each_file
 def test_only_the_document_room_reads_yaml(path):
-    """yaml is imported in document.py alone, which does import it."""
+    """Yaml is imported in document.py alone, which does import it."""
     assert reaches(imports(path), "yaml") == (path == ROOM / "document.py")
 
 
 @each_file
 def test_only_the_command_line_prints(path):
-    """print and the standard streams belong to weighting/cli."""
+    """Print and the standard streams belong to weighting/cli."""
     if path.is_relative_to(ROOM / "cli"):
         return
     names = {node.id for node in ast.walk(parsed(path)) if isinstance(node, ast.Name)}
@@ -95,7 +96,7 @@ def test_every_stage_file_is_imported(path):
 
 @pytest.mark.parametrize("name", sorted(tables.own_stages()))
 def test_every_stage_says_its_formula(name):
-    """A stage's docstring opens with a sentence and holds a line with a formula, or its expansion."""
+    """A stage's docstring opens with a sentence and holds a formula, or its expansion."""
     cls = tables.own_stages()[name]
     text = inspect.cleandoc(cls.__doc__ or "")
     first, *rest = text.splitlines()

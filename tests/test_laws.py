@@ -5,12 +5,13 @@ import dataclasses
 import generators as tables
 import pytest
 import torch
-import weighting as wt
 from functorch.compile import make_boxed_func
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.backends.common import aot_autograd
 from torch.testing import assert_close
+
+import weighting as wt
 from weighting.build import MOMENTS, plan, summarize
 from weighting.contract import Stage
 from weighting.schedules import Constant, Linear, Piecewise, Schedule, Step
@@ -86,8 +87,8 @@ def test_the_table_holds_every_stage_and_every_spec():
 def test_weights_are_finite_non_negative_float32_and_detached(case):
     """Hard input gives finite, non-negative float32 weights of its shape, without gradient."""
     for name, signals in hard_batches().items():
-        signals = dataclasses.replace(signals, loss=signals.loss.clone().requires_grad_())
-        out = weigh(case, signals)
+        loss = signals.loss.clone().requires_grad_()
+        out = weigh(case, dataclasses.replace(signals, loss=loss))
         for weight in (out.token, *out.factors.values()):
             assert weight.isfinite().all(), name
             assert (weight >= 0).all(), name
@@ -197,7 +198,7 @@ def test_padding_does_not_matter(case):
     """Ignored tokens appended to every row, and ignored rows, change no weight."""
     signals = tables.batch(4, 6, seed=11)
 
-    def padded(name, x):
+    def padded(_, x):
         fill = torch.zeros(6, 9, dtype=x.dtype)
         fill[:4, :6] = x
         return fill
@@ -331,10 +332,11 @@ def test_any_spec_gives_sound_weights(text, step):
     names = set()
     for pipeline in spec.factors.values():
         names |= {n for stage in pipeline for n in getattr(stage, "weights", {})}
-    tables_ = [n for p in spec.factors.values() for s in p for n in [getattr(s, "weights", None)]]
-    wanted = [set(t) for t in tables_ if t]
+    entries = [getattr(stage, "weights", None) for p in spec.factors.values() for stage in p]
     domains = sorted(names) or ["only"]
-    if any(t != names for t in wanted):  # two tables of different domains: rightly refused
+    if any(
+        set(table) != names for table in entries if table
+    ):  # two tables of different domains: rightly refused
         with pytest.raises(wt.SpecError):
             wt.build(spec, domains=domains)
         return

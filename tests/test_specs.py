@@ -7,8 +7,9 @@ import re
 import generators as tables
 import pytest
 import torch
-import weighting as wt
 from reference import REFERENCES
+
+import weighting as wt
 from weighting.spec import shipped
 
 NAMES = sorted(tables.SPEC_TEXTS)

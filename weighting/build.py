@@ -175,6 +175,10 @@ class Weighting(nn.Module):
         self.collectives = collectives
         self.plans = {name: plan(pipeline) for name, pipeline in spec.factors.items()}
         self.needs = frozenset().union(*map(_needs, self.plans.values()))
+        self._buffers_of: dict[tuple[str, int], dict[str, str]] = {}
+        for factor, steps in self.plans.items():
+            for index, step in enumerate(steps):
+                self._remember(factor, index, step.stage)
         self.identity = spec.reduction == "token_mean" and all(
             map(_is_identity, self.plans.values())
         )
@@ -199,10 +203,7 @@ class Weighting(nn.Module):
                 runs = {name: _ones(flat.valid) for name in self.plans}
                 token = flat.valid.float()
             else:
-                runs = {
-                    name: self._run(steps, signals, flat, step)
-                    for name, steps in self.plans.items()
-                }
+                runs = {name: self._run(name, signals, flat, step) for name in self.plans}
                 token = self._combine(signals, flat.valid, [run.token for run in runs.values()])
             ok = torch.stack([run.ok for run in runs.values()]).all(0)
             rows = [run.moments for run in runs.values()]
@@ -221,22 +222,31 @@ class Weighting(nn.Module):
         """
         raise_if_nonfinite(self.spec, int(weights.moments[-1, MOMENTS.index("nonfinite")]))
 
-    def _run(self, steps: list[Step], signals: Signals, flat: Signals, step: Tensor) -> _Run:
+    def _remember(self, factor: str, index: int, stage: Stage) -> None:
+        """Register the state of a stage as buffers, named for where it stands."""
+        names: dict[str, str] = {}
+        for key, value in stage.initial_state(self.domains).items():
+            names[key] = f"{factor}__{index}_{stage.name}__{key}"
+            self.register_buffer(names[key], value)
+        if names:
+            self._buffers_of[factor, index] = names
+
+    def _run(self, factor: str, signals: Signals, flat: Signals, step: Tensor) -> _Run:
         """Run one factor's stages."""
         assert flat.valid is not None
-        (source, *rest) = [step.stage for step in steps]
+        (source, *rest) = [step.stage for step in self.plans[factor]]
         assert isinstance(source, Source)
         scope = Scope("token", step, flat.valid, self.domains, self.collectives)
         tokens_ok, groups, largest = flat.valid, None, None
         x, scope = _finite(source.read(flat, scope), scope)
-        for stage in rest:
+        for index, stage in enumerate(rest, 1):
             if isinstance(stage, Pool):
                 groups = group(signals, stage.level, len(self.domains), self.collectives)
                 assert groups is not None
                 x, scope, tokens_ok = self._pool(stage, x, flat.valid, scope, groups)
             else:
                 assert isinstance(stage, Shape | Weigh | Constrain)
-                x = stage.apply(x, scope)
+                x = stage.apply(x, self._advanced(factor, index, stage, x, scope))
             if stage.gives == "score":
                 x, scope = _finite(x, scope)
             if isinstance(stage, Clamp):
@@ -247,6 +257,24 @@ class Weighting(nn.Module):
         tokens_ok = tokens_ok & (groups.broadcast(valid) if groups else valid)
         moments = _moments(x, valid, flat.valid & ~tokens_ok, largest)
         return _Run(torch.where(tokens_ok, token, 0), tokens_ok, moments)
+
+    def _advanced(
+        self, factor: str, index: int, stage: Shape | Weigh | Constrain, x: Tensor, scope: Scope
+    ) -> Scope:
+        """Return the scope with the stage's state after this batch; keep it when training."""
+        names = self._buffers_of.get((factor, index))
+        if names is None:
+            return scope
+        before = {key: self.get_buffer(name) for key, name in names.items()}
+        after = stage.advance(x, _with_state(scope, before))
+        assert after.keys() == before.keys(), f"{stage.name} must return the state it was given"
+        if not self.training:
+            return _with_state(scope, after)
+        # The caller's graph may replay: the state is written where it is, never replaced.
+        after = {key: value.to(before[key].dtype) for key, value in after.items()}
+        for key, value in after.items():
+            before[key].copy_(value)
+        return _with_state(scope, after)
 
     def _pool(
         self, stage: Pool, x: Tensor, valid: Tensor, scope: Scope, groups: Groups
@@ -282,7 +310,7 @@ class Weighting(nn.Module):
         if self.spec.normalize == "none":
             return product
         total, count = self.collectives.sum(torch.stack([product.sum(), valid.sum().float()]))
-        return product * torch.where(total > 0, count / torch.where(total > 0, total, 1), 0)
+        return product / torch.where(total > 0, total, 1) * count
 
 
 def raise_if_nonfinite(spec: Spec, tokens: int) -> None:
@@ -367,7 +395,7 @@ def _domain_problems(spec: Spec, domains: Sequence[str] | None) -> list[Problem]
 
 
 def _needs(steps: Sequence[Step]) -> frozenset[str]:
-    read = (step.stage.needs for step in steps if isinstance(step.stage, Source))
+    read = (step.stage.reads() for step in steps if isinstance(step.stage, Source))
     ids = {_LEVEL_IDS[step.level] for step in steps if step.level in _LEVEL_IDS}
     return frozenset(ids).union(*read)
 
@@ -381,13 +409,16 @@ def _flatten(signals: Signals, needs: frozenset[str]) -> Signals:
     """Return the needed signals as flat float32, with 0 at invalid tokens."""
     loss = signals.loss
     valid = torch.ones_like(loss, dtype=torch.bool) if signals.valid is None else signals.valid
-    flat: dict[str, Any] = {}
+    flat: dict[str, Any] = {"columns": {}}
     for name in needs | {"loss", "valid"}:
-        value = valid if name == "valid" else getattr(signals, name)
+        _, is_column, column = name.partition("columns.")
+        value = signals.columns.get(column) if is_column else getattr(signals, name)
+        value = valid if name == "valid" else value
         if value is None:
             if name == "target_prob":
                 continue  # the stage derives it from the loss
-            msg = f"this spec reads {name}; give Signals({name}=...)"
+            give = f"columns={{{column!r}: ...}}" if is_column else f"{name}=..."
+            msg = f"this spec reads {name}; give Signals({give})"
             raise ValueError(msg)
         if value.shape != loss.shape:
             msg = f"{name} has shape {[*value.shape]}, the loss {[*loss.shape]}; they must agree"
@@ -397,7 +428,11 @@ def _flatten(signals: Signals, needs: frozenset[str]) -> Signals:
             flat[name] = value.bool()
             continue
         value = value.long() if name.endswith("_ids") else value.float()
-        flat[name] = torch.where(valid.reshape(-1).bool(), value, 0)
+        value = torch.where(valid.reshape(-1).bool(), value, 0)
+        if is_column:
+            flat["columns"][column] = value
+        else:
+            flat[name] = value
     return Signals(**flat)
 
 
@@ -406,6 +441,10 @@ def _finite(x: Tensor, scope: Scope) -> tuple[Tensor, Scope]:
     ok = x.isfinite()
     kept = Scope(scope.level, scope.step, scope.valid & ok, scope.domains, scope.collectives)
     return torch.where(ok, x, 0), kept
+
+
+def _with_state(scope: Scope, state: dict[str, Tensor]) -> Scope:
+    return Scope(scope.level, scope.step, scope.valid, scope.domains, scope.collectives, state)
 
 
 def _ones(valid: Tensor) -> _Run:

@@ -116,6 +116,7 @@ class Scope:
         valid: [U] bool; units that count.
         domains: Names of the domains, in the order of their ids.
         collectives: Reaches units held by other ranks; None when all units are here.
+        state: What the stage at hand remembers, as it is for this batch.
     """
 
     level: Level
@@ -123,6 +124,7 @@ class Scope:
     valid: Tensor
     domains: tuple[str, ...] = ()
     collectives: Collectives | None = None
+    state: Mapping[str, Tensor] = field(default_factory=dict)
 
     def sum(self, x: Tensor) -> Tensor:
         """Return the sum of x [..., U] over valid units; 0 if there are none."""
@@ -143,6 +145,34 @@ class Scope:
     def count(self) -> Tensor:
         """Return the number of valid units, 0-D float32."""
         return self.sum(torch.ones_like(self.valid, dtype=torch.float32))
+
+    def kth_largest(self, x: Tensor, k: Tensor) -> Tensor:
+        """Return the k-th largest of x [U] over valid units, exactly; the smallest if k is more.
+
+        The order of float32 numbers is that of their bits read as integers, so the answer is
+        found digit by digit, by counting: static shapes, and only sums leave the rank.
+        """
+        keys = _sortable(x)
+        low = torch.full_like(k, -(2**31), dtype=torch.int64)
+        k = torch.minimum(k.to(torch.int64), self.count().to(torch.int64)).clamp(min=1)
+        for shift in (26, 20, 14, 8, 4, 0):
+            digits = 1 << (6 if shift >= 8 else 4)  # noqa: PLR2004 - 6+6+6+6+4+4 = 32 bits
+            points = low + (torch.arange(digits, device=x.device) << shift)
+            reached = self.sum((keys[None, :] >= points[:, None]).float()) >= k
+            low = low + ((reached.sum() - 1).clamp(min=0) << shift)
+        return _from_sortable(low)
+
+
+def _sortable(x: Tensor) -> Tensor:
+    """Return int64 keys in the order of float32 numbers; -0 and 0 are one key."""
+    bits = (x.float() + 0.0).view(torch.int32).to(torch.int64)
+    return torch.where(bits < 0, -(2**31) - 1 - bits, bits)
+
+
+def _from_sortable(key: Tensor) -> Tensor:
+    """Return the number of a key."""
+    bits = torch.where(key < 0, -(2**31) - 1 - key, key)
+    return bits.to(torch.int32).view(torch.float32)
 
 
 class Stage(BaseModel):
@@ -170,6 +200,11 @@ class Stage(BaseModel):
         """Return the stages this one stands for; itself unless it is sugar."""
         return (self,)
 
+    def initial_state(self, domains: tuple[str, ...]) -> dict[str, Tensor]:
+        """Return what it remembers before the first batch: named tensors, none by default."""
+        del domains
+        return {}
+
 
 class Source(Stage):
     """– -> score per token: reads a signal."""
@@ -179,6 +214,10 @@ class Source(Stage):
     gives: ClassVar[Form] = "score"
     needs: ClassVar[frozenset[str]] = frozenset()
     """The fields of `Signals` it reads."""
+
+    def reads(self) -> frozenset[str]:
+        """Return what it reads: `needs`, and columns as "columns.name"."""
+        return self.needs
 
     def problem_with(self, domains: tuple[str, ...]) -> str | None:
         """Return why it cannot work with these domain names, or None; asked when it is built."""
@@ -205,7 +244,17 @@ class Pool(Stage):
 
 
 class _Step(Stage):
-    """One value per unit in, one out."""
+    """One value per unit in, one out.
+
+    A stage with state says in `advance` how a batch changes it; `apply` then finds the changed
+    state in `scope.state`.  Both are pure, and the state must come out alike on every rank: use
+    the statistics of the scope.
+    """
+
+    def advance(self, x: Tensor, scope: Scope) -> dict[str, Tensor]:
+        """Return the state after this batch, from `scope.state` before it; the same names."""
+        del x, scope
+        return {}
 
     @abstractmethod
     def apply(self, x: Tensor, scope: Scope) -> Tensor:

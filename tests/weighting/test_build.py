@@ -5,8 +5,9 @@ import dataclasses
 import generators as tables
 import pytest
 import torch
-import weighting as wt
 from torch.testing import assert_close
+
+import weighting as wt
 from weighting.build import MOMENTS
 
 NONFINITE = MOMENTS.index("nonfinite")
@@ -67,7 +68,7 @@ def test_a_unit_with_a_signal_that_is_not_finite_weighs_nothing(level, bad, poli
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_dropped_tokens_are_counted(level):
-    """The moments count the tokens left out, in the factor and over all, and a share is reported."""
+    """The moments count the tokens left out, by factor and over all; a share is reported."""
     signals, broken = spoilt(torch.nan)
     dropped = unit_of(signals, level).sum().item()
     out = spec(LEVELS[level])(broken)

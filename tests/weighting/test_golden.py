@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-import weighting as wt
 from torch.testing import assert_close
+
+import weighting as wt
 
 LOSS = [1.0, 2.0, 3.0, 5.0]
 LINUPPER = "normalize -> linupper(alpha=1) -> temperature({})"

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
+
 from weighting.contract import Alone, Signals
 from weighting.levels import documents, group
 

@@ -7,8 +7,9 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F  # noqa: N812 - the usual name
-import weighting as wt
 from torch.testing import assert_close
+
+import weighting as wt
 from weighting.losses import distribution_signals, token_loss
 
 IGNORED = -100

@@ -8,6 +8,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.testing import assert_close
+
 from weighting.contract import Alone, Scope
 from weighting.project import cap, raise_to
 

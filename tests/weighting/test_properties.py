@@ -7,11 +7,12 @@ import generators as tables
 import numpy as np
 import pytest
 import torch
-import weighting as wt
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 from torch.testing import assert_close
+
+import weighting as wt
 
 FAMILY = ("linupper", "quadratic", "extremes", "prop1")
 LINUPPER = "normalize -> linupper -> temperature({})"

@@ -1,11 +1,12 @@
 """Each schedule against the sentence that defines it."""
 
-import reference
 import pytest
+import reference
 import torch
-import weighting as wt
 from hypothesis import given
 from hypothesis import strategies as st
+
+import weighting as wt
 from weighting.schedules import (
     SCHEDULES,
     Constant,

@@ -35,7 +35,8 @@ class MeanOne(Weigh):
         w = x.clamp(0, 1e30)  # a finite sum of up to 1e8 scores
         total, count = scope.sum(torch.stack([w, torch.ones_like(w)]))
         zero = total <= 0
-        return torch.where(zero, 1, w * (count / torch.where(zero, 1, total)))
+        # Dividing first keeps scores of 1e-40 from overflowing n / sum.
+        return torch.where(zero, 1, w / torch.where(zero, 1, total) * count)
 
 
 @stage("token_scale")
