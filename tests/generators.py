@@ -1,7 +1,6 @@
 """Batches, pipelines and ranks for the tests: the tables of cases, and hypothesis strategies."""
 
 import dataclasses
-import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -311,8 +310,3 @@ def spec_texts(draw):
         lines.append("factors:")
         lines += [f"  {name}: '{draw(pipelines())}'" for name in names]
     return "\n".join(lines) + "\n"
-
-
-def close(actual, expected, *, rel=1e-5, absolute=1e-6):
-    """Tell whether two weights agree; the default is what some hundred float32 roundings cost."""
-    return math.isclose(actual, expected, rel_tol=rel, abs_tol=absolute)

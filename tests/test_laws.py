@@ -334,9 +334,7 @@ def test_any_spec_gives_sound_weights(text, step):
         names |= {n for stage in pipeline for n in getattr(stage, "weights", {})}
     entries = [getattr(stage, "weights", None) for p in spec.factors.values() for stage in p]
     domains = sorted(names) or ["only"]
-    if any(
-        set(table) != names for table in entries if table
-    ):  # two tables of different domains: rightly refused
+    if any(set(table) != names for table in entries if table):  # no data fits both
         with pytest.raises(wt.SpecError):
             wt.build(spec, domains=domains)
         return

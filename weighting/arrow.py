@@ -8,6 +8,7 @@ value    = number | number "/" "n" | word | "text" | name "(" ... ")" | "{" key 
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 from weighting.errors import Problem, Source, Span, SpecError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 MAX_DEPTH = 16
 
@@ -71,7 +72,7 @@ _TOKEN = re.compile(
       | (?P<arrow>->|→)
       | (?P<number>[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?(?![\w.]))
       | (?P<name>[^\W\d]\w*(?:[-.](?=\w)\w+)*)
-      | (?P<text>"[^"\n]*"|'[^'\n]*')
+      | (?P<text>"(?:[^"\\\n]|\\.)*"|'[^'\n]*')
       | (?P<mark>[(){},=:/])
       | (?P<other>[-+.\w]+|.)""",
     re.VERBOSE,
@@ -81,14 +82,22 @@ _OPENING, _CLOSING = {"(": ")", "{": "}"}, {")", "}"}
 _WORDS: dict[str, bool | None] = {"true": True, "false": False, "null": None}
 
 
-def parse(source: Source, span: Span, problems: list[Problem]) -> tuple[Call, ...] | None:
-    """Return the stages written in `source.text[span]`, or None after noting what is wrong.
+def parse(
+    source: Source, text: str, offsets: Sequence[int], problems: list[Problem]
+) -> tuple[Call, ...] | None:
+    """Return the stages written in a text, or None after noting what is wrong.
 
     Every stage is read on its own, so several broken stages give several problems.
+
+    Args:
+        source: Where the text comes from.
+        text: The arrow text.
+        offsets: Where in the source each of its characters stands.
+        problems: Gets what is wrong.
     """
     before = len(problems)
     calls: list[Call] = []
-    pieces = list(_split(source, span))
+    pieces = list(_split(text, offsets))
     for number, (tokens, piece) in enumerate(pieces):
         if not tokens:
             where = "after" if number else "before"
@@ -116,7 +125,7 @@ def _call_text(call: Call) -> str:
     if not call.arguments:
         return call.name
     arguments = ", ".join(
-        f"{_word_text(a.name)}={_value_text(a.value)}" if a.name else _value_text(a.value)
+        _value_text(a.value) if a.name is None else f"{_word_text(a.name)}={_value_text(a.value)}"
         for a in call.arguments
     )
     return f"{call.name}({arguments})"
@@ -140,7 +149,7 @@ def _word_text(value: str | float | bool | None) -> str:
     if isinstance(value, int | float):
         return number_text(value)
     plain = _NAME.fullmatch(value) and value not in _WORDS
-    return value if plain else '"' + value.replace('"', "'") + '"'
+    return value if plain else json.dumps(value, ensure_ascii=False)
 
 
 @dataclass(frozen=True)
@@ -150,20 +159,22 @@ class _Token:
     span: Span
 
 
-def _split(source: Source, span: Span) -> Iterator[tuple[list[_Token], Span]]:
+def _split(text: str, offsets: Sequence[int]) -> Iterator[tuple[list[_Token], Span]]:
     """Yield the tokens between arrows, with the span a message about a gap should point at."""
     tokens: list[_Token] = []
-    place = (span[0], span[0] + 1)
-    for match in _TOKEN.finditer(source.text, *span):
+    first = offsets[0] if text else 0
+    place = (first, first + 1)
+    for match in _TOKEN.finditer(text):
         kind = match.lastgroup or "other"
         if kind == "space":
             continue
+        span = (offsets[match.start()], offsets[match.end() - 1] + 1)
         if kind == "arrow":
-            yield tokens, (match.span() if not tokens else place)
+            yield tokens, (span if not tokens else place)
             tokens = []
-            place = match.span()
+            place = span
         else:
-            tokens.append(_Token(kind, match.group(), match.span()))
+            tokens.append(_Token(kind, match.group(), span))
     yield tokens, place
 
 
@@ -196,7 +207,7 @@ class _Parser:
         arguments: list[Argument] = []
         while not self._accept(")"):
             argument = self._argument()
-            if argument.name is None and any(a.name for a in arguments):
+            if argument.name is None and any(a.name is not None for a in arguments):
                 message = "an argument without a name cannot follow one with a name; name it"
                 self._fail(message, argument.span)
             arguments.append(argument)
@@ -212,7 +223,7 @@ class _Parser:
                 self._fail(message, (token.span[0], following.span[1]))
             self.position += 2
             value = self._value()
-            return Argument(_unquote(token), value, (token.span[0], self._end()))
+            return Argument(self._unquote(token), value, (token.span[0], self._end()))
         value = self._value()
         return Argument(None, value, value.span)
 
@@ -226,7 +237,7 @@ class _Parser:
         if token.kind == "number":
             return self._number(token)
         if token.kind == "text":
-            return Literal(_unquote(token), token.span, quoted=True)
+            return Literal(self._unquote(token), token.span, quoted=True)
         if token.kind == "name":
             following = self._peek()
             if following and following.text == "(":
@@ -309,9 +320,16 @@ class _Parser:
     def _last_span(self) -> Span:
         return self.tokens[-1].span
 
+    def _unquote(self, token: _Token) -> str:
+        """Return what a name or text says; double quotes know JSON's escapes, single ones none."""
+        if token.kind != "text":
+            return token.text
+        if token.text[0] == "'":
+            return token.text[1:-1]
+        try:
+            return json.loads(token.text)
+        except ValueError:
+            self._fail("an escape here is not one JSON knows; use single quotes", token.span)
+
     def _fail(self, message: str, span: Span) -> NoReturn:
         raise SpecError([self.source.problem(message, span)])
-
-
-def _unquote(token: _Token) -> str:
-    return token.text[1:-1] if token.kind == "text" else token.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 
     from pydantic_core import ErrorDetails
 
-_SHARE = re.compile(r"([-+]?[0-9.]+(?:[eE][-+]?[0-9]+)?)\s*/\s*n")
+_NO_STAGE = "a pipeline needs a stage; write uniform for plain training"
+_SHARE = re.compile(r"([-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?)\s*/\s*n")
 
 
 def make_stage(source: Source, call: Call, problems: list[Problem]) -> Stage | None:
@@ -37,16 +39,18 @@ def stage_call(stage: Stage, *, defaults: bool = False) -> Call:
 
 def from_yaml(source: Source, node: Node, problems: list[Problem]) -> tuple[Call, ...] | None:
     """Return the calls of a pipeline written as arrow text or as a YAML list."""
+    if isinstance(node, Scalar) and not node.text.strip():
+        problems.append(source.problem(_NO_STAGE, node.span))
+        return None
     if isinstance(node, Scalar) and isinstance(node.value, str):
-        return arrow.parse(source, node.raw, problems)
+        return arrow.parse(source, node.text, node.offsets, problems)
     if not isinstance(node, Seq):
         message = "a pipeline is arrow text (normalize -> temperature(1)) or a list of stages"
         problems.append(source.problem(message, node.span))
         return None
     before = len(problems)
     if not node.items:
-        message = "a pipeline needs a stage; write uniform for plain training"
-        problems.append(source.problem(message, node.span))
+        problems.append(source.problem(_NO_STAGE, node.span))
     calls: list[Call] = []
     items = iter(node.items)
     for item in items:
@@ -56,7 +60,7 @@ def from_yaml(source: Source, node: Node, problems: list[Problem]) -> tuple[Call
                 while _open_brackets(_text_of(source, item)) >= 0 and (item := next(items, None)):
                     pass  # the rest of the stage that YAML took apart
                 continue
-            calls.extend(arrow.parse(source, item.raw, problems) or ())
+            calls.extend(arrow.parse(source, item.text, item.offsets, problems) or ())
         elif isinstance(item, Map) and len(item.entries) == 1:
             (key, value) = item.entries[0]
             calls.extend(filter(None, [_yaml_call(source, key, value, problems)]))
@@ -114,6 +118,9 @@ def _bind(
         if collects:
             if name is not None:
                 value = {name: value}
+            elif isinstance(argument.value, Pairs) and _keys_are_text(cls):
+                entries = argument.value.entries
+                value = {_key_text(source, k): _plain(source, v, problems) for k, v in entries}
             elif not isinstance(value, dict):
                 message = f"{call.name} takes name=value pairs or a map in braces"
                 problems.append(source.problem(message, argument.span))
@@ -146,6 +153,16 @@ def _bind(
     return values, spans
 
 
+def _keys_are_text(cls: type[BaseModel]) -> bool:
+    """Tell whether the free names a class collects are texts, not steps."""
+    return issubclass(cls, Stage)
+
+
+def _key_text(source: Source, key: Literal) -> str:
+    """Return a key as it was written: a domain may be called 2014 or 1e-3."""
+    return str(key.value) if key.quoted else source.text[slice(*key.span)]
+
+
 def _argument_problem(
     source: Source, call: Call, cls: type[BaseModel], item: ErrorDetails, spans: dict[str, Span]
 ) -> Problem:
@@ -164,7 +181,10 @@ def _argument_problem(
 def _plain(source: Source, value: Value, problems: list[Problem]) -> Any:  # noqa: ANN401
     """Return what a stage's field is given for a written value."""
     if isinstance(value, Share):
-        return ShareOfN(numerator=value.numerator)
+        if math.isfinite(value.numerator):
+            return ShareOfN(numerator=value.numerator)
+        problems.append(source.problem("the number over n is not finite", value.span))
+        return None
     if isinstance(value, Call):
         return _make(source, value, SCHEDULES, "schedule", problems)
     if isinstance(value, Pairs):
@@ -212,7 +232,8 @@ def _named(call: Call) -> Call:
     cls = stages().get(call.name) or SCHEDULES[call.name]
     names = list(cls.model_fields)
     arguments = tuple(
-        Argument(a.name or names[i], a.value, a.span) for i, a in enumerate(call.arguments)
+        Argument(names[i] if a.name is None else a.name, a.value, a.span)
+        for i, a in enumerate(call.arguments)
     )
     return Call(call.name, arguments, call.span, call.name_span)
 
@@ -234,8 +255,8 @@ def _yaml_call(source: Source, key: Scalar, node: Node, problems: list[Problem])
     """Return the call written as `name: arguments`."""
     name = str(key.value)
     if "(" in name:
-        text = f"{name}: {_text_of(source, node)}"
-        message = f"inside brackets an argument takes '=': {text.replace(': ', '=', 1)}"
+        written = f"{name}={_text_of(source, node)}"
+        message = f"inside brackets an argument takes '=': {written}"
         problems.append(source.problem(message, (key.span[0], node.span[1])))
         return None
     span = (key.span[0], node.span[1])
@@ -268,7 +289,7 @@ def _yaml_argument(
     """Return an argument's value written in YAML."""
     if isinstance(node, Map):
         first = node.entries[0] if len(node.entries) == 1 else None
-        if first and str(first[0].value) in SCHEDULES and not pairs:
+        if first and first[0].value in SCHEDULES and not pairs:
             call = _yaml_call(source, *first, problems)
             return call or Literal(None, node.span)
         entries = (
@@ -284,7 +305,7 @@ def _yaml_argument(
             return Share(float(share[1]), node.span)
         if not node.quoted and "(" in node.value:
             found: list[Problem] = []
-            calls = arrow.parse(source, node.raw, found)
+            calls = arrow.parse(source, node.text, node.offsets, found)
             problems.extend(found)
             return calls[0] if calls else Literal(None, node.span)
     return Literal(node.value, node.span, node.quoted)

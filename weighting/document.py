@@ -10,11 +10,14 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from weighting.errors import Problem, Source, Span, SpecError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 MAX_CHARACTERS = 1_000_000
 MAX_DEPTH = 32
@@ -27,11 +30,16 @@ _WORDS = {"true": True, "false": False, "null": None, "~": None, "": None}
 
 @dataclass(frozen=True)
 class Scalar:
-    """A single value; `raw` is where its text stands in the source, without quotes."""
+    """A single value.
+
+    `text` is what was written, without quotes, and `offsets` says where in the source each of its
+    characters stands; with escapes in it, all stand where the scalar begins.
+    """
 
     value: str | int | float | bool | None
     span: Span
-    raw: Span
+    text: str
+    offsets: Sequence[int]
     quoted: bool
 
 
@@ -69,7 +77,8 @@ def parse(source: Source) -> Node:
         root = yaml.compose(source.text, Loader=yaml.SafeLoader)
     except yaml.reader.ReaderError as error:
         place = (error.position, error.position + 1)
-        message = f"character {ord(error.character):#06x} is not allowed in YAML; remove it"
+        code = error.character if isinstance(error.character, int) else ord(error.character)
+        message = f"character {code:#06x} is not allowed in YAML; remove it"
         raise SpecError([source.problem(message, place)]) from None
     except yaml.MarkedYAMLError as error:
         raise SpecError([_syntax_problem(source, error)]) from None
@@ -92,9 +101,26 @@ def dump(data: object, *, flow_leaves: bool) -> str:
         flow_leaves: Write the innermost maps and lists on one line, {a: 1}.
     """
     style = None if flow_leaves else False
-    return yaml.safe_dump(
-        data, sort_keys=False, allow_unicode=True, width=math.inf, default_flow_style=style
+    return yaml.dump(
+        data,
+        Dumper=_Dumper,
+        sort_keys=False,
+        allow_unicode=True,
+        width=math.inf,
+        default_flow_style=style,
     )
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes the texts that `parse` would otherwise read as something else."""
+
+
+def _write_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = None if isinstance(_resolve(text), str) else '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style)
+
+
+_Dumper.add_representer(str, _write_text)
 
 
 def _refuse_machinery(source: Source) -> None:
@@ -162,11 +188,15 @@ def _convert(source: Source, node: yaml.Node, problems: list[Problem]) -> Node:
 def _scalar(source: Source, node: yaml.ScalarNode, span: Span) -> Scalar:
     start, end = span
     if node.style in {"'", '"'}:
-        return Scalar(node.value, span, (start + 1, end - 1), quoted=True)
+        exact = source.text[start + 1 : end - 1] == node.value
+        offsets = range(start + 1, end - 1) if exact else [start] * len(node.value)
+        return Scalar(node.value, span, node.value, offsets, quoted=True)
     if node.style in {"|", ">"}:  # the text begins on the line after the indicator
-        body = source.text.find("\n", start, end) + 1
-        return Scalar(node.value.strip(), span, (body or end, end), quoted=True)
-    return Scalar(_resolve(node.value), span, span, quoted=False)
+        body = source.text.find("\n", start, end) + 1 or end
+        written = source.text[body:end]
+        return Scalar(node.value.strip(), span, written, range(body, end), quoted=True)
+    written = source.text[start:end]
+    return Scalar(_resolve(node.value), span, written, range(start, end), quoted=False)
 
 
 def _resolve(text: str) -> str | int | float | bool | None:

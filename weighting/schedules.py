@@ -19,7 +19,7 @@ from typing_extensions import override
 class Schedule(BaseModel, ABC):
     """A scalar for every optimizer step, counted from 1 as the trainer counts."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
     name: ClassVar[str]
     positional: ClassVar[int] = 0
     """How many arguments are printed without their names."""
@@ -184,9 +184,7 @@ def _number(value: object) -> object:
     return Constant(value=value)
 
 
-def _within(
-    low: float = -math.inf, high: float = math.inf, *, open_low: bool = False, share: bool = False
-) -> AfterValidator:
+def _within(low: float, high: float, *, share: bool = False) -> AfterValidator:
     """Check every value a schedule can take, and whether k/n has a meaning here."""
 
     def check(schedule: Schedule) -> Schedule:
@@ -194,10 +192,9 @@ def _within(
             msg = "k/n is a share of the total weight and has no meaning here; write a number"
             raise ValueError(msg)
         for value in schedule.extremes():
-            if not low <= value <= high or (open_low and value == low):
-                above = f"greater than {low:g}" if open_low else f"at least {low:g}"
-                bounds = [above] * (low > -math.inf) + [f"at most {high:g}"] * (high < math.inf)
-                msg = f"must be {' and '.join(bounds)}, not {value:g}"
+            if not low <= value <= high:
+                least = "positive, at least 1e-30" if low == _SMALLEST else f"at least {low:g}"
+                msg = f"must be {least if value < low else f'at most {high:g}'}, not {value:g}"
                 raise ValueError(msg)
         return schedule
 
@@ -205,12 +202,12 @@ def _within(
 
 
 _COERCE = BeforeValidator(_number)
-_LARGEST = 1e30
+_LARGEST, _SMALLEST = 1e30, 1e-30
 
 Number = Annotated[Schedule, _COERCE, _within(-_LARGEST, _LARGEST)]
 """Any number or schedule."""
-PositiveNumber = Annotated[Schedule, _COERCE, _within(0, _LARGEST, open_low=True)]
-"""Greater than 0."""
+PositiveNumber = Annotated[Schedule, _COERCE, _within(_SMALLEST, _LARGEST)]
+"""At least 1e-30."""
 NonNegativeNumber = Annotated[Schedule, _COERCE, _within(0, _LARGEST)]
 """At least 0."""
 UnitNumber = Annotated[Schedule, _COERCE, _within(0, 1)]

@@ -125,8 +125,12 @@ def loads(text: str, source: str = "<spec>", *, allow_plugins: bool = False) -> 
     from weighting.build import order_problems  # noqa: PLC0415 - build knows specs, not the reverse
 
     origin = Source(source, text.replace("\r\n", "\n"))
-    node = document.parse(origin)
     problems: list[Problem] = []
+    if re.match(r"\s*[^\W\d]\w*\s*(\(|->|→|$)", text):  # no YAML map begins like this
+        written = range(len(origin.text))
+        node = Scalar(origin.text, (0, len(origin.text)), origin.text, written, quoted=True)
+    else:
+        node = document.parse(origin)
     spec = _read(origin, node, problems, allow_plugins=allow_plugins)
     if problems:
         # A user mends a file once: say what `build` would object to in the sound factors too.
@@ -207,10 +211,9 @@ def _read(
 ) -> Spec | None:
     """Return the spec of a document; with problems noted, a spec of its sound factors or None."""
     if isinstance(root, Scalar) and isinstance(root.value, str):
-        root = Map(((Scalar(SINGLE, root.span, root.raw, quoted=False), root),), root.span)
-        entries = {SINGLE: root.entries[0]}
+        entries: dict[str, tuple[Scalar, Node]] = {SINGLE: (root, root)}
     elif isinstance(root, Map):
-        entries = {str(key.value): (key, value) for key, value in root.entries}
+        entries = {key.text: (key, value) for key, value in root.entries}
         _check_keys(source, root, entries, problems)
     else:
         message = "a spec is a map that starts with version: 1 and holds pipeline: or factors:"
@@ -223,10 +226,10 @@ def _read(
         options["plugins"] = _plugins(source, entries["plugins"][1], problems, allow=allow_plugins)
     spans: dict[tuple[str, int], Span] = {}
     factors: dict[str, tuple[Stage, ...]] = {}
-    for key, node in _pipelines(source, entries, problems):
-        pipeline = _pipeline(source, str(key.value), node, spans, problems)
+    for name, node in _pipelines(source, entries, problems):
+        pipeline = _pipeline(source, name, node, spans, problems)
         if pipeline:
-            factors[str(key.value)] = pipeline
+            factors[name] = pipeline
     if not factors:
         return None
     given = {name: value for name, value in options.items() if value is not None}
@@ -269,13 +272,13 @@ def _check_keys(
 
 def _option(source: Source, key: Scalar, node: Node, problems: list[Problem]) -> str | None:
     allowed = _OPTIONS[str(key.value)]
-    value = node.value if isinstance(node, Scalar) else None
+    value = node.text if isinstance(node, Scalar) else None
     if isinstance(allowed, str):
-        if isinstance(value, str | int | float) and re.fullmatch(allowed, str(value)):
-            return str(value)
+        if value is not None and re.fullmatch(allowed, value):
+            return value
         message = f"{key.value} is a word of letters, digits, '.', '_' and '-'"
     elif value in allowed:
-        return str(value)
+        return value
     else:
         message = f"{key.value} is {' or '.join(allowed)}"
         message += nearest(value, allowed) if isinstance(value, str) else ""
@@ -328,7 +331,7 @@ def _import_plugin(name: str) -> None:
 
 def _pipelines(
     source: Source, entries: dict[str, tuple[Scalar, Node]], problems: list[Problem]
-) -> list[tuple[Scalar, Node]]:
+) -> list[tuple[str, Node]]:
     """Return the named pipelines of a document, noting when there is not exactly one home."""
     single, several = entries.get(SINGLE), entries.get("factors")
     if single and several:
@@ -337,7 +340,7 @@ def _pipelines(
     if not single and not several:
         message = "nothing to weigh by; add pipeline: or factors: (uniform is plain training)"
         problems.append(source.problem(message, (len(source.text.rstrip()) - 1,) * 2))
-    found = [single] if single else []
+    found = [(SINGLE, single[1])] if single else []
     if several:
         node = several[1]
         if not isinstance(node, Map) or not node.entries:
@@ -345,8 +348,8 @@ def _pipelines(
             problems.append(source.problem(message, node.span))
             return found
         for key, value in node.entries:
-            if isinstance(key.value, str) and re.fullmatch(r"[^\W\d][\w-]*", key.value):
-                found.append((key, value))
+            if re.fullmatch(r"[^\W\d][\w-]*", key.text):
+                found.append((key.text, value))
             else:
                 message = "a factor's name is a word of letters, digits, '_' and '-'"
                 problems.append(source.problem(message, key.span))

@@ -98,25 +98,23 @@ def test_flat_losses_weigh_the_same(loss, n):
         assert_close(wt.simulate(name, [loss] * n), torch.ones(n), rtol=1e-6, atol=1e-6)
 
 
-def worst_case(n, kind):
-    """Return the losses of which one unit gets the largest weight its method can give."""
-    if kind == "quadratic":  # one in the middle, the others at the ends
+def worst_losses(shape, n):
+    """Return losses of which one gets the largest weight its shape allows, all others the least."""
+    if shape == "quadratic":  # one in the middle, the others at the ends
         return [0.0] * (n // 2) + [1.0] * (n - 1 - n // 2) + [0.5]
-    if kind == "extremes":  # one at one end; the others need the middle: impossible, two ends exist
-        return [0.0] + [0.5] * (n - 2) + [1.0]
     return [0.0] * (n - 1) + [1.0]
 
 
+@pytest.mark.parametrize("shape", ["linupper", "quadratic", "affine(0.5, 0.5)"])
 @pytest.mark.parametrize("n", [4, 32, 48, 128])
-def test_linupper_obeys_its_cap_exactly_above_the_threshold(n):
-    """The cap 2/n holds by itself iff exp(-1/r) >= (n/2 - 1)/(n - 1), at the worst losses."""
+def test_the_cap_holds_by_itself_exactly_above_the_threshold(shape, n):
+    """Without clamp, 2/n holds iff exp(-1/r) >= (n/2 - 1)/(n - 1), at the worst losses."""
     bound = -1 / math.log((n / 2 - 1) / (n - 1))
-    for kind, shape in (("linupper", "linupper"), ("quadratic", "quadratic")):
-        loss = worst_case(n, kind)
-        above = wt.simulate(f"normalize -> {shape} -> temperature({bound * 1.001})", loss)
-        below = wt.simulate(f"normalize -> {shape} -> temperature({bound * 0.999})", loss)
-        assert above.max() < 2
-        assert below.max() > 2
+    loss = worst_losses(shape, n)
+    above = wt.simulate(f"normalize -> {shape} -> temperature({bound * 1.001})", loss)
+    below = wt.simulate(f"normalize -> {shape} -> temperature({bound * 0.999})", loss)
+    assert above.max() < 2
+    assert below.max() > 2
 
 
 def test_the_threshold_is_the_one_in_the_stage_documentation():
@@ -149,12 +147,12 @@ def test_the_cap_holds_for_any_losses(n, r, seed, kind, shape):
     """With clamp(2/n) no share exceeds 2/n, shares sum to one, order is kept, nothing is NaN."""
     g = torch.Generator().manual_seed(seed)
     loss = {
-        "uniform": lambda: torch.rand(n, generator=g) * 10,
-        "normal": lambda: 3 + torch.randn(n, generator=g),
-        "heavy": lambda: (3 * torch.randn(n, generator=g)).exp(),
-        "two": lambda: torch.randint(0, 2, (n,), generator=g).float(),
-        "spike": lambda: torch.cat([torch.zeros(n - 1), torch.tensor([50.0])]),
-    }[kind]()
+        "uniform": torch.rand(n, generator=g) * 10,
+        "normal": 3 + torch.randn(n, generator=g),
+        "heavy": (3 * torch.randn(n, generator=g)).exp(),
+        "two": torch.randint(0, 2, (n,), generator=g).float(),
+        "spike": torch.cat([torch.zeros(n - 1), torch.tensor([50.0])]),
+    }[kind]
     raw = wt.simulate(f"normalize -> {shape} -> temperature({r!r})", loss)
     share = wt.simulate(f"normalize -> {shape} -> temperature({r!r}) -> clamp(2/n)", loss) / n
     assert share.isfinite().all()

@@ -98,7 +98,7 @@ def test_a_share_of_n_is_its_numerator():
 
 
 def test_a_schedule_changes_the_weights_when_it_should():
-    """temperature(step(100, 0.4, at=500)) is nearly uniform for steps 0 to 499 and sharp from 500."""
+    """temperature(step(100, 0.4, at=500)) is 100 up to step 499 and 0.4 from step 500 on."""
     text = "normalize -> temperature(step(100, 0.4, at=500))"
     loss = [1.0, 2.0, 3.0, 5.0]
     assert torch.equal(
