@@ -371,6 +371,11 @@ def _misfits(pipeline: tuple[Stage, ...]) -> Iterator[tuple[int, str]]:
                 yield index, f"{message}; a pipeline has one level"
             pooled = True
         before = stage
+    for step in plan(pipeline):
+        if step.level not in step.stage.levels:
+            fits = " or ".join(f"mean({level})" for level in step.stage.levels if level != "token")
+            message = f"{step.stage.name} cannot weigh units of level {step.level}"
+            yield step.index, f"{message}; put {fits} before it"
     if before.gives != "weight":
         yield len(pipeline) - 1, f"the pipeline ends in a score; {_TO_WEIGHT} at its end"
 

@@ -195,6 +195,8 @@ class Stage(BaseModel):
     """The field that holds arguments of free names, as in table(web=2, code=1)."""
     statistics: ClassVar[str] = ""
     """Which statistics over its scope it takes, for people to read."""
+    levels: ClassVar[tuple[Level, ...]] = ("token", "document", "sequence", "domain")
+    """Where it can stand; units must fit in memory pair by pair for some."""
 
     def expand(self) -> tuple[Stage, ...]:
         """Return the stages this one stands for; itself unless it is sugar."""
@@ -271,7 +273,9 @@ class Shape(_Step):
 
 
 class Weigh(_Step):
-    """Score -> weight: non-negative, mean one over the scope."""
+    """Score -> weight: non-negative, and mean one over the scope unless `scaled` is False."""
+
+    scaled: ClassVar[bool] = True
 
     kind: ClassVar[str] = "weigh"
     takes: ClassVar[Form | None] = "score"

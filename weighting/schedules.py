@@ -212,6 +212,8 @@ NonNegativeNumber = Annotated[Schedule, _COERCE, _within(0, _LARGEST)]
 """At least 0."""
 UnitNumber = Annotated[Schedule, _COERCE, _within(0, 1)]
 """From 0 to 1."""
+ShareNumber = Annotated[Schedule, _COERCE, _within(_SMALLEST, 1)]
+"""Greater than 0, at most 1."""
 CapNumber = Annotated[Schedule, _COERCE, _within(1, _LARGEST, share=True)]
 """A largest weight, in mean-one terms or as k/n of the total; below 1 no weights can obey it."""
 FloorNumber = Annotated[Schedule, _COERCE, _within(0, 1, share=True)]

@@ -2,9 +2,17 @@
 
 from weighting.stages.abs import Abs as Abs
 from weighting.stages.affine import Affine as Affine
+from weighting.stages.as_is import AsIs as AsIs
+from weighting.stages.bernoulli import Bernoulli as Bernoulli
 from weighting.stages.clamp import Clamp as Clamp
 from weighting.stages.clip import Clip as Clip
+from weighting.stages.column import Column as Column
+from weighting.stages.doremi import DoReMi as DoReMi
 from weighting.stages.entropy import Entropy as Entropy
+from weighting.stages.error_norm import ErrorNorm as ErrorNorm
+from weighting.stages.excess_loss import ExcessLoss as ExcessLoss
+from weighting.stages.exp import Exp as Exp
+from weighting.stages.exponentiated import Exponentiated as Exponentiated
 from weighting.stages.extremes import Extremes as Extremes
 from weighting.stages.floor import Floor as Floor
 from weighting.stages.focal import Focal as Focal
@@ -19,7 +27,11 @@ from weighting.stages.pools import Mean as Mean
 from weighting.stages.pools import Sum as Sum
 from weighting.stages.pow import Pow as Pow
 from weighting.stages.quadratic import Quadratic as Quadratic
+from weighting.stages.rank import Rank as Rank
+from weighting.stages.running import Running as Running
+from weighting.stages.select import Select as Select
 from weighting.stages.table import Table as Table
 from weighting.stages.target_prob import TargetProb as TargetProb
 from weighting.stages.temperature import Temperature as Temperature
+from weighting.stages.threshold import Threshold as Threshold
 from weighting.stages.uniform import Uniform as Uniform

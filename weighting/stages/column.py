@@ -1,0 +1,35 @@
+"""A column of the data set, as a score."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field
+from typing_extensions import override
+
+from weighting.contract import Scope, Signals, Source
+from weighting.registry import stage
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@stage("column")
+class Column(Source):
+    """The value of a numeric column of the data, the same for all tokens of a document.
+
+    score_t = column[document_t]
+    """
+
+    key: Annotated[str, Field(min_length=1)]
+
+    @override
+    def reads(self) -> frozenset[str]:
+        """Return the column, by name."""
+        return frozenset({f"columns.{self.key}"})
+
+    @override
+    def read(self, signals: Signals, scope: Scope) -> Tensor:
+        """Return the column."""
+        del scope
+        return signals.columns[self.key]
