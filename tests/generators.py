@@ -19,9 +19,17 @@ _TABLE = "table(code=1, data=0.5, docs=1.5, tables=linear(0.5, 2, over=4), tests
 STAGE_PIPELINES = {
     "abs": "normalize -> abs -> temperature(0.7)",
     "affine": "affine(step(2, 0.5, at=3), shift=-1) -> temperature(1)",
+    "as_is": "error_norm -> as_is",
+    "bernoulli": "normalize -> affine(0.5, 0.5) -> bernoulli(correct=true, seed=7)",
     "clamp": "normalize -> temperature(0.3) -> clamp(linear(2, 1.2, over=4))",
     "clip": "normalize -> clip(min=-0.5, max=linear(0.1, 0.6, over=5)) -> temperature(0.5)",
+    "column": "column(quality) -> mean_one",
+    "doremi": "doremi(step_size=linear(1, 0.5, over=4), smoothing=1e-2)",
     "entropy": "entropy(gamma=linear(1, 2, over=4), sigma=0.5) -> mean_one",
+    "error_norm": "error_norm -> mean(sequence) -> mean_one",
+    "excess_loss": "excess_loss -> exp -> clip(max=5) -> mean_one",
+    "exp": "affine(0.5) -> exp -> mean_one",
+    "exponentiated": "mean(domain) -> exponentiated(0.5, absent=skip)",
     "extremes": "normalize -> extremes -> temperature(0.4)",
     "floor": "normalize -> temperature(0.3) -> floor(linear(0.5, 0.1, over=4))",
     "focal": "focal(gamma=cosine(0.5, 2, over=5)) -> mean_one",
@@ -34,10 +42,15 @@ STAGE_PIPELINES = {
     "normalize": "normalize -> temperature(0.4)",
     "pow": "normalize -> abs -> pow(linear(0.5, 3, over=4)) -> temperature(1)",
     "quadratic": "normalize -> quadratic -> temperature(0.4)",
+    "rank": "rank(history=6) -> affine(1, shift=0.1) -> mean_one",
+    "running": "running(tau=2, decay=0.8)",
+    "select": "excess_loss -> select(linear(0.3, 0.8, over=4))",
     "sum": "loss -> sum(document) -> normalize -> temperature(1)",
     "table": f"{_TABLE} -> mean_one",
     "target_prob": "target_prob -> pow(0.5) -> mean_one",
     "temperature": "temperature(piecewise({0: 4, 2: 1, 5: 2}))",
+    "threshold": "entropy -> threshold(quantile=linear(0.2, 0.7, over=4))",
+    "tilted": "tilted(document, tilt=2) -> temperature(1)",
     "token_scale": "entropy(gamma=1) -> token_scale",
     "uniform": "uniform",
 }
@@ -54,6 +67,9 @@ EXTRA_SPECS = {
         "  document: max(document) -> normalize -> linupper -> temperature(1) -> clamp(1.5)\n"
         "  instance: sum(sequence) -> temperature(20) -> floor(0.2)\n"
         "  token: entropy(1) -> token_scale -> interpolate(0.5)"
+    ),
+    "tokens": (
+        "pipeline: loss -> normalize -> abs -> temperature(0.5) -> clamp(1.5) -> floor(0.5/n)"
     ),
     "drop": "on_nonfinite: drop\npipeline: normalize -> temperature(0.5)",
 }
@@ -109,6 +125,7 @@ def batch(rows=4, length=6, *, seed=0, keep=0.7):
         ref_loss=torch.rand(shape, generator=g) * 5,
         domain_ids=torch.randint(0, len(DOMAINS), shape, generator=g),
         segment_ids=starts.long().cumsum(1),
+        columns={"quality": torch.rand(shape, generator=g) * 3},
     )
 
 
@@ -120,6 +137,8 @@ def changed(signals, change, names=(*FLOATS, *IDS, "valid")):
     """Return signals with `change(name, tensor)` in place of each given tensor."""
     values = {name: getattr(signals, name) for name in names}
     new = {name: change(name, value) for name, value in values.items() if value is not None}
+    if "loss" in names:  # a column is a signal like the loss
+        new["columns"] = {name: change(name, value) for name, value in signals.columns.items()}
     return dataclasses.replace(signals, **new)
 
 

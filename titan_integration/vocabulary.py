@@ -21,7 +21,7 @@ from torchtitan.distributed.spmd_types import (
     spmd_mesh_size,
 )
 
-from weighting.losses import IGNORE_INDEX, distribution_signals, token_loss
+from weighting.losses import IGNORE_INDEX, TOPK, distribution_signals, token_loss, topk_entropy
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -103,12 +103,28 @@ def sliced_signals(
     total, hit, *rest = stacked
     loss = torch.where(labels != IGNORE_INDEX, total.log() - hit, 0)
     found = {"loss": loss}
+    for name in needs:
+        if name.startswith(TOPK):
+            found[name] = topk_entropy(
+                _top_of_all(logits, int(name.removeprefix(TOPK)), cut), 10**9
+            )
     if "entropy" in needs:
         found["entropy"] = (total.log() - rest[0] / total).clamp(min=0)
     if "error_norm" in needs:
         squares = rest[-1] / (total * total)
         found["error_norm"] = (1 - 2 * (-loss).exp() + squares).clamp(min=0).sqrt()
     return found
+
+
+def _top_of_all(logits: Tensor, k: int, cut: Slices) -> Tensor:
+    """Return the k largest logits of the whole vocabulary, from the k largest of each slice."""
+    mine = logits.new_full((*logits.shape[:-1], k), -torch.inf)
+    width = min(k, logits.shape[-1])
+    mine[..., :width] = logits.topk(width, dim=-1).values
+    ranks = dist.get_world_size(cut.group)
+    every = mine.new_empty(ranks, *mine.shape)
+    dist.all_gather_into_tensor(every, mine[None].contiguous(), group=cut.group)
+    return every.movedim(0, -2).flatten(-2).topk(k, dim=-1).values
 
 
 def _local(logits: Tensor) -> Tensor:

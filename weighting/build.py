@@ -106,7 +106,8 @@ def build(
         problems = _domain_problems(spec, domains)
     if problems:
         raise SpecError(problems)
-    return Weighting(spec, tuple(domains or ()), collectives or Alone())
+    alone = collectives is None or spec.scope == "rank"
+    return Weighting(spec, tuple(domains or ()), Alone() if alone else collectives)
 
 
 def sketch(spec: Spec) -> Weighting:
@@ -174,7 +175,8 @@ class Weighting(nn.Module):
         self.domains = domains
         self.collectives = collectives
         self.plans = {name: plan(pipeline) for name, pipeline in spec.factors.items()}
-        self.needs = frozenset().union(*map(_needs, self.plans.values()))
+        by_domain = {"domain_ids"} if spec.reduction == "domain_mean" else set()
+        self.needs = frozenset(by_domain).union(*map(_needs, self.plans.values()))
         self._buffers_of: dict[tuple[str, int], dict[str, str]] = {}
         for factor, steps in self.plans.items():
             for index, step in enumerate(steps):
@@ -246,7 +248,12 @@ class Weighting(nn.Module):
                 x, scope, tokens_ok = self._pool(stage, x, flat.valid, scope, groups)
             else:
                 assert isinstance(stage, Shape | Weigh | Constrain)
-                x = stage.apply(x, self._advanced(factor, index, stage, x, scope))
+                around = self._advanced(factor, index, stage, x, scope)
+                if inside := stage.inside():
+                    parts = group(signals, inside, len(self.domains), self.collectives)
+                    assert parts is not None
+                    around = around.within(parts)
+                x = stage.apply(x, around)
             if stage.gives == "score":
                 x, scope = _finite(x, scope)
             if isinstance(stage, Clamp):
@@ -298,15 +305,18 @@ class Weighting(nn.Module):
     def _combine(self, signals: Signals, valid: Tensor, factors: list[Tensor]) -> Tensor:
         """Multiply the factors and scale the product to mean one: the one place that does."""
         product = torch.stack(factors).prod(0)
-        if self.spec.reduction == "sequence_mean":
-            groups = group(signals, "sequence", 0, self.collectives)
+        if self.spec.reduction != "token_mean":
+            level = "sequence" if self.spec.reduction == "sequence_mean" else "domain"
+            groups = group(signals, level, len(self.domains), self.collectives)
             assert groups is not None
             lengths = groups.sum(valid.float())
             product = product / groups.broadcast(lengths).clamp(min=1)
             if self.spec.normalize == "none":
-                tokens_and_rows = torch.stack([valid.sum(), (lengths > 0).sum()]).float()
-                tokens, rows = self.collectives.sum(tokens_and_rows)
-                product = product * (tokens / rows.clamp(min=1))
+                tokens, units = valid.sum().float(), (lengths > 0).sum().float()
+                tokens = self.collectives.sum(tokens)
+                # Every rank holds all domains, but its own sequences only.
+                units = units if level == "domain" else self.collectives.sum(units)
+                product = product * (tokens / units.clamp(min=1))
         if self.spec.normalize == "none":
             return product
         total, count = self.collectives.sum(torch.stack([product.sum(), valid.sum().float()]))
@@ -376,6 +386,9 @@ def _misfits(pipeline: tuple[Stage, ...]) -> Iterator[tuple[int, str]]:
             fits = " or ".join(f"mean({level})" for level in step.stage.levels if level != "token")
             message = f"{step.stage.name} cannot weigh units of level {step.level}"
             yield step.index, f"{message}; put {fits} before it"
+        if step.stage.inside() and step.level != "token":
+            message = f"{step.stage.name} works within each {step.stage.inside()} on tokens only"
+            yield step.index, f"{message}, and this score is per {step.level}"
     if before.gives != "weight":
         yield len(pipeline) - 1, f"the pipeline ends in a score; {_TO_WEIGHT} at its end"
 
@@ -385,6 +398,10 @@ _TO_WEIGHT = "put temperature(...) or mean_one"
 
 def _domain_problems(spec: Spec, domains: Sequence[str] | None) -> list[Problem]:
     problems: list[Problem] = []
+    if spec.reduction == "domain_mean" and not domains:
+        return [
+            Problem("reduction: domain_mean needs domain names; give build(spec, domains=[...])")
+        ]
     for factor, pipeline in spec.factors.items():
         for step in plan(pipeline):
             place = spec.place(factor, step.index)
@@ -401,7 +418,8 @@ def _domain_problems(spec: Spec, domains: Sequence[str] | None) -> list[Problem]
 
 def _needs(steps: Sequence[Step]) -> frozenset[str]:
     read = (step.stage.reads() for step in steps if isinstance(step.stage, Source))
-    ids = {_LEVEL_IDS[step.level] for step in steps if step.level in _LEVEL_IDS}
+    levels = {step.level for step in steps} | {step.stage.inside() for step in steps}
+    ids = {_LEVEL_IDS[level] for level in levels if level in _LEVEL_IDS}
     return frozenset(ids).union(*read)
 
 

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 Level = Literal["token", "document", "sequence", "domain"]
 Form = Literal["score", "weight"]
+Within = Literal["document", "sequence", "domain"]
+"""A level inside whose units, instead of over all of them, a token-level statistic runs."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,12 @@ class Scope:
         """Return the number of valid units, 0-D float32."""
         return self.sum(torch.ones_like(self.valid, dtype=torch.float32))
 
+    def within(self, groups: Groups) -> ScopeWithin:
+        """Return the same scope with statistics inside each group of tokens."""
+        return ScopeWithin(
+            self.level, self.step, self.valid, self.domains, self.collectives, self.state, groups
+        )
+
     def kth_largest(self, x: Tensor, k: Tensor) -> Tensor:
         """Return the k-th largest of x [U] over valid units, exactly; the smallest if k is more.
 
@@ -157,10 +165,35 @@ class Scope:
         k = torch.minimum(k.to(torch.int64), self.count().to(torch.int64)).clamp(min=1)
         for shift in (26, 20, 14, 8, 4, 0):
             digits = 1 << (6 if shift >= 8 else 4)  # noqa: PLR2004 - 6+6+6+6+4+4 = 32 bits
-            points = low + (torch.arange(digits, device=x.device) << shift)
-            reached = self.sum((keys[None, :] >= points[:, None]).float()) >= k
-            low = low + ((reached.sum() - 1).clamp(min=0) << shift)
+            steps = torch.arange(digits, device=x.device) << shift
+            points = low + steps.view(-1, *[1] * low.dim())
+            against = points if low.dim() else points[:, None]
+            reached = self.sum((keys >= against).float()) >= k
+            low = low + ((reached.sum(0) - 1).clamp(min=0) << shift)
         return _from_sortable(low)
+
+
+@dataclass(frozen=True)
+class ScopeWithin(Scope):
+    """A scope cut into groups of tokens: each statistic is that of the token's own group, [T]."""
+
+    groups: Groups | None = None
+
+    @override
+    def sum(self, x: Tensor) -> Tensor:
+        """Return for each token the sum over the valid tokens of its group."""
+        assert self.groups is not None
+        return self.groups.broadcast(self.groups.sum(torch.where(self.valid, x, 0)))
+
+    @override
+    def max(self, x: Tensor) -> Tensor:
+        """Return for each token the maximum over the valid tokens of its group."""
+        assert self.groups is not None
+        masked = torch.where(self.valid, x, -torch.inf)
+        rows = masked.unbind(0) if masked.dim() > 1 else (masked,)
+        tops = torch.stack([self.groups.broadcast(self.groups.max(row)) for row in rows])
+        tops = torch.where(tops == -torch.inf, 0, tops)
+        return tops if masked.dim() > 1 else tops[0]
 
 
 def _sortable(x: Tensor) -> Tensor:
@@ -201,6 +234,10 @@ class Stage(BaseModel):
     def expand(self) -> tuple[Stage, ...]:
         """Return the stages this one stands for; itself unless it is sugar."""
         return (self,)
+
+    def inside(self) -> Within | None:
+        """Return the level inside whose units its statistics run; None for the whole scope."""
+        return None
 
     def initial_state(self, domains: tuple[str, ...]) -> dict[str, Tensor]:
         """Return what it remembers before the first batch: named tensors, none by default."""

@@ -50,10 +50,10 @@ class Groups:
         return empty.scatter_reduce(0, self.ids, x, "amax")
 
     def broadcast(self, unit: Tensor) -> Tensor:
-        """Return each token's value of its unit, [U] -> [T]."""
+        """Return each token's value of its unit, [..., U] -> [..., T]."""
         if self.row:
-            return unit.repeat_interleave(self.row)
-        return unit.gather(0, self.ids)
+            return unit.repeat_interleave(self.row, dim=-1)
+        return unit.index_select(-1, self.ids)
 
     def _members(self) -> Tensor:
         return self.ids[:, None] == torch.arange(self.size, device=self.ids.device)

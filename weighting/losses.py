@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the usual name
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from weighting.build import Weighting, Weights
 
 IGNORE_INDEX = -100
+TOPK = "columns.topk_entropy_"
+"""How the name of a top-k entropy begins; its k follows."""
 _CHUNK = 1024
 """Tokens whose distributions are in memory at once while statistics are taken."""
 
@@ -61,21 +63,33 @@ def weighted_cross_entropy(
     valid = labels != IGNORE_INDEX
     count = valid.sum().clamp(min=1)
     nll = token_loss(logits, labels)
-    signals = Signals(
-        loss=nll.detach(),
-        valid=valid,
-        domain_ids=domain_ids,
-        segment_ids=segment_ids,
-        ref_loss=ref_loss,
-        columns=columns or {},
-        **distribution_signals(logits, labels, fn.needs),
-    )
+    found = {"loss": nll.detach(), **distribution_signals(logits, labels, fn.needs)}
+    ids = {"valid": valid, "domain_ids": domain_ids, "segment_ids": segment_ids}
+    given = {f"columns.{name}": value for name, value in (columns or {}).items()}
+    signals = signals_of({**found, **ids, **given, "ref_loss": ref_loss})
     out = fn(signals, step)
     if fn.identity:
         flat = logits.flatten(0, -2).float()
         total = F.cross_entropy(flat, labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
         return total / count, out
     return weighted_sum(nll, out.token) / count, out
+
+
+def signals_of(found: Mapping[str, Tensor | None]) -> Signals:
+    """Return signals from tensors by name, columns under "columns.name" as `needs` names them."""
+    columns: dict[str, Tensor] = {}
+    fields: dict[str, Any] = {}
+    for name, value in found.items():
+        _, is_column, column = name.partition("columns.")
+        if value is not None:
+            (columns if is_column else fields)[column or name] = value
+    return Signals(columns=columns, **fields)
+
+
+def topk_entropy(logits: Tensor, k: int) -> Tensor:
+    """Return the entropy of the softmax of the k largest logits, nats, [..., V] -> [...]."""
+    top = logits.topk(min(k, logits.shape[-1]), dim=-1).values
+    return torch.special.entr(top.softmax(-1)).sum(-1)
 
 
 def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -103,6 +117,8 @@ def distribution_signals(
         entropy    = -sum_v p_v log p_v                          nats
         error_norm = sqrt(1 - 2 p_label + sum_v p_v^2)
 
+        columns.topk_entropy_k = entropy of the softmax of the k largest logits     nats
+
     `target_prob` is exp(-loss) and is left to the stage that reads it.
 
     Args:
@@ -110,7 +126,8 @@ def distribution_signals(
         labels: [...] int; values at ignored labels are meaningless.
         needs: Names of signals.
     """
-    wanted = needs & {"entropy", "error_norm"}
+    topk = {name: int(name.removeprefix(TOPK)) for name in needs if name.startswith(TOPK)}
+    wanted = (needs & {"entropy", "error_norm"}) | topk.keys()
     if not wanted:
         return {}
     rows, targets = logits.flatten(0, -2), labels.flatten().clamp(min=0)
@@ -122,4 +139,6 @@ def distribution_signals(
         if "error_norm" in wanted:
             hit = p.gather(-1, target[:, None]).squeeze(-1)
             parts["error_norm"].append((1 - 2 * hit + (p * p).sum(-1)).clamp(min=0).sqrt())
+        for name, k in topk.items():
+            parts[name].append(topk_entropy(chunk.float(), k))
     return {name: torch.cat(part).reshape(labels.shape) for name, part in parts.items()}

@@ -7,7 +7,7 @@ import importlib
 import re
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, SerializeAsAny, model_validator
 from typing_extensions import override
@@ -49,8 +49,10 @@ class Spec(BaseModel):
         factors: Pipelines by name; a single `pipeline:` is a factor of that name.
         normalize: `mean_one` scales the product of the factors to mean one over valid tokens;
             `none` leaves it, for published methods that do not normalise.
-        reduction: `token_mean` lets every token of a sequence count alike; `sequence_mean` lets
-            every sequence count alike whatever its length.
+        reduction: `token_mean` lets every token of a sequence count alike; `sequence_mean` (or
+            `domain_mean`) lets every sequence (domain) count alike whatever its length.
+        scope: Which units statistics run over: `microbatch`, those of all data-parallel ranks;
+            `rank`, those of each rank alone; `step`, those of all accumulated microbatches too.
         on_nonfinite: `error` reports a NaN or infinite signal at the next log step; `drop`
             weighs the unit 0 and counts it.
         plugins: Modules that register further stages.
@@ -61,7 +63,8 @@ class Spec(BaseModel):
     name: str = Field(default="unnamed", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     factors: dict[str, Pipeline] = Field(min_length=1)
     normalize: Literal["mean_one", "none"] = "mean_one"
-    reduction: Literal["token_mean", "sequence_mean"] = "token_mean"
+    reduction: Literal["token_mean", "sequence_mean", "domain_mean"] = "token_mean"
+    scope: Literal["rank", "microbatch", "step"] = "microbatch"
     on_nonfinite: Literal["error", "drop"] = "error"
     plugins: tuple[str, ...] = ()
     _marks: _Marks = PrivateAttr(default_factory=lambda: _Marks(Source("", ""), {}))
@@ -155,7 +158,7 @@ def resolve(text: str, *, allow_plugins: bool = False) -> Spec:
 def dumps(spec: Spec, spelling: Spelling = "arrow") -> str:
     """Write a spec as YAML, its pipelines as arrow text or as YAML lists; `loads` gives it back."""
     data: dict[str, Any] = {"version": spec.version}
-    for name in ("name", "plugins", "normalize", "reduction", "on_nonfinite"):
+    for name in ("name", "plugins", *_CHOICES):
         value = getattr(spec, name)
         if value != Spec.model_fields[name].default:
             data[name] = list(value) if isinstance(value, tuple) else value
@@ -203,7 +206,8 @@ def _pipeline_data(pipeline: tuple[Stage, ...], spelling: Spelling) -> object:
     return [calls.to_yaml(calls.stage_call(stage)) for stage in pipeline]
 
 
-_KEYS = ("version", "name", SINGLE, "factors", "plugins", "normalize", "reduction", "on_nonfinite")
+_CHOICES = ("normalize", "reduction", "scope", "on_nonfinite")
+_KEYS = ("version", "name", SINGLE, "factors", "plugins", *_CHOICES)
 
 
 def _read(
@@ -240,9 +244,7 @@ def _read(
 
 _OPTIONS: dict[str, str | tuple[str, ...]] = {
     "name": "^[A-Za-z0-9][A-Za-z0-9._-]*$",
-    "normalize": ("mean_one", "none"),
-    "reduction": ("token_mean", "sequence_mean"),
-    "on_nonfinite": ("error", "drop"),
+    **{name: get_args(Spec.model_fields[name].annotation) for name in _CHOICES},
 }
 
 

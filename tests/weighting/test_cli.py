@@ -65,7 +65,8 @@ def test_explain_fills_in_what_was_left_out():
         "loss -> mean(sequence) -> normalize -> affine(scale=1, shift=1)",
         "clip(max=1)",
         "min, max over all sequences",
-        "statistics run over the microbatch, on all data-parallel ranks",
+        "scope: microbatch, statistics run over",
+        "the microbatch, on all data-parallel ranks",
         "signals: loss",
     ):
         assert text in done.output

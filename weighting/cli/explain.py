@@ -26,7 +26,11 @@ _SPANS = {
     "sequence": "all sequences",
     "domain": "all domains present",
 }
-_SCOPE = "the microbatch, on all data-parallel ranks"
+_SCOPES = {
+    "rank": "the rank's own part of the microbatch; ranks weigh differently",
+    "microbatch": "the microbatch, on all data-parallel ranks",
+    "step": "all microbatches of the optimizer step, on all data-parallel ranks",
+}
 
 
 @click.command()
@@ -69,6 +73,8 @@ def _row(step: PlannedStage) -> str:
     over = "none"
     if stage.kind == "pool":
         over = f"over the tokens of the {step.level}"
+    elif inside := stage.inside():
+        over = f"{stage.statistics} in each {inside}"
     elif stage.statistics:
         over = f"{stage.statistics} over {_SPANS[step.level]}"
     text = _in_full(step)
@@ -77,7 +83,8 @@ def _row(step: PlannedStage) -> str:
 
 
 def _ending(spec: Spec, fn: Weighting) -> Iterator[str]:
-    yield f"scope: statistics run over {_SCOPE}"
+    yield f"scope: {spec.scope}, statistics run over"
+    yield f"  {_SCOPES[spec.scope]}"
     product = " x ".join(fn.plans) if len(fn.plans) > 1 else "the weights"
     if fn.identity:
         yield "final: every weight is one; the loss is the trainer's own, bitwise"
@@ -85,8 +92,8 @@ def _ending(spec: Spec, fn: Weighting) -> Iterator[str]:
         yield f"final: {product}, not normalised"
     else:
         yield f"final: {product}, scaled to mean one over the valid tokens of the scope"
-    counts = "token counts alike" if spec.reduction == "token_mean" else "sequence counts alike"
-    yield f"reduction: {spec.reduction}, every {counts} before weighting"
+    unit = spec.reduction.removesuffix("_mean")
+    yield f"reduction: {spec.reduction}, every {unit} counts alike before weighting"
     action = {
         "error": "reported at the next log step, which ends the run",
         "drop": "dropped: its unit weighs 0 and is counted",

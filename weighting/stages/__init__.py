@@ -7,6 +7,7 @@ from weighting.stages.bernoulli import Bernoulli as Bernoulli
 from weighting.stages.clamp import Clamp as Clamp
 from weighting.stages.clip import Clip as Clip
 from weighting.stages.column import Column as Column
+from weighting.stages.context_gain import ContextGain as ContextGain
 from weighting.stages.doremi import DoReMi as DoReMi
 from weighting.stages.entropy import Entropy as Entropy
 from weighting.stages.error_norm import ErrorNorm as ErrorNorm
@@ -16,15 +17,18 @@ from weighting.stages.exponentiated import Exponentiated as Exponentiated
 from weighting.stages.extremes import Extremes as Extremes
 from weighting.stages.floor import Floor as Floor
 from weighting.stages.focal import Focal as Focal
+from weighting.stages.gate import Gate as Gate
 from weighting.stages.interpolate import Interpolate as Interpolate
 from weighting.stages.linupper import LinUpper as LinUpper
 from weighting.stages.loss import Loss as Loss
 from weighting.stages.mean_one import MeanOne as MeanOne
 from weighting.stages.mean_one import TokenScale as TokenScale
+from weighting.stages.multinomial import Multinomial as Multinomial
 from weighting.stages.normalize import Normalize as Normalize
 from weighting.stages.pools import Max as Max
 from weighting.stages.pools import Mean as Mean
 from weighting.stages.pools import Sum as Sum
+from weighting.stages.pools import Tilted as Tilted
 from weighting.stages.pow import Pow as Pow
 from weighting.stages.quadratic import Quadratic as Quadratic
 from weighting.stages.rank import Rank as Rank
@@ -34,4 +38,6 @@ from weighting.stages.table import Table as Table
 from weighting.stages.target_prob import TargetProb as TargetProb
 from weighting.stages.temperature import Temperature as Temperature
 from weighting.stages.threshold import Threshold as Threshold
+from weighting.stages.topical import Topical as Topical
+from weighting.stages.topk_entropy import TopkEntropy as TopkEntropy
 from weighting.stages.uniform import Uniform as Uniform

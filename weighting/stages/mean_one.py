@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from typing_extensions import override
 
-from weighting.contract import Scope, Stage, Sugar, Weigh
+from weighting.contract import Scope, Stage, Sugar, Weigh, Within
 from weighting.registry import stage
 
 if TYPE_CHECKING:
@@ -20,7 +20,8 @@ class MeanOne(Weigh):
 
     w = x * n / sum(x)
 
-    When every score is 0, every weight is 1.
+    When every score is 0, every weight is 1.  `within: sequence` (or document, domain) scales
+    inside each unit instead; tokens only.
 
     Source: Su et al. (2024), "MiLe Loss", arXiv:2310.19531 (the factor alpha).
     Differs: one mean over all valid tokens; the authors average the reciprocals of per-rank means
@@ -28,6 +29,13 @@ class MeanOne(Weigh):
     """
 
     statistics: ClassVar[str] = "sum"
+
+    within: Within | None = None
+
+    @override
+    def inside(self) -> Within | None:
+        """Return `within`."""
+        return self.within
 
     @override
     def apply(self, x: Tensor, scope: Scope) -> Tensor:

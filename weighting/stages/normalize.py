@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from typing_extensions import override
 
-from weighting.contract import Scope, Shape
+from weighting.contract import Scope, Shape, Within
 from weighting.registry import stage
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ class Normalize(Shape):
     h = 2 * (x - min) / (max - min) - 1
 
     At the head of a pipeline it stands for loss -> mean(sequence) -> normalize.
+    `within: sequence` (or document, domain) takes min and max inside each unit; tokens only.
 
     Source: Sow et al. (2025), "Dynamic Loss-Based Sample Reweighting for Improved Large Language
     Model Pretraining", ICLR, arXiv:2502.06733.  Differs: the authors' code computes
@@ -29,6 +30,13 @@ class Normalize(Shape):
     """
 
     statistics: ClassVar[str] = "min, max"
+
+    within: Within | None = None
+
+    @override
+    def inside(self) -> Within | None:
+        """Return `within`."""
+        return self.within
 
     @override
     def apply(self, x: Tensor, scope: Scope) -> Tensor:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import torch
+from pydantic import AfterValidator
 from typing_extensions import override
 
 from weighting.contract import Pool
@@ -14,6 +15,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from weighting.levels import Groups
+
+
+def _not_zero(tilt: float) -> float:
+    if tilt == 0:
+        msg = "must not be 0; that is the mean"
+        raise ValueError(msg)
+    return tilt
 
 
 @stage("mean")
@@ -30,6 +38,29 @@ class Mean(Pool):
             torch.stack([torch.where(valid, score, 0), valid.to(score.dtype)])
         )
         return total / count.clamp(min=1)
+
+
+@stage("tilted")
+class Tilted(Pool):
+    """Tilted mean: from the minimum (t to -inf) over the mean (t to 0) to the maximum (t to inf).
+
+    score_u = log(mean_{t in u} exp(tilt * score_t)) / tilt
+
+    Source: Li et al. (2021), "Tilted Empirical Risk Minimization", ICLR, arXiv:2007.01162, eq. 2.
+    """
+
+    tilt: Annotated[float, AfterValidator(_not_zero)]
+
+    @override
+    def pool(self, score: Tensor, valid: Tensor, groups: Groups) -> Tensor:
+        """Return the tilted means."""
+        z = score * self.tilt
+        top = groups.max(torch.where(valid, z, -torch.inf))
+        top = torch.where(top == -torch.inf, 0, top)
+        raised = torch.where(valid, (z - groups.broadcast(top)).exp(), 0)
+        total, count = groups.sum(torch.stack([raised, valid.to(z.dtype)]))
+        mean = total / count.clamp(min=1)
+        return torch.where(count > 0, (top + mean.clamp(min=1e-30).log()) / self.tilt, 0)
 
 
 @stage("sum")

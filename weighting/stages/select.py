@@ -8,7 +8,7 @@ import torch
 from pydantic import Field, model_validator
 from typing_extensions import override
 
-from weighting.contract import Scope, Weigh
+from weighting.contract import Scope, Weigh, Within
 from weighting.registry import stage
 from weighting.schedules import ShareNumber
 
@@ -25,7 +25,8 @@ class Select(Weigh):
     w_i = n / k  where x_i is among the k = floor(keep * n) highest (at least one), else 0
 
     `slice` s skips the s * k highest first: the second slice of an eighth is
-    select(0.125, slice=1).
+    select(0.125, slice=1).  `within: sequence` (or document, domain) selects inside each unit
+    instead; tokens only.
 
     Source: Lin et al. (2024), "Rho-1", arXiv:2404.07965; Mindermann et al. (2022), "RHO-LOSS",
     ICML, arXiv:2206.07137; the slice after Sow et al., "medium loss" (code of HardFocusTraining).
@@ -34,6 +35,13 @@ class Select(Weigh):
     statistics: ClassVar[str] = "the k-th largest, count"
     keep: ShareNumber
     slice: int = Field(default=0, ge=0)
+
+    within: Within | None = None
+
+    @override
+    def inside(self) -> Within | None:
+        """Return `within`."""
+        return self.within
 
     @model_validator(mode="after")
     def _inside(self) -> Self:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from typing_extensions import override
 
-from weighting.contract import Scope, Weigh
+from weighting.contract import Scope, Weigh, Within
 from weighting.project import TINY
 from weighting.registry import stage
 from weighting.schedules import PositiveNumber
@@ -24,7 +24,8 @@ class Temperature(Weigh):
     w = n * exp(x / tau) / sum(exp(x / tau))
 
     The exponent is at least log(1e-30) below its maximum, so that no weight underflows to zero
-    and a later cap can always restore the sum.
+    and a later cap can always restore the sum.  `within: sequence` (or document, domain) weighs
+    inside each unit instead; tokens only.
 
     Source: Sow et al. (2025), ICLR, arXiv:2502.06733, (tau is the paper's r; KL-regularised
     weights, after Qi et al. 2021).
@@ -32,6 +33,13 @@ class Temperature(Weigh):
 
     statistics: ClassVar[str] = "max, sum"
     tau: PositiveNumber
+
+    within: Within | None = None
+
+    @override
+    def inside(self) -> Within | None:
+        """Return `within`."""
+        return self.within
 
     @override
     def apply(self, x: Tensor, scope: Scope) -> Tensor:

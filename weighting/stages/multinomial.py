@@ -1,0 +1,64 @@
+"""Draw units with replacement."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from pydantic import Field
+from typing_extensions import override
+
+from weighting.chance import uniform
+from weighting.contract import Level, Scope, Weigh
+from weighting.registry import stage
+from weighting.schedules import ShareNumber
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@stage("multinomial")
+class Multinomial(Weigh):
+    """Draw k = floor(draws * n) units with replacement, in proportion to their scores.
+
+    w_i = c_i * n / k,   divided by n p_i when `correct`,   p = x / sum(x), c_i: times drawn
+
+    Draws depend on the seed and on how many batches there have been, so they are the same on
+    every rank and after a resume.  With `correct` the expected weight is 1 for every unit.
+
+    Source: Katharopoulos and Fleuret (2018), "Not All Samples Are Created Equal", ICML,
+    arXiv:1803.00942, section 3 (importance sampling; `correct`).
+    """
+
+    levels: ClassVar[tuple[Level, ...]] = ("document", "sequence", "domain")
+    scaled: ClassVar[bool] = False
+    statistics: ClassVar[str] = "sum, cumulative sum"
+    draws: ShareNumber
+    correct: bool = False
+    seed: int = Field(default=0, ge=0, lt=2**31)
+
+    @override
+    def initial_state(self, domains: tuple[str, ...]) -> dict[str, Tensor]:
+        """Return how many batches there have been."""
+        return {"batches": torch.zeros((), dtype=torch.int64)}
+
+    @override
+    def advance(self, x: Tensor, scope: Scope) -> dict[str, Tensor]:
+        """Count the batch."""
+        return {"batches": scope.state["batches"] + 1}
+
+    @override
+    def apply(self, x: Tensor, scope: Scope) -> Tensor:
+        """Return how often each unit was drawn, scaled."""
+        score = torch.where(scope.valid, x.clamp(0, 1e30), 0)
+        total, count = scope.sum(torch.stack([score, torch.ones_like(score)]))
+        flat = scope.valid / count.clamp(min=1)
+        p = torch.where(total > 0, score / torch.where(total > 0, total, 1), flat)
+        k = (count * self.draws(scope.step) + 1e-4).floor().clamp(min=1)
+        drawn = torch.arange(x.numel(), device=x.device) < k
+        edges = p.cumsum(0)
+        points = uniform(self.seed, scope.state["batches"], x.numel()) * edges[-1]
+        places = torch.searchsorted(edges, points, right=True).clamp(max=x.numel() - 1)
+        times = torch.zeros_like(p).index_add(0, places, drawn.to(p.dtype))
+        weight = times * count / k
+        return weight / (count * p).clamp(min=1e-30) if self.correct else weight
