@@ -29,7 +29,7 @@ class Select(Weigh):
     instead; tokens only.
 
     Source: Lin et al. (2024), "Rho-1", arXiv:2404.07965; Mindermann et al. (2022), "RHO-LOSS",
-    ICML, arXiv:2206.07137; the slice after Sow et al., "medium loss" (code of HardFocusTraining).
+    ICML, arXiv:2206.07137; Chen et al. (2024), arXiv:2402.14270 (the slice).
     """
 
     statistics: ClassVar[str] = "the k-th largest, count"
