@@ -11,7 +11,7 @@ import torch
 import weighting as wt
 
 mpl.use("svg")
-import matplotlib.pyplot as plt  # noqa: E402 - after the backend is chosen
+import matplotlib.pyplot as plt
 
 SHOWN = ("uniform", "linupper", "quadratic", "extremes", "prop1", "dro-kl", "focal")
 # Okabe and Ito's colours, told apart by colour-blind readers; dashes help in print.

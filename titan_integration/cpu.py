@@ -17,6 +17,7 @@ import os
 import platform
 import resource
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -63,6 +64,9 @@ def use_cpu() -> bool:
     # Host and torch compile this: some twenty seconds a process, to save milliseconds a step.
     vars(attention)["_compiled_create_block_mask"] = create_block_mask
     vars(torch_cp)["_compiled_create_block_mask"] = create_block_mask
+    # True of one rank's own parameters; with several, start from a seed checkpoint (README).
+    warnings.filterwarnings("ignore", r"DTensor .* may not have complete support on cpu")
+    logger.addFilter(lambda record: "Peak FLOPS used" not in record.getMessage())  # nan here
     if os.environ.get("RANK", "0") == "0":
         logger.info(f"No accelerator found: running on CPU with gloo ({_cpu_name()})")
     return True

@@ -5,7 +5,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ EMBEDDED = "stdlib"
 class DomainTextDataLoader(ParallelAwareDataloader):
     """Yield ``({"input", "positions", "domain_ids"}, labels)``, each int64 ``[B, L]``.
 
+    Columns come along as float32 ``"columns.<name>"``, each document's value at all its tokens.
     ``positions`` is 0 where a document, or the rest of one from an earlier row, starts. Labels
     never cross documents. The global batch does not depend on the number of ranks, in order and
     content (but for ``streaming``).
@@ -70,6 +71,10 @@ class DomainTextDataLoader(ParallelAwareDataloader):
         domains: list[str] | None = None
         """Domain names in the order of their ids; default: the sorted names in the data (so give
         them where the training and validation text may not have the same domains)."""
+
+        columns: list[str] = field(default_factory=list)
+        """Columns of numbers, one for each document, that the batches carry; dots reach into nested
+        records. Those that the weighting's spec reads are added by the trainer."""
 
         streaming: bool = False
         """Read local files or Hugging Face data as a stream, instead of by index."""
@@ -201,9 +206,9 @@ def load_documents(config: DomainTextDataLoader.Config) -> Documents:
     Raises:
         ValueError: For anything wrong with the data or its description.
     """
-    columns = Columns(config.text_column, config.domain_column)
+    columns = _columns(config)
     if config.dataset == EMBEDDED and config.dataset_path is None:
-        return embedded_documents(config.split, config.domains)
+        return embedded_documents(config.split, config.domains, config.columns)
     if path := _local_path(config):
         return local_documents(path, config.split, columns, config.domains)
     dataset = open_hub(config.dataset, config.hf_name, config.split, streaming=False)
@@ -234,7 +239,7 @@ def _streamed_rows(config: DomainTextDataLoader.Config, encode: Encode, cut: Cut
     if config.num_workers > 1:
         msg = f"{where}: a stream can use at most one worker, not {config.num_workers}"
         raise ValueError(msg)
-    columns = Columns(config.text_column, config.domain_column)
+    columns = _columns(config)
     if path:
         stream = open_local_stream(path, config.split)
     else:
@@ -245,6 +250,10 @@ def _streamed_rows(config: DomainTextDataLoader.Config, encode: Encode, cut: Cut
     )
     rows.check_first()
     return rows
+
+
+def _columns(config: DomainTextDataLoader.Config) -> Columns:
+    return Columns(config.text_column, config.domain_column, tuple(config.columns))
 
 
 def _local_path(config: DomainTextDataLoader.Config) -> Path | None:

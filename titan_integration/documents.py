@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 
 from titan_integration.records import (
     ONLY_DOMAIN,
@@ -17,6 +18,8 @@ from titan_integration.records import (
     domain_of,
     local_files,
     near,
+    number_wanted,
+    numbers_of,
     read_records,
     siblings,
     text_of,
@@ -26,11 +29,16 @@ from titan_integration.stdlib_text import DOMAINS, stdlib_text
 
 @dataclass(frozen=True)
 class Documents:
-    """Texts by index, each with the number of its domain in ``names``."""
+    """Texts by index, each with the number of its domain in ``names``, and its columns' values.
+
+    ``numbers`` is float32, [documents, columns].
+    """
 
     texts: Sequence[str]
     domain_ids: Sequence[int]
     names: tuple[str, ...]
+    columns: tuple[str, ...] = ()
+    numbers: np.ndarray | None = None
 
     def __len__(self) -> int:
         """Return the number of documents."""
@@ -41,12 +49,21 @@ class Documents:
         return self.texts[index], self.names[self.domain_ids[index]]
 
 
-def embedded_documents(split: str, domains: Sequence[str] | None = None) -> Documents:
+def embedded_documents(
+    split: str, domains: Sequence[str] | None = None, columns: Sequence[str] = ()
+) -> Documents:
     """Return the documents of the running Python's standard library (see ``stdlib_text``).
 
     Raises:
-        ValueError: For an unknown split, or declared domains that differ from the ones there are.
+        ValueError: For an unknown split, declared domains that differ from the ones there are, or
+            any column, as there is none.
     """
+    if columns:
+        msg = (
+            f"'stdlib': no column {columns[0]!r}; the built-in text has none. "
+            f"{number_wanted(columns[0])}, in a file: --dataloader.dataset_path"
+        )
+        raise ValueError(msg)
     texts = stdlib_text(split)
     present = {t.domain for other in ("train", "validation") for t in stdlib_text(other)}
     names = _names(
@@ -66,7 +83,7 @@ def local_documents(
         path: A .jsonl, .json or .parquet file, or a directory of them (with a sub-directory per
             split, or without).
         split: ``train``, ``validation``, ``test`` or a sub-directory's name.
-        columns: Names of the text and domain columns.
+        columns: Names of the columns of text, domain and numbers.
         domains: Names in the order of their ids; sorted names from the data by default.
 
     Raises:
@@ -75,6 +92,7 @@ def local_documents(
     """
     texts: list[str] = []
     found: list[str | None] = []
+    numbers: list[tuple[float, ...]] = []
     unnamed = ""
     for file in local_files(path, split):
         for place, record in read_records(file, columns):
@@ -83,11 +101,13 @@ def local_documents(
                 continue
             texts.append(text)
             found.append(domain_of(record, columns, place))
+            numbers.append(numbers_of(record, columns, place))
             unnamed = unnamed or (place if found[-1] is None else "")
     if not texts:
         msg = f"{path}: no text in any record of split {split!r}"
         raise ValueError(msg)
-    return Documents(texts, *_number(found, unnamed, columns, domains, str(path)))
+    ids, names = _number(found, unnamed, columns, domains, str(path))
+    return Documents(texts, ids, names, columns.numbers, np.array(numbers, np.float32))
 
 
 def hub_documents(
@@ -96,28 +116,30 @@ def hub_documents(
     """Wrap a map-style Hugging Face data set; its texts stay on disk until they are read.
 
     Raises:
-        ValueError: If a column is missing or not text, or the domains do not match.
+        ValueError: If a column is missing or does not hold what it must, or the domains do not
+            match.
     """
     if not len(dataset):
         msg = f"{where}: the data set has no records"
         raise ValueError(msg)
-    text_of(dataset[0], columns, f"{where}: record 0")
-    top_level = (
-        columns.domain
-        if columns.domain in dataset.column_names
-        else columns.domain.partition(".")[0]
-    )
-    if top_level in dataset.column_names:
-        column = dataset.select_columns([top_level]).with_format("arrow")
-        batches = column.iter(batch_size=10_000)  # pyrefly: ignore[missing-attribute]
+    first = f"{where}: record 0"
+    text_of(dataset[0], columns, first)
+    numbers_of(dataset[0], columns, first)
+    there = dataset.column_names
+    tops = [c if c in there else c.partition(".")[0] for c in (columns.domain, *columns.numbers)]
+    found = [domain_of(dataset[0], columns, first)] * len(dataset)
+    numbers = np.zeros((len(dataset), len(columns.numbers)), np.float32)
+    if wanted := sorted({top for top in tops if top in there}):
+        picked = dataset.select_columns(wanted).with_format("arrow")
+        batches = picked.iter(batch_size=10_000)  # pyrefly: ignore[missing-attribute]
         records = (record for batch in batches for record in batch.to_pylist())
-        found = [domain_of(r, columns, f"{where}: record {i}") for i, r in enumerate(records)]
-    else:
-        found = [domain_of(dataset[0], columns, f"{where}: record 0")] * len(dataset)
+        for i, record in enumerate(records):
+            place = f"{where}: record {i}"
+            found[i] = domain_of(record, columns, place)
+            numbers[i] = numbers_of(record, columns, place)
     unnamed = f"{where}: record {found.index(None)}" if None in found else ""
-    return Documents(
-        _HubTexts(dataset, columns, where), *_number(found, unnamed, columns, domains, where)
-    )
+    ids, names = _number(found, unnamed, columns, domains, where)
+    return Documents(_HubTexts(dataset, columns, where), ids, names, columns.numbers, numbers)
 
 
 def open_hub(name: str, hf_name: str | None, split: str, *, streaming: bool) -> Any:  # noqa: ANN401

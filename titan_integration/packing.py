@@ -48,10 +48,14 @@ class Cursor(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """A stretch of one document: its inputs and one more token, the last label; and its domain."""
+    """A stretch of one document: its inputs and one more token, the last label.
+
+    And what all of its tokens share: the document's domain and the values of its columns.
+    """
 
     tokens: Tensor
     domain_id: int
+    numbers: tuple[float, ...] = ()
 
 
 class PackedRows(IterableDataset[Batch]):
@@ -127,7 +131,7 @@ class PackedRows(IterableDataset[Batch]):
         first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
         cursors = {s: Cursor(*self.state[shard_key(s)]) for s in range(self.num_shards)}
         # A document that goes on in the shard's next row is found here, not tokenized again.
-        encode = functools.lru_cache(maxsize=2 * self.num_shards)(self._tokens)
+        encode = functools.lru_cache(maxsize=2 * self.num_shards)(self._whole)
         order = functools.lru_cache(maxsize=8)(self._order)
         row = self.state["row"] + first * self._global_batch
         while True:
@@ -150,7 +154,7 @@ class PackedRows(IterableDataset[Batch]):
                 if packed is None:
                     return
             moved = {shard_key(s): list(cursors[s]) for s in touched}
-            yield *batch_of(pieces), {"row": row, **moved}
+            yield *batch_of(pieces, self._documents.columns), {"row": row, **moved}
             row += (stride - 1) * self._global_batch
 
     def check_size(self, where: str) -> None:
@@ -162,7 +166,7 @@ class PackedRows(IterableDataset[Batch]):
         rows = 1 if self._infinite else self._global_batch
         need, have = rows * self._seq_len, 0
         for i in range(len(self._documents)):
-            have += max(len(self._tokens(i)[0]) - 1, 0)
+            have += max(len(self._whole(i).tokens) - 1, 0)
             if have >= need:
                 return
         what = "one row needs" if rows == 1 else f"one batch of {rows} rows needs"
@@ -179,9 +183,11 @@ class PackedRows(IterableDataset[Batch]):
         residues = {(start + i) % period for i in range(self._local_batch)}
         return [s for s in range(self.num_shards) if s % period in residues]
 
-    def _tokens(self, index: int) -> tuple[Tensor, int]:
-        tokens = torch.tensor(self._encode(self._documents.texts[index]), dtype=torch.int64)
-        return tokens, self._documents.domain_ids[index]
+    def _whole(self, index: int) -> Piece:
+        documents = self._documents
+        tokens = torch.tensor(self._encode(documents.texts[index]), dtype=torch.int64)
+        numbers = () if documents.numbers is None else tuple(documents.numbers[index].tolist())
+        return Piece(tokens, documents.domain_ids[index], numbers)
 
     def _order(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self._seed, epoch]).permutation(len(self._documents))
@@ -190,7 +196,7 @@ class PackedRows(IterableDataset[Batch]):
         self,
         shard: int,
         cursor: Cursor,
-        encode: Callable[[int], tuple[Tensor, int]],
+        encode: Callable[[int], Piece],
         order: Callable[[int], np.ndarray],
     ) -> tuple[list[Piece] | None, Cursor]:
         """Return a shard's next row (None if a finite stream ends in it) and the next cursor."""
@@ -204,18 +210,28 @@ class PackedRows(IterableDataset[Batch]):
                     return None, cursor
                 epoch, document, offset = epoch + 1, 0, 0
                 continue
-            tokens, domain_id = encode(int(mine[document]))
-            left = len(tokens) - 1 - offset
+            whole = encode(int(mine[document]))
+            left = len(whole.tokens) - 1 - offset
             take = min(left, room)
             if take > 0:
-                pieces.append(Piece(tokens[offset : offset + take + 1], domain_id))
+                pieces.append(cut_piece(whole, offset, take))
                 room -= take
             document, offset = (document, offset + take) if take < left else (document + 1, 0)
         return pieces, Cursor(rows + 1, epoch, document, offset)
 
 
-def batch_of(rows: list[list[Piece]]) -> tuple[dict[str, Tensor], Tensor]:
-    """Lay out rows as tensors ``[B, L]``; positions start at 0 in every piece, even a later one."""
+def cut_piece(whole: Piece, offset: int, take: int) -> Piece:
+    """Return a stretch of ``take`` inputs of a document, and the label after them."""
+    return whole._replace(tokens=whole.tokens[offset : offset + take + 1])
+
+
+def batch_of(
+    rows: list[list[Piece]], columns: tuple[str, ...] = ()
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Lay out rows as tensors ``[B, L]``; positions start at 0 in every piece, even a later one.
+
+    The columns are float32 under ``columns.<name>``.
+    """
 
     def stack(part: Callable[[Piece], Tensor]) -> Tensor:
         return torch.stack([torch.cat([part(piece) for piece in row]) for row in rows])
@@ -225,6 +241,10 @@ def batch_of(rows: list[list[Piece]]) -> tuple[dict[str, Tensor], Tensor]:
         "positions": stack(lambda p: torch.arange(len(p.tokens) - 1)),
         "domain_ids": stack(lambda p: torch.full((len(p.tokens) - 1,), p.domain_id)),
     }
+    for i, name in enumerate(columns):
+        inputs[f"columns.{name}"] = stack(
+            lambda p, i=i: torch.full((len(p.tokens) - 1,), p.numbers[i], dtype=torch.float32)
+        )
     return inputs, stack(lambda p: p.tokens[1:])
 
 

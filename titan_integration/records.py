@@ -23,12 +23,20 @@ _SPLIT_DIRS = {
 }
 
 
+# A column that a model can stand in for.
+REF_LOSS = "ref_loss"
+
+# The largest finite float32, which is what a batch carries.
+_LARGEST = 3.4028234663852886e38
+
+
 @dataclass(frozen=True)
 class Columns:
-    """Where in a record the text and the domain are; dotted paths reach into nested records."""
+    """Where in a record things are; dotted paths reach into nested records."""
 
     text: str = "text"
     domain: str = DEFAULT_DOMAIN_COLUMN
+    numbers: tuple[str, ...] = ()
 
 
 def local_files(path: Path, split: str) -> list[Path]:
@@ -105,6 +113,15 @@ def domain_of(record: Mapping[str, Any], columns: Columns, place: str) -> str | 
     return str(domain)
 
 
+def numbers_of(record: Mapping[str, Any], columns: Columns, place: str) -> tuple[float, ...]:
+    """Return a record's numbers, in the order of their columns.
+
+    Raises:
+        ValueError: If a column is missing or does not hold a finite number; names the place.
+    """
+    return tuple(_number(record, name, place) for name in columns.numbers)
+
+
 def read_records(file: Path, columns: Columns) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield every record of a file with its place, for messages."""
     records = _parquet(file, columns) if file.suffix == ".parquet" else _json(file)
@@ -145,7 +162,7 @@ def _parquet(file: Path, columns: Columns) -> Iterator[tuple[str, Any]]:
             names = parquet.schema_arrow.names
             wanted = {
                 c if c in names else c.partition(".")[0]
-                for c in (columns.text, columns.domain)
+                for c in (columns.text, columns.domain, *columns.numbers)
                 if c
             }
             # With a column missing everything is read, so that the message can list what there is.
@@ -172,12 +189,43 @@ def _lookup(record: Mapping[str, Any], path: str) -> Any:  # noqa: ANN401
     return value
 
 
-def _missing_column(record: Mapping[str, Any], name: str, setting: str, place: str) -> ValueError:
-    there = list(_column_names(record))
-    return ValueError(
-        f"{place}: no column {name!r}{near(name, there)}; there are: {', '.join(there)}. Set "
-        f"--dataloader.{setting}"
+def _number(record: Mapping[str, Any], name: str, place: str) -> float:
+    try:
+        value = _lookup(record, name)
+    except KeyError:
+        raise ValueError(f"{_no_column(record, name, place)}. {number_wanted(name)}") from None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        held = "no value" if value is None else type(value).__name__
+        msg = (
+            f"{place}: column {name!r} holds {held}, not a number; a column has one number for "
+            "each document"
+        )
+        raise ValueError(msg)
+    if not abs(value) <= _LARGEST:
+        msg = (
+            f"{place}: column {name!r} holds {value}, which is not a finite 32-bit number; repair "
+            "the value or drop the record"
+        )
+        raise ValueError(msg)
+    return float(value)
+
+
+def number_wanted(name: str) -> str:
+    """Say what to do about a missing column of numbers."""
+    instead = ", or give a model in its place: --weighting.reference CHECKPOINT"
+    return (
+        f"The spec or --dataloader.columns asks for it: give every record a number "
+        f"{name!r}{instead if name == REF_LOSS else ''}"
     )
+
+
+def _missing_column(record: Mapping[str, Any], name: str, setting: str, place: str) -> ValueError:
+    return ValueError(f"{_no_column(record, name, place)}. Set --dataloader.{setting}")
+
+
+def _no_column(record: Mapping[str, Any], name: str, place: str) -> str:
+    there = list(_column_names(record))
+    return f"{place}: no column {name!r}{near(name, there)}; there are: {', '.join(there)}"
 
 
 def _column_names(record: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

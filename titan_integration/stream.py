@@ -9,11 +9,10 @@ from typing import Any, NoReturn
 import datasets
 import torch
 from datasets.distributed import split_dataset_by_node
-from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from titan_integration.packing import Batch, Cut, Encode, Piece, batch_of, is_count
-from titan_integration.records import Columns, domain_of, local_files, text_of
+from titan_integration.packing import Batch, Cut, Encode, Piece, batch_of, cut_piece, is_count
+from titan_integration.records import Columns, domain_of, local_files, numbers_of, text_of
 
 
 class StreamedRows(IterableDataset[Batch]):
@@ -97,7 +96,7 @@ class StreamedRows(IterableDataset[Batch]):
             raise ValueError(msg) from error
         if record is None:
             self._raise_empty()
-        self._tokens(record)
+        self._whole(record)
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield this rank's batches."""
@@ -105,7 +104,7 @@ class StreamedRows(IterableDataset[Batch]):
         for row, position in self._rows():
             rows.append(row)
             if len(rows) == self._local_batch:
-                yield *batch_of(rows), {self._key: json.dumps(position)}
+                yield *batch_of(rows, self._columns.numbers), {self._key: json.dumps(position)}
                 rows = []
 
     def _rows(self) -> Iterator[tuple[list[Piece], tuple[int, Any, int]]]:
@@ -120,10 +119,10 @@ class StreamedRows(IterableDataset[Batch]):
             if source is not None:
                 stream.load_state_dict(source)
             for record in stream:
-                tokens, domain_id = self._tokens(record)
+                whole = self._whole(record)
                 offset, skip = skip, 0
-                while (take := min(len(tokens) - 1 - offset, room)) > 0:
-                    pieces.append(Piece(tokens[offset : offset + take + 1], domain_id))
+                while (take := min(len(whole.tokens) - 1 - offset, room)) > 0:
+                    pieces.append(cut_piece(whole, offset, take))
                     offset += take
                     room -= take
                     if not room:
@@ -140,7 +139,7 @@ class StreamedRows(IterableDataset[Batch]):
         msg = f"{self._where}: this rank's part of the stream has no records"
         raise ValueError(msg)
 
-    def _tokens(self, record: Mapping[str, Any]) -> tuple[Tensor, int]:
+    def _whole(self, record: Mapping[str, Any]) -> Piece:
         place = f"{self._where}: a streamed record"
         text = text_of(record, self._columns, place)
         name = domain_of(record, self._columns, place)
@@ -150,7 +149,11 @@ class StreamedRows(IterableDataset[Batch]):
             )
             msg = f"{place}: {what} must be one of 'domains' ({', '.join(self.domains)})"
             raise ValueError(msg)
-        return torch.tensor(self._encode(text)), self.domains.index(name)
+        tokens, numbers = (
+            torch.tensor(self._encode(text)),
+            numbers_of(record, self._columns, place),
+        )
+        return Piece(tokens, self.domains.index(name), numbers)
 
 
 def open_local_stream(path: Path, split: str) -> datasets.IterableDataset:

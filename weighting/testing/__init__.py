@@ -29,7 +29,7 @@ __all__ = ["CHECKS", "assert_weights", "check_stage", "parametrize_with_checks"]
 
 
 def __getattr__(name: str) -> object:
-    """Import what is asked for: the pytest plugin starts without torch, the checks without pytest."""
+    """Import what is asked for: the plugin starts without torch, the checks without pytest."""
     if name not in _HOMES:
         msg = f"module {__name__!r} has no attribute {name!r}"
         raise AttributeError(msg)

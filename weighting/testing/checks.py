@@ -14,10 +14,9 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 
-from weighting.build import Weighting
-from weighting.contract import Alone, Constrain, Signals, Weigh
+from weighting.contract import Constrain, Signals, Weigh
 from weighting.schedules import Constant, Linear, Piecewise, Schedule, Step
-from weighting.spec import Spec, dumps, loads
+from weighting.spec import dumps, loads
 from weighting.testing.batches import flat, mapped, mapped_floats, valid_of
 from weighting.testing.ranks import Lockstep
 from weighting.testing.subject import Call, Checkable, Subject, Trial, as_subject
@@ -25,6 +24,7 @@ from weighting.testing.subject import Call, Checkable, Subject, Trial, as_subjec
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from weighting.build import Weighting
     from weighting.contract import Collectives
 
 
@@ -58,8 +58,8 @@ def check_stage(stage: Checkable) -> None:
     if failures:
         (_, first), *others = failures
         names = ", ".join(name for name, _ in others)
-        also = f"\n  also failed: {names}" if names else ""
-        raise AssertionError(f"{first}{also}") from first.__cause__
+        msg = f"{first}\n  also failed: {names}" if names else str(first)
+        raise AssertionError(msg) from first.__cause__
 
 
 def checks_for(stage: Checkable) -> tuple[Check, ...]:
@@ -73,7 +73,7 @@ def name_of(check: Check) -> str:
     return check.__name__.removeprefix("check_")
 
 
-class _Fault(AssertionError):
+class _FaultError(AssertionError):
     """A broken law, in words that follow the name of what broke it."""
 
 
@@ -83,7 +83,7 @@ _CONCERNS: dict[str, Callable[[Subject], bool]] = {}
 
 def _must(holds: bool, fault: str) -> None:
     if not holds:
-        raise _Fault(fault)
+        raise _FaultError(fault)
 
 
 def _law(concerns: Callable[[Subject], bool]) -> Callable[[Callable[[Subject], None]], Check]:
@@ -101,7 +101,7 @@ def _law(concerns: Callable[[Subject], bool]) -> Callable[[Callable[[Subject], N
             said = f"  the law: {law.__doc__}"
             try:
                 law(subject)
-            except _Fault as fault:
+            except _FaultError as fault:
                 msg = f"{name}: {subject.label} {fault}\n{said}"
                 raise AssertionError(msg) from None
             except Exception as error:  # whatever a stage raises breaks the law
@@ -232,11 +232,10 @@ def check_mask_respected(subject: Subject) -> None:
     """Ignored units change nothing: neither their values nor how many there are."""
     cure = "take statistics with scope.sum, scope.max, scope.range and scope.count, not x.mean()"
     for seed in range(3):
-        rows = subject.batch(seed=60 + seed, keep=0.5)
-        signals, valid = flat(rows), valid_of(rows).reshape(-1)
+        signals = flat(subject.batch(seed=60 + seed, keep=0.5))
         plain = [call.of_counting for call in subject.final_calls(signals)]
         for poison in (7.0, -3.0, 1e6):
-            spoilt = mapped_floats(signals, lambda x, p=poison: torch.where(valid, x, p))
+            spoilt = _spoilt(signals, poison)
             got = [call.of_counting for call in subject.final_calls(spoilt)]
             fault = f"lets the values of ignored units change the others; {cure}"
             _must(_all_close(got, plain), fault)
@@ -353,8 +352,9 @@ def check_constant_schedule(subject: Subject) -> None:
                 try:
                     got = other.built(where)(signals, 3).token
                 except AttributeError as error:
-                    fault = f"cannot take a schedule for {name} ({error}); call self.{name}("
-                    raise _Fault(f"{fault}scope.step)") from error
+                    cure = f"call self.{name}(scope.step)"
+                    fault = f"cannot take a schedule for {name} ({error}); {cure}"
+                    raise _FaultError(fault) from error
                 fault = f"weighs {name}={v:g} unlike a schedule that stays at {v:g}"
                 _must(_close(got, expected), fault)
 
@@ -382,19 +382,20 @@ def check_no_host_sync(subject: Subject) -> None:
                 f"waits for a tensor's value ({error}): .item(), float(x), int(x), bool(x) or "
                 "a Python `if` on it; use torch.where and 0-D tensors"
             )
-            raise _Fault(fault) from error
+            raise _FaultError(fault) from error
         except DynamicOutputShapeException as error:
             fault = (
                 f"makes a shape that depends on values ({error}): nonzero, unique or x[mask]; "
                 "use torch.where"
             )
-            raise _Fault(fault) from error
+            raise _FaultError(fault) from error
         except RuntimeError as error:
             if "same device" in str(error):
                 fault = "makes tensors on the CPU; give torch.tensor(...) device=x.device"
-                raise _Fault(fault) from error
+                raise _FaultError(fault) from error
             if "numpy" in str(error):
-                raise _Fault("copies to the CPU with .numpy(); use torch") from error
+                fault = "copies to the CPU with .numpy(); use torch"
+                raise _FaultError(fault) from error
             raise
 
 
@@ -418,7 +419,8 @@ def check_compiles(subject: Subject) -> None:
         except Unsupported as error:
             reason = str(error).strip().partition("\n")[0]
             cure = "no Python branch on a value, no .item(), torch.where instead"
-            raise _Fault(f"does not compile whole: {reason}; {cure}") from error
+            fault = f"does not compile whole: {reason}; {cure}"
+            raise _FaultError(fault) from error
         fault = f"is compiled anew for step {step}; keep Python numbers out of the calculation"
         _must(len(graphs) == 1, fault)
         expected = eager(signals, torch.tensor(step)).token
@@ -442,8 +444,8 @@ def check_many_ranks(subject: Subject) -> None:
         def part(collectives: Collectives, where: str = where) -> tuple[list[Tensor], Weighting]:
             fn = subject.built(where, collectives)
             rank, size = collectives.rank, collectives.size
-            mine = [mapped(s, lambda x: x.chunk(size)[rank]) for s in batches]
-            return [fn(signals, step).token for step, signals in enumerate(mine)], fn
+            parts = [mapped(rows, lambda x: x.chunk(size)[rank]) for rows in batches]
+            return [fn(signals, step).token for step, signals in enumerate(parts)], fn
 
         parts = Lockstep(2).run(part)
         for step, wanted in enumerate(expected):
@@ -453,7 +455,7 @@ def check_many_ranks(subject: Subject) -> None:
         for name, value in whole.state_dict().items():
             kept = [fn.get_buffer(name) for _, fn in parts]
             fault = f"remembers another {name} on two ranks than on one; {cure}"
-            _must(all(_close(x, value, rtol=1e-4) for x in kept), fault)
+            _must(all(_close(mine, value, rtol=1e-4) for mine in kept), fault)
 
 
 # What a stage remembers -------------------------------------------------------------------------
@@ -532,12 +534,16 @@ def _hard_flat(subject: Subject) -> dict[str, Signals]:
     hard = {name: flat(signals) for name, signals in subject.hard_batches().items()}
     first = next(iter(subject.parts.values()))[0]
     if first.takes == "score" and first.kind != "pool":
-        small = {name: s for name, s in hard.items() if "extreme" not in name and "huge" not in name}
-        negative = mapped_floats(hard["extreme values"], lambda x: -x.clamp(max=1e4))
-        hard["extreme negative values"] = negative
-        for name, signals in small.items():
-            hard[f"{name} below zero"] = mapped_floats(signals, lambda x: x - 3)
+        for name, signals in [*hard.items()]:
+            hard[f"{name}, shifted below zero"] = mapped_floats(signals, lambda x: x - 3)
+            hard[f"{name}, negated"] = mapped_floats(signals, lambda x: -x)
     return hard
+
+
+def _spoilt(signals: Signals, poison: float) -> Signals:
+    """Return signals with another value wherever the label is ignored."""
+    valid = valid_of(signals)
+    return mapped_floats(signals, lambda x: torch.where(valid, x, poison))
 
 
 def _hard_calls(subject: Subject) -> Iterator[Call]:

@@ -122,10 +122,14 @@ def as_subject(thing: Checkable) -> Subject:
         return _spec_subject(thing, thing.name)
     stage = _instance(thing)
     parts = tuple(step.stage for step in plan((Loss(), stage)))[1:]
-    levels = [level for level in _LEVELS if all(level in part.levels for part in parts)]
+    levels: list[Level] = [
+        level for level in _LEVELS if all(level in part.levels for part in parts)
+    ]
     if any(part.inside() for part in parts):
         levels = ["token"]
-    specs = {level: _around(stage, level) for level in levels[:2]}
+    specs: dict[str, Spec] = {}
+    for level in levels[:2]:
+        specs[level] = _around(stage, level)
     if stage.takes is not None and levels[0] == "domain":  # one value per domain, no more
         parts = (Loss(), Mean(level="domain"), *_weights_first(stage), *parts)
     return Subject(
@@ -298,7 +302,8 @@ def _apply(
     scope: Scope,
     state: dict[str, Tensor],
 ) -> Call:
-    given = {"x": x, "scope.valid": scope.valid, "scope.step": scope.step, **state}
+    held = {f"scope.state[{name!r}]": value for name, value in state.items()}
+    given = {"x": x, "scope.valid": scope.valid, "scope.step": scope.step, **held}
     before = _copies(given)
     around = Scope(scope.level, scope.step, scope.valid, scope.domains, None, state)
     new = dict(stage.advance(x, around)) if state else {}
@@ -307,4 +312,4 @@ def _apply(
         groups = group(signals, inside, len(scope.domains), Alone())
         after = ScopeWithin(**vars(after), groups=groups)
     result = stage.apply(x, after)
-    return Call(stage, {**given, **new}, before, result, scope.valid, state, new)
+    return Call(stage, given, before, result, scope.valid, state, new)
