@@ -13,6 +13,8 @@ import weighting as wt
 from weighting.registry import stages
 
 SPECS = Path(__file__).resolve().parent.parent / "specs"
+COLUMNS = ("quality", "weight", "topk_entropy_20", "short_loss_1024", "short_loss_4096")
+"""Columns of the batches, by the names the shipped specs read them under."""
 DOMAINS = ("code", "data", "docs", "tables", "tests")
 _TABLE = "table(code=1, data=0.5, docs=1.5, tables=linear(0.5, 2, over=4), tests=0)"
 
@@ -24,6 +26,7 @@ STAGE_PIPELINES = {
     "clamp": "normalize -> temperature(0.3) -> clamp(linear(2, 1.2, over=4))",
     "clip": "normalize -> clip(min=-0.5, max=linear(0.1, 0.6, over=5)) -> temperature(0.5)",
     "column": "column(quality) -> mean_one",
+    "context_gain": "context_gain(1024) -> abs -> mean_one(within=document)",
     "doremi": "doremi(step_size=linear(1, 0.5, over=4), smoothing=1e-2)",
     "entropy": "entropy(gamma=linear(1, 2, over=4), sigma=0.5) -> mean_one",
     "error_norm": "error_norm -> mean(sequence) -> mean_one",
@@ -33,12 +36,14 @@ STAGE_PIPELINES = {
     "extremes": "normalize -> extremes -> temperature(0.4)",
     "floor": "normalize -> temperature(0.3) -> floor(linear(0.5, 0.1, over=4))",
     "focal": "focal(gamma=cosine(0.5, 2, over=5)) -> mean_one",
+    "gate": "normalize -> temperature(0.4) -> gate(0.6)",
     "interpolate": "normalize -> temperature(0.4) -> interpolate(exponential(1, 0.1, over=4))",
     "linupper": "normalize -> linupper(alpha=linear(1, 1.5, over=3)) -> temperature(0.4)",
     "loss": "loss -> mean_one",
     "max": "max(document) -> temperature(2)",
     "mean": "entropy -> mean(domain) -> temperature(0.8)",
     "mean_one": "target_prob -> affine(scale=-1, shift=1) -> mean_one",
+    "multinomial": "error_norm -> mean(sequence) -> multinomial(0.5, correct=true)",
     "normalize": "normalize -> temperature(0.4)",
     "pow": "normalize -> abs -> pow(linear(0.5, 3, over=4)) -> temperature(1)",
     "quadratic": "normalize -> quadratic -> temperature(0.4)",
@@ -51,6 +56,8 @@ STAGE_PIPELINES = {
     "temperature": "temperature(piecewise({0: 4, 2: 1, 5: 2}))",
     "threshold": "entropy -> threshold(quantile=linear(0.2, 0.7, over=4))",
     "tilted": "tilted(document, tilt=2) -> temperature(1)",
+    "topical": "mean(domain) -> topical(every=2, lift=step(1, 0, at=3))",
+    "topk_entropy": "topk_entropy(20) -> normalize(within=sequence) -> temperature(1)",
     "token_scale": "entropy(gamma=1) -> token_scale",
     "uniform": "uniform",
 }
@@ -100,8 +107,10 @@ def own_stages():
 
 
 def built(text, **given):
-    """Return a spec text as a module, for `DOMAINS`."""
-    return wt.build(wt.loads(text), domains=DOMAINS, **given)
+    """Return a spec text as a module, for the domains of its table, or else `DOMAINS`."""
+    spec = wt.loads(text)
+    tables = [s.weights for p in spec.factors.values() for s in p if s.name == "table"]
+    return wt.build(spec, domains=tuple(tables[0]) if tables else DOMAINS, **given)
 
 
 def batch(rows=4, length=6, *, seed=0, keep=0.7):
@@ -125,7 +134,7 @@ def batch(rows=4, length=6, *, seed=0, keep=0.7):
         ref_loss=torch.rand(shape, generator=g) * 5,
         domain_ids=torch.randint(0, len(DOMAINS), shape, generator=g),
         segment_ids=starts.long().cumsum(1),
-        columns={"quality": torch.rand(shape, generator=g) * 3},
+        columns={name: torch.rand(shape, generator=g) * 3 for name in COLUMNS},
     )
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torchtitan.components.loss import BaseLoss, ChunkedLossWrapper, CrossEntropyLoss
 from typing_extensions import override
@@ -84,6 +84,11 @@ class WeightedCrossEntropyLoss(TokenWeightedCrossEntropy):
         state.add_cross_entropy(found["loss"].sum() / global_valid_tokens)
         return super().__call__(pred, labels, global_valid_tokens, weights=out.token)
 
+    def token_losses(self, pred: Tensor, labels: Tensor, lm_head: nn.Module) -> Tensor:
+        """Return the loss of every token, [B, L], without gradient; `pred` is logits."""
+        del lm_head
+        return signals(pred, labels, self.global_vocab_size, frozenset())["loss"]
+
 
 class WeightedChunkedLoss(ChunkedLossWrapper):
     """The host's chunked loss with weights that look at the whole batch."""
@@ -115,16 +120,21 @@ class WeightedChunkedLoss(ChunkedLossWrapper):
             loss, metrics = super().__call__(pred, labels, global_valid_tokens, **loss_inputs)
             _record_plain(state, labels, loss)
             return loss, metrics
-        found = self._signals(pred, labels, state.fn.needs)
+        assert self.lm_head is not None, "the trainer sets lm_head"
+        found = self._signals(pred, labels, state.fn.needs, self.lm_head)
         out = state.weigh(labels, positions, found)
         state.add_cross_entropy(found["loss"].sum() / global_valid_tokens)
         return super().__call__(pred, labels, global_valid_tokens, weights=out.token, **loss_inputs)
 
+    def token_losses(self, pred: Tensor, labels: Tensor, lm_head: nn.Module) -> Tensor:
+        """Return the loss of every token, [B, L], without gradient; `pred` is hidden states."""
+        return self._signals(pred, labels, frozenset(), lm_head)["loss"]
+
     @torch.no_grad()
-    def _signals(self, hidden: Tensor, labels: Tensor, needs: frozenset[str]) -> dict[str, Tensor]:
+    def _signals(
+        self, hidden: Tensor, labels: Tensor, needs: frozenset[str], lm_head: nn.Module
+    ) -> dict[str, Tensor]:
         """Return the loss of every token and what else is needed, [B, L], chunk by chunk."""
-        lm_head = self.lm_head
-        assert lm_head is not None, "the trainer sets lm_head"
         if isinstance(lm_head, FSDPModule):  # gather its weight once; the host's loop reshards it
             lm_head.set_reshard_after_forward(False)
             lm_head.unshard()

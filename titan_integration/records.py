@@ -193,14 +193,15 @@ def _number(record: Mapping[str, Any], name: str, place: str) -> float:
     try:
         value = _lookup(record, name)
     except KeyError:
-        raise ValueError(f"{_no_column(record, name, place)}. {number_wanted(name)}") from None
+        msg = f"{_no_column(record, name, place)}. {number_wanted(name)}"
+        raise ValueError(msg) from None
     if isinstance(value, bool) or not isinstance(value, int | float):
         held = "no value" if value is None else type(value).__name__
         msg = (
             f"{place}: column {name!r} holds {held}, not a number; a column has one number for "
             "each document"
         )
-        raise ValueError(msg)
+        raise ValueError(msg)  # noqa: TRY004 -- it is the data that is wrong
     if not abs(value) <= _LARGEST:
         msg = (
             f"{place}: column {name!r} holds {value}, which is not a finite 32-bit number; repair "

@@ -1,13 +1,14 @@
 """What a run keeps between steps, in tensors that are written in place and never replaced.
 
 The host captures forward, loss and backward in a CUDA graph: the Python of the loss runs twice and
-never again.  So the step, the domains of the batch, the state of the stages and the statistics
+never again.  So the step, what the batch brings along, the state of the stages and the statistics
 all live in tensors at fixed addresses; the trainer fills them before a step and reads them when it
 logs.
 """
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +22,7 @@ from weighting.levels import documents
 from weighting.losses import IGNORE_INDEX
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from weighting import Weighting, Weights
 
@@ -29,8 +30,28 @@ _ADDED = MOMENTS.index("min")
 """Columns of the moments before this one add up; from here on they are a minimum, a maximum."""
 
 
+_COLUMN = "columns."
+_FROM_LOGITS = re.compile(r"columns\.topk_entropy_[1-9]\d*")
+"""Columns that the loss finds in the logits it has at hand."""
+_SHORT_LOSS = re.compile(r"columns\.short_loss_([1-9]\d*)")
+"""Columns that are the model's own loss on a short context."""
+
+
+def short_contexts(needs: frozenset[str]) -> dict[str, int]:
+    """Return the signals that are losses on a short context, with the most tokens of it."""
+    found = ((name, _SHORT_LOSS.fullmatch(name)) for name in sorted(needs))
+    return {name: int(match[1]) for name, match in found if match}
+
+
+def data_columns(needs: frozenset[str]) -> list[str]:
+    """Return the columns that can come from nowhere but the data, by their names there."""
+    computed = [*short_contexts(needs), *filter(_FROM_LOGITS.fullmatch, needs)]
+    columns = {name for name in needs if name.startswith(_COLUMN)}
+    return sorted(name.removeprefix(_COLUMN) for name in columns.difference(computed))
+
+
 class RunState(Stateful):
-    """A built weighting with its step, the batch's ids, and statistics of the current step.
+    """A built weighting with its step, the batch's signals, and statistics of the current step.
 
     Attributes:
         fn: The built spec.
@@ -42,7 +63,7 @@ class RunState(Stateful):
         self.step = torch.zeros((), dtype=torch.int64, device=device)
         self._weigh: Callable[[Signals, Tensor], Weights] = self.fn
         self._allow_changed_spec = allow_changed_spec
-        self._domain_ids: Tensor | None = None
+        self._batch: dict[str, Tensor] = {}
         rows = len(fn.plans) + 1
         self._empty = torch.zeros(rows, len(MOMENTS), device=device)
         self._empty[:, _ADDED], self._empty[:, _ADDED + 1] = torch.inf, -torch.inf
@@ -60,23 +81,25 @@ class RunState(Stateful):
         self._moments.copy_(self._empty)
         self._cross_entropy.zero_()
 
-    def set_batch(self, domain_ids: Tensor | None) -> None:
-        """Take the domains of the tokens of the batch that comes next, [B, L].
+    def set_batch(self, given: Mapping[str, Tensor]) -> None:
+        """Take what the weighting reads of the next batch and the loss cannot find, each [B, L].
+
+        Args:
+            given: Signals by name, columns as "columns.name"; those it does not read are left.
 
         Raises:
-            ValueError: The weighting needs domains and the data gives none.
+            ValueError: One that it reads is missing.
         """
-        if domain_ids is None:
-            if "domain_ids" in self.fn.needs:
-                msg = (
-                    "the spec weighs by domain, but the data loader yields no 'domain_ids'; use "
-                    "titan_integration.data.DomainTextDataLoader, or yield them beside 'input'"
-                )
-                raise ValueError(msg)
-            return
-        if self._domain_ids is None:
-            self._domain_ids = torch.zeros_like(domain_ids, device=self.step.device)
-        self._domain_ids.copy_(domain_ids)
+        for name in sorted(self.fn.needs):
+            if name not in {"domain_ids", "ref_loss"} and not name.startswith(_COLUMN):
+                continue
+            if _FROM_LOGITS.fullmatch(name):
+                continue
+            if name not in given:
+                raise ValueError(_missing(name))
+            if name not in self._batch:
+                self._batch[name] = torch.zeros_like(given[name], device=self.step.device)
+            self._batch[name].copy_(given[name])
 
     def weigh(self, labels: Tensor, positions: Tensor | None, found: dict[str, Tensor]) -> Weights:
         """Return the weights of a batch and add to the statistics of the step.
@@ -84,17 +107,20 @@ class RunState(Stateful):
         Args:
             labels: [B, L].
             positions: [B, L], 0 where a document starts; one document per row when None.
-            found: `loss` in nats and the other signals the weighting needs, each [B, L].
+            found: `loss` in nats and the other signals the weighting needs and the batch did not
+                bring, each [B, L].
         """
         needs = self.fn.needs
         segment_ids = None
         if "segment_ids" in needs:
             segment_ids = torch.zeros_like(labels) if positions is None else documents(positions)
+        known = {**self._batch, **found}
+        columns = {name: known.pop(name) for name in list(known) if name.startswith(_COLUMN)}
         signals = Signals(
             valid=labels != IGNORE_INDEX,
-            domain_ids=self._domain_ids if "domain_ids" in needs else None,
             segment_ids=segment_ids,
-            **found,  # pyrefly: ignore[bad-argument-type]
+            columns={name.removeprefix(_COLUMN): value for name, value in columns.items()},
+            **known,
         )
         out = self._weigh(signals, self.step)
         self._moments[:, :_ADDED] += out.moments[:, :_ADDED]
@@ -163,3 +189,18 @@ class RunState(Stateful):
                 raise ValueError(msg)
             return
         self.fn.load_state_dict(state)
+
+
+def _missing(name: str) -> str:
+    """Say that a signal should have come with the batch, and how it could."""
+    if name == "domain_ids":
+        reads, key = "weighs by domain", name
+    elif name == "ref_loss":
+        reads, key = "reads ref_loss", f"{_COLUMN}{name}"
+    else:
+        reads, key = f"reads {name}", name
+    model = ", or give a model: --weighting.reference CHECKPOINT" if name == "ref_loss" else ""
+    return (
+        f"the spec {reads}, but the data loader yields no {key!r}; use "
+        f"titan_integration.data.DomainTextDataLoader, or yield them beside 'input'{model}"
+    )

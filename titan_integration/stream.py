@@ -149,11 +149,8 @@ class StreamedRows(IterableDataset[Batch]):
             )
             msg = f"{place}: {what} must be one of 'domains' ({', '.join(self.domains)})"
             raise ValueError(msg)
-        tokens, numbers = (
-            torch.tensor(self._encode(text)),
-            numbers_of(record, self._columns, place),
-        )
-        return Piece(tokens, self.domains.index(name), numbers)
+        numbers = numbers_of(record, self._columns, place)
+        return Piece(torch.tensor(self._encode(text)), self.domains.index(name), numbers)
 
 
 def open_local_stream(path: Path, split: str) -> datasets.IterableDataset:

@@ -6,8 +6,8 @@ import contextlib
 import os
 import sys
 import time
-from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.components.validate import Validator
@@ -19,13 +19,21 @@ from typing_extensions import override
 import weighting as wt
 from titan_integration import cpu, versions
 from titan_integration.collectives import OverRanks
+from titan_integration.data import DomainTextDataLoader
 from titan_integration.loss import (
     WeightedChunkedLoss,
     WeightedCrossEntropyLoss,
     weighted_loss_config,
 )
 from titan_integration.metrics import UnweightedValidator, WeightedMetricsProcessor
-from titan_integration.state import RunState
+from titan_integration.records import REF_LOSS
+from titan_integration.reference import (
+    build_reference,
+    find_checkpoint,
+    short_context,
+    token_losses,
+)
+from titan_integration.state import RunState, data_columns, short_contexts
 from weighting.build import sketch
 from weighting.spec import resolve
 
@@ -33,11 +41,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import Tensor
+    from torchtitan.models.common.decoder import Decoder
 
 C = TypeVar("C", bound=Configurable.Config)
 
-SIGNALS = frozenset({"loss", "entropy", "target_prob", "error_norm", "domain_ids", "segment_ids"})
-"""What this trainer can give a weighting."""
+SIGNALS = frozenset(
+    {"loss", "entropy", "target_prob", "error_norm", "ref_loss", "domain_ids", "segment_ids"}
+)
+"""What this trainer can give a weighting, beside columns."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -46,6 +57,10 @@ class WeightingConfig:
 
     spec: str = ""
     """A spec file, the name of a shipped spec, or arrow text."""
+
+    reference: str = ""
+    """Checkpoint whose loss is ref_loss: a folder step-N, or one of them, of which the latest is
+    taken. Empty: ref_loss comes from a column of that name in the data, if a spec reads it."""
 
     allow_plugins: bool = False
     """Import the modules the spec names under plugins:, which runs their code."""
@@ -67,6 +82,8 @@ class WeightedTrainer(Trainer):
         weighting: WeightingConfig = field(default_factory=WeightingConfig)
 
     state: RunState
+    reference: Decoder | None
+    """Gives ref_loss; frozen, and in no checkpoint."""
 
     @override
     # A Config builds the trainer it belongs to, so this one never gets the parent's.
@@ -83,7 +100,13 @@ class WeightedTrainer(Trainer):
                 cpu.prepare_config(config)
             spec = read_spec(config.weighting)
             refuse_unsupported(config, sketch(spec))
+            ask_for_columns(config, sketch(spec).needs)
             super().__init__(config)
+            self.reference = None
+            if path := config.weighting.reference:
+                folder = find_checkpoint(path)
+                self.reference = build_reference(config, self.parallel_dims, folder)
+                logger.info(f"Reference: {folder}")
             if on_cpu:
                 cpu.fix_fsdp(self.model_parts)
                 cpu.hide_mfu(self.metrics_processor)
@@ -116,10 +139,35 @@ class WeightedTrainer(Trainer):
     def post_dataloading_process(
         self, input_dict: dict[str, Tensor], labels: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        """Keep the domains for the loss; the host would hand them to the model."""
-        inputs = dict(input_dict)
-        self.state.set_batch(inputs.pop("domain_ids", None))
-        return super().post_dataloading_process(inputs, labels)
+        """Keep what is for the loss, which the host would hand to the model, and add to it."""
+        inputs = {key: x for key, x in input_dict.items() if not _is_signal(key)}
+        given = {key: x for key, x in input_dict.items() if _is_signal(key)}
+        tokens, labels, kwargs = super().post_dataloading_process(inputs, labels)
+        given |= self._further_losses(tokens, labels, kwargs)
+        if "columns.ref_loss" in given:
+            given.setdefault("ref_loss", given["columns.ref_loss"])
+        self.state.set_batch(given)
+        return tokens, labels, kwargs
+
+    def _further_losses(
+        self, inputs: Tensor, labels: Tensor, kwargs: dict[str, Any]
+    ) -> dict[str, Tensor]:
+        """Return the losses of this batch that take a forward pass of their own, by signal."""
+        short = short_contexts(self.state.fn.needs)
+        found: dict[str, Tensor] = {}
+        if not short and self.reference is None:
+            return found
+        assert isinstance(self.loss_fn, WeightedChunkedLoss | WeightedCrossEntropyLoss)
+        with self.train_context():
+            if self.reference is not None:
+                found["ref_loss"] = token_losses(
+                    self.reference, self.loss_fn, inputs, labels, kwargs
+                )
+            for name, window in short.items():
+                model = cast("Decoder", self.model_parts[0])
+                changed = kwargs | short_context(model, kwargs, window)
+                found[name] = token_losses(model, self.loss_fn, inputs, labels, changed)
+        return found
 
     @override
     def train_step(self, data_iterator: Iterator[tuple[dict[str, Tensor], Tensor]]) -> None:
@@ -175,10 +223,11 @@ def refuse_unsupported(config: WeightedTrainer.Config, fn: wt.Weighting) -> None
     Raises:
         ValueError: Says what, why, and what to do instead.
     """
-    missing = sorted(fn.needs - SIGNALS)
+    missing = sorted(x for x in fn.needs - SIGNALS if not x.startswith("columns."))
     if missing:
         msg = f"{fn.spec.name} reads {', '.join(missing)}, which this trainer does not provide yet"
         raise ValueError(msg)
+    _refuse_reference(config, fn)
     if fn.identity:
         return
     degrees = config.parallelism
@@ -198,6 +247,17 @@ def refuse_unsupported(config: WeightedTrainer.Config, fn: wt.Weighting) -> None
         raise ValueError(msg)
 
 
+def ask_for_columns(config: WeightedTrainer.Config, needs: frozenset[str]) -> None:
+    """Have the loader read the columns that a spec needs, so that nobody has to name them twice."""
+    columns = data_columns(needs)
+    if "ref_loss" in needs and not config.weighting.reference:
+        columns.append(REF_LOSS)
+    loader = config.dataloader
+    if columns and isinstance(loader, DomainTextDataLoader.Config):
+        # A copy, as the same config may serve the validator, which needs no columns.
+        config.dataloader = replace(loader, columns=[*dict.fromkeys([*loader.columns, *columns])])
+
+
 @contextlib.contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """Turn a ValueError into one message on the first rank, and exit status 2 on all."""
@@ -215,6 +275,29 @@ def exit_on_user_error() -> Iterator[None]:
 
 _HEAD_START = 10.0
 """Seconds the other ranks wait for the first to report an error."""
+
+
+def _refuse_reference(config: WeightedTrainer.Config, fn: wt.Weighting) -> None:
+    """Refuse a reference that is not there, is of no use, or competes with a column."""
+    path = config.weighting.reference
+    if not path:
+        return
+    if "ref_loss" not in fn.needs:
+        msg = f"{fn.spec.name} reads no ref_loss; leave out --weighting.reference {path}"
+        raise ValueError(msg)
+    columns = getattr(config.dataloader, "columns", ())
+    if REF_LOSS in columns and f"columns.{REF_LOSS}" not in fn.needs:
+        msg = (
+            f"ref_loss comes from --weighting.reference {path}, or from the column {REF_LOSS!r} of "
+            "--dataloader.columns; leave out one of them"
+        )
+        raise ValueError(msg)
+    find_checkpoint(path)
+
+
+def _is_signal(key: str) -> bool:
+    """Tell whether an entry of a batch is for the weighting and not for the model."""
+    return key == "domain_ids" or key.startswith("columns.")
 
 
 def _recast(config: Configurable.Config, cls: type[C]) -> C:

@@ -8,10 +8,17 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+)
 from torch import Tensor
 from typing_extensions import override
 
@@ -201,22 +208,37 @@ def _within(low: float, high: float, *, share: bool = False) -> AfterValidator:
     return AfterValidator(check)
 
 
+SCHEDULE_HERE = {"$comment": "a schedule"}
+"""Stands in a stage's JSON Schema where a schedule may; `weighting.schema` says what one is."""
+
+
+def _written(low: float, high: float, *, share: bool = False) -> WithJsonSchema:
+    """Say in JSON Schema how a number can be written; schedules are defined once, elsewhere."""
+    ways: list[dict[str, Any]] = [{"type": "number", "minimum": low, "maximum": high}]
+    ways += [{"type": "string", "pattern": r"^\s*[-+0-9.eE]+\s*/\s*n\s*$"}] if share else []
+    return WithJsonSchema({"anyOf": [*ways, SCHEDULE_HERE]})
+
+
 _COERCE = BeforeValidator(_number)
 _LARGEST, _SMALLEST = 1e30, 1e-30
 
-Number = Annotated[Schedule, _COERCE, _within(-_LARGEST, _LARGEST)]
+Number = Annotated[Schedule, _COERCE, _within(-_LARGEST, _LARGEST), _written(-_LARGEST, _LARGEST)]
 """Any number or schedule."""
-PositiveNumber = Annotated[Schedule, _COERCE, _within(_SMALLEST, _LARGEST)]
+PositiveNumber = Annotated[
+    Schedule, _COERCE, _within(_SMALLEST, _LARGEST), _written(_SMALLEST, _LARGEST)
+]
 """At least 1e-30."""
-NonNegativeNumber = Annotated[Schedule, _COERCE, _within(0, _LARGEST)]
+NonNegativeNumber = Annotated[Schedule, _COERCE, _within(0, _LARGEST), _written(0, _LARGEST)]
 """At least 0."""
-UnitNumber = Annotated[Schedule, _COERCE, _within(0, 1)]
+UnitNumber = Annotated[Schedule, _COERCE, _within(0, 1), _written(0, 1)]
 """From 0 to 1."""
-ShareNumber = Annotated[Schedule, _COERCE, _within(_SMALLEST, 1)]
+ShareNumber = Annotated[Schedule, _COERCE, _within(_SMALLEST, 1), _written(_SMALLEST, 1)]
 """Greater than 0, at most 1."""
-CapNumber = Annotated[Schedule, _COERCE, _within(1, _LARGEST, share=True)]
+CapNumber = Annotated[
+    Schedule, _COERCE, _within(1, _LARGEST, share=True), _written(1, _LARGEST, share=True)
+]
 """A largest weight, in mean-one terms or as k/n of the total; below 1 no weights can obey it."""
-FloorNumber = Annotated[Schedule, _COERCE, _within(0, 1, share=True)]
+FloorNumber = Annotated[Schedule, _COERCE, _within(0, 1, share=True), _written(0, 1, share=True)]
 """A smallest weight, in mean-one terms or as k/n of the total; above 1 no weights can obey it."""
 
 

@@ -25,6 +25,21 @@ def example(shape=(3, 5), vocabulary=7, dtype=torch.float32):
     return logits, labels
 
 
+def weighted(logits, labels, text):
+    """Return loss and weights of a spec, given every signal that comes from elsewhere."""
+    rows, length = labels.shape
+    signals = tables.batch(rows, length)
+    return wt.weighted_cross_entropy(
+        logits,
+        labels,
+        tables.built(text),
+        domain_ids=signals.domain_ids,
+        segment_ids=signals.segment_ids,
+        ref_loss=signals.ref_loss,
+        columns=signals.columns,
+    )
+
+
 def table_spec(pipeline="table(a=0, b=1, c=2.5) -> mean_one"):
     """Return a built spec that weighs tokens by given numbers."""
     return wt.build(wt.loads(f"version: 1\npipeline: {pipeline}\n"), domains=ABC)
@@ -107,9 +122,7 @@ def test_loss_and_gradient_are_those_of_float64(shape):
 def test_weights_carry_no_gradient(name):
     """The gradient of the loss is that of the weighted sum with the weights held constant."""
     logits, labels = example()
-    domains = torch.randint(0, len(tables.DOMAINS), labels.shape)
-    fn = tables.built(tables.SPEC_TEXTS[name])
-    loss, out = wt.weighted_cross_entropy(logits, labels, fn, domain_ids=domains)
+    loss, out = weighted(logits, labels, tables.SPEC_TEXTS[name])
     (gradient,) = torch.autograd.grad(loss, logits)
     nll = token_loss(logits, labels)
     plain = (out.token * nll).sum() / (labels != IGNORED).sum()
@@ -124,9 +137,7 @@ def test_a_batch_without_labels_costs_nothing(name):
     """When every label is ignored the loss and its gradient are 0, not NaN."""
     logits, labels = example()
     labels[:] = IGNORED
-    fn = tables.built(tables.SPEC_TEXTS[name])
-    domains = torch.zeros_like(labels)
-    loss, _ = wt.weighted_cross_entropy(logits, labels, fn, domain_ids=domains)
+    loss, _ = weighted(logits, labels, tables.SPEC_TEXTS[name])
     (gradient,) = torch.autograd.grad(loss, logits)
     assert loss.item() == 0
     assert (gradient == 0).all()

@@ -1,4 +1,4 @@
-"""The `weighting` command: check, explain, list, train."""
+"""The `weighting` command: check, explain, list, schema, train."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from weighting import __version__
 from weighting.cli.check import check
 from weighting.cli.explain import explain
 from weighting.cli.listing import list_words
+from weighting.cli.schema import print_schema
 from weighting.cli.train import train
 
 
@@ -27,4 +28,5 @@ def main() -> None:
 main.add_command(check)
 main.add_command(explain)
 main.add_command(list_words)
+main.add_command(print_schema)
 main.add_command(train)

@@ -1,0 +1,122 @@
+"""The JSON Schema of a spec file, for editors: made from the stages there are."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from weighting.registry import stages
+from weighting.schedules import SCHEDULE_HERE, SCHEDULES
+from weighting.spec import Spec
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from pydantic import BaseModel
+
+Schema = dict[str, Any]
+
+
+def schema() -> Schema:
+    """Return the JSON Schema (2020-12) of a spec, its stages and schedules included.
+
+    It knows names, arguments and ranges, in lists and in arrow text; whether stages fit together
+    is for `weighting check`.
+    """
+    known = sorted(stages().items())
+    pipeline = {
+        "anyOf": [
+            {"type": "string", "pattern": f"^\\s*{_chain(name for name, _ in known)}\\s*$"},
+            {"type": "array", "minItems": 1, "items": {"$ref": "#/$defs/stage"}},
+        ]
+    }
+    options = Spec.model_json_schema()["properties"]
+    properties = {
+        "version": {"const": 1, "description": "Version of the language."},
+        "name": options["name"],
+        "pipeline": {"$ref": "#/$defs/pipeline"},
+        "factors": {
+            "type": "object",
+            "minProperties": 1,
+            "propertyNames": {"pattern": r"^[^\W\d][\w-]*$"},
+            "additionalProperties": {"$ref": "#/$defs/pipeline"},
+        },
+        "plugins": {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]},
+        **{name: options[name] for name in ("normalize", "reduction", "scope", "on_nonfinite")},
+    }
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "weighting spec",
+        "type": "object",
+        "properties": properties,
+        "additionalProperties": False,
+        "required": ["version"],
+        "oneOf": [{"required": ["pipeline"]}, {"required": ["factors"]}],
+        "$defs": {
+            "pipeline": pipeline,
+            "stage": {
+                "anyOf": [
+                    {"type": "string", "pattern": f"^\\s*{_call(name for name, _ in known)}\\s*$"},
+                    *(_item(name, cls) for name, cls in known),
+                ]
+            },
+            "schedule": {
+                "anyOf": [
+                    {"type": "string", "pattern": f"^\\s*{_call(SCHEDULES)}\\s*$"},
+                    *(_item(name, cls) for name, cls in SCHEDULES.items()),
+                ]
+            },
+        },
+    }
+
+
+def _call(names: Iterable[str]) -> str:
+    """Return a pattern for a name with arguments, brackets in brackets two deep."""
+    return f"({'|'.join(names)})(\\s*\\(([^()]|\\(([^()]|\\([^()]*\\))*\\))*\\))?"
+
+
+def _chain(names: Iterable[str]) -> str:
+    call = _call(names)
+    return f"{call}(\\s*(->|→)\\s*{call})*"
+
+
+def _item(name: str, cls: type[BaseModel]) -> Schema:
+    """Return the schema of `name: {arguments}`, or `name: value` for the first argument."""
+    whole = cls.model_json_schema()
+    fields: dict[str, Schema] = {
+        field: _without_null(_with_schedules(value))
+        for field, value in whole.get("properties", {}).items()
+    }
+    collects: str | None = getattr(cls, "collects", None)
+    if collects:
+        ways = [{**fields[collects], "minProperties": 1}]
+    else:
+        arguments = {"type": "object", "properties": fields, "additionalProperties": False}
+        ways = [arguments | ({"required": whole["required"]} if "required" in whole else {})]
+        # One argument may be given without its name, if the others need none.
+        if fields and whole.get("required", [])[1:] == []:
+            ways.append(next(iter(fields.values())))
+        if "required" not in whole:
+            ways.append({"type": "null"})
+    described = {"description": " ".join((cls.__doc__ or "").split("\n\n")[0].split())}
+    return {
+        "type": "object",
+        "properties": {name: {"anyOf": ways, **described}},
+        "required": [name],
+        "additionalProperties": False,
+    }
+
+
+def _with_schedules(value: Any) -> Any:  # noqa: ANN401 - any part of a schema
+    """Put the definition of a schedule where one may stand."""
+    if value == SCHEDULE_HERE:
+        return {"$ref": "#/$defs/schedule"}
+    if isinstance(value, dict):
+        return {key: _with_schedules(item) for key, item in value.items()}
+    return [_with_schedules(item) for item in value] if isinstance(value, list) else value
+
+
+def _without_null(value: Schema) -> Schema:
+    """Leave out that an argument may be null, which is how leaving it out is kept in Python."""
+    ways = [way for way in value.get("anyOf", []) if way != {"type": "null"}]
+    kept = {key: item for key, item in value.items() if key not in {"anyOf", "default", "title"}}
+    return {**kept, **({"anyOf": ways} if ways else {})}
