@@ -8,6 +8,7 @@ from weighting import __version__
 from weighting.cli.check import check
 from weighting.cli.explain import explain
 from weighting.cli.listing import list_words
+from weighting.cli.new_stage import new_stage
 from weighting.cli.schema import print_schema
 from weighting.cli.train import train
 
@@ -29,4 +30,5 @@ main.add_command(check)
 main.add_command(explain)
 main.add_command(list_words)
 main.add_command(print_schema)
+main.add_command(new_stage)
 main.add_command(train)

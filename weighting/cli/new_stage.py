@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import keyword
-import os
 import re
+import sys
 import tempfile
 from pathlib import Path
 from string import Template
@@ -91,7 +91,7 @@ def _problem_with(name: str, module: Path, test: Path) -> str | None:
     for path in (module, test):
         if path.exists():
             return f"{path} exists already, and nothing was written; choose another name"
-    if importlib.util.find_spec(name):
+    if name in sys.modules or importlib.util.find_spec(name):
         return f"{name!r} is a Python module already, which {module} would hide; choose another"
     return None
 
@@ -109,7 +109,7 @@ def _filled(body: _Body, words: dict[str, str]) -> dict[str, str]:
 
 
 def _write(texts: dict[Path, str]) -> None:
-    """Write all files or none: they are made elsewhere, then given their names."""
+    """Write all files or none, each complete from the moment it is there."""
     placed: list[Path] = []
     with tempfile.TemporaryDirectory(dir=next(iter(texts)).parent) as folder:
         drafts = {path: Path(folder) / path.name for path in texts}
@@ -117,8 +117,9 @@ def _write(texts: dict[Path, str]) -> None:
             drafts[path].write_text(text, encoding="utf-8")
         try:
             for path, draft in drafts.items():
-                os.link(draft, path)  # unlike a rename, refuses to replace a file
+                path.open("x").close()  # ours now, or an error
                 placed.append(path)
+                draft.replace(path)
         except OSError:
             for path in placed:
                 path.unlink()
@@ -126,7 +127,7 @@ def _write(texts: dict[Path, str]) -> None:
 
 
 _MODULE = '''\
-"""The stage `$name`: say here what it is for, and which paper it comes from."""
+"""The stage `$name`: say what it is for, and which paper it comes from."""
 
 $imports
 
@@ -134,11 +135,11 @@ $imports
 $code'''
 
 _TEST = '''\
-"""Tests of the stage `$name`: the laws every stage obeys, and an example of its own."""
-
-from $name import $cls
+"""Tests of the stage `$name`: every law, and an example."""
 
 from weighting.testing import assert_weights, parametrize_with_checks
+
+from $name import $cls
 
 
 @parametrize_with_checks([$instances])
@@ -157,8 +158,8 @@ def test_example():
     )
 '''
 
-_IMPORTS = "from torch import Tensor\n\nimport weighting as wt\n"
-_TORCH = "import torch\nfrom torch import Tensor\n\nimport weighting as wt\n"
+_IMPORTS = "import weighting as wt\nfrom torch import Tensor\n"
+_TORCH = f"import torch\n{_IMPORTS}"
 
 _BODIES = {
     "shape": _Body(
@@ -179,13 +180,13 @@ class $cls(wt.Shape):
 ''',
         "$cls(), $cls(at=0.5)",
         "normalize -> $name(at=0.5) -> temperature(1)",
-        "",
+        "0.57235, 0.92682, 1.50083",
     ),
     "weigh": _Body(
         _TORCH,
         '''\
 class $cls(wt.Weigh):
-    """Weigh by a soft threshold: scores far below 0 hardly count, all far above it alike.
+    """Weigh by a soft threshold: scores far below 0 hardly count.
 
     w = n * r / sum(r),  r = 1 / (1 + exp(-x / width))
     """
@@ -194,19 +195,20 @@ class $cls(wt.Weigh):
 
     def apply(self, x: Tensor, scope: wt.Scope) -> Tensor:
         """Return the weight of each unit, [U] -> [U], mean one."""
-        r = (x / self.width(scope.step)).sigmoid()  # a number or a schedule, at this step
+        width = self.width(scope.step)  # a number or a schedule, at this step
+        r = (x / width).sigmoid()
         total = scope.sum(r)  # over the units that count, on all ranks
         return torch.where(total > 0, r / total * scope.count(), 1)
 ''',
         "$cls(), $cls(width=0.5)",
         "normalize -> $name(width=0.5)",
-        "",
+        "0.23841, 1.0, 1.76159",
     ),
     "source": _Body(
         "from typing import ClassVar\n\n" + _IMPORTS,
         '''\
 class $cls(wt.Source):
-    """Score a token by how improbable it was: 0 for a certain one, 1 for a hopeless one.
+    """Score a token by how improbable it was, from 0 to 1.
 
     score_t = 1 - exp(-rate * loss_t)
     """
@@ -221,13 +223,13 @@ class $cls(wt.Source):
 ''',
         "$cls(), $cls(rate=0.5)",
         "$name(rate=0.5) -> mean_one",
-        "",
+        "0.65489, 1.0521, 1.29302",
     ),
     "constrain": _Body(
         _TORCH,
         '''\
 class $cls(wt.Constrain):
-    """Draw the weights together and keep their sum; power 1 changes nothing, 0 makes all alike.
+    """Draw the weights together and keep their sum; power 1 changes nothing.
 
     w' = sum(w) * w ** power / sum(w ** power)
     """
@@ -236,13 +238,14 @@ class $cls(wt.Constrain):
 
     def apply(self, x: Tensor, scope: wt.Scope) -> Tensor:
         """Return the new weight of each unit, [U] -> [U]."""
-        raised = x ** self.power(scope.step)  # a number or a schedule, at this step
+        power = self.power(scope.step)  # a number or a schedule, at this step
+        raised = x**power
         total = scope.sum(raised)  # over the units that count, on all ranks
         return torch.where(total > 0, raised / total * scope.sum(x), x)
 ''',
         "$cls(), $cls(power=0.25)",
         "normalize -> temperature(0.5) -> $name(power=0.25)",
-        "",
+        "0.55897, 0.92159, 1.51944",
     ),
     "pool": _Body(
         _TORCH.replace(
@@ -257,12 +260,12 @@ class $cls(wt.Pool):
     """
 
     def pool(self, score: Tensor, valid: Tensor, groups: Groups) -> Tensor:
-        """Return a score for each unit, [T] -> [U]; tokens that are not valid do not count."""
+        """Return a score for each unit, [T] -> [U], of its valid tokens."""
         squares = groups.sum(torch.where(valid, score**2, 0))
         return (squares / groups.sum(valid.float()).clamp(min=1)).sqrt()
 ''',
         '$cls(level="sequence"), $cls(level="document")',
         "$name(sequence) -> temperature(1)",
-        "",
+        "0.27009, 0.73419, 1.99572",
     ),
 }

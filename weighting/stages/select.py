@@ -55,8 +55,11 @@ class Select(Weigh):
         """Return n / k for what is kept, 0 for the rest."""
         count = scope.count()
         k = (count * self.keep(scope.step) + 1e-4).floor().clamp(min=1)  # 0.3 * 10 is 3
-        kept = scope.valid & (x >= scope.kth_largest(x, k * (self.slice + 1)))
+        lowest = scope.kth_largest(x, k * (self.slice + 1))
+        kept, tie = x >= lowest, x == lowest
         if self.slice:
             kept &= x < scope.kth_largest(x, k * self.slice)
-        number = scope.sum(kept.float())
-        return torch.where(kept, count / number.clamp(min=1), 0)
+        number, tied = scope.sum(torch.stack([kept, tie]).float())
+        empty = number == 0  # the slice lies inside one tie: keep the tie
+        kept = torch.where(empty, tie, kept)
+        return torch.where(kept, count / torch.where(empty, tied, number).clamp(min=1), 0)

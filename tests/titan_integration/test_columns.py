@@ -1,0 +1,283 @@
+"""Columns of numbers: exactly each document's own at all its tokens, down to the weights."""
+
+import itertools
+import json
+import shutil
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from runs import drive, torchrun
+from torchtitan.components.tokenizer import HuggingFaceTokenizer
+from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataLoader
+
+import weighting as wt
+from titan_integration import config_registry
+from titan_integration.data import DomainTextDataLoader
+from titan_integration.documents import hub_documents
+from titan_integration.records import Columns
+from titan_integration.state import RunState, data_columns, short_contexts
+from titan_integration.tokenizer import ensure_tokenizer
+from titan_integration.trainer import ask_for_columns, refuse_unsupported
+
+COUNT = 60
+NAMES = ["score", "meta.quality", "ref_loss"]
+RECORDS = [
+    {
+        "text": f"{i} " + "loss weight token " * (1 + i * 7 % 40),
+        "domain": f"document {i:02d}",  # Its own, so that a token's domain tells its document.
+        "score": [0.1 + i, i, -1e-8 * i][i % 3],
+        "meta": {"quality": i / 7},
+        "ref_loss": 6 + i % 5 / 2,
+    }
+    for i in range(COUNT)
+]
+SCORES = torch.tensor([r["score"] for r in RECORDS], dtype=torch.float32)
+QUALITIES = torch.tensor([r["meta"]["quality"] for r in RECORDS], dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """Load the embedded tokenizer, which the trainers of this module load too."""
+    return HuggingFaceTokenizer(tokenizer_path=str(ensure_tokenizer()))
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    """Write the records, one a line."""
+    path = tmp_path_factory.mktemp("data") / "x.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
+    return path
+
+
+@pytest.fixture
+def build(tokenizer):
+    """Build one rank's loader: ``build(path, rank, num_ranks, **config)``."""
+
+    def build(path, rank=0, num_ranks=1, local_batch=4, seq_len=64, **config):
+        return DomainTextDataLoader.Config(dataset=str(path), **config).build(
+            dp_world_size=num_ranks,
+            dp_rank=rank,
+            tokenizer=tokenizer,
+            seq_len=seq_len,
+            local_batch_size=local_batch,
+        )
+
+    return build
+
+
+def agrees(batches):
+    """Check every token's numbers against those of its document, exactly; return the batches."""
+    batches = list(batches)
+    assert batches
+    for inputs, _ in batches:
+        assert inputs["columns.score"].dtype == torch.float32
+        assert torch.equal(inputs["columns.score"], SCORES[inputs["domain_ids"]])
+        assert torch.equal(inputs["columns.meta.quality"], QUALITIES[inputs["domain_ids"]])
+    return batches
+
+
+def same(batches, others):
+    """Tell whether two lists of batches are equal."""
+    pairs = zip(batches, others, strict=True)
+    return all(torch.equal(a[name], b[name]) for (a, _), (b, _) in pairs for name in a)
+
+
+def taken(loader, steps):
+    """Take a few batches."""
+    return list(itertools.islice(loader, steps))
+
+
+def test_every_token_has_its_documents_numbers(build, file):
+    """On one rank and on three, over two epochs, with a worker, and from a resumed state."""
+    whole = agrees(taken(build(file, columns=NAMES, local_batch=6), 30))
+    parts = [taken(build(file, r, 3, local_batch=2, columns=NAMES), 30) for r in range(3)]
+    for (inputs, _), *ranks in zip(whole, *parts, strict=True):
+        for name, value in inputs.items():
+            assert torch.equal(value, torch.cat([rank[name] for rank, _ in ranks])), name
+    assert same(whole[:9], taken(build(file, columns=NAMES, local_batch=6, num_workers=2), 9))
+
+    first = build(file, columns=NAMES, local_batch=6)
+    taken(first, 7)
+    second = build(file, columns=NAMES, local_batch=6)
+    second.load_state_dict(first.state_dict())
+    assert same(agrees(taken(second, 5)), whole[7:12])
+
+
+def test_columns_change_nothing_else(build, file):
+    """The rows are those without columns, and so is the saved state."""
+    plain, rich = build(file), build(file, columns=NAMES)
+    for (a, x), (b, y) in zip(taken(plain, 5), taken(rich, 5), strict=True):
+        assert b.keys() - a.keys() == {f"columns.{name}" for name in NAMES}
+        assert torch.equal(x, y)
+        assert all(torch.equal(value, b[name]) for name, value in a.items())
+    assert plain.state_dict() == rich.state_dict()
+
+
+def test_every_kind_of_source_has_columns(build, file, tmp_path):
+    """Parquet, streamed files, and data sets of Hugging Face give the same numbers."""
+    pq.write_table(pa.Table.from_pylist(RECORDS), tmp_path / "x.parquet")
+    expected = taken(build(file, columns=NAMES), 8)
+    assert same(expected, taken(build(tmp_path / "x.parquet", columns=NAMES), 8))
+
+    names = [record["domain"] for record in RECORDS]
+    for path in (file, tmp_path / "x.parquet"):
+        agrees(taken(build(path, columns=NAMES, streaming=True, domains=names), 8))
+
+    hub = datasets.Dataset.from_list(RECORDS)
+    documents = hub_documents(hub, Columns(numbers=tuple(NAMES)), None, "hub")
+    assert documents.columns == tuple(NAMES)
+    assert np.array_equal(documents.numbers[:, 0], SCORES.numpy())
+    assert np.array_equal(documents.numbers[:, 1], QUALITIES.numpy())
+    bare = hub_documents(hub.select_columns(["text"]), Columns(), None, "hub")
+    assert bare.names == ("all",)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({}, r":2: no column 'score'; there are: text\. .*give every record a number 'score'$"),
+        ({"scores": 1}, r":2: no column 'score' \(did you mean scores\?\)"),
+        ({"score": None}, ":2: column 'score' holds no value, not a number"),
+        ({"score": "1.5"}, ":2: column 'score' holds str, not a number"),
+        ({"score": True}, ":2: column 'score' holds bool, not a number"),
+        ({"score": [1.0, 2.0]}, "holds list, not a number; a column has one number for each doc"),
+        ({"score": float("nan")}, ":2: column 'score' holds nan, which is not a finite 32-bit"),
+        ({"score": float("-inf")}, ":2: column 'score' holds -inf"),
+        ({"score": 1e39}, r":2: column 'score' holds 1e\+39, .*; repair the value or drop"),
+        ({"score": 10**400}, ":2: column 'score' holds 1000"),
+    ],
+)
+def test_a_bad_value_is_named_with_its_place(build, tmp_path, value, message):
+    """What is no number is found when the loader is built."""
+    lines = [{"text": "good", "score": 1}, {"text": "bad"} | value]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(ValueError, match=message):
+        build(tmp_path, columns=["score"])
+
+
+def test_every_kind_of_source_names_a_missing_column(build, file, tmp_path):
+    """So do Parquet, streams, Hugging Face and the built-in text; ref_loss has another way out."""
+    pq.write_table(pa.Table.from_pylist(RECORDS), tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match=r"row 0: no column 'nope'; there are: text, domain, sc"):
+        build(tmp_path, columns=["nope"])
+    with pytest.raises(ValueError, match=r"a streamed record: no column 'meta.nope'"):
+        build(file, columns=["meta.nope"], streaming=True, domain_column="")
+    with pytest.raises(ValueError, match=r"hub: record 0: no column 'nope'"):
+        hub_documents(datasets.Dataset.from_list(RECORDS), Columns(numbers=("nope",)), None, "hub")
+    bad = datasets.Dataset.from_list([*RECORDS, RECORDS[0] | {"score": None}])
+    with pytest.raises(ValueError, match=r"hub: record 60: column 'score' holds no value"):
+        hub_documents(bad, Columns(numbers=("score",)), None, "hub")
+    with pytest.raises(ValueError, match=r"'stdlib': no column 'ref_loss'; .* --weighting\.ref"):
+        build("stdlib", columns=["ref_loss"])
+    without = [{"text": "a"}, {"text": "b"}]
+    (tmp_path / "y.jsonl").write_text("\n".join(map(json.dumps, without)))
+    both = r"give every record a number 'ref_loss', or give a model.*--weighting\.reference CHECK"
+    with pytest.raises(ValueError, match=both):
+        build(tmp_path / "y.jsonl", columns=["ref_loss"])
+
+
+def test_names_of_computed_columns_are_no_data():
+    """A loss on a short context and an entropy of the largest logits are in no file."""
+    needs = frozenset(
+        {"loss", "columns.score", "columns.a.b", "columns.short_loss_32", "columns.topk_entropy_20"}
+    )
+    assert data_columns(needs) == ["a.b", "score"]
+    assert short_contexts(needs) == {"columns.short_loss_32": 32}
+    odd = frozenset({"columns.short_loss_0", "columns.short_loss_x", "columns.my_short_loss_3"})
+    assert short_contexts(odd) == {}
+    assert len(data_columns(odd)) == 3
+
+
+def test_the_loader_is_asked_for_what_the_spec_reads():
+    """Columns are added to the user's; ref_loss unless there is a model; a validator's stay."""
+    config = config_registry.llama3_debugmodel()
+    config.validator.dataloader = config.dataloader = DomainTextDataLoader.Config(columns=["b"])
+    ask_for_columns(config, frozenset({"loss"}))
+    assert config.dataloader.columns == ["b"]
+    ask_for_columns(config, frozenset({"columns.a", "columns.b", "columns.short_loss_8"}))
+    assert config.dataloader.columns == ["b", "a"]
+    assert config.validator.dataloader.columns == ["b"]
+    config.weighting.reference = "somewhere"
+    ask_for_columns(config, frozenset({"ref_loss"}))
+    assert config.dataloader.columns == ["b", "a"]
+    config.weighting.reference = ""
+    ask_for_columns(config, frozenset({"ref_loss"}))
+    assert config.dataloader.columns == ["b", "a", "ref_loss"]
+
+    config.dataloader = HuggingFaceTextDataLoader.Config()
+    ask_for_columns(config, frozenset({"columns.a"}))
+    refuse_unsupported(config, wt.build(wt.loads("column(a) -> mean_one")))
+
+
+def test_a_loader_without_the_signals_is_named():
+    """What a loader does not yield is said at the first batch; tensors stay where they are."""
+    fn = wt.build(wt.loads("column(a) -> mean_one"))
+    state = RunState(fn, torch.device("cpu"), allow_changed_spec=False)
+    with pytest.raises(ValueError, match=r"reads columns.a, but the data loader yields no 'col"):
+        state.set_batch({"domain_ids": torch.zeros(1, 2, dtype=torch.int64)})
+    state.set_batch({"columns.a": torch.tensor([[1.0, 3.0]]), "columns.b": torch.ones(1, 2)})
+    assert state._batch.keys() == {"columns.a"}
+    address = state._batch["columns.a"].data_ptr()
+    state.set_batch({"columns.a": torch.tensor([[1.0, 4.0]])})
+    assert state._batch["columns.a"].data_ptr() == address
+    out = state.weigh(torch.ones(1, 2, dtype=torch.int64), None, {"loss": torch.ones(1, 2)})
+    torch.testing.assert_close(out.token, torch.tensor([[0.4, 1.6]]))
+
+    fn = wt.build(wt.loads("excess_loss -> select(0.6)"))
+    state = RunState(fn, torch.device("cpu"), allow_changed_spec=False)
+    with pytest.raises(ValueError, match=r"no 'columns.ref_loss'; .*or give a model: --weighting"):
+        state.set_batch({})
+
+
+@pytest.mark.processes
+def test_a_column_is_the_weight_on_two_ranks(build, file, tmp_path):
+    """Five steps of column(meta.quality) weigh each token by the number of its document."""
+    flags = ["--weighting.spec=column(meta.quality) -> mean_one", "--training.local_batch_size=2"]
+    flags += [f"--dataloader.dataset_path={file}", "--validator.enable", "--validator.freq=5"]
+    flags += ["--validator.steps=1"]  # on the built-in text, which has no columns
+    two = drive(tmp_path, 2, "titan_integration", "llama3_debugmodel", *flags)
+
+    batches = agrees(taken(build(file, columns=NAMES), 5))
+    assert len(two[0]["weights"]) == 5
+    assert two[0]["validations"]
+    for step, (inputs, labels) in enumerate(batches):
+        expected = inputs["columns.meta.quality"] * (labels != -100)
+        expected = expected / expected.sum() * (labels != -100).sum()
+        found = torch.cat([rank["weights"][step] for rank in two])
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.processes
+def test_losses_from_a_column_select_and_resume(file, tmp_path):
+    """Five steps of Rho-1's selection from a column, and three and two more, are the same."""
+    common = ["--weighting.spec=excess_loss -> select(0.6)", "--training.local_batch_size=4"]
+    common += [f"--dataloader.dataset_path={file}", "--checkpoint.enable"]
+    entry = ("titan_integration", "llama3_debugmodel")
+    (five,) = drive(tmp_path, 1, *entry, *common, "--checkpoint.interval=3")
+    shutil.rmtree(tmp_path / "dump" / "checkpoint" / "step-5")
+    (rest,) = drive(tmp_path, 1, *entry, *common, "--checkpoint.interval=3")
+
+    assert [step for step, _ in five["losses"]] == [1, 2, 3, 4, 5]
+    for weights in five["weights"]:
+        kept = weights[weights > 0]
+        assert len(kept) == pytest.approx(0.6 * weights.numel(), abs=1)
+        torch.testing.assert_close(kept, kept.mean().expand_as(kept))
+    assert rest["losses"] == five["losses"][3:]
+    for ours, theirs in zip(rest["weights"], five["weights"][3:], strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.processes
+def test_a_missing_column_ends_with_one_message_and_status_2():
+    """The built-in text has no losses of a reference; the two ways to give them are named."""
+    flags = ["--module=titan_integration", "--config=llama3_debugmodel", "--training.seq_len=64"]
+    done = torchrun(1, "-m", "torchtitan.train", *flags, "--weighting.spec=rho-1")
+    assert done.returncode != 0
+    assert "exitcode  : 2" in done.stderr
+    assert done.stderr.count("error: 'stdlib': no column 'ref_loss'") == 1
+    assert "--dataloader.dataset_path" in done.stderr
+    assert "--weighting.reference" in done.stderr

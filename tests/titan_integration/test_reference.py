@@ -1,0 +1,292 @@
+"""Losses of a reference model and on short contexts, against one model run without any trainer."""
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from runs import drive, torchrun
+
+import weighting as wt
+from titan_integration import config_registry, cpu
+from titan_integration.reference import find_checkpoint, load_model, short_context
+from titan_integration.trainer import WeightedTrainer, refuse_unsupported
+from weighting.build import sketch
+from weighting.losses import token_loss
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+
+WINDOW = 16
+SPEC = f"""
+version: 1
+name: further-signals
+factors:
+  reference: excess_loss -> temperature(1)
+  context: column(short_loss_{WINDOW}) -> temperature(5)
+"""
+
+
+class RecordingTrainer(WeightedTrainer):
+    """Writes down every batch with its signals, below the dump folder."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(WeightedTrainer.Config):
+        """The same fields."""
+
+    def __init__(self, config: Config) -> None:
+        """Build it, and put a note-taker before the weighting."""
+        super().__init__(config)
+        weigh, self.notes = self.state.weigh, []
+
+        def note(labels, positions, found):
+            self.notes[-1] |= {key: x.clone() for key, x in (self.state._batch | found).items()}
+            torch.save(self.notes, f"{config.dump_folder}/notes{dist.get_rank()}.pt")
+            return weigh(labels, positions, found)
+
+        self.state.weigh = note
+
+    def post_dataloading_process(self, input_dict, labels):
+        """Write down the batch; what comes in is what goes to the model but for the signals."""
+        inputs, labels, kwargs = super().post_dataloading_process(input_dict, labels)
+        batch = {"input": inputs, "labels": labels, "positions": kwargs["positions"]}
+        self.notes.append({key: x.clone() for key, x in batch.items()})
+        return inputs, labels, kwargs
+
+
+def recording() -> WeightedTrainer.Config:
+    """The debug model with the note-taker; this file is the config module of these runs."""
+    config = config_registry.llama3_debugmodel()
+    return RecordingTrainer.Config(**{f.name: getattr(config, f.name) for f in fields(config)})
+
+
+@pytest.fixture(scope="module")
+def seed(tmp_path_factory):
+    """Return the folder of a checkpoint of step 0: both where runs start and the reference."""
+    folder = tmp_path_factory.mktemp("seed")
+    flags = ["--checkpoint.enable", "--checkpoint.create_seed_checkpoint", "--training.steps=1"]
+    entry = ["--module=titan_integration", "--config=llama3_debugmodel", "--training.seq_len=64"]
+    spec = ["--weighting.spec=uniform", f"--dump_folder={folder}"]
+    done = torchrun(1, "-m", "torchtitan.train", *entry, *spec, *flags)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder / "checkpoint"
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Build the debug model here, whole and without any parallelism."""
+    config = config_registry.llama3_debugmodel()
+    cpu.prepare_config(config)
+    config.training.seq_len = 64
+    config.model_spec.model.update_from_config(config=config)
+    model = config.model_spec.model.build()
+    with torch.no_grad():
+        model.init_weights()
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def run(seed, tmp_path_factory):
+    """Train three steps from the seed with the seed as reference; return runs and notes by rank."""
+    spec = tmp_path_factory.mktemp("spec") / "further-signals.yaml"
+    spec.write_text(SPEC)
+
+    def run(ranks, *flags):
+        out = tmp_path_factory.mktemp("run")
+        shutil.copytree(seed, out / "dump" / "checkpoint")
+        flags += (f"--weighting.spec={spec}", f"--weighting.reference={seed}")
+        flags += ("--training.steps=3", "--checkpoint.enable", "--checkpoint.interval=1000")
+        done = drive(out, ranks, "test_reference", "recording", *flags)
+        return done, [torch.load(out / "dump" / f"notes{rank}.pt") for rank in range(ranks)]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def one_rank(run):
+    """Return the run and the notes of one rank."""
+    (done,), (notes,) = run(1, "--training.local_batch_size=4")
+    return done, notes
+
+
+def windows(positions, length) -> Iterator[tuple[int, int]]:
+    """Yield where a row begins anew, slowly: at a document, and after so many tokens of one."""
+    start = 0
+    for end in range(1, len(positions) + 1):
+        if end == len(positions) or positions[end] == 0 or end - start == length:
+            yield start, end
+            start = end
+
+
+@torch.no_grad()
+def slow_losses(model, batch, length):
+    """Return every token's loss with the model run on each window by itself."""
+    losses = torch.zeros(batch["labels"].shape)
+    for row in range(len(losses)):
+        for start, end in windows(batch["positions"][row].tolist(), length):
+            positions = torch.arange(end - start)[None]
+            masks = model.get_attention_masks(positions=positions)
+            logits = model(batch["input"][row : row + 1, start:end], positions, masks)
+            losses[row, start:end] = token_loss(logits[0], batch["labels"][row, start:end])
+    return losses
+
+
+@pytest.mark.processes
+def test_signals_are_those_of_a_model_run_window_by_window(one_rank, seed, model):
+    """The seed's losses at every step; at the first also the model's own, short contexts or not."""
+    load_model(model, find_checkpoint(str(seed)), "the debug model")
+    _, notes = one_rank
+    assert len(notes) == 3
+    for step, batch in enumerate(notes):
+        expected = slow_losses(model, batch, 64)
+        torch.testing.assert_close(batch["ref_loss"], expected, rtol=0, atol=1e-5)
+        excess = batch["loss"] - batch["ref_loss"]
+        if step == 0:
+            assert excess.abs().max() <= 2e-6  # two units of a float32 about 8
+            short = slow_losses(model, batch, WINDOW)
+            name = f"columns.short_loss_{WINDOW}"
+            torch.testing.assert_close(batch[name], short, rtol=0, atol=1e-5)
+            assert (batch[name] - batch["loss"]).abs().max() > 1e-2
+        else:
+            assert excess.abs().max() > 1e-2
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ["--training.local_batch_size=2"],
+        ["--training.local_batch_size=4", "--parallelism.tensor_parallel_degree=2"],
+    ],
+    ids=["fsdp", "tp"],
+)
+def test_two_ranks_take_the_signals_of_one(layout, run, one_rank):
+    """Sharded in two ways, the three models give the signals, weights and losses of one rank."""
+    two, notes = run(2, *layout)
+    one, noted = one_rank
+    is_tp = len(layout) > 1
+    for step in range(3):
+        both = torch.cat([rank["weights"][step] for rank in two[: 1 if is_tp else 2]])
+        torch.testing.assert_close(both, one["weights"][step], rtol=1e-5, atol=1e-5)
+        for name in ("ref_loss", f"columns.short_loss_{WINDOW}"):
+            both = torch.cat([rank[step][name] for rank in notes[: 1 if is_tp else 2]])
+            torch.testing.assert_close(both, noted[step][name], rtol=0, atol=1e-4)
+    first = notes[0][0]
+    assert (first["loss"] - first["ref_loss"]).abs().max() <= 2e-6
+    for (_, a), (_, b) in zip(one["losses"], two[0]["losses"], strict=True):
+        assert a == pytest.approx(b, abs=1e-4)
+
+
+@pytest.mark.processes
+def test_further_forwards_leave_training_as_it_was(seed, tmp_path):
+    """A run with a reference and short contexts whose weights are one is the run without them."""
+    spec = tmp_path / "ones.yaml"
+    spec.write_text(SPEC.replace("temperature(1)", "temperature(1) -> interpolate(1)"))
+    spec.write_text(spec.read_text().replace("temperature(5)", "temperature(5) -> interpolate(1)"))
+    plain = tmp_path / "plain.yaml"
+    plain.write_text("version: 1\npipeline: loss -> temperature(1) -> interpolate(1)\n")
+    runs = []
+    for name, flags in {spec: [f"--weighting.reference={seed}"], plain: []}.items():
+        out = tmp_path / name.stem
+        shutil.copytree(seed, out / "dump" / "checkpoint")
+        flags += [f"--weighting.spec={name}", "--training.steps=3", "--checkpoint.enable"]
+        flags += ["--training.local_batch_size=2", "--training.global_batch_size=8"]
+        runs.append(drive(out, 2, "titan_integration", "llama3_debugmodel", *flags)[0])
+    for weights in runs[0]["weights"]:
+        assert torch.equal(weights, torch.ones_like(weights))
+    assert runs[0]["losses"] == runs[1]["losses"]
+    for name, value in runs[0]["parameters"].items():
+        assert torch.equal(value, runs[1]["parameters"][name]), name
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("what", ["missing", "another size"])
+def test_a_wrong_checkpoint_ends_with_one_message_and_status_2(what, seed, tmp_path, model):
+    """Before training, both ranks agree and the first one says what does not fit."""
+    path, message = seed.parent / "checkpoints", "no such folder (did you mean checkpoint?)"
+    if what != "missing":
+        path, message = tmp_path / "step-7", "layers.0.attention_norm.weight is [128] there and"
+        state = model.state_dict() | {"layers.0.attention_norm.weight": torch.ones(128)}
+        dcp.save(state, checkpoint_id=path, no_dist=True)
+    flags = ["--module=titan_integration", "--config=llama3_debugmodel", "--training.seq_len=64"]
+    flags += [
+        "--weighting.spec=rho-1",
+        f"--weighting.reference={path}",
+        f"--dump_folder={tmp_path}",
+    ]
+    done = torchrun(2, "-m", "torchtitan.train", *flags)
+    assert done.returncode != 0
+    assert "exitcode  : 2" in done.stderr
+    assert done.stderr.count("error: --weighting.reference") == 1
+    assert str(path) in done.stderr
+    assert message in done.stderr
+    assert "Training starts" not in done.stderr + done.stdout
+
+
+def test_the_latest_checkpoint_of_a_folder_is_taken(tmp_path):
+    """A step's own folder, or the one with the highest number that is complete."""
+    for name in ("step-0", "step-9", "step-10", "step-11", "other"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match=r"neither \.metadata nor .*there is: other, step-0, step"):
+        find_checkpoint(str(tmp_path))
+    for name in ("step-0", "step-9", "step-10", "other"):
+        (tmp_path / name / ".metadata").touch()
+    assert find_checkpoint(str(tmp_path)) == tmp_path / "step-10"
+    assert find_checkpoint(str(tmp_path / "step-9")) == tmp_path / "step-9"
+    with pytest.raises(ValueError, match=r"no such folder \(did you mean other"):
+        find_checkpoint(str(tmp_path / "othr"))
+
+
+def test_what_does_not_fit_is_named(tmp_path, model):
+    """A missing parameter, a deeper model, and files that cannot be read."""
+    state = model.state_dict()
+    dcp.save(state | {"train_state": {"step": 3}}, checkpoint_id=tmp_path / "good", no_dist=True)
+    load_model(model, tmp_path / "good", "it")
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state[name]), name
+
+    less = {key: x for key, x in state.items() if not key.startswith("layers.5.")}
+    dcp.save(less, checkpoint_id=tmp_path / "less", no_dist=True)
+    with pytest.raises(
+        ValueError, match=r"less is no checkpoint of it: it has no layers\.5\..*and"
+    ):
+        load_model(model, tmp_path / "less", "it")
+    more = state | {"layers.6.attention_norm.weight": torch.ones(256)}
+    dcp.save(more, checkpoint_id=tmp_path / "more", no_dist=True)
+    with pytest.raises(
+        ValueError, match=r"it has layers\.6\.attention_norm\.weight, the model has"
+    ):
+        load_model(model, tmp_path / "more", "it")
+
+    for file in (tmp_path / "good").glob("*.distcp"):
+        file.unlink()
+    with pytest.raises(ValueError, match=r"cannot read .*good: "):
+        load_model(model, tmp_path / "good", "it")
+    (tmp_path / "more" / ".metadata").write_text("nonsense")
+    with pytest.raises(ValueError, match=r"cannot read .*more: "):
+        load_model(model, tmp_path / "more", "it")
+
+
+def test_windows_are_the_slow_ones(model):
+    """Positions count from every window's start, whatever a row begins with."""
+    positions = torch.tensor([[0, 1, 2, 3, 4, 0, 0, 1, 2, 3], [7, 8, 9, 10, 0, 1, 2, 3, 4, 5]])
+    for length in (1, 2, 3, 4, 50):
+        found = short_context(model, {"positions": positions}, length)
+        for row, there in zip(positions.tolist(), found["positions"].tolist(), strict=True):
+            expected = [i for a, b in windows(row, length) for i in range(b - a)]
+            assert there == expected
+
+
+def test_a_reference_that_is_of_no_use_is_refused(tmp_path):
+    """One that the spec does not read, and one beside a column of the same meaning."""
+    (tmp_path / ".metadata").touch()
+    config = config_registry.llama3_debugmodel()
+    config.weighting.reference = str(tmp_path)
+    refuse_unsupported(config, sketch(wt.loads("excess_loss -> select(0.6)")))
+    with pytest.raises(ValueError, match=r"linupper reads no ref_loss; leave out --weighting\.ref"):
+        refuse_unsupported(config, sketch(wt.load("linupper")))
+    config.dataloader.columns = ["ref_loss"]
+    with pytest.raises(ValueError, match=r"or from the column 'ref_loss' of --dataloader.columns"):
+        refuse_unsupported(config, sketch(wt.loads("excess_loss -> select(0.6)")))
