@@ -1,15 +1,11 @@
 """Slow, obvious references: plain Python loops over floats, one formula after the other.
 
-Nothing here is clever, vectorised or float32.  A batch is rows of tokens; a reference returns the
-weight of every token of every row, as the header of the spec file of the same name says.
+Nothing here is clever, vectorised or float32, and nothing is shared with what is tested.  A batch
+is rows of tokens; `reference_methods` weighs them by these parts.
 """
 
 import math
 from dataclasses import dataclass
-
-CAP = 2.0
-TEMPERATURE = 0.4
-TABLE = {"code": 1.0, "data": 0.5, "docs": 1.5, "tables": 0.5, "tests": 1.0}
 
 
 @dataclass(frozen=True)
@@ -19,16 +15,70 @@ class Batch:
     loss: list[list[float]]
     valid: list[list[bool]]
     entropy: list[list[float]]
+    target_prob: list[list[float]]
+    error_norm: list[list[float]]
+    ref_loss: list[list[float]]
     domain: list[list[str]]
+    document: list[list[int]]
+    columns: dict[str, list[list[float]]]
+    domains: tuple[str, ...]
+    step: int = 0
+
+
+def minus(left, right):
+    """Return the difference of two signals, token by token."""
+    return [[a - b for a, b in zip(*rows, strict=True)] for rows in zip(left, right, strict=True)]
+
+
+def each(batch, weight):
+    """Return `weight(row, column)` of every valid token and 0 of the others."""
+    return [
+        [weight(row, column) if ok else 0.0 for column, ok in enumerate(oks)]
+        for row, oks in enumerate(batch.valid)
+    ]
+
+
+def flat(batch, values):
+    """Return the values of the valid tokens, row after row."""
+    return [
+        x
+        for row, oks in zip(values, batch.valid, strict=True)
+        for x, ok in zip(row, oks, strict=True)
+        if ok
+    ]
+
+
+def placed(batch, weights):
+    """Return the weights of the valid tokens, row after row, in rows again."""
+    following = iter(weights)
+    return each(batch, lambda _row, _column: next(following))
+
+
+def row_means(batch, values):
+    """Return the mean of the valid tokens of each row; None for a row without any."""
+    means = []
+    for row, oks in zip(values, batch.valid, strict=True):
+        there = [x for x, ok in zip(row, oks, strict=True) if ok]
+        means.append(math.fsum(there) / len(there) if there else None)
+    return means
+
+
+def by_domain(batch, values):
+    """Return the values of the valid tokens of each domain of which there are any."""
+    found = {}
+    for name, x in zip(flat(batch, batch.domain), flat(batch, values), strict=True):
+        found.setdefault(name, []).append(x)
+    return found
+
+
+def domain_means(batch, values):
+    """Return the mean of the valid tokens of each domain of which there are any."""
+    return {name: math.fsum(xs) / len(xs) for name, xs in by_domain(batch, values).items()}
 
 
 def sequence_losses(batch):
     """Return the mean loss of the valid tokens of each row; None for a row without any."""
-    means = []
-    for losses, valid in zip(batch.loss, batch.valid, strict=True):
-        kept = [x for x, ok in zip(losses, valid, strict=True) if ok]
-        means.append(math.fsum(kept) / len(kept) if kept else None)
-    return means
+    return row_means(batch, batch.loss)
 
 
 def normalized(values):
@@ -90,14 +140,17 @@ def raise_floor(weights, floor):
     return [floor] * len(weights)
 
 
-def capped(weights, cap=CAP):
+def capped(weights, cap):
     """Return `water_fill` of the weights that are there."""
     filled = iter(water_fill([w for w in weights if w is not None], cap))
     return [None if w is None else next(filled) for w in weights]
 
 
-def mean_one(weights, valid):
-    """Scale token weights to mean one over valid tokens and put 0 at the others."""
+def mean_one(weights, valid, of_nothing=1.0):
+    """Scale token weights to mean one over valid tokens and put 0 at the others.
+
+    Weights that are all zero become `of_nothing`.
+    """
     count = sum(ok for row in valid for ok in row)
     total = math.fsum(
         w
@@ -106,100 +159,50 @@ def mean_one(weights, valid):
         if ok
     )
     return [
-        [(w * count / total if total else 1.0) if ok else 0.0 for w, ok in zip(r, o, strict=True)]
+        [
+            (w * count / total if total else of_nothing) if ok else 0.0
+            for w, ok in zip(r, o, strict=True)
+        ]
         for r, o in zip(weights, valid, strict=True)
     ]
 
 
 def by_sequence(batch, weights):
     """Give every token the weight of its row, then scale to mean one over valid tokens."""
-    rows = [
-        [0.0 if w is None else w for _ in losses]
-        for w, losses in zip(weights, batch.loss, strict=True)
-    ]
-    return mean_one(rows, batch.valid)
+    return mean_one(each(batch, lambda row, _: weights[row]), batch.valid)
 
 
-def _sequence_shape(batch, shape):
-    h = normalized(sequence_losses(batch))
-    return softmax([None if x is None else shape(x) for x in h], TEMPERATURE)
+def kept(values, keep, skip=0):
+    """Return n / k where a value is among the k = floor(keep n) highest, at least one, else 0.
+
+    The highest `skip` k are left out first.  Ties are kept together: then k is more.
+    """
+    if not values:
+        return []
+    ordered, n = sorted(values, reverse=True), len(values)
+    k = max(1, math.floor(keep * n))
+    lowest = ordered[min((skip + 1) * k, n) - 1]
+    chosen = [x >= lowest for x in values]
+    if skip:
+        bound = ordered[min(skip * k, n) - 1]
+        chosen = [is_in and x < bound for is_in, x in zip(chosen, values, strict=True)]
+    if not any(chosen):  # all of the slice is one tie
+        chosen = [x == lowest for x in values]
+    return [n / sum(chosen) if is_in else 0.0 for is_in in chosen]
 
 
-def _linupper_sequences(batch):
-    return capped(_sequence_shape(batch, lambda h: min(h + 1, 1)))
+def mixed(number):
+    """Return 32 well-mixed bits of a whole number."""
+    x = (number + 0x9E3779B9) % 2**32
+    x = (x ^ (x >> 16)) * 0x21F0AAAD % 2**32
+    x = (x ^ (x >> 15)) * 0x735A2D97 % 2**32
+    return x ^ (x >> 15)
 
 
-def uniform(batch):
-    """w_t = 1."""
-    return [[1.0 if ok else 0.0 for ok in row] for row in batch.valid]
-
-
-def linupper(batch):
-    """W = softmax(min(h + 1, 1) / r), w <= 2/n."""
-    return by_sequence(batch, _linupper_sequences(batch))
-
-
-def quadratic(batch):
-    """W = softmax((1 - h^2) / r), w <= 2/n."""
-    return by_sequence(batch, capped(_sequence_shape(batch, lambda h: 1 - h * h)))
-
-
-def extremes(batch):
-    """W = softmax(|h| / r), w <= 2/n."""
-    return by_sequence(batch, capped(_sequence_shape(batch, abs)))
-
-
-def prop1(batch):
-    """W = min(2/n, s exp(h / r)) with the s that makes the sum one."""
-    return by_sequence(batch, capped(_sequence_shape(batch, lambda h: h)))
-
-
-def dro_kl(batch):
-    """W = softmax(l / lambda), lambda = 1."""
-    return by_sequence(batch, softmax(sequence_losses(batch), 1.0))
-
-
-def focal(batch):
-    """w_t = (1 - p_t) / mean_t (1 - p_t)."""
-    return mean_one([[-math.expm1(-x) for x in row] for row in batch.loss], batch.valid)
-
-
-def mile(batch):
-    """w_t = (1 + H_t) / mean_t (1 + H_t)."""
-    return mean_one([[1 + h for h in row] for row in batch.entropy], batch.valid)
-
-
-def linupper_x_mile(batch):
-    """u_t = w_s v_t / mean_t (w_s v_t), w of LinUpper and v of MiLe."""
-    sequences = _linupper_sequences(batch)
-    rows = [
-        [(w or 0.0) * v for v in tokens] for w, tokens in zip(sequences, mile(batch), strict=True)
-    ]
-    return mean_one(rows, batch.valid)
-
-
-def table_x_linupper(batch):
-    """u_t = a_d w_s / mean_t (a_d w_s), a of the table and w of LinUpper."""
-    sequences = _linupper_sequences(batch)
-    rows = [
-        [(w or 0.0) * TABLE[name] for name in names]
-        for w, names in zip(sequences, batch.domain, strict=True)
-    ]
-    return mean_one(rows, batch.valid)
-
-
-REFERENCES = {
-    "dro-kl": dro_kl,
-    "extremes": extremes,
-    "focal": focal,
-    "linupper": linupper,
-    "linupper-x-mile": linupper_x_mile,
-    "mile": mile,
-    "prop1": prop1,
-    "quadratic": quadratic,
-    "table-x-linupper": table_x_linupper,
-    "uniform": uniform,
-}
+def draws(seed, counter, number):
+    """Return the numbers from 0 below 1 that a seed and a counter give the units of a batch."""
+    start = mixed(counter + mixed(seed))
+    return [mixed(start + index) // 2**8 / 2**24 for index in range(number)]
 
 
 def schedule(kind, step, **given):

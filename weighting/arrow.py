@@ -73,6 +73,7 @@ _TOKEN = re.compile(
       | (?P<number>[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?(?![\w.]))
       | (?P<name>[^\W\d]\w*(?:[-.](?=\w)\w+)*)
       | (?P<text>"(?:[^"\\\n]|\\.)*"|'[^'\n]*')
+      | (?P<joint>=>|\|+|>)
       | (?P<mark>[(){},=:/])
       | (?P<other>[-+.\w]+|.)""",
     re.VERBOSE,
@@ -84,8 +85,8 @@ _WORDS: dict[str, bool | None] = {"true": True, "false": False, "null": None}
 
 def parse(
     source: Source, text: str, offsets: Sequence[int], problems: list[Problem]
-) -> tuple[Call, ...] | None:
-    """Return the stages written in a text, or None after noting what is wrong.
+) -> tuple[Call | None, ...]:
+    """Return the stages written in a text, None for each that is noted as wrong.
 
     Every stage is read on its own, so several broken stages give several problems.
 
@@ -95,20 +96,21 @@ def parse(
         offsets: Where in the source each of its characters stands.
         problems: Gets what is wrong.
     """
-    before = len(problems)
-    calls: list[Call] = []
+    calls: list[Call | None] = []
     pieces = list(_split(text, offsets))
     for number, (tokens, piece) in enumerate(pieces):
         if not tokens:
             where = "after" if number else "before"
             message = f"a stage is missing {where} '->'" if len(pieces) > 1 else "no stage here"
             problems.append(source.problem(message, piece))
+            calls.append(None)
             continue
         try:
             calls.append(_Parser(source, tokens).stage())
         except SpecError as error:
             problems.extend(error.problems)
-    return tuple(calls) if len(problems) == before else None
+            calls.append(None)
+    return tuple(calls)
 
 
 def to_text(calls: tuple[Call, ...]) -> str:
@@ -193,8 +195,8 @@ class _Parser:
             hint = "stages are joined by '->'"
             if token.text in _CLOSING:
                 hint = f"this {token.text!r} closes nothing"
-            elif token.kind == "name" or token.text in {"|", ">", "=>", "-", ",", "="}:
-                hint += f", not by {token.text!r}" if token.kind != "name" else ""
+            elif token.kind == "joint" or token.text in {"-", ",", "="}:
+                hint += f", not by {token.text!r}"
             self._fail(f"unexpected {token.text!r}; {hint}", token.span)
         return call
 

@@ -181,9 +181,8 @@ class Weighting(nn.Module):
         for factor, steps in self.plans.items():
             for index, step in enumerate(steps):
                 self._remember(factor, index, step.stage)
-        self.identity = spec.reduction == "token_mean" and all(
-            map(_is_identity, self.plans.values())
-        )
+        keeps_all = spec.reduction == "token_mean" and spec.on_nonfinite == "error"
+        self.identity = keeps_all and all(map(_is_identity, self.plans.values()))
 
     @override
     def forward(self, signals: Signals, step: int | Tensor = 0) -> Weights:
@@ -199,10 +198,13 @@ class Weighting(nn.Module):
         shape, device = signals.loss.shape, signals.loss.device
         flat = _flatten(signals, self.needs)
         assert flat.valid is not None
+        if not flat.loss.numel():
+            msg = f"an empty batch, {[*shape]}, has no weights"
+            raise ValueError(msg)
         step = torch.as_tensor(step, device=device)
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             if self.identity:
-                runs = {name: _ones(flat.valid) for name in self.plans}
+                runs = {name: _ones(flat.valid, flat.loss.isfinite()) for name in self.plans}
                 token = flat.valid.float()
             else:
                 runs = {name: self._run(name, signals, flat, step) for name in self.plans}
@@ -238,7 +240,8 @@ class Weighting(nn.Module):
         assert flat.valid is not None
         (source, *rest) = [step.stage for step in self.plans[factor]]
         assert isinstance(source, Source)
-        scope = Scope("token", step, flat.valid, self.domains, self.collectives)
+        sound = flat.valid & _all_finite(flat, source.reads() | {"loss"})
+        scope = Scope("token", step, sound, self.domains, self.collectives)
         tokens_ok, groups, largest = flat.valid, None, None
         x, scope = _finite(source.read(flat, scope), scope)
         for index, stage in enumerate(rest, 1):
@@ -356,31 +359,14 @@ def _expand(stage: Stage) -> Iterator[Stage]:
 
 def _misfits(pipeline: tuple[Stage, ...]) -> Iterator[tuple[int, str]]:
     """Yield (index, message) for every stage that cannot stand where it is written."""
-    before = pipeline[0]
-    pooled = False
+    sound: list[Stage] = []
     for index, stage in enumerate(pipeline):
-        if index == 0:
-            if stage.takes == "weight":
-                yield (
-                    0,
-                    f"{stage.name} changes weights and cannot come first; {_TO_WEIGHT} before it",
-                )
-            elif stage.takes == "score" and stage.kind != "pool":
-                pooled = True  # the implied head is loss -> mean(sequence)
-        elif stage.takes is None:
-            yield index, f"{stage.name} starts a pipeline and cannot follow {before.name}"
-        elif stage.takes != before.gives:
-            hint = _TO_WEIGHT if stage.takes == "weight" else "a pipeline weighs only once"
-            message = (
-                f"{stage.name} takes a {stage.takes}, but {before.name} gives a {before.gives}"
-            )
-            yield index, f"{message}; {hint}{' before it' if stage.takes == 'weight' else ''}"
-        if isinstance(stage, Pool):
-            if pooled and (index or stage.takes != "score"):
-                message = f"{stage.name}({stage.level}) pools tokens, but they are already pooled"
-                yield index, f"{message}; a pipeline has one level"
-            pooled = True
-        before = stage
+        if message := _misfit(stage, sound):
+            yield index, message
+        else:
+            sound.append(stage)  # a misfit is passed over, lest it make others
+    if len(sound) < len(pipeline):
+        return
     for step in plan(pipeline):
         if step.level not in step.stage.levels:
             fits = " or ".join(f"mean({level})" for level in step.stage.levels if level != "token")
@@ -389,8 +375,34 @@ def _misfits(pipeline: tuple[Stage, ...]) -> Iterator[tuple[int, str]]:
         if step.stage.inside() and step.level != "token":
             message = f"{step.stage.name} works within each {step.stage.inside()} on tokens only"
             yield step.index, f"{message}, and this score is per {step.level}"
-    if before.gives != "weight":
+    if sound[-1].gives != "weight":
         yield len(pipeline) - 1, f"the pipeline ends in a score; {_TO_WEIGHT} at its end"
+
+
+def _misfit(stage: Stage, earlier: list[Stage]) -> str | None:
+    """Return why a stage cannot follow the earlier ones, or begin a pipeline, or None."""
+    if not earlier:
+        if stage.takes == "weight":
+            return f"{stage.name} changes weights and cannot come first; {_TO_WEIGHT} before it"
+        return None
+    before = earlier[-1]
+    if stage.takes is None:
+        return f"{stage.name} starts a pipeline and cannot follow {before.name}"
+    if stage.takes == "weight" and before.gives == "score":
+        return (
+            f"{stage.name} takes a weight, but {before.name} gives a score; {_TO_WEIGHT} before it"
+        )
+    if stage.takes == "score" and before.gives == "weight":
+        message = f"{stage.name} takes a score, but {before.name} has already made weights of it"
+        return f"{message}; a pipeline weighs once, at its end"
+    if isinstance(stage, Pool):
+        if any(isinstance(other, Pool) for other in earlier):
+            return f"{stage.name}({stage.level}) pools tokens, but they are already pooled"
+        first = earlier[0]
+        if first.takes == "score":
+            stands = f"{first.name} at the head stands for loss -> mean(sequence) -> {first.name}"
+            return f"{stands}; put {stage.name}({stage.level}) before it"
+    return None
 
 
 _TO_WEIGHT = "put temperature(...) or mean_one"
@@ -470,9 +482,20 @@ def _with_state(scope: Scope, state: dict[str, Tensor]) -> Scope:
     return Scope(scope.level, scope.step, scope.valid, scope.domains, scope.collectives, state)
 
 
-def _ones(valid: Tensor) -> _Run:
-    token = valid.float()
-    return _Run(token, valid, _moments(token, valid, torch.zeros_like(valid), largest=None))
+def _all_finite(flat: Signals, names: frozenset[str]) -> Tensor:
+    """Return which tokens have finite values of all the named signals, those that are given."""
+    ok = flat.loss.isfinite()
+    for name in sorted(names):
+        _, is_column, column = name.partition("columns.")
+        value = flat.columns.get(column) if is_column else getattr(flat, name)
+        if value is not None and value.is_floating_point():
+            ok = ok & value.isfinite()
+    return ok
+
+
+def _ones(valid: Tensor, finite: Tensor) -> _Run:
+    token, ok = valid.float(), valid & finite
+    return _Run(token, ok, _moments(token, valid, valid & ~finite, largest=None))
 
 
 def _moments(weight: Tensor, valid: Tensor, dropped: Tensor, largest: Tensor | None) -> Tensor:

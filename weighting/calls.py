@@ -37,39 +37,43 @@ def stage_call(stage: Stage, *, defaults: bool = False) -> Call:
     return _call(stage, positional=1, defaults=defaults)
 
 
-def from_yaml(source: Source, node: Node, problems: list[Problem]) -> tuple[Call, ...] | None:
-    """Return the calls of a pipeline written as arrow text or as a YAML list."""
+def from_yaml(source: Source, node: Node, problems: list[Problem]) -> tuple[Call | None, ...]:
+    """Return the calls of a pipeline, arrow text or YAML list; None for each noted as wrong."""
     if isinstance(node, Scalar) and not node.text.strip():
         problems.append(source.problem(_NO_STAGE, node.span))
-        return None
+        return (None,)
     if isinstance(node, Scalar) and isinstance(node.value, str):
         return arrow.parse(source, node.text, node.offsets, problems)
     if not isinstance(node, Seq):
         message = "a pipeline is arrow text (normalize -> temperature(1)) or a list of stages"
+        message += "; put '- ' before each stage" if isinstance(node, Map) else ""
         problems.append(source.problem(message, node.span))
-        return None
-    before = len(problems)
+        return (None,)
     if not node.items:
         problems.append(source.problem(_NO_STAGE, node.span))
-    calls: list[Call] = []
+        return (None,)
+    calls: list[Call | None] = []
     items = iter(node.items)
     for item in items:
         if isinstance(item, Scalar) and isinstance(item.value, str):
             if not item.quoted and _open_brackets(item.value) > 0:
                 problems.append(_split_problem(source, item))
-                while _open_brackets(_text_of(source, item)) >= 0 and (item := next(items, None)):
-                    pass  # the rest of the stage that YAML took apart
+                calls.append(None)
+                depth = _open_brackets(item.value)
+                while depth > 0 and (rest := next(items, None)):  # what YAML took apart
+                    depth += _open_brackets(_text_of(source, rest))
                 continue
-            calls.extend(arrow.parse(source, item.text, item.offsets, problems) or ())
+            calls.extend(arrow.parse(source, item.text, item.offsets, problems))
         elif isinstance(item, Map) and len(item.entries) == 1:
             (key, value) = item.entries[0]
-            calls.extend(filter(None, [_yaml_call(source, key, value, problems)]))
+            calls.append(_yaml_call(source, key, value, problems))
         else:
             message = "a stage is a name, name(arguments) or one `name: {arguments}`"
             if isinstance(item, Map):
                 message += "; these are several, give each its own '-'"
             problems.append(source.problem(message, item.span))
-    return tuple(calls) if len(problems) == before else None
+            calls.append(None)
+    return tuple(calls)
 
 
 def to_yaml(call: Call) -> object:
@@ -90,7 +94,10 @@ def _make(
 ) -> BaseModel | None:
     cls = known.get(call.name)
     if cls is None:
-        message = f"unknown {what} {call.name!r}{nearest(call.name, known)}"
+        hint = nearest(call.name, known) or "; `weighting list` shows what there is"
+        if call.name in SCHEDULES:
+            hint = f"; {call.name} is a schedule: write temperature({call.name}(...))"
+        message = f"unknown {what} {call.name!r}{hint}"
         problems.append(source.problem(message, call.name_span))
         return None
     before = len(problems)
@@ -110,6 +117,8 @@ def _bind(
     """Match arguments to fields; return values and where each stands, noting mismatches."""
     collects: str | None = getattr(cls, "collects", None)
     fields = list(cls.model_fields)
+    # `within` is an afterthought: it has its name, unless it is all there is.
+    by_position = [f for i, f in enumerate(fields) if i == 0 or f != "within"]
     values: dict[str, Any] = {}
     spans: dict[str, Span] = {}
     for index, argument in enumerate(call.arguments):
@@ -133,14 +142,17 @@ def _bind(
                     problems.append(source.problem(message, argument.span))
             value = {**values.get(collects, {}), **value}
         elif name is None:
-            if index >= len(fields):
-                takes = f"takes {', '.join(fields)}" if fields else "takes no arguments"
+            if index >= len(by_position):
+                takes = f"takes {', '.join(by_position)}" if fields else "takes no arguments"
                 message = f"{call.name} {takes}; this one is too many"
+                message += "; within needs its name" if len(by_position) < len(fields) else ""
                 problems.append(source.problem(message, argument.span))
                 continue
-            name = fields[index]
+            name = by_position[index]
         elif name not in fields:
             takes = nearest(name, fields) if fields else "; it takes no arguments"
+            if name in SCHEDULES and fields:
+                takes = f"; {name} is a schedule: write {fields[0]}: {{{name}: ...}}"
             message = f"unknown argument {name!r} of {call.name}{takes}"
             problems.append(source.problem(message, argument.span))
             continue
@@ -168,14 +180,41 @@ def _argument_problem(
 ) -> Problem:
     loc = [str(part) for part in item["loc"] if part != "[key]"]
     span = next((spans[part] for part in reversed(loc) if part in spans), call.span)
+    collects: str | None = getattr(cls, "collects", None)
     if item["type"] == "missing":
-        return source.problem(f"{call.name} needs {loc[0]}: {call.name}({loc[0]}=...)", span)
-    reason = str(item["ctx"]["error"]) if "error" in item.get("ctx", {}) else item["msg"]
-    reason = reason[:1].lower() + reason[1:]
-    if getattr(cls, "collects", None) == (loc or [None])[0]:
+        needs = f"an entry: {call.name}(name=value, ...)"
+        needs = needs if loc[0] == collects else f"{loc[0]}: {call.name}({loc[0]}=...)"
+        return source.problem(f"{call.name} needs {needs}", span)
+    reason = _reason(item)
+    if loc and loc[0] == collects:
         loc = loc[1:]
     where = f"{loc[0]} of {call.name}" if loc else call.name
     return source.problem(f"{where}: {reason}", span)
+
+
+def _reason(item: ErrorDetails) -> str:
+    """Say in this language's words what pydantic found."""
+    given, limits = item["input"], item.get("ctx", {})
+    if "error" in limits:
+        return str(limits["error"])
+    must = {
+        "int_type": "a whole number",
+        "int_from_float": "a whole number",
+        "float_type": "a number",
+        "string_type": "a name",
+        "bool_type": "true or false",
+        "finite_number": "finite",
+        "greater_than_equal": f"at least {limits.get('ge')}",
+        "greater_than": f"greater than {limits.get('gt')}",
+        "less_than": f"less than {limits.get('lt')}",
+        "literal_error": str(limits.get("expected", "")).replace("'", ""),
+        "too_short": "given at least one entry",
+        "string_too_short": "a name",
+    }.get(item["type"])
+    if must is None:
+        return item["msg"][:1].lower() + item["msg"][1:]
+    shown = f"{given:g}" if isinstance(given, float) else repr(given)
+    return f"must be {must}, not {shown}"
 
 
 def _plain(source: Source, value: Value, problems: list[Problem]) -> Any:  # noqa: ANN401
@@ -259,6 +298,7 @@ def _yaml_call(source: Source, key: Scalar, node: Node, problems: list[Problem])
         message = f"inside brackets an argument takes '=': {written}"
         problems.append(source.problem(message, (key.span[0], node.span[1])))
         return None
+    before = len(problems)
     span = (key.span[0], node.span[1])
     cls = stages().get(name) or SCHEDULES.get(name)
     arguments: list[Argument] = []
@@ -280,7 +320,7 @@ def _yaml_call(source: Source, key: Scalar, node: Node, problems: list[Problem])
             problems.append(_split_problem(source, node))
             return None
         arguments = [Argument(None, _yaml_argument(source, node, problems), node.span)]
-    return Call(name, tuple(arguments), span, key.span)
+    return Call(name, tuple(arguments), span, key.span) if len(problems) == before else None
 
 
 def _yaml_argument(
@@ -303,11 +343,12 @@ def _yaml_argument(
     if isinstance(node.value, str):
         if share := _SHARE.fullmatch(node.value.strip()):
             return Share(float(share[1]), node.span)
-        if not node.quoted and "(" in node.value:
-            found: list[Problem] = []
-            calls = arrow.parse(source, node.text, node.offsets, found)
-            problems.extend(found)
-            return calls[0] if calls else Literal(None, node.span)
+        if re.match(r"\s*\w+\s*\(", node.value):
+            calls = arrow.parse(source, node.text, node.offsets, problems)
+            if len(calls) > 1:
+                message = "an argument is one value, not a pipeline"
+                problems.append(source.problem(message, node.span))
+            return calls[0] or Literal(None, node.span)
     return Literal(node.value, node.span, node.quoted)
 
 

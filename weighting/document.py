@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import yaml
 
@@ -136,6 +136,7 @@ def _refuse_machinery(source: Source) -> None:
             message = f"aliases are not allowed; write out what *{event.anchor} stands for"
         elif isinstance(event, yaml.NodeEvent) and event.anchor:
             message = f"anchors are not allowed; remove &{event.anchor}"
+            span = (span[0], span[0] + 1 + len(event.anchor))
         elif getattr(event, "tag", None) not in {None, "!"}:
             message = f"tags are not allowed; remove {source.text[span[0] : span[1]].split()[0]}"
         if isinstance(event, yaml.CollectionStartEvent):
@@ -153,10 +154,15 @@ def _syntax_problem(source: Source, error: yaml.MarkedYAMLError) -> Problem:
     start = mark.index if mark else 0
     found = source.text[start : start + 1]
     message = f"this is not YAML: {error.problem or error.context}"
-    if found == "\t" or "\\t" in (error.problem or ""):
+    if not found and error.context_mark:
+        start = error.context_mark.index
+        message = f"this {source.text[start : start + 1]!r} is never closed"
+    elif found == "\t" or "\\t" in (error.problem or ""):
         message = "a tab cannot indent YAML; use spaces"
     elif "mapping values are not allowed" in (error.problem or ""):
-        message += "; if the ':' belongs to an argument write '=' instead, as in clamp(max=3)"
+        message += "; write clamp(max=3) with '=', and quotes around a pipeline with braces"
+    elif "expected ',' or" in (error.problem or ""):
+        message += "; put a stage with braces in quotes"
     elif found in "`@%":
         message = f"a YAML value cannot begin with {found!r}; put it in quotes"
     return source.problem(message, (start, start + 1))
@@ -170,17 +176,17 @@ def _convert(source: Source, node: yaml.Node, problems: list[Problem]) -> Node:
         return Seq(tuple(_convert(source, item, problems) for item in node.value), span)
     assert isinstance(node, yaml.MappingNode)
     entries: list[tuple[Scalar, Node]] = []
-    lines: dict[Any, int] = {}
+    lines: dict[str, int] = {}
     for key_node, value_node in node.value:
         key = _convert(source, key_node, problems)
         if not isinstance(key, Scalar):
             problems.append(source.problem("a key must be a single name", key.span))
             continue
         line = key_node.start_mark.line + 1
-        if key.value in lines:
-            message = f"{key.value!r} is given twice (first on line {lines[key.value]}); keep one"
+        if key.text in lines:
+            message = f"{key.text!r} is given twice (first on line {lines[key.text]}); keep one"
             problems.append(source.problem(message, key.span))
-        lines.setdefault(key.value, line)
+        lines.setdefault(key.text, line)
         entries.append((key, _convert(source, value_node, problems)))
     return Map(tuple(entries), span)
 

@@ -66,7 +66,8 @@ class Problem:
     def __str__(self) -> str:
         if self.place is None:
             return self.message
-        return f"{self.place}: {self.message}\n{self.place.picture()}"
+        picture = f"\n{self.place.picture()}" if self.place.text.strip() else ""
+        return f"{self.place}: {self.message}{picture}"
 
 
 @dataclass(frozen=True)

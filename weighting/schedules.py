@@ -185,10 +185,18 @@ def _number(value: object) -> object:
     if isinstance(value, Schedule):
         return value
     if isinstance(value, bool) or not isinstance(value, int | float):
-        shown = f"{value!r} is text; remove the quotes" if isinstance(value, str) else f"{value!r}"
-        msg = f"a number or a schedule is needed, not {shown}"
+        msg = f"must be a number or a schedule, not {value!r}{_quotes_hint(value)}"
         raise ValueError(msg)  # noqa: TRY004 - pydantic turns only a ValueError into a message
     return Constant(value=value)
+
+
+def _quotes_hint(value: object) -> str:
+    """Advise to take quotes off a text that is a number."""
+    try:
+        finite = isinstance(value, str) and math.isfinite(float(value))
+    except ValueError:
+        finite = False
+    return "; remove the quotes" if finite else ""
 
 
 def _within(low: float, high: float, *, share: bool = False) -> AfterValidator:
@@ -200,8 +208,11 @@ def _within(low: float, high: float, *, share: bool = False) -> AfterValidator:
             raise ValueError(msg)
         for value in schedule.extremes():
             if not low <= value <= high:
-                least = "positive, at least 1e-30" if low == _SMALLEST else f"at least {low:g}"
-                msg = f"must be {least if value < low else f'at most {high:g}'}, not {value:g}"
+                over = "/n" if isinstance(schedule, ShareOfN) else ""
+                least = f"at least {low:g}{over}"
+                least = "positive, at least 1e-30" if low == _SMALLEST else least
+                bound = least if value < low else f"at most {high:g}{over}"
+                msg = f"must be {bound}, not {value:g}{over}"
                 raise ValueError(msg)
         return schedule
 

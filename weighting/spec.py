@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import os
 import re
 import sys
 from pathlib import Path
@@ -148,7 +149,7 @@ def resolve(text: str, *, allow_plugins: bool = False) -> Spec:
     Raises:
         SpecError: It is none of them, or wrong.
     """
-    looks_like_file = text.endswith((".yaml", ".yml")) or Path(text).is_file()
+    looks_like_file = text.endswith((".yaml", ".yml")) or _is_file(text)
     is_arrow = re.search(r"->|→|\(", text) or text.strip() in stages().keys() - shipped().keys()
     if is_arrow and not looks_like_file:
         return loads(text, source="<arrow>", allow_plugins=allow_plugins)
@@ -189,15 +190,20 @@ def find(path: str | Path) -> Path:
         SpecError: There is no such file.
     """
     file = Path(path)
-    if file.is_file():
+    if _is_file(str(path)):
         return file
     name = file.name.removesuffix(".yaml")
     known = shipped()
     is_bare = str(path) in {name, f"specs/{name}.yaml"}
     if is_bare and name in known:
         return known[name]
-    what = "is a directory" if file.is_dir() else "no such file"
+    what = "is a directory" if os.path.isdir(path) else "no such file"  # noqa: PTH112 - see _is_file
     raise SpecError([Problem(f"{path}: {what}{nearest(name, known)}")])
+
+
+def _is_file(text: str) -> bool:
+    """Tell whether a file has this name; a text too long or odd for one is no error here."""
+    return os.path.isfile(text)  # noqa: PTH113 - Path.is_file raises on such texts
 
 
 def _pipeline_data(pipeline: tuple[Stage, ...], spelling: Spelling) -> object:
@@ -255,12 +261,12 @@ def _check_keys(
         if name in _KEYS:
             continue
         message = f"unknown key {name!r}"
-        owner = next((n for n, c in stages().items() if name in c.model_fields), None)
+        owners = sorted(n for n, c in stages().items() if name in c.model_fields)
         close = nearest(name, _KEYS)
         if name in stages():
             message += f"; {name} is a stage and belongs in pipeline:"
-        elif owner and "did you mean" not in close:
-            message += f"; {name} is an argument of {owner}: write {owner}({name}=...)"
+        elif owners and "did you mean" not in close:
+            message += f"; {name} is an argument of {', '.join(owners)} and belongs inside a stage"
         problems.append(source.problem(message if ";" in message else message + close, key.span))
     if "version" not in entries:
         message = "version is missing; write version: 1 on the first line"
@@ -366,9 +372,7 @@ def _pipeline(
     problems: list[Problem],
 ) -> tuple[Stage, ...] | None:
     written = calls.from_yaml(source, node, problems)
-    if written is None:
-        return None
-    made = [calls.make_stage(source, call, problems) for call in written]
-    spans.update({(factor, index): call.span for index, call in enumerate(written)})
+    made = [calls.make_stage(source, call, problems) if call else None for call in written]
+    spans.update({(factor, index): call.span for index, call in enumerate(written) if call})
     sound = [stage for stage in made if stage is not None]
     return tuple(sound) if len(sound) == len(made) else None

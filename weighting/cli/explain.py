@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -21,10 +22,10 @@ if TYPE_CHECKING:
     from weighting.spec import Spec
 
 _SPANS = {
-    "token": "all valid tokens",
+    "token": "all tokens",
     "document": "all documents",
     "sequence": "all sequences",
-    "domain": "all domains present",
+    "domain": "all domains",
 }
 _SCOPES = {
     "rank": "the rank's own part of the microbatch; ranks weigh differently",
@@ -91,7 +92,8 @@ def _ending(spec: Spec, fn: Weighting) -> Iterator[str]:
     elif spec.normalize == "none":
         yield f"final: {product}, not normalised"
     else:
-        yield f"final: {product}, scaled to mean one over the valid tokens of the scope"
+        yield f"final: {product},"
+        yield "  scaled to mean one over the valid tokens of the scope"
     unit = spec.reduction.removesuffix("_mean")
     yield f"reduction: {spec.reduction}, every {unit} counts alike before weighting"
     action = {
@@ -144,12 +146,12 @@ def _turns(schedule: Schedule) -> list[int]:
 
 
 def _wrapped(label: str, stages: list[str]) -> list[str]:
-    """Return a pipeline over as many lines as it takes, broken at its arrows."""
-    lines: list[str] = []
-    current = f"  {label:8} {stages[0]}"
-    for stage in stages[1:]:
-        if len(current) + len(stage) + 4 > 80:  # noqa: PLR2004 - a terminal's width
-            lines.append(current)
-            current = f"  {'':8}"
-        current += f" -> {stage}"
-    return [*lines, current]
+    """Return a pipeline over as many lines as it takes."""
+    return textwrap.wrap(
+        " -> ".join(stages),
+        80,
+        initial_indent=f"  {label:8} ",
+        subsequent_indent=" " * 11,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

@@ -33,7 +33,7 @@ class Exponentiated(Weigh):
     """
 
     levels: ClassVar[tuple[Level, ...]] = ("domain",)
-    statistics: ClassVar[str] = "the sum, and remembered weights"
+    statistics: ClassVar[str] = "sum"
     step_size: Number = Constant(value=1)
     smoothing: UnitNumber = Constant(value=1e-3)
     absent: Literal["last", "skip"] = "last"

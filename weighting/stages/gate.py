@@ -28,7 +28,7 @@ class Gate(Constrain):
     arXiv:1803.00942, whose tau is 1 / sqrt(e): ess_below 0.25 is their threshold of 2.
     """
 
-    statistics: ClassVar[str] = "sum, sum of squares"
+    statistics: ClassVar[str] = "sum"
     ess_below: UnitNumber
     decay: UnitNumber = Constant(value=0.9)
 

@@ -32,7 +32,7 @@ class Multinomial(Weigh):
 
     levels: ClassVar[tuple[Level, ...]] = ("document", "sequence", "domain")
     scaled: ClassVar[bool] = False
-    statistics: ClassVar[str] = "sum, cumulative sum"
+    statistics: ClassVar[str] = "sum"
     draws: ShareNumber
     correct: bool = False
     seed: int = Field(default=0, ge=0, lt=2**31)

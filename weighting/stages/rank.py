@@ -29,7 +29,7 @@ class Rank(Shape):
     """
 
     levels: ClassVar[tuple[Level, ...]] = ("sequence", "domain")
-    statistics: ClassVar[str] = "pairwise order"
+    statistics: ClassVar[str] = "order"
     history: int = Field(default=0, ge=0)
 
     @override

@@ -30,7 +30,7 @@ class Running(Weigh):
     """
 
     scaled: ClassVar[bool] = False
-    statistics: ClassVar[str] = "max, mean, and a moving average"
+    statistics: ClassVar[str] = "max, mean"
     tau: PositiveNumber
     decay: UnitNumber = Constant(value=0.9)
 

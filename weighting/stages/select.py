@@ -32,7 +32,7 @@ class Select(Weigh):
     ICML, arXiv:2206.07137; Chen et al. (2024), arXiv:2402.14270 (the slice).
     """
 
-    statistics: ClassVar[str] = "the k-th largest, count"
+    statistics: ClassVar[str] = "k-th largest"
     keep: ShareNumber
     slice: int = Field(default=0, ge=0)
 

@@ -33,7 +33,7 @@ class Threshold(Weigh):
     """
 
     scaled: ClassVar[bool] = False
-    statistics: ClassVar[str] = "the quantile, if given"
+    statistics: ClassVar[str] = "quantile"
     at: Number | None = None
     quantile: UnitNumber | None = None
     side: Literal["above", "below"] = "above"

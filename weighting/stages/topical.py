@@ -33,7 +33,7 @@ class Topical(Weigh):
 
     levels: ClassVar[tuple[Level, ...]] = ("domain",)
     scaled: ClassVar[bool] = False
-    statistics: ClassVar[str] = "mean, and remembered sums"
+    statistics: ClassVar[str] = "mean"
     every: int = Field(default=100, ge=1)
     lift: UnitNumber = Constant(value=1)
     low: NonNegativeNumber = Constant(value=0.1)

@@ -15,6 +15,7 @@ conftest.py, or the spec's own tests, import them.
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -22,7 +23,6 @@ from typing_extensions import override
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
-    from pathlib import Path
 
     from _pytest._code.code import TracebackStyle
 
@@ -115,7 +115,8 @@ def _load(path: Path) -> Spec:
     # it, only when there is a spec to test.
     from weighting.spec import load  # noqa: PLC0415
 
-    return load(path)
+    here = Path.cwd()
+    return load(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def _load_or_skip(path: Path) -> Spec:
@@ -129,7 +130,7 @@ def _load_or_skip(path: Path) -> Spec:
 
 def _in_declared_folder(path: Path, config: pytest.Config) -> bool:
     folders: list[Path] = config.getini("weighting_specs")
-    return any(path.is_relative_to(folder.resolve()) for folder in folders)
+    return any(path.resolve().is_relative_to(folder.resolve()) for folder in folders)
 
 
 def _is_asked_for(path: Path, config: pytest.Config) -> bool:
@@ -138,7 +139,7 @@ def _is_asked_for(path: Path, config: pytest.Config) -> bool:
         return False
     here = config.invocation_params.dir
     named = {(here / argument.partition("::")[0]).resolve() for argument in config.args}
-    return path in named or path.parent in named
+    return path.resolve() in named or path.parent.resolve() in named
 
 
 def _looks_like_spec(path: Path) -> bool:
