@@ -106,14 +106,19 @@ def own_stages():
     return {n: c for n, c in stages().items() if c.__module__.startswith("weighting.stages.")}
 
 
-def built(text, **given):
-    """Return a spec text as a module, for the domains of its table, or else `DOMAINS`."""
+def domains_of(text):
+    """Return the domains of a spec text's table, or else `DOMAINS`."""
     spec = wt.loads(text)
     tables = [s.weights for p in spec.factors.values() for s in p if s.name == "table"]
-    return wt.build(spec, domains=tuple(tables[0]) if tables else DOMAINS, **given)
+    return tuple(tables[0]) if tables else DOMAINS
 
 
-def batch(rows=4, length=6, *, seed=0, keep=0.7):
+def built(text, **given):
+    """Return a spec text as a module, for the domains of its table, or else `DOMAINS`."""
+    return wt.build(wt.loads(text), domains=domains_of(text), **given)
+
+
+def batch(rows=4, length=6, *, seed=0, keep=0.7, domains=DOMAINS):
     """Return random signals of rows of tokens, with a share of ignored ones and several documents.
 
     The first token of the batch always counts; rows differ in length.
@@ -132,7 +137,7 @@ def batch(rows=4, length=6, *, seed=0, keep=0.7):
         target_prob=(-loss).exp(),
         error_norm=torch.rand(shape, generator=g),
         ref_loss=torch.rand(shape, generator=g) * 5,
-        domain_ids=torch.randint(0, len(DOMAINS), shape, generator=g),
+        domain_ids=torch.randint(0, len(domains), shape, generator=g),
         segment_ids=starts.long().cumsum(1),
         columns={name: torch.rand(shape, generator=g) * 3 for name in COLUMNS},
     )
@@ -151,10 +156,16 @@ def changed(signals, change, names=(*FLOATS, *IDS, "valid")):
     return dataclasses.replace(signals, **new)
 
 
-def as_lists(signals):
+def as_lists(signals, domains=DOMAINS, step=0):
     """Return signals as the nested lists a reference reads."""
-    names = [[DOMAINS[d] for d in row] for row in signals.domain_ids.tolist()]
-    return Batch(signals.loss.tolist(), signals.valid.tolist(), signals.entropy.tolist(), names)
+    return Batch(
+        **{name: getattr(signals, name).tolist() for name in (*FLOATS, "valid")},
+        domain=[[domains[d] for d in row] for row in signals.domain_ids.tolist()],
+        document=signals.segment_ids.tolist(),
+        columns={name: x.tolist() for name, x in signals.columns.items()},
+        domains=domains,
+        step=step,
+    )
 
 
 class Lockstep:

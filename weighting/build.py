@@ -231,7 +231,7 @@ class Weighting(nn.Module):
         names: dict[str, str] = {}
         for key, value in stage.initial_state(self.domains).items():
             names[key] = f"{factor}__{index}_{stage.name}__{key}"
-            self.register_buffer(names[key], value)
+            self.register_buffer(names[key], value.clone())
         if names:
             self._buffers_of[factor, index] = names
 
@@ -283,6 +283,7 @@ class Weighting(nn.Module):
         # The caller's graph may replay: the state is written where it is, never replaced.
         after = {key: value.to(before[key].dtype) for key, value in after.items()}
         for key, value in after.items():
+            assert value.shape == before[key].shape, f"{stage.name} changed the shape of {key}"
             before[key].copy_(value)
         return _with_state(scope, after)
 

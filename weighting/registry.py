@@ -6,6 +6,7 @@ import re
 from typing import TYPE_CHECKING, TypeVar
 
 from weighting.contract import Stage
+from weighting.schedules import SCHEDULES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -31,6 +32,9 @@ def stage(name: str) -> Callable[[S], S]:
             raise ValueError(msg)
         if not (isinstance(cls, type) and issubclass(cls, Stage) and hasattr(cls, "kind")):
             msg = f"@stage({name!r}) needs a subclass of Source, Pool, Shape, Weigh or Constrain"
+            raise ValueError(msg)
+        if name in SCHEDULES:
+            msg = f"{name!r} is a schedule; give the stage another name"
             raise ValueError(msg)
         other = _STAGES.get(name)
         if other is not None and _origin(other) != _origin(cls):

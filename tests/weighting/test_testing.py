@@ -99,8 +99,6 @@ _ABSENT = "mean one over all domains, present in the batch or not"
 _EXPECTED = {
     "bernoulli": {"order_free": _CHANCE},
     "multinomial": {"order_free": _CHANCE},
-    "exponentiated": {"mean_one": _ABSENT},
-    "doremi": {"mean_one": _ABSENT},
     "rank": {"order_free": "of a batch longer than its history it keeps the first scores"},
 }
 

@@ -33,6 +33,7 @@ class Exponentiated(Weigh):
     """
 
     levels: ClassVar[tuple[Level, ...]] = ("domain",)
+    scaled: ClassVar[bool] = False  # over all domains, absent ones too
     statistics: ClassVar[str] = "sum"
     step_size: Number = Constant(value=1)
     smoothing: UnitNumber = Constant(value=1e-3)
