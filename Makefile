@@ -13,7 +13,7 @@ train: $(STAMP)
 	$(BIN)/weighting train specs/linupper.yaml
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check --quiet .
