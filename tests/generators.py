@@ -36,7 +36,7 @@ STAGE_PIPELINES = {
     "extremes": "normalize -> extremes -> temperature(0.4)",
     "floor": "normalize -> temperature(0.3) -> floor(linear(0.5, 0.1, over=4))",
     "focal": "focal(gamma=cosine(0.5, 2, over=5)) -> mean_one",
-    "gate": "normalize -> temperature(0.4) -> gate(0.6)",
+    "gate": "error_norm -> mean(sequence) -> gate(0.95, decay=0.5) -> mean_one",
     "interpolate": "normalize -> temperature(0.4) -> interpolate(exponential(1, 0.1, over=4))",
     "linupper": "normalize -> linupper(alpha=linear(1, 1.5, over=3)) -> temperature(0.4)",
     "loss": "loss -> mean_one",

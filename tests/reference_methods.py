@@ -71,12 +71,12 @@ def linupper(batch):
 
 def linupper_1p4b(batch):
     """As LinUpper, r = 100 before step 2,000 and 1 from there."""
-    return _linupper(batch, 100 if batch.step < 2000 else 1)
+    return _linupper(batch, 100 if batch.step < 2001 else 1)
 
 
 def linupper_7b(batch):
     """As LinUpper, r = 100 before step 2,000 and 2 from there."""
-    return _linupper(batch, 100 if batch.step < 2000 else 2)
+    return _linupper(batch, 100 if batch.step < 2001 else 2)
 
 
 def quadratic(batch):
@@ -376,7 +376,7 @@ class ToReMi:
             if losses:
                 mean = math.fsum(everything) / len(everything)
                 gap = (math.fsum(losses) / len(losses) - mean) / mean
-                gain = 1 + max(gap, 0) if step < 7000 else 1 - gap
+                gain = 1 + max(gap, 0) if step < 7001 else 1 - gap
                 self.w[d] = min(max(self.w[d] * gain, 0.1), 5)
         self.seen = {d: [] for d in self.seen}
 
@@ -404,10 +404,10 @@ class SelectiveBackprop:
 
 
 class Importance:
-    """w_s = times drawn / (k p_s), p_s = g_s / sum g, once the effective sample size is low."""
+    """w_s = times drawn / (k p_s), p_s = g_s / sum g; g = 1 while the sample size is high."""
 
     def __init__(self, domains):
-        """Begin with an effective sample size of one: plain training."""
+        """Begin with an effective sample size of one: equal norms."""
         del domains
         self.ess, self.batches = 1.0, 0
 
@@ -415,18 +415,22 @@ class Importance:
         """Return the token weights of the next batch."""
         self.batches += 1
         g = row_means(batch, batch.error_norm)
-        n, total = sum(x is not None for x in g), math.fsum(x for x in g if x is not None)
+        there = [x for x in g if x is not None]
+        n, squares = len(there), math.fsum(x * x for x in there)
         if not n:
             return each(batch, lambda _row, _column: 0.0)
+        self.ess = 0.9 * self.ess + 0.1 * (math.fsum(there) ** 2 / (n * squares) if squares else 1)
+        if self.ess >= 0.25:
+            g = [None if x is None else 1.0 for x in g]
+        total = math.fsum(x for x in g if x is not None)
         p = [0.0 if x is None else x / total if total else 1 / n for x in g]
         k = max(1, math.floor(Fraction(1, 3) * n))
         times = [0] * len(p)
         for draw in draws(0, self.batches, len(p))[:k]:
             times[next(i for i in range(len(p)) if math.fsum(p[: i + 1]) > draw)] += 1
-        w = [c / (k * x) if c else 0.0 for c, x in zip(times, p, strict=True)]
-        here = math.fsum(w) ** 2 / (n * math.fsum(x * x for x in w))
-        self.ess = 0.9 * self.ess + 0.1 * here
-        return by_sequence(batch, w if self.ess < 0.25 else [1.0] * len(w))
+        return by_sequence(
+            batch, [c / (k * x) if c else 0.0 for c, x in zip(times, p, strict=True)]
+        )
 
 
 MEMORIES = {

@@ -30,7 +30,7 @@ def test_python_blocks_run(monkeypatch):
     monkeypatch.setattr(registry, "_STAGES", dict(registry.stages()))  # forget its stages after
     names = {}
     for text in blocks("python"):
-        exec(compile(text, "README.md", "exec"), names)  # noqa: S102 - our own README
+        exec(compile(text, "README.md", "exec"), names)
     tests = [value for name, value in names.items() if name.startswith("test_")]
     assert tests
     for test in tests:

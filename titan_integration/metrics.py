@@ -100,7 +100,11 @@ class UnweightedValidator(Validator):
         model_parts: list[nn.Module],
     ) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """Drop the domains, which the host would hand to the model."""
-        inputs = {name: value for name, value in input_dict.items() if name != "domain_ids"}
+        inputs = {
+            name: value
+            for name, value in input_dict.items()
+            if name != "domain_ids" and not name.startswith("columns.")
+        }
         return super().post_dataloading_process(inputs, labels, model_parts)
 
 

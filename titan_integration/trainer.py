@@ -116,6 +116,13 @@ class WeightedTrainer(Trainer):
         """Build the weighting for this run's ranks and domains and hand it to who needs it."""
         assert isinstance(self.loss_fn, WeightedChunkedLoss | WeightedCrossEntropyLoss)
         assert isinstance(self.metrics_processor, WeightedMetricsProcessor)
+        if spec.scope == "step" and self.gradient_accumulation_steps > 1:
+            msg = (
+                "scope: step needs the losses of all accumulated microbatches before the first "
+                "backward pass, and the trainer knows them one at a time; write scope: microbatch, "
+                "or set --training.global_batch_size to one microbatch of all ranks"
+            )
+            raise ValueError(msg)
         dims = self.parallel_dims
         ranks = OverRanks(dims.get_mesh("batch").get_group()) if dims.dp_enabled else None
         domains = getattr(self.dataloader, "domains", None)

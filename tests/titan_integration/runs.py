@@ -12,7 +12,7 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-SMALL = "--training.seq_len=64 --training.steps=5 --metrics.disable_color_printing".split()
+SMALL = ["--training.seq_len=64", "--training.steps=5", "--metrics.disable_color_printing"]
 
 
 def environment() -> dict[str, str]:

@@ -17,6 +17,7 @@ from titan_integration.trainer import (
     read_spec,
     refuse_unsupported,
 )
+from weighting import registry
 from weighting.build import sketch
 
 REPLACED = {"loss", "metrics", "validator", "dataloader", "weighting", "model_spec", "training"}
@@ -89,18 +90,19 @@ def test_a_parallelism_that_would_be_wrong_is_refused_with_the_reason(name):
     refuse_unsupported(config, sketch(wt.load("uniform")))
 
 
-def test_a_signal_nobody_gives_is_refused():
+def test_a_signal_nobody_gives_is_refused(monkeypatch):
     """A spec that reads what the trainer cannot give is refused by the name of the signal."""
 
-    class NeedsReference(wt.Source):
-        needs = frozenset({"ref_loss"})
+    class NeedsAttention(wt.Source):
+        needs = frozenset({"attention"})
 
         def read(self, signals, scope):
             del scope
-            return signals.ref_loss
+            return signals.attention
 
-    wt.stage("needs_reference_for_test")(NeedsReference)
-    fn = sketch(wt.loads("needs_reference_for_test -> mean_one"))
+    monkeypatch.setattr(registry, "_STAGES", dict(registry.stages()))
+    wt.stage("needs_attention")(NeedsAttention)
+    fn = sketch(wt.loads("needs_attention -> mean_one"))
     config = config_registry.llama3_debugmodel()
-    with pytest.raises(ValueError, match="reads ref_loss, which this trainer does not provide"):
+    with pytest.raises(ValueError, match="reads attention, which this trainer does not provide"):
         refuse_unsupported(config, fn)

@@ -11,11 +11,12 @@ from runs import environment
 from titan_integration import launch
 
 
-def train(*arguments, timeout=240):
+def train(*arguments, timeout=240, cwd=None):
     """Return what `weighting train` did."""
     return subprocess.run(
         [sys.executable, "-m", "weighting.cli", "train", *arguments],
         env=environment(),
+        cwd=cwd,
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -50,17 +51,7 @@ def test_a_stage_of_ones_own_trains_on_data_of_ones_own(tmp_path):
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join(map(json.dumps, lines)))
     flags = ["--training.steps=3", "--training.seq_len=64", f"--dump_folder={tmp_path / 'out'}"]
-    env_path = environment()["PYTHONPATH"]
-    done = subprocess.run(
-        [sys.executable, "-m", "weighting.cli", "train", str(spec), "--allow-plugins"]
-        + ["--data", str(data), *flags],
-        env={**environment(), "PYTHONPATH": env_path},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    done = train(str(spec), "--allow-plugins", "--data", str(data), *flags, cwd=tmp_path)
 
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     metrics = tmp_path / "out" / "weighting" / "metrics.jsonl"

@@ -50,7 +50,7 @@ def spec(tmp_path_factory):
 def one_rank(seed, spec, tmp_path_factory):
     """Return five steps of all levels on one rank."""
     out = tmp_path_factory.mktemp("one")
-    flags = start(seed, out) + [f"--weighting.spec={spec}", "--training.local_batch_size=8"]
+    flags = [*start(seed, out), f"--weighting.spec={spec}", "--training.local_batch_size=8"]
     return drive(out, 1, "titan_integration", "llama3_debugmodel", *flags)
 
 
@@ -75,7 +75,7 @@ def test_uniform_is_the_stock_trainer_bitwise(seed, tmp_path):
 
 def test_two_ranks_weigh_and_learn_as_one(seed, spec, one_rank, tmp_path):
     """Two FSDP2 ranks give the weights and losses of one rank on the same global batch."""
-    flags = start(seed, tmp_path) + [f"--weighting.spec={spec}", "--training.local_batch_size=4"]
+    flags = [*start(seed, tmp_path), f"--weighting.spec={spec}", "--training.local_batch_size=4"]
     two = drive(tmp_path, 2, "titan_integration", "llama3_debugmodel", *flags)
 
     (one,) = one_rank
@@ -91,7 +91,7 @@ def test_two_ranks_weigh_and_learn_as_one(seed, spec, one_rank, tmp_path):
 
 def test_replicas_weigh_and_learn_as_one(seed, spec, one_rank, tmp_path):
     """Two plain data-parallel replicas give the weights and losses of one rank."""
-    flags = start(seed, tmp_path) + [f"--weighting.spec={spec}", "--training.local_batch_size=4"]
+    flags = [*start(seed, tmp_path), f"--weighting.spec={spec}", "--training.local_batch_size=4"]
     flags += ["--parallelism.data_parallel_replicate_degree=2"]
     flags += ["--parallelism.data_parallel_shard_degree=1"]
     two = drive(tmp_path, 2, "titan_integration", "llama3_debugmodel", *flags)
@@ -107,7 +107,7 @@ def test_replicas_weigh_and_learn_as_one(seed, spec, one_rank, tmp_path):
 @pytest.mark.parametrize("backend", ["spmd_types", "partial_dtensor"])
 def test_slices_of_the_vocabulary_weigh_and_learn_as_one(backend, seed, spec, one_rank, tmp_path):
     """Two tensor-parallel ranks, each with half the vocabulary, give what one rank gives."""
-    flags = start(seed, tmp_path) + [f"--weighting.spec={spec}", "--training.local_batch_size=8"]
+    flags = [*start(seed, tmp_path), f"--weighting.spec={spec}", "--training.local_batch_size=8"]
     flags += ["--parallelism.tensor_parallel_degree=2", f"--parallelism.spmd_backend={backend}"]
     two = drive(tmp_path, 2, "titan_integration", "llama3_debugmodel", *flags)
 
@@ -121,7 +121,7 @@ def test_slices_of_the_vocabulary_weigh_and_learn_as_one(backend, seed, spec, on
 
 def test_full_logits_weigh_and_learn_as_chunks(seed, spec, one_rank, tmp_path):
     """The loss over full logits gives the weights and losses of the chunked one."""
-    flags = start(seed, tmp_path) + [f"--weighting.spec={spec}", "--training.local_batch_size=8"]
+    flags = [*start(seed, tmp_path), f"--weighting.spec={spec}", "--training.local_batch_size=8"]
     (full,) = drive(tmp_path, 1, "stock_configs", "llama3_debugmodel_full_logits", *flags)
 
     (one,) = one_rank

@@ -23,7 +23,8 @@ class Bernoulli(Weigh):
     w_i = 1[draw_i < p_i],   divided by p_i when `correct`,   p = clip(x, 0, 1)
 
     Draws depend on the seed and on how many batches there have been, so they are the same on
-    every rank and after a resume.  With `correct` the expected weight is 1 for every unit.
+    every rank and after a resume; with `scope: rank` all ranks draw alike.  With `correct` the
+    expected weight is 1 for every unit.
 
     Source: Jiang et al. (2019), Selective-Backprop, arXiv:1910.00762 (no correction).
     """

@@ -24,7 +24,8 @@ class Multinomial(Weigh):
     w_i = c_i * n / k,   divided by n p_i when `correct`,   p = x / sum(x), c_i: times drawn
 
     Draws depend on the seed and on how many batches there have been, so they are the same on
-    every rank and after a resume.  With `correct` the expected weight is 1 for every unit.
+    every rank and after a resume; with `scope: rank` all ranks draw alike.  With `correct` the
+    expected weight is 1 for every unit.
 
     Source: Katharopoulos and Fleuret (2018), "Not All Samples Are Created Equal", ICML,
     arXiv:1803.00942, section 3 (importance sampling; `correct`).

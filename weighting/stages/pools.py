@@ -57,10 +57,11 @@ class Tilted(Pool):
         z = score * self.tilt
         top = groups.max(torch.where(valid, z, -torch.inf))
         top = torch.where(top == -torch.inf, 0, top)
-        raised = torch.where(valid, (z - groups.broadcast(top)).exp(), 0)
+        # exp(x) - 1 and log(1 + x), lest a small tilt drown in the rounding of 1.
+        raised = torch.where(valid, (z - groups.broadcast(top)).expm1(), 0)
         total, count = groups.sum(torch.stack([raised, valid.to(z.dtype)]))
-        mean = total / count.clamp(min=1)
-        return torch.where(count > 0, (top + mean.clamp(min=1e-30).log()) / self.tilt, 0)
+        mean = (total / count.clamp(min=1)).clamp(min=-1 + 1e-7)
+        return torch.where(count > 0, (top + mean.log1p()) / self.tilt, 0)
 
 
 @stage("sum")

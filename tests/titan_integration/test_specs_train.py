@@ -1,0 +1,73 @@
+"""Every shipped spec trains the real trainer, on data with the columns and domains it reads."""
+
+import json
+import math
+import random
+
+import pytest
+from runs import HERE, SMALL, torchrun
+
+import weighting as wt
+from weighting.spec import shipped
+from weighting.stages import Table
+
+pytestmark = pytest.mark.processes
+
+ONES = {"uniform"}
+"""Specs whose weights do not differ, by intention."""
+NO_GAIN = {"ukpl", "longce"}
+"""Specs whose short context is longer than these sequences, which therefore weigh all alike."""
+SLOW = {"toremi"}
+"""Specs that move their weights after more than five steps."""
+
+
+def domains_of(name):
+    """Return the domains a spec's table names, or the built-in text's."""
+    tables = [s for p in wt.load(name).factors.values() for s in p if isinstance(s, Table)]
+    return (
+        tuple(sorted(tables[0].weights)) if tables else ("code", "data", "docs", "tables", "tests")
+    )
+
+
+def write_data(path, domains):
+    """Write documents of every domain with the columns the specs read."""
+    rng = random.Random(0)
+    words = [f"word{i}" for i in range(200)]
+    with path.open("w") as file:
+        for i in range(120):
+            domain = domains[i % len(domains)]
+            text = " ".join(rng.choices(words, k=60 + 10 * (i % 7)))
+            more = {"ref_loss": 6 + rng.random() * 2, "weight": rng.random() * 3}
+            file.write(json.dumps({"text": text, "domain": domain, **more}) + "\n")
+
+
+GROUPS = {}
+for _name in shipped():
+    GROUPS.setdefault(domains_of(_name), []).append(_name)
+
+
+def test_every_spec_is_in_a_group():
+    """No spec is forgotten."""
+    assert sum(map(len, GROUPS.values())) == len(shipped()) >= 34
+
+
+@pytest.mark.parametrize("domains", GROUPS, ids=lambda domains: domains[0])
+def test_every_spec_trains_five_steps(domains, tmp_path):
+    """Five steps with each spec give finite losses, and weights that say something."""
+    names = GROUPS[domains]
+    write_data(tmp_path / "data.jsonl", domains)
+    flags = ["--module=titan_integration", "--config=llama3_debugmodel", "--weighting.spec=uniform"]
+    flags += [f"--dataloader.dataset_path={tmp_path / 'data.jsonl'}", f"--dump_folder={tmp_path}"]
+    flags += [*SMALL, "--training.local_batch_size=8", "--training.steps=1000"]
+    out = tmp_path / "found.json"
+    driver = str(HERE / "train_specs.py")
+    done = torchrun(1, driver, str(out), *names, "--", *flags, timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+
+    found = json.loads(out.read_text())
+    assert sorted(found) == sorted(names)
+    for name, run in found.items():
+        assert len(run["losses"]) == 5, name
+        assert all(map(math.isfinite, run["losses"])), name
+        same = run["max"] - run["min"] < 1e-6
+        assert same == (name in ONES | NO_GAIN | SLOW), (name, run)
