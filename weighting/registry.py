@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import warnings
+from functools import cache
+from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, TypeVar
 
 from weighting.contract import Stage
@@ -48,8 +51,23 @@ def stage(name: str) -> Callable[[S], S]:
 
 
 def stages() -> Mapping[str, type[Stage]]:
-    """Return every registered stage by name."""
+    """Return every registered stage by name, those of installed packages included.
+
+    A package brings stages by an entry point of the group `weighting.stages` whose value is a
+    module; importing it registers them.  One that cannot be imported is warned of, not fatal.
+    """
+    _load_installed()
     return _STAGES
+
+
+@cache
+def _load_installed() -> None:
+    for point in entry_points(group="weighting.stages"):
+        try:
+            point.load()
+        except Exception as error:  # noqa: BLE001 - somebody else's package may fail in any way
+            msg = f"stages of {point.value} are missing: {type(error).__name__}: {error}"
+            warnings.warn(msg, stacklevel=2)
 
 
 def _origin(cls: type) -> str:

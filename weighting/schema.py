@@ -23,9 +23,10 @@ def schema() -> Schema:
     is for `weighting check`.
     """
     known = sorted(stages().items())
+    call, schedule_call = _calls(known), _calls(SCHEDULES.items())
     pipeline = {
         "anyOf": [
-            {"type": "string", "pattern": f"^\\s*{_chain(name for name, _ in known)}\\s*$"},
+            {"type": "string", "pattern": f"^\\s*{call}(\\s*(->|→)\\s*{call})*\\s*$"},
             {"type": "array", "minItems": 1, "items": {"$ref": "#/$defs/stage"}},
         ]
     }
@@ -40,7 +41,7 @@ def schema() -> Schema:
             "propertyNames": {"pattern": r"^[^\W\d][\w-]*$"},
             "additionalProperties": {"$ref": "#/$defs/pipeline"},
         },
-        "plugins": {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]},
+        "plugins": {"anyOf": [_MODULE, {"type": "array", "items": _MODULE}]},
         **{name: options[name] for name in ("normalize", "reduction", "scope", "on_nonfinite")},
     }
     return {
@@ -55,13 +56,13 @@ def schema() -> Schema:
             "pipeline": pipeline,
             "stage": {
                 "anyOf": [
-                    {"type": "string", "pattern": f"^\\s*{_call(name for name, _ in known)}\\s*$"},
+                    {"type": "string", "pattern": f"^\\s*{call}\\s*$"},
                     *(_item(name, cls) for name, cls in known),
                 ]
             },
             "schedule": {
                 "anyOf": [
-                    {"type": "string", "pattern": f"^\\s*{_call(SCHEDULES)}\\s*$"},
+                    {"type": "string", "pattern": f"^\\s*{schedule_call}\\s*$"},
                     *(_item(name, cls) for name, cls in SCHEDULES.items()),
                 ]
             },
@@ -69,14 +70,28 @@ def schema() -> Schema:
     }
 
 
-def _call(names: Iterable[str]) -> str:
-    """Return a pattern for a name with arguments, brackets in brackets two deep."""
-    return f"({'|'.join(names)})(\\s*\\(([^()]|\\(([^()]|\\([^()]*\\))*\\))*\\))?"
+_VALUE = (
+    r"""(\{[^{}]*\}|"[^"]*"|'[^']*'|[^\s(),={}"']+(\s*\(([^()]|\(([^()]|\([^()]*\))*\))*\))?)"""
+)
+"""A pattern for an argument's value: a map, a text, or a word or number with brackets after it."""
 
 
-def _chain(names: Iterable[str]) -> str:
-    call = _call(names)
-    return f"{call}(\\s*(->|→)\\s*{call})*"
+def _calls(known: Iterable[tuple[str, type[BaseModel]]]) -> str:
+    """Return a pattern for a call of one of these: its name and arguments of its own."""
+    return f"({'|'.join(_call(name, cls) for name, cls in known)})"
+
+
+def _call(name: str, cls: type[BaseModel]) -> str:
+    fields = cls.model_fields
+    if getattr(cls, "collects", None):
+        argument, most = f"([^\\s(),={{}}]+\\s*=\\s*)?{_VALUE}", ""
+    else:
+        argument, most = f"(({'|'.join(fields)})\\s*=\\s*)?{_VALUE}", str(len(fields) - 1)
+    arguments = f"\\s*\\(\\s*{argument}(\\s*,\\s*{argument}){{0,{most}}}\\s*\\)"
+    if not fields:
+        return f"{name}(\\s*\\(\\s*\\))?"
+    needs_some = any(field.is_required() for field in fields.values())
+    return name + (arguments if needs_some else f"(\\s*\\(\\s*\\)|{arguments})?")
 
 
 def _item(name: str, cls: type[BaseModel]) -> Schema:
