@@ -42,8 +42,8 @@ def run(folder, code):
 def test_an_installed_package_brings_its_stages(tmp_path):
     """A stage named by an entry point is a word of the language without any import."""
     install(tmp_path, "doubled_stages", "doubled")
-    code = "import weighting as wt; print(wt.simulate('normalize -> doubled -> temperature(1)', [1, 2]))"
-    done = run(tmp_path, code)
+    spec = "normalize -> doubled -> temperature(1)"
+    done = run(tmp_path, f"import weighting as wt; print(wt.simulate({spec!r}, [1, 2]))")
 
     assert done.returncode == 0, done.stderr
     assert "tensor([0.0360, 1.9640])" in done.stdout
