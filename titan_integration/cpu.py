@@ -6,6 +6,7 @@ torchtitan 0.3.0 takes CUDA for granted. What it needs to do without, in the ord
         cpu.prepare_config(config)
         ...                         # the host's Trainer.__init__
         cpu.fix_fsdp(self.model_parts)
+        cpu.fix_initial_weights(self.model_config, self.model_parts)
         cpu.hide_mfu(self.metrics_processor)
 
 CUDA_VISIBLE_DEVICES="" gives the CPU on a machine with GPUs. Knows nothing about losses or weights.
@@ -15,6 +16,7 @@ import contextlib
 import math
 import os
 import platform
+import re
 import resource
 import sys
 import warnings
@@ -25,8 +27,10 @@ from types import ModuleType, SimpleNamespace
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.experimental._context_parallel import _attention as torch_cp
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
 from torch.nn.functional import scaled_dot_product_attention
@@ -35,6 +39,7 @@ from torchtitan.components.dataloader import ParallelAwareDataloader
 from torchtitan.config import Configurable
 from torchtitan.models.common import attention
 from torchtitan.models.common.attention import FlexAttention, VarlenAttention
+from torchtitan.protocols import BaseModel
 from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
@@ -64,7 +69,7 @@ def use_cpu() -> bool:
     # Host and torch compile this: some twenty seconds a process, to save milliseconds a step.
     vars(attention)["_compiled_create_block_mask"] = create_block_mask
     vars(torch_cp)["_compiled_create_block_mask"] = create_block_mask
-    # True of one rank's own parameters; with several, start from a seed checkpoint (README).
+    # `fix_initial_weights` sees to it.
     warnings.filterwarnings("ignore", r"DTensor .* may not have complete support on cpu")
     logger.addFilter(lambda record: "Peak FLOPS used" not in record.getMessage())  # nan here
     if os.environ.get("RANK", "0") == "0":
@@ -94,6 +99,34 @@ def fix_fsdp(model_parts: Iterable[nn.Module]) -> None:
     for module in (module for part in model_parts for module in part.modules()):
         if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)
+
+
+def fix_initial_weights(model_config: BaseModel.Config, model_parts: Iterable[nn.Module]) -> None:
+    """Start a sharded model as one rank would; alone, each rank draws its shard from one seed.
+
+    Torch keeps track of random numbers across shards on accelerators only: on CPU the shards of a
+    parameter come out as copies of each other.  Every rank builds the whole model for a moment.
+    """
+    if dist.get_world_size() == 1:
+        return
+    seed = torch.tensor(torch.initial_seed() % 2**63)
+    dist.broadcast(seed, src=0)
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(int(seed))
+        whole = model_config.build()
+        whole.init_weights(buffer_device=None)
+    values = dict(whole.named_parameters())
+    for part in model_parts:
+        for name, parameter in part.named_parameters():
+            value = values[_WRAPPERS.sub("", name)].detach()
+            if isinstance(parameter, DTensor):
+                mesh, placements = parameter.device_mesh, parameter.placements
+                value = distribute_tensor(value, mesh, placements, src_data_rank=None)
+            parameter.detach().copy_(value)
+
+
+_WRAPPERS = re.compile(r"(_checkpoint_wrapped_module|_orig_mod|_fsdp_wrapped_module)\.")
+"""What checkpointing and compiling put into the names of parameters."""
 
 
 def hide_mfu(metrics_processor: metrics.MetricsProcessor) -> None:

@@ -109,6 +109,7 @@ class WeightedTrainer(Trainer):
                 logger.info(f"Reference: {folder}")
             if on_cpu:
                 cpu.fix_fsdp(self.model_parts)
+                cpu.fix_initial_weights(self.model_config, self.model_parts)
                 cpu.hide_mfu(self.metrics_processor)
             self._join(config, spec)
 

@@ -154,3 +154,14 @@ def test_resumed_run_goes_on_bitwise(seed, spec, one_rank, tmp_path):
     assert rest["losses"] == one["losses"][3:]
     for name, value in one["parameters"].items():
         assert torch.equal(value, rest["parameters"][name]), name
+
+
+def test_shards_start_apart(tmp_path):
+    """Without a seed checkpoint, the halves of a parameter on two ranks are no copies."""
+    flags = ["--weighting.spec=linupper", "--training.local_batch_size=2", "--training.steps=1"]
+    first, _ = drive(tmp_path, 2, "titan_integration", "llama3_debugmodel", *flags)
+
+    for name, value in first["parameters"].items():
+        if value.dim() > 1:
+            half = len(value) // 2
+            assert not torch.allclose(value[:half], value[half:], atol=1e-2), name
