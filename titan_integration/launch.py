@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import get_args_parser
 from torch.distributed.run import run as torchrun
 
+from weighting.errors import nearest
 from weighting.spec import resolve
 
 _ON_CPU = {
@@ -28,6 +31,9 @@ _ON_CPU = {
 def main(arguments: list[str] | None = None) -> int:
     """Run the trainer; return the exit status: 0, 2 for an error of the user's, or the ranks'."""
     args = _parse(sys.argv[1:] if arguments is None else arguments)
+    if message := _unknown_config(args.module, args.config):
+        sys.stderr.write(f"error: {message}\n")
+        return 2
     name = resolve(args.spec, allow_plugins=args.allow_plugins).name
     flags = _flags(args, name)
     ranks = args.ranks or max(1, torch.accelerator.device_count())
@@ -55,6 +61,20 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--allow-plugins", action="store_true")
     parser.add_argument("flags", nargs="*")
     return parser.parse_args(arguments)
+
+
+def _unknown_config(module: str, config: str) -> str | None:
+    """Return what is wrong with the name of a config function of ours, or None.
+
+    The file is read as text: importing it, and torchtitan with it, takes ten seconds.
+    """
+    if module != "titan_integration":
+        return None
+    text = Path(__file__).with_name("config_registry.py").read_text(encoding="utf-8")
+    known = re.findall(r"^def (llama3_\w+)\(", text, re.MULTILINE)
+    if config in known:
+        return None
+    return f"no config function {config!r}{nearest(config, known)}; there are {', '.join(known)}"
 
 
 def _flags(args: argparse.Namespace, name: str) -> list[str]:
@@ -88,7 +108,8 @@ def _value(flags: list[str], flag: str) -> str | None:
 
 
 def _torchrun(command: list[str]) -> int:
-    """Run torchrun; the ranks have said what was wrong, so add no traceback of its own."""
+    """Run torchrun; the ranks have said what was wrong, so it adds nothing of its own."""
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         torchrun(get_args_parser().parse_args(command))
     except ChildFailedError as error:

@@ -83,6 +83,15 @@ def test_corrupt_data_is_one_error_on_one_rank_and_status_2(tmp_path):
     assert time.monotonic() - began < 120
 
 
+def test_an_unknown_config_is_said_at_once():
+    """A config function that does not exist is named with the nearest one, before torchrun."""
+    done = train("linupper", "--config", "llama3_9b", timeout=60)
+
+    assert done.returncode == 2
+    assert "no config function 'llama3_9b'; did you mean 'llama3_8b'?" in done.stderr
+    assert "llama3_405b" in done.stderr
+
+
 def test_users_flags_win_over_defaults():
     """What a user passes on is not given twice, in either spelling, and comes last."""
     args = launch._parse(["--spec", "mile", "--", "--training.steps=7", "--dump-folder", "here"])
