@@ -39,6 +39,7 @@ from weighting.spec import resolve
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from torch import Tensor
     from torchtitan.models.common.decoder import Decoder
@@ -190,19 +191,21 @@ class WeightedTrainer(Trainer):
             super().train()
 
 
-def with_weighting(config: Trainer.Config, spec: str = "") -> WeightedTrainer.Config:
+def with_weighting(
+    config: Trainer.Config, spec: str | Path | wt.Spec = ""
+) -> WeightedTrainer.Config:
     """Return a trainer config with a weighting plugged in; nothing else changes.
 
     Args:
         config: Any config of the host that trains a language model with its cross entropy.
-        spec: A spec file, the name of a shipped spec, or arrow text; `--weighting.spec` on the
-            command line takes its place.
+        spec: A spec file, the name of a shipped spec, arrow text, or a spec;
+            `--weighting.spec` on the command line takes its place.
 
     Raises:
         ValueError: The config's loss cannot be weighted.
     """
     weighted = _recast(config, WeightedTrainer.Config)
-    weighted.weighting = WeightingConfig(spec=spec)
+    weighted.weighting = WeightingConfig(spec=str(spec))
     weighted.loss = weighted_loss_config(config.loss)
     if type(config.metrics) is MetricsProcessor.Config:
         weighted.metrics = _recast(config.metrics, WeightedMetricsProcessor.Config)

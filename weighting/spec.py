@@ -144,11 +144,13 @@ def loads(text: str, source: str = "<spec>", *, allow_plugins: bool = False) -> 
 
 
 def resolve(text: str, *, allow_plugins: bool = False) -> Spec:
-    """Return the spec a command line argument means: a file, a shipped name or arrow text.
+    """Return the spec a text means: a file, a shipped name, arrow text, or (several lines) YAML.
 
     Raises:
         SpecError: It is none of them, or wrong.
     """
+    if "\n" in text:
+        return loads(text, allow_plugins=allow_plugins)
     looks_like_file = text.endswith((".yaml", ".yml")) or _is_file(text)
     is_arrow = re.search(r"->|→|\(", text) or text.strip() in stages().keys() - shipped().keys()
     if is_arrow and not looks_like_file:

@@ -19,6 +19,7 @@ from titan_integration.trainer import (
 )
 from weighting import registry
 from weighting.build import sketch
+from weighting.spec import find
 
 REPLACED = {"loss", "metrics", "validator", "dataloader", "weighting", "model_spec", "training"}
 """What a weighting (or, for the last two, a CPU) changes in a config."""
@@ -106,3 +107,12 @@ def test_a_signal_nobody_gives_is_refused(monkeypatch):
     config = config_registry.llama3_debugmodel()
     with pytest.raises(ValueError, match="reads attention, which this trainer does not provide"):
         refuse_unsupported(config, fn)
+
+
+@pytest.mark.parametrize("name", ["uniform", "linupper-x-mile"])
+def test_a_spec_may_be_a_text_a_path_or_a_spec(name):
+    """However the spec is given in Python, the run reads the same one."""
+    spec = wt.load(name)
+    for given in (name, str(spec), spec, find(name)):
+        config = with_weighting(stock.llama3_debugmodel(), given)
+        assert read_spec(config.weighting) == spec

@@ -14,7 +14,7 @@ from titan_integration import launch
 def train(*arguments, timeout=240, cwd=None):
     """Return what `weighting train` did."""
     return subprocess.run(
-        [sys.executable, "-m", "weighting.cli", "train", *arguments],
+        [sys.executable, "-m", "weighting", "train", *arguments],
         env=environment(),
         cwd=cwd,
         capture_output=True,

@@ -1,5 +1,0 @@
-"""`python -m weighting.cli`, for machines where scripts are not on the path."""
-
-from weighting.cli import main
-
-main(prog_name="weighting")
