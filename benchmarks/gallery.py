@@ -44,8 +44,9 @@ Written by `python benchmarks/gallery.py specs`; edit the spec files, not this p
 Each picture shows the weight (mean one, grey line at 1, dashed at 2) over a batch of 129 sequences
 of one token whose loss runs from 1 to 5 nats; the entropy runs with the loss, the label's
 probability is exp(-loss), the reference loss is 3 nats throughout, the short-context loss half a
-nat more than half the loss, a data column runs from 0 to 4, and the domains follow one another from
-low losses to high ones.  Where a spec works inside each sequence, the 129 tokens are one.
+nat more than half the loss, a data column runs from 0 to 4 (one of topics through sets of them),
+and the domains follow one another from low losses to high ones.  Where a spec works inside each
+sequence, the 129 tokens are one.
 Schedules are shown at their last step, stages that remember after 200 such batches."""
 
 
@@ -134,6 +135,7 @@ def curve(spec: wt.Spec) -> tuple[torch.Tensor, torch.Tensor]:
     p = (-loss).exp()
     columns = {n.removeprefix("columns."): loss - 1 for n in fn.needs if n.startswith("columns.")}
     columns |= {n: 0.5 * loss + 0.5 for n in columns if n.startswith("short_loss")}
+    columns |= {n: (loss * 50).floor() for n in columns if n == "topics"}
     columns |= {n: loss * 0.6 for n in columns if n.startswith("topk_entropy")}
     signals = wt.Signals(
         loss=loss,

@@ -57,6 +57,7 @@ STAGE_PIPELINES = {
     "threshold": "entropy -> threshold(quantile=linear(0.2, 0.7, over=4))",
     "tilted": "tilted(document, tilt=2) -> temperature(1)",
     "topical": "mean(domain) -> topical(every=2, lift=step(1, 0, at=3))",
+    "topics": "topics(topics, number=8, every=2, lift=step(1, 0, at=3))",
     "topk_entropy": "topk_entropy(20) -> normalize(within=sequence) -> temperature(1)",
     "token_scale": "entropy(gamma=1) -> token_scale",
     "uniform": "uniform",
@@ -78,6 +79,7 @@ EXTRA_SPECS = {
     "tokens": (
         "pipeline: loss -> normalize -> abs -> temperature(0.5) -> clamp(1.5) -> floor(0.5/n)"
     ),
+    "running": "scope: running\npipeline: normalize -> temperature(0.5) -> clamp(2/n)",
     "drop": "on_nonfinite: drop\npipeline: normalize -> temperature(0.5)",
 }
 """What neither the shipped specs nor `STAGE_PIPELINES` reach."""
@@ -139,7 +141,10 @@ def batch(rows=4, length=6, *, seed=0, keep=0.7, domains=DOMAINS):
         ref_loss=torch.rand(shape, generator=g) * 5,
         domain_ids=torch.randint(0, len(domains), shape, generator=g),
         segment_ids=starts.long().cumsum(1),
-        columns={name: torch.rand(shape, generator=g) * 3 for name in COLUMNS},
+        columns={
+            **{name: torch.rand(shape, generator=g) * 3 for name in COLUMNS},
+            "topics": torch.randint(0, 256, shape, generator=g).float(),
+        },
     )
 
 

@@ -381,6 +381,48 @@ class ToReMi:
         self.seen = {d: [] for d in self.seen}
 
 
+class ToReMiTopics:
+    """w_t = mean of v_k over the topics of t; v_k moves every 100 batches as in ToReMi."""
+
+    def __init__(self, domains):
+        """Begin with weights of one."""
+        del domains
+        self.v = [1.0] * 8
+        self.batches = 0
+        self.seen = [[] for _ in self.v]
+
+    def __call__(self, batch):
+        """Return the token weights of the next batch."""
+        self.batches += 1
+        for row, oks in enumerate(batch.valid):
+            for column, ok in enumerate(oks):
+                for k in self.topics(batch, row, column) if ok else ():
+                    self.seen[k].append(batch.loss[row][column])
+        if self.batches % 100 == 0:
+            self.move(batch.step)
+        return each(batch, lambda row, column: self.weight(self.topics(batch, row, column)))
+
+    def topics(self, batch, row, column):
+        """Return the numbers of the bits of the token's column."""
+        bits = int(batch.columns["topics"][row][column])
+        return [k for k in range(8) if bits & 2**k]
+
+    def weight(self, topics):
+        """Return the mean weight of some topics, 0 of none."""
+        return math.fsum(self.v[k] for k in topics) / len(topics) if topics else 0.0
+
+    def move(self, step):
+        """Change the weights by the losses since the last move."""
+        everything = [x for losses in self.seen for x in losses]
+        for k, losses in enumerate(self.seen):
+            if losses:
+                mean = math.fsum(everything) / len(everything)
+                gap = (math.fsum(losses) / len(losses) - mean) / mean
+                gain = 1 + max(gap, 0) if step < 7001 else 1 - gap
+                self.v[k] = min(max(self.v[k] * gain, 0.1), 5)
+        self.seen = [[] for _ in self.v]
+
+
 class SelectiveBackprop:
     """w_s = 1 with probability (#{h : h < l_s} / |h|)^3, else 0, scaled to mean one."""
 
@@ -441,6 +483,7 @@ MEMORIES = {
     "importance": Importance,
     "selective-backprop": SelectiveBackprop,
     "toremi": ToReMi,
+    "toremi-topics": ToReMiTopics,
 }
 """The methods that remember, to be made for the names of the domains."""
 

@@ -64,13 +64,39 @@ def find_checkpoint(path: str) -> Path:
     return steps[max(steps)]
 
 
-def build_reference(config: Trainer.Config, dims: ParallelDims, folder: Path) -> Decoder:
-    """Build a second model like the one that trains, load it, and freeze it.
+def average_decay(reference: str) -> float | None:
+    """Return the decay of `ema:DECAY`, a moving average of the model itself; None for a folder.
+
+    Raises:
+        ValueError: The decay is not a number from 0 to 1.
+    """
+    _, is_average, text = reference.partition("ema:")
+    if not is_average:
+        return None
+    try:
+        decay = float(text)
+    except ValueError:
+        decay = -1.0
+    if not 0 <= decay <= 1:
+        msg = f"--weighting.reference {reference}: a decay is from 0 to 1, as in ema:0.999"
+        raise ValueError(msg)
+    return decay
+
+
+@torch.no_grad()
+def follow(reference: Decoder, model: torch.nn.Module, decay: float) -> None:
+    """Move each parameter of the reference: r <- decay * r + (1 - decay) * p; 0 copies."""
+    for average, parameter in zip(reference.parameters(), model.parameters(), strict=True):
+        average.mul_(decay).add_(parameter.detach(), alpha=1 - decay)
+
+
+def build_reference(config: Trainer.Config, dims: ParallelDims, folder: Path | None) -> Decoder:
+    """Build a second model like the one that trains, load it if there is a folder, and freeze it.
 
     Args:
         config: The trainer's, as the host has completed it.
         dims: The trainer's meshes.
-        folder: A checkpoint as `find_checkpoint` returns it.
+        folder: A checkpoint as `find_checkpoint` returns it; None for a moving average.
 
     Raises:
         ValueError: The checkpoint cannot be read, or is of another architecture.
@@ -92,7 +118,8 @@ def build_reference(config: Trainer.Config, dims: ParallelDims, folder: Path) ->
     model.to_empty(device="cpu" if offload else utils.device_type)
     with torch.no_grad():  # Buffers are in no checkpoint.
         model.init_weights(buffer_device=torch.device(utils.device_type) if offload else None)
-    load_model(model, folder, f"{spec.name} {spec.flavor}")
+    if folder is not None:
+        load_model(model, folder, f"{spec.name} {spec.flavor}")
     model.requires_grad_(requires_grad=False)
     model.eval()
     if isinstance(config.loss, WeightedChunkedLoss.Config):

@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from torchtitan.components.checkpointer.base import ModelWrapper
 from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.components.validate import Validator
 from torchtitan.config import Configurable
@@ -28,8 +29,10 @@ from titan_integration.loss import (
 from titan_integration.metrics import UnweightedValidator, WeightedMetricsProcessor
 from titan_integration.records import REF_LOSS
 from titan_integration.reference import (
+    average_decay,
     build_reference,
     find_checkpoint,
+    follow,
     short_context,
     token_losses,
 )
@@ -61,7 +64,8 @@ class WeightingConfig:
 
     reference: str = ""
     """Checkpoint whose loss is ref_loss: a folder step-N, or one of them, of which the latest is
-    taken. Empty: ref_loss comes from a column of that name in the data, if a spec reads it."""
+    taken. `ema:0.999`: a moving average of the model itself, saved with it. Empty: ref_loss comes
+    from a column of that name in the data, if a spec reads it."""
 
     allow_plugins: bool = False
     """Import the modules the spec names under plugins:, which runs their code."""
@@ -84,7 +88,9 @@ class WeightedTrainer(Trainer):
 
     state: RunState
     reference: Decoder | None
-    """Gives ref_loss; frozen, and in no checkpoint."""
+    """Gives ref_loss; without gradient, and in no checkpoint unless it is an average."""
+    decay: float | None
+    """Of the average the reference is; None when it is fixed."""
 
     @override
     # A Config builds the trainer it belongs to, so this one never gets the parent's.
@@ -104,10 +110,11 @@ class WeightedTrainer(Trainer):
             ask_for_columns(config, sketch(spec).needs)
             super().__init__(config)
             self.reference = None
+            self.decay = average_decay(config.weighting.reference)
             if path := config.weighting.reference:
-                folder = find_checkpoint(path)
+                folder = find_checkpoint(path) if self.decay is None else None
                 self.reference = build_reference(config, self.parallel_dims, folder)
-                logger.info(f"Reference: {folder}")
+                logger.info(f"Reference: {folder or path}")
             if on_cpu:
                 cpu.fix_fsdp(self.model_parts)
                 cpu.fix_initial_weights(self.model_config, self.model_parts)
@@ -121,8 +128,8 @@ class WeightedTrainer(Trainer):
         if spec.scope == "step" and self.gradient_accumulation_steps > 1:
             msg = (
                 "scope: step needs the losses of all accumulated microbatches before the first "
-                "backward pass, and the trainer knows them one at a time; write scope: microbatch, "
-                "or set --training.global_batch_size to one microbatch of all ranks"
+                "backward pass, and the trainer knows them one at a time; write scope: running or "
+                "microbatch, or set --training.global_batch_size to one microbatch of all ranks"
             )
             raise ValueError(msg)
         dims = self.parallel_dims
@@ -139,7 +146,10 @@ class WeightedTrainer(Trainer):
         self.metrics_processor.dump_folder = config.dump_folder
         if config.checkpoint.enable:
             # pyrefly: ignore[missing-attribute]
-            self.checkpointer.states["weighting"] = self.state
+            states = self.checkpointer.states
+            states["weighting"] = self.state
+            if self.reference is not None and self.decay is not None:
+                states["reference"] = ModelWrapper(self.reference)
         logger.info(f"Weighting: {spec.name} ({spec.hash})\n{spec}")
         if domains:
             logger.info(f"Domains: {', '.join(domains)}")
@@ -182,7 +192,12 @@ class WeightedTrainer(Trainer):
     def train_step(self, data_iterator: Iterator[tuple[dict[str, Tensor], Tensor]]) -> None:
         """Run one optimizer step of the host at the weighting's own step."""
         self.state.begin_step(self.step)
+        average, (model, *_) = self.reference, self.model_parts
+        if average is not None and self.decay is not None and self.step == 1:
+            follow(average, model, 0)  # a fresh run starts from its own first weights
         super().train_step(data_iterator)
+        if average is not None and self.decay is not None:
+            follow(average, model, self.decay)
 
     @override
     def train(self) -> None:
@@ -239,6 +254,12 @@ def refuse_unsupported(config: WeightedTrainer.Config, fn: wt.Weighting) -> None
         msg = f"{fn.spec.name} reads {', '.join(missing)}, which this trainer does not provide yet"
         raise ValueError(msg)
     _refuse_reference(config, fn)
+    if fn.spec.scope == "rank" and fn.state_dict():
+        msg = (
+            "scope: rank would have every rank remember something else, and a checkpoint holds one "
+            "memory; leave scope out"
+        )
+        raise ValueError(msg)
     if fn.identity:
         return
     degrees = config.parallelism
@@ -303,7 +324,8 @@ def _refuse_reference(config: WeightedTrainer.Config, fn: wt.Weighting) -> None:
             "--dataloader.columns; leave out one of them"
         )
         raise ValueError(msg)
-    find_checkpoint(path)
+    if average_decay(path) is None:
+        find_checkpoint(path)
 
 
 def _is_signal(key: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -27,12 +28,14 @@ from weighting.levels import Groups, group
 from weighting.stages import Clamp, Loss, Mean, Uniform
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from weighting.spec import Spec
 
 MOMENTS = ("count", "sum", "square_sum", "capped", "nonfinite", "min", "max")
 """Columns of `Weights.moments`: the first five add up over ranks and batches."""
+RUNNING_UNITS = 1024
+"""How many earlier units count in the statistics of `scope: running`."""
 _LEVEL_IDS: dict[str, str] = {"domain": "domain_ids", "document": "segment_ids"}
 
 
@@ -155,6 +158,14 @@ def order_problems(spec: Spec) -> list[Problem]:
             if place is None:
                 where = f"{factor}, stage {index + 1}: "
             problems.append(Problem(where + message, place))
+        last = plan(pipeline)[-1]
+        if spec.scope == "running" and last.level in {"token", "domain"}:
+            message = (
+                f"{factor} weighs per {last.level}, and scope: running remembers documents and "
+                "sequences: tokens are too many, domains return in every batch; "
+                "leave scope out, or pool to sequences"
+            )
+            problems.append(Problem(message, spec.place(factor, len(pipeline) - 1)))
     return problems
 
 
@@ -181,6 +192,10 @@ class Weighting(nn.Module):
         for factor, steps in self.plans.items():
             for index, step in enumerate(steps):
                 self._remember(factor, index, step.stage)
+            if spec.scope == "running":
+                self.register_buffer(f"{factor}__seen", torch.zeros(RUNNING_UNITS))
+                count = torch.zeros((), dtype=torch.int64)
+                self.register_buffer(f"{factor}__seen_count", count)
         keeps_all = spec.reduction == "token_mean" and spec.on_nonfinite == "error"
         self.identity = keeps_all and all(map(_is_identity, self.plans.values()))
 
@@ -243,15 +258,19 @@ class Weighting(nn.Module):
         sound = flat.valid & _all_finite(flat, source.reads() | {"loss"})
         scope = Scope("token", step, sound, self.domains, self.collectives)
         tokens_ok, groups, largest = flat.valid, None, None
-        x, scope = _finite(source.read(flat, scope), scope)
+        around = self._advanced(factor, 0, partial(source.advance, flat), scope)
+        x, scope = _finite(source.read(flat, around), scope)
         for index, stage in enumerate(rest, 1):
             if isinstance(stage, Pool):
                 groups = group(signals, stage.level, len(self.domains), self.collectives)
                 assert groups is not None
                 x, scope, tokens_ok = self._pool(stage, x, flat.valid, scope, groups)
+                if self.spec.scope == "running":
+                    x, scope = self._with_earlier(factor, *_finite(x, scope))
             else:
                 assert isinstance(stage, Shape | Weigh | Constrain)
-                around = self._advanced(factor, index, stage, x, scope)
+                advance = partial(stage.advance, x)
+                around = self._advanced(factor, index, advance, scope)
                 if inside := stage.inside():
                     parts = group(signals, inside, len(self.domains), self.collectives)
                     assert parts is not None
@@ -269,21 +288,26 @@ class Weighting(nn.Module):
         return _Run(torch.where(tokens_ok, token, 0), tokens_ok, moments)
 
     def _advanced(
-        self, factor: str, index: int, stage: Shape | Weigh | Constrain, x: Tensor, scope: Scope
+        self,
+        factor: str,
+        index: int,
+        advance: Callable[[Scope], dict[str, Tensor]],
+        scope: Scope,
     ) -> Scope:
         """Return the scope with the stage's state after this batch; keep it when training."""
         names = self._buffers_of.get((factor, index))
         if names is None:
             return scope
         before = {key: self.get_buffer(name) for key, name in names.items()}
-        after = stage.advance(x, _with_state(scope, before))
-        assert after.keys() == before.keys(), f"{stage.name} must return the state it was given"
+        after = advance(_with_state(scope, before))
+        name = self.plans[factor][index].stage.name
+        assert after.keys() == before.keys(), f"{name} must return the state it was given"
         if not self.training:
             return _with_state(scope, after)
         # The caller's graph may replay: the state is written where it is, never replaced.
         after = {key: value.to(before[key].dtype) for key, value in after.items()}
         for key, value in after.items():
-            assert value.shape == before[key].shape, f"{stage.name} changed the shape of {key}"
+            assert value.shape == before[key].shape, f"{name} changed the shape of {key}"
             before[key].copy_(value)
         return _with_state(scope, after)
 
@@ -300,10 +324,24 @@ class Weighting(nn.Module):
         score, ok = self.collectives.gather(packed).transpose(0, 1).flatten(1)
         return score, Scope(groups.level, scope.step, ok > 0, self.domains), valid
 
+    def _with_earlier(self, factor: str, x: Tensor, scope: Scope) -> tuple[Tensor, Scope]:
+        """Put the units of earlier batches behind those at hand, and remember these first."""
+        seen = self.get_buffer(f"{factor}__seen")
+        count = self.get_buffer(f"{factor}__seen_count")
+        kept = torch.arange(RUNNING_UNITS, device=x.device) < count
+        values, usable = torch.cat([x, seen]), torch.cat([scope.valid, kept])
+        if self.training:
+            newest = usable.to(torch.int8).argsort(descending=True, stable=True)[:RUNNING_UNITS]
+            count.copy_((count + scope.valid.sum()).clamp(max=RUNNING_UNITS))
+            seen.copy_(values[newest])
+        return values, Scope(scope.level, scope.step, usable, scope.domains)
+
     def _own(self, x: Tensor, scope: Scope) -> Tensor:
         """Return this rank's part of units that were brought together."""
         if scope.level in {"token", "domain"}:
             return x
+        if self.spec.scope == "running":
+            x = x[:-RUNNING_UNITS]
         return x.unflatten(0, (self.collectives.size, -1))[self.collectives.rank]
 
     def _combine(self, signals: Signals, valid: Tensor, factors: list[Tensor]) -> Tensor:

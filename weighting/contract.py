@@ -262,6 +262,11 @@ class Source(Stage):
         """Return why it cannot work with these domain names, or None; asked when it is built."""
         del domains
 
+    def advance(self, signals: Signals, scope: Scope) -> dict[str, Tensor]:
+        """Return the state after this batch, from `scope.state` before it; the same names."""
+        del signals, scope
+        return {}
+
     @abstractmethod
     def read(self, signals: Signals, scope: Scope) -> Tensor:
         """Return a score per token, [T]; the signals are flat."""

@@ -53,7 +53,8 @@ class Spec(BaseModel):
         reduction: `token_mean` lets every token of a sequence count alike; `sequence_mean` (or
             `domain_mean`) lets every sequence (domain) count alike whatever its length.
         scope: Which units statistics run over: `microbatch`, those of all data-parallel ranks;
-            `rank`, those of each rank alone; `step`, those of all accumulated microbatches too.
+            `rank`, those of each rank alone; `step`, those of all accumulated microbatches too;
+            `running`, those of the last 1,024 units before the microbatch as well.
         on_nonfinite: `error` reports a NaN or infinite signal at the next log step; `drop`
             weighs the unit 0 and counts it.
         plugins: Modules that register further stages.
@@ -65,7 +66,7 @@ class Spec(BaseModel):
     factors: dict[str, Pipeline] = Field(min_length=1)
     normalize: Literal["mean_one", "none"] = "mean_one"
     reduction: Literal["token_mean", "sequence_mean", "domain_mean"] = "token_mean"
-    scope: Literal["rank", "microbatch", "step"] = "microbatch"
+    scope: Literal["rank", "microbatch", "step", "running"] = "microbatch"
     on_nonfinite: Literal["error", "drop"] = "error"
     plugins: tuple[str, ...] = ()
     _marks: _Marks = PrivateAttr(default_factory=lambda: _Marks(Source("", ""), {}))

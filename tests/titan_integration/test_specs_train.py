@@ -37,7 +37,7 @@ def write_data(path, domains):
         for i in range(120):
             domain = domains[i % len(domains)]
             text = " ".join(rng.choices(words, k=60 + 10 * (i % 7)))
-            more = {"ref_loss": 6 + rng.random() * 2, "weight": rng.random() * 3}
+            more = {"ref_loss": 6 + rng.random() * 2, "weight": rng.random() * 3, "topics": i % 256}
             file.write(json.dumps({"text": text, "domain": domain, **more}) + "\n")
 
 

@@ -30,6 +30,7 @@ _SPANS = {
 _SCOPES = {
     "rank": "the rank's own part of the microbatch; ranks weigh differently",
     "microbatch": "the microbatch, on all data-parallel ranks",
+    "running": "the microbatch, on all data-parallel ranks, and the 1,024 units before it",
     "step": "all microbatches of the optimizer step, on all data-parallel ranks",
 }
 

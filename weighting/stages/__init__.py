@@ -39,5 +39,6 @@ from weighting.stages.target_prob import TargetProb as TargetProb
 from weighting.stages.temperature import Temperature as Temperature
 from weighting.stages.threshold import Threshold as Threshold
 from weighting.stages.topical import Topical as Topical
+from weighting.stages.topics import Topics as Topics
 from weighting.stages.topk_entropy import TopkEntropy as TopkEntropy
 from weighting.stages.uniform import Uniform as Uniform

@@ -57,14 +57,8 @@ class Topical(Weigh):
         losses = state["losses"] + torch.where(scope.valid, x, 0)
         times = state["times"] + scope.valid
         batches = state["batches"] + 1
-        seen = times > 0
-        mean = losses.sum() / times.sum().clamp(min=1)
-        gap = torch.where(seen, losses / times.clamp(min=1) - mean, 0) / mean.clamp(min=1e-6)
-        # Below the mean, 1 + |gap| is 1 - gap too.
-        gain = torch.where(self.lift(scope.step) > 0, 1 + gap.clamp(min=0), 1 - gap).clamp(min=0)
-        moved = (state["weights"] * torch.where(seen, gain, 1)).clamp(
-            self.low(scope.step), self.high(scope.step)
-        )
+        gain = gains(losses, times, self.lift(scope.step))
+        moved = (state["weights"] * gain).clamp(self.low(scope.step), self.high(scope.step))
         due = batches % self.every == 0
         return {
             "weights": torch.where(due, moved, state["weights"]),
@@ -78,3 +72,15 @@ class Topical(Weigh):
         """Return the weights as they are now."""
         del x
         return scope.state["weights"]
+
+
+def gains(losses: Tensor, times: Tensor, lift: Tensor) -> Tensor:
+    """Return the factor of each topic's weight from its summed losses, [K], and how many they are.
+
+    1 + max(gap, 0) where lift is positive, 1 - gap otherwise; 1 for a topic not seen.
+    """
+    seen = times > 0
+    mean = losses.sum() / times.sum().clamp(min=1)
+    gap = torch.where(seen, losses / times.clamp(min=1) - mean, 0) / mean.clamp(min=1e-6)
+    # Below the mean, 1 + |gap| is 1 - gap too.
+    return torch.where(lift > 0, 1 + gap.clamp(min=0), (1 - gap).clamp(min=0))

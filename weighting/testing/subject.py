@@ -245,14 +245,15 @@ class Trial:
         x = weights(signals) if self.parts[0].takes == "weight" else signals.loss
         calls: list[Call] = []
         for index, part in enumerate(self.parts):
+            state = {k: v.to(valid.device) for k, v in self.states[index].items()}
             if isinstance(part, Source):
-                call = _read(part, signals, scope)
+                call = _read(part, signals, scope, state)
+                self.states[index] = call.new
             elif isinstance(part, Pool):
                 call = _pool(part, x, signals, scope)
                 scope = Scope(part.level, at, call.counts, self.domains)
             else:
                 assert isinstance(part, Shape | Weigh | Constrain)
-                state = {k: v.to(valid.device) for k, v in self.states[index].items()}
                 call = _apply(part, x, signals, scope, state)
                 self.states[index] = call.new
             calls.append(call)
@@ -283,10 +284,17 @@ def _tensors(signals: Signals) -> dict[str, Tensor]:
     return {**given, **signals.columns}
 
 
-def _read(stage: Source, signals: Signals, scope: Scope) -> Call:
-    given = _tensors(signals)
+def _read(stage: Source, signals: Signals, scope: Scope, state: dict[str, Tensor]) -> Call:
+    given = {**_tensors(signals), **_held(state)}
     before = _copies(given)
-    return Call(stage, given, before, stage.read(signals, scope), scope.valid)
+    around = Scope(scope.level, scope.step, scope.valid, scope.domains, None, state)
+    new = dict(stage.advance(signals, around)) if state else {}
+    after = Scope(scope.level, scope.step, scope.valid, scope.domains, None, new)
+    return Call(stage, given, before, stage.read(signals, after), scope.valid, state, new)
+
+
+def _held(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"scope.state[{name!r}]": value for name, value in state.items()}
 
 
 def _pool(stage: Pool, x: Tensor, signals: Signals, scope: Scope) -> Call:
@@ -305,8 +313,7 @@ def _apply(
     scope: Scope,
     state: dict[str, Tensor],
 ) -> Call:
-    held = {f"scope.state[{name!r}]": value for name, value in state.items()}
-    given = {"x": x, "scope.valid": scope.valid, "scope.step": scope.step, **held}
+    given = {"x": x, "scope.valid": scope.valid, "scope.step": scope.step, **_held(state)}
     before = _copies(given)
     around = Scope(scope.level, scope.step, scope.valid, scope.domains, None, state)
     new = dict(stage.advance(x, around)) if state else {}
