@@ -116,3 +116,12 @@ def test_a_spec_may_be_a_text_a_path_or_a_spec(name):
     for given in (name, str(spec), spec, find(name)):
         config = with_weighting(stock.llama3_debugmodel(), given)
         assert read_spec(config.weighting) == spec
+
+
+def test_ranks_that_would_remember_apart_are_refused():
+    """A checkpoint holds one memory, so scope: rank and stages that remember do not go together."""
+    config = config_registry.llama3_debugmodel()
+    text = "version: 1\nscope: rank\npipeline: {}\n"
+    with pytest.raises(ValueError, match="every rank remember something else"):
+        refuse_unsupported(config, sketch(wt.loads(text.format("running(1)"))))
+    refuse_unsupported(config, sketch(wt.loads(text.format("temperature(1)"))))
