@@ -17,7 +17,7 @@ ONES = {"uniform"}
 """Specs whose weights do not differ, by intention."""
 NO_GAIN = {"ukpl", "longce"}
 """Specs whose short context is longer than these sequences, which therefore weigh all alike."""
-SLOW = {"toremi"}
+SLOW = {"toremi", "toremi-topics"}
 """Specs that move their weights after more than five steps."""
 
 
