@@ -57,7 +57,6 @@ def main() -> None:
         "losses": losses,
         "validations": validations,
         "weights": weights,
-        "statistics": None,
         "parameters": parameters if rank == 0 else {},
     }
     Path(out).mkdir(parents=True, exist_ok=True)
