@@ -174,11 +174,14 @@ def as_lists(signals, domains=DOMAINS, step=0):
 
 
 class Lockstep:
-    """Ranks in one process: a thread each, meeting at every collective."""
+    """Ranks in one process: a thread each, meeting at every collective.
 
-    def __init__(self, ranks):
+    With `parts`, each sequence is cut over that many ranks, which are neighbours.
+    """
+
+    def __init__(self, ranks, parts=1):
         """Prepare for a number of ranks."""
-        self.ranks = ranks
+        self.ranks, self.parts = ranks, parts
         self.barrier = threading.Barrier(ranks, timeout=60)
         self.slots = [None] * ranks
 
@@ -207,25 +210,38 @@ class Lockstep:
 
 
 class RankCollectives:
-    """What `build` is given on one rank."""
+    """What `build` is given on one rank: all ranks, or those that share its sequences."""
 
-    def __init__(self, lockstep, rank):
+    def __init__(self, lockstep, number, only_parts=False):
         """Belong to a lockstep, as one of its ranks."""
-        self.lockstep = lockstep
-        self.rank = rank
-        self.size = lockstep.ranks
+        self.lockstep, self.number, self.only_parts = lockstep, number, only_parts
+        self.rank, part = divmod(number, lockstep.parts)
+        self.size = lockstep.ranks // lockstep.parts
+        self.same_part = slice(part, None, lockstep.parts)
+        self.same_rows = slice(self.rank * lockstep.parts, (self.rank + 1) * lockstep.parts)
+        if only_parts:
+            self.rank, self.size = part, lockstep.parts
+
+    @property
+    def parts(self):
+        """The ranks that share its sequences."""
+        return RankCollectives(self.lockstep, self.number, only_parts=True)
 
     def gather(self, x):
-        """Return every rank's x."""
-        return self.lockstep.exchange(self.rank, "gather", x)
+        """Return the x of every rank with other sequences."""
+        return self._exchange("gather", x)[self.same_part]
 
     def sum(self, x):
         """Return the sum over ranks."""
-        return self.lockstep.exchange(self.rank, "sum", x).sum(0)
+        return self._exchange("sum", x).sum(0)
 
     def max(self, x):
         """Return the maximum over ranks."""
-        return self.lockstep.exchange(self.rank, "max", x).amax(0)
+        return self._exchange("max", x).amax(0)
+
+    def _exchange(self, kind, x):
+        everyone = self.lockstep.exchange(self.number, kind, x)
+        return everyone[self.same_rows] if self.only_parts else everyone
 
 
 # Strategies -------------------------------------------------------------------------------------

@@ -1,60 +1,42 @@
-"""The weighted loss: torchtitan's losses, with a weight for every token.
+"""The weighted loss in the host's trainer.
 
-A sequence's weight needs all of the sequence and all of the batch, while the host's chunked loss
-runs backward chunk by chunk.  So signals are taken first, in a pass over the chunks without
-gradient; the weights then travel through the host's own loop as one more per-token input.
-Validation calls the same objects without gradient and stays unweighted.
+The host's chunked loss hands over hidden states and the output layer; the core's late-bound pass
+takes losses, signals and gradients from them without a second pass for weights that look at the
+whole batch.  Validation calls the same objects without gradient and stays the host's own.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+import contextlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torchtitan.components.loss import BaseLoss, ChunkedLossWrapper, CrossEntropyLoss
+from torchtitan.tools.logging import logger
 from typing_extensions import override
 
-from titan_integration.vocabulary import losses_with_gradient, signals
+from titan_integration.vocabulary import losses_with_gradient, plain, signals, slice_of
+from weighting.linear import Batch, Head, Memory, Path, Sizes, late_bound, path_of
 from weighting.losses import weighted_sum
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torchtitan.config import CompileConfig
+
     from titan_integration.state import RunState
 
 Outcome = tuple[Tensor, dict[str, Tensor]]
 
 
-class TokenWeightedCrossEntropy(CrossEntropyLoss):
-    """The host's cross entropy, or sum(weight * nll) / global_valid_tokens when given weights."""
-
-    @dataclass(kw_only=True, slots=True)
-    class Config(CrossEntropyLoss.Config):
-        """The host's fields."""
-
-    @override
-    def __call__(
-        self,
-        pred: Tensor,
-        labels: Tensor,
-        global_valid_tokens: Tensor | None = None,
-        weights: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Outcome:
-        """Return the loss of logits [B, L, V] for labels [B, L]; weights is [B, L] or None."""
-        if weights is None:
-            return super().__call__(pred, labels, global_valid_tokens, **kwargs)
-        assert global_valid_tokens is not None, "only training is weighted"
-        nll = losses_with_gradient(pred, labels, self.global_vocab_size)
-        return weighted_sum(nll, weights) / global_valid_tokens, {}
-
-
-class WeightedCrossEntropyLoss(TokenWeightedCrossEntropy):
+class WeightedCrossEntropyLoss(CrossEntropyLoss):
     """Weighted cross entropy over full logits, [B, L, V]."""
 
     @dataclass(kw_only=True, slots=True)
-    class Config(TokenWeightedCrossEntropy.Config):
+    class Config(CrossEntropyLoss.Config):
         """The host's fields."""
 
     state: RunState | None = None
@@ -66,12 +48,10 @@ class WeightedCrossEntropyLoss(TokenWeightedCrossEntropy):
         pred: Tensor,
         labels: Tensor,
         global_valid_tokens: Tensor | None = None,
-        weights: Tensor | None = None,
         positions: Tensor | None = None,
         **kwargs: Any,
     ) -> Outcome:
-        """Return the loss; weighted when training."""
-        assert weights is None, "weights come from the state"
+        """Return the loss of logits for labels [B, L]; weighted when training."""
         state = self.state
         if state is None or global_valid_tokens is None or not pred.requires_grad:
             return super().__call__(pred, labels, global_valid_tokens)
@@ -79,10 +59,8 @@ class WeightedCrossEntropyLoss(TokenWeightedCrossEntropy):
             loss, metrics = super().__call__(pred, labels, global_valid_tokens)
             _record_plain(state, labels, loss)
             return loss, metrics
-        found = signals(pred, labels, self.global_vocab_size, state.fn.needs)
-        out = state.weigh(labels, positions, found)
-        state.add_cross_entropy(found["loss"].sum() / global_valid_tokens)
-        return super().__call__(pred, labels, global_valid_tokens, weights=out.token)
+        given = _Given(state, labels, positions, global_valid_tokens)
+        return _from_logits(pred, self.global_vocab_size, given)
 
     def token_losses(self, pred: Tensor, labels: Tensor, lm_head: nn.Module) -> Tensor:
         """Return the loss of every token, [B, L], without gradient; `pred` is logits."""
@@ -91,17 +69,26 @@ class WeightedCrossEntropyLoss(TokenWeightedCrossEntropy):
 
 
 class WeightedChunkedLoss(ChunkedLossWrapper):
-    """The host's chunked loss with weights that look at the whole batch."""
+    """Weighted cross entropy over hidden states, [B, L, D], and the output layer."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(ChunkedLossWrapper.Config):
-        """The host's fields."""
+        """The host's fields, and how weights that come late are met."""
 
-        loss_fn: BaseLoss.Config = field(default_factory=TokenWeightedCrossEntropy.Config)
-        """Loss of each chunk's logits; it must take `weights`."""
+        memory: Memory = "auto"
+        """late: one more gradient of the output layer for each further sequence on a rank. keep:
+        all logits of a microbatch. recompute: a second product of the output layer. full: the
+        output layer as it is, on all tokens at once. auto: late or keep, whichever needs less
+        memory, if that is at most a sixteenth of the device's; recompute otherwise."""
 
     state: RunState | None = None
     """Set by the trainer before the first step."""
+
+    def __init__(self, config: Config, *, compile_config: CompileConfig | None = None) -> None:
+        """Build the inner loss, which validation uses."""
+        super().__init__(config, compile_config=compile_config)
+        self.memory = config.memory
+        self._path: Path | None = None
 
     @override
     def __call__(
@@ -112,40 +99,90 @@ class WeightedChunkedLoss(ChunkedLossWrapper):
         positions: Tensor | None = None,
         **loss_inputs: Any,
     ) -> Outcome:
-        """Return the loss of hidden states [B, L, D] for labels [B, L]; weighted when training."""
+        """Return the loss of hidden states for labels [B, L]; weighted when training."""
         state = self.state
         if state is None or global_valid_tokens is None or not pred.requires_grad:
             return super().__call__(pred, labels, global_valid_tokens, **loss_inputs)
-        if state.fn.identity:
+        if state.fn.identity and self.memory == "auto":
             loss, metrics = super().__call__(pred, labels, global_valid_tokens, **loss_inputs)
             _record_plain(state, labels, loss)
             return loss, metrics
         assert self.lm_head is not None, "the trainer sets lm_head"
-        found = self._signals(pred, labels, state.fn.needs, self.lm_head)
-        out = state.weigh(labels, positions, found)
-        state.add_cross_entropy(found["loss"].sum() / global_valid_tokens)
-        return super().__call__(pred, labels, global_valid_tokens, weights=out.token, **loss_inputs)
+        given = _Given(state, labels, positions, global_valid_tokens)
+        if self.memory == "full":
+            return _from_logits(self.lm_head(pred), self._vocab_size, given)
+        with self._gathered(self.lm_head) as head:
+            batch = Batch(
+                plain(labels),
+                head,
+                self._path_for(state, plain(labels), head),
+                state.fn.needs,
+                state.local_part,
+                state.known(plain(labels)),
+                1 / plain(global_valid_tokens),
+            )
+            hidden = plain(pred, partial=head.cut is not None)
+            return late_bound(hidden, batch, given.weigh), {}
 
     def token_losses(self, pred: Tensor, labels: Tensor, lm_head: nn.Module) -> Tensor:
         """Return the loss of every token, [B, L], without gradient; `pred` is hidden states."""
-        return self._signals(pred, labels, frozenset(), lm_head)["loss"]
+        chunks = (pred.chunk(self.num_chunks, dim=1), labels.chunk(self.num_chunks, dim=1))
+        with torch.no_grad():
+            return torch.cat(
+                [
+                    signals(lm_head(hidden), label, self._vocab_size, frozenset())["loss"]
+                    for hidden, label in zip(*chunks, strict=True)
+                ],
+                dim=1,
+            )
 
-    @torch.no_grad()
-    def _signals(
-        self, hidden: Tensor, labels: Tensor, needs: frozenset[str], lm_head: nn.Module
-    ) -> dict[str, Tensor]:
-        """Return the loss of every token and what else is needed, [B, L], chunk by chunk."""
-        if isinstance(lm_head, FSDPModule):  # gather its weight once; the host's loop reshards it
-            lm_head.set_reshard_after_forward(False)
+    @property
+    def _vocab_size(self) -> int | None:
+        return getattr(self.loss_fn, "global_vocab_size", None)
+
+    @contextlib.contextmanager
+    def _gathered(self, lm_head: nn.Module) -> Iterator[Head]:
+        """Give the output layer's parameters, whole but for tensor parallelism, for one pass."""
+        if isinstance(lm_head, FSDPModule):
             lm_head.unshard()
-        found: dict[str, list[Tensor]] = {}
-        chunks = (hidden.chunk(self.num_chunks, dim=1), labels.chunk(self.num_chunks, dim=1))
-        for hidden_chunk, label_chunk in zip(*chunks, strict=True):
-            vocab_size = getattr(self.loss_fn, "global_vocab_size", None)
-            chunk = signals(lm_head(hidden_chunk), label_chunk, vocab_size, needs)
-            for name, value in chunk.items():
-                found.setdefault(name, []).append(value)
-        return {name: torch.cat(parts, 1) for name, parts in found.items()}
+        assert isinstance(lm_head.weight, Tensor)
+        bias = getattr(lm_head, "bias", None)
+        cut = slice_of(lm_head.weight, self._vocab_size)
+        yield Head(plain(lm_head.weight), None if bias is None else plain(bias), cut)
+        if isinstance(lm_head, FSDPModule):
+            lm_head.reshard()
+
+    def _path_for(self, state: RunState, labels: Tensor, head: Head) -> Path:
+        """Return the way through the output layer, chosen at the first batch and said once."""
+        if self._path is None:
+            sizes = Sizes.of(labels, head.weight)
+            self._path = path_of(state.fn, sizes, self.memory, chunks=self.num_chunks)
+            logger.info(f"Weighted loss: {self._path}")
+        return self._path
+
+
+class _Given(NamedTuple):
+    """A call of the loss: what it got beside predictions."""
+
+    state: RunState
+    labels: Tensor
+    positions: Tensor | None
+    global_valid_tokens: Tensor
+
+    def weigh(self, found: dict[str, Tensor]) -> Tensor:
+        """Return the weight of each token, given its signals, and note the statistics."""
+        self.state.add_cross_entropy(found["loss"].sum() / plain(self.global_valid_tokens))
+        positions = None if self.positions is None else plain(self.positions)
+        return self.state.weigh(plain(self.labels), positions, found).token
+
+
+def _from_logits(logits: Tensor, vocab_size: int | None, given: _Given) -> Outcome:
+    """Return the weighted loss of full logits."""
+    nll = losses_with_gradient(logits, given.labels, vocab_size)
+    found = {"loss": nll.detach()}
+    if given.state.fn.needs - {"loss"}:
+        found = signals(logits, given.labels, vocab_size, given.state.fn.needs)
+    return weighted_sum(nll, given.weigh(found)) / plain(given.global_valid_tokens), {}
 
 
 def weighted_loss_config(stock: BaseLoss.Config) -> BaseLoss.Config:
@@ -157,8 +194,7 @@ def weighted_loss_config(stock: BaseLoss.Config) -> BaseLoss.Config:
     if isinstance(stock, WeightedChunkedLoss.Config | WeightedCrossEntropyLoss.Config):
         return stock
     if type(stock) is ChunkedLossWrapper.Config and type(stock.loss_fn) is CrossEntropyLoss.Config:
-        inner = TokenWeightedCrossEntropy.Config(global_vocab_size=stock.loss_fn.global_vocab_size)
-        return WeightedChunkedLoss.Config(num_chunks=stock.num_chunks, loss_fn=inner)
+        return WeightedChunkedLoss.Config(num_chunks=stock.num_chunks, loss_fn=stock.loss_fn)
     if type(stock) is CrossEntropyLoss.Config:
         return WeightedCrossEntropyLoss.Config(global_vocab_size=stock.global_vocab_size)
     msg = (

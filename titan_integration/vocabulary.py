@@ -1,131 +1,111 @@
-"""The loss and the signals of each token, from whole logits or from this rank's slice of them.
+"""Where the vocabulary of an output layer is: whole on this rank, or cut over several.
 
-Under tensor parallelism a rank holds the logits of a part of the vocabulary.  Everything a token
-needs is a sum over the vocabulary of something shifted by the largest logit, so two small
-collectives do: one maximum, one sum of all the parts stacked.  The vocabulary is never gathered.
+Under tensor parallelism a rank holds the logits of a part of the vocabulary.  The core takes
+losses, signals and gradients from that part and two small collectives; here it learns which part.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
-from torchtitan.components.loss import _LossParallelCrossEntropy
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torchtitan.distributed.spmd_types import (
     current_spmd_mesh,
     get_spmd_backend,
     spmd_mesh_size,
 )
+from typing_extensions import override
 
-from weighting.losses import IGNORE_INDEX, TOPK, distribution_signals, token_loss, topk_entropy
+from titan_integration.collectives import OverRanks
+from weighting.logits import Slice, gradient_, statistics
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from torch.distributed.tensor import Placement
 
 
-@dataclass(frozen=True)
-class Slices:
-    """How the vocabulary is cut: the ranks that hold the slices, and its whole size."""
+def slice_of(of: Tensor, vocab_size: int | None) -> Slice | None:
+    """Return this rank's part of the vocabulary, given logits or the weight of an output layer.
 
-    group: ProcessGroup
-    size: int
-
-    @property
-    def start(self) -> int:
-        """First label of this rank's slice; slices are equal but for the last."""
-        ranks, rank = dist.get_world_size(self.group), dist.get_rank(self.group)
-        return min(self.size, -(-self.size // ranks) * rank)
-
-
-def slices_of(logits: Tensor, vocab_size: int | None) -> Slices | None:
-    """Return how the vocabulary of some logits is cut over ranks; None when it is whole."""
-    if isinstance(logits, DTensor):
-        if logits.placements != (Shard(logits.ndim - 1),):
+    Args:
+        of: Logits [B, L, V] or a weight [V, D]; a DTensor says itself how it is cut.
+        vocab_size: Size of the whole vocabulary, for the backend that passes plain tensors.
+    """
+    if isinstance(of, DTensor):
+        where = 0 if of.dim() == 2 else of.dim() - 1  # noqa: PLR2004 - a weight is [V, D]
+        names = of.device_mesh.mesh_dim_names or ()
+        if "tp" not in names or of.placements[names.index("tp")] != Shard(where):
             return None
-        return Slices(logits.device_mesh.get_group("tp"), logits.shape[-1])
+        return part_of(of.device_mesh.get_group("tp"), of.shape[where])
     if get_spmd_backend() == "spmd_types" and spmd_mesh_size("tp") > 1:
         mesh = current_spmd_mesh()
         assert mesh is not None
         assert vocab_size is not None, "the host's configs give global_vocab_size"
-        return Slices(mesh.get_group("tp"), vocab_size)
+        return part_of(mesh.get_group("tp"), vocab_size)
     return None
 
 
+def part_of(group: ProcessGroup, size: int) -> Slice:
+    """Return this rank's part of a vocabulary; parts are equal but for the last."""
+    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+    return Slice(min(size, -(-size // ranks) * rank), OverRanks(group))
+
+
+def plain(x: Tensor, *, partial: bool = False) -> Tensor:
+    """Return this rank's part of a tensor, through which gradient flows.
+
+    Args:
+        x: Any tensor.
+        partial: The gradient is a sum over the ranks that hold x whole, each of which has a term.
+    """
+    if not isinstance(x, DTensor):
+        return x
+    grads: list[Placement] = [
+        Partial() if partial and isinstance(where, Replicate) else where for where in x.placements
+    ]
+    return x.to_local(grad_placements=grads)
+
+
 def losses_with_gradient(logits: Tensor, labels: Tensor, vocab_size: int | None) -> Tensor:
-    """Return the loss of each token, nats, 0 where ignored; gradient flows to the logits."""
-    cut, logits = slices_of(logits, vocab_size), _local(logits)
-    if cut is None:
-        return token_loss(logits, labels)
-    flat = logits.flatten(0, -2).float()
-    losses = _LossParallelCrossEntropy.apply(flat, labels.flatten(), cut.group, cut.size, "none")
-    return losses.reshape(labels.shape)
+    """Return the loss of each token, [B, L] nats, 0 where ignored; gradient flows to the logits."""
+    rows, local = plain(logits).flatten(0, -2), plain(labels)
+    return token_losses_of(rows, local.flatten(), slice_of(logits, vocab_size)).view(local.shape)
+
+
+def token_losses_of(logits: Tensor, labels: Tensor, cut: Slice | None) -> Tensor:
+    """Return the loss of each row of logits [T, V], of which this rank may hold a part."""
+    return _TokenLoss.apply(logits, labels, cut)
 
 
 @torch.no_grad()
 def signals(
     logits: Tensor, labels: Tensor, vocab_size: int | None, needs: frozenset[str]
 ) -> dict[str, Tensor]:
-    """Return `loss` and what else of `needs` takes the predicted distribution, without gradient."""
-    cut, logits = slices_of(logits, vocab_size), _local(logits)
-    if cut is None:
-        return {"loss": token_loss(logits, labels), **distribution_signals(logits, labels, needs)}
-    return sliced_signals(logits.float(), labels, cut, needs)
+    """Return `loss` and what else of `needs` logits tell, each [B, L], without gradient."""
+    cut = slice_of(logits, vocab_size)
+    local = plain(labels)
+    found = statistics(plain(logits).flatten(0, -2), local.flatten(), needs, cut)
+    return {name: x.view(local.shape) for name, x in found.items() if name != "lse"}
 
 
-def sliced_signals(
-    logits: Tensor, labels: Tensor, cut: Slices, needs: frozenset[str]
-) -> dict[str, Tensor]:
-    """Return signals from this rank's slice of the logits, the same on all ranks of the cut.
+class _TokenLoss(torch.autograd.Function):
+    """Cross entropy of each row; backward keeps no probabilities but makes them again."""
 
-    loss       = log s - d_label           d = logit - max, s = sum_v exp d_v
-    entropy    = log s - sum_v d_v exp d_v / s
-    error_norm = sqrt(1 - 2 p_label + sum_v exp(d_v)^2 / s^2)
-    """
-    top = logits.amax(-1)
-    dist.all_reduce(top, dist.ReduceOp.MAX, group=cut.group)
-    shifted = logits - top[..., None]
-    exp = shifted.exp()
-    local = labels - cut.start
-    mine = (local >= 0) & (local < logits.shape[-1]) & (labels != IGNORE_INDEX)
-    hit = shifted.gather(-1, local.clamp(0, logits.shape[-1] - 1)[..., None]).squeeze(-1)
-    parts = [exp.sum(-1), torch.where(mine, hit, 0)]
-    if "entropy" in needs:
-        # A logit of -inf contributes nothing, but 0 * -inf would be NaN.
-        parts.append(torch.where(exp > 0, shifted * exp, 0).sum(-1))
-    if "error_norm" in needs:
-        parts.append((exp * exp).sum(-1))
-    stacked = torch.stack(parts)
-    dist.all_reduce(stacked, dist.ReduceOp.SUM, group=cut.group)
-    total, hit, *rest = stacked
-    loss = torch.where(labels != IGNORE_INDEX, total.log() - hit, 0)
-    found = {"loss": loss}
-    for name in needs:
-        if name.startswith(TOPK):
-            found[name] = topk_entropy(
-                _top_of_all(logits, int(name.removeprefix(TOPK)), cut), 10**9
-            )
-    if "entropy" in needs:
-        found["entropy"] = (total.log() - rest[0] / total).clamp(min=0)
-    if "error_norm" in needs:
-        squares = rest[-1] / (total * total)
-        found["error_norm"] = (1 - 2 * (-loss).exp() + squares).clamp(min=0).sqrt()
-    return found
+    @staticmethod
+    @override
+    def forward(  # pyrefly: ignore[bad-override]
+        ctx: Any, logits: Tensor, labels: Tensor, cut: Slice | None
+    ) -> Tensor:
+        found = statistics(logits, labels, frozenset(), cut)
+        ctx.save_for_backward(logits, labels, found["lse"])
+        ctx.cut = cut
+        return found["loss"]
 
-
-def _top_of_all(logits: Tensor, k: int, cut: Slices) -> Tensor:
-    """Return the k largest logits of the whole vocabulary, from the k largest of each slice."""
-    mine = logits.new_full((*logits.shape[:-1], k), -torch.inf)
-    width = min(k, logits.shape[-1])
-    mine[..., :width] = logits.topk(width, dim=-1).values
-    ranks = dist.get_world_size(cut.group)
-    every = mine.new_empty(ranks, *mine.shape)
-    dist.all_gather_into_tensor(every, mine[None].contiguous(), group=cut.group)
-    return every.movedim(0, -2).flatten(-2).topk(k, dim=-1).values
-
-
-def _local(logits: Tensor) -> Tensor:
-    return logits.to_local() if isinstance(logits, DTensor) else logits
+    @staticmethod
+    @override
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        logits, labels, lse = ctx.saved_tensors
+        return gradient_(logits.clone(), labels, lse, grads[0], ctx.cut), None, None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from weighting.contract import (
 )
 from weighting.errors import NonFiniteSignalError, Problem, SpecError
 from weighting.levels import Groups, group
-from weighting.stages import Clamp, Loss, Mean, Uniform
+from weighting.stages import Clamp, Loss, Mean, MeanOne, Uniform
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -36,6 +36,8 @@ MOMENTS = ("count", "sum", "square_sum", "capped", "nonfinite", "min", "max")
 """Columns of `Weights.moments`: the first five add up over ranks and batches."""
 RUNNING_UNITS = 1024
 """How many earlier units count in the statistics of `scope: running`."""
+_FLOOR = 1e-20
+"""What a local weight of 0 counts as until it is known that not all of them are 0."""
 _LEVEL_IDS: dict[str, str] = {"domain": "domain_ids", "document": "segment_ids"}
 
 
@@ -178,6 +180,10 @@ class Weighting(nn.Module):
         plans: The expanded stages of each factor.
         needs: Fields of `Signals` it reads.
         identity: True when every weight is one by construction.
+        local: Factors whose weight of a token is known from that token alone, but for one number
+            that scales them all; `local_part` is their product.
+        late: The units in which the rest of a token's weight is the same for all tokens, known
+            only when the whole batch is: sequences, single tokens, or None for one number.
     """
 
     def __init__(self, spec: Spec, domains: tuple[str, ...], collectives: Collectives) -> None:
@@ -198,6 +204,8 @@ class Weighting(nn.Module):
                 self.register_buffer(f"{factor}__seen_count", count)
         keeps_all = spec.reduction == "token_mean" and spec.on_nonfinite == "error"
         self.identity = keeps_all and all(map(_is_identity, self.plans.values()))
+        self.local = tuple(name for name, steps in self.plans.items() if _is_local(steps))
+        self.late = self._late()
 
     @override
     def forward(self, signals: Signals, step: int | Tensor = 0) -> Weights:
@@ -222,16 +230,52 @@ class Weighting(nn.Module):
                 runs = {name: _ones(flat.valid, flat.loss.isfinite()) for name in self.plans}
                 token = flat.valid.float()
             else:
-                runs = {name: self._run(name, signals, flat, step) for name in self.plans}
-                token = self._combine(signals, flat.valid, [run.token for run in runs.values()])
+                run = {
+                    name: self._run_local if name in self.local else self._run
+                    for name in self.plans
+                }
+                runs = {name: run[name](name, signals, flat, step) for name in self.plans}
+                token, runs = self._combine(signals, flat.valid, runs)
             ok = torch.stack([run.ok for run in runs.values()]).all(0)
-            rows = [run.moments for run in runs.values()]
+            rows = [run.moments(flat.valid) for run in runs.values()]
             rows.append(_moments(token, ok, flat.valid & ~ok, largest=None))
             return Weights(
                 token=token.reshape(shape),
                 factors={name: run.token.reshape(shape) for name, run in runs.items()},
                 moments=torch.stack(rows),
             )
+
+    def local_part(self, signals: Signals, step: int | Tensor = 0) -> Tensor:
+        """Return the product of the `local` factors before they are scaled, in the loss's shape.
+
+            weight_t = local_part_t * r(t),   r the same for all tokens of a unit of `late`
+
+        It is 0 where the weight is 0 for a non-finite signal, and never 0 for another reason that
+        a later scaling might undo: scores of 0 count as 1e-20.
+
+        Args:
+            signals: Of any part of a batch.
+            step: Optimizer step.
+        """
+        loss = signals.loss
+        read = (_needs(self.plans[name]) for name in self.local)
+        flat = _flatten(signals, frozenset().union(*read))
+        assert flat.valid is not None
+        product, step = flat.valid.float(), torch.as_tensor(step, device=loss.device)
+        with torch.no_grad(), torch.autocast(loss.device.type, enabled=False):
+            for name in self.local:
+                product = product * self._floored(name, self._run_local(name, signals, flat, step))
+        return product.reshape(loss.shape)
+
+    def most(self) -> float:
+        """Return the largest share of this rank's tokens that weigh more than 0, but for ties."""
+        shares = [1.0]
+        for steps in self.plans.values():
+            stage, level = steps[-1].stage, steps[-1].level
+            here = isinstance(self.collectives, Alone) or stage.inside() == "sequence"
+            if isinstance(stage, Weigh) and level == "token" and here:
+                shares.append(stage.most())
+        return min(shares)
 
     def check(self, weights: Weights) -> None:
         """Raise if a signal was not finite and the spec says `on_nonfinite: error`; synchronises.
@@ -249,6 +293,40 @@ class Weighting(nn.Module):
             self.register_buffer(names[key], value.clone())
         if names:
             self._buffers_of[factor, index] = names
+
+    def _late(self) -> Literal["sequence", "token"] | None:
+        levels = {steps[-1].level for name, steps in self.plans.items() if name not in self.local}
+        if self.spec.reduction == "sequence_mean":
+            levels.add("sequence")
+        if not levels and self.spec.reduction == "token_mean":
+            return None
+        return "sequence" if levels == {"sequence"} else "token"
+
+    def _run_local(self, factor: str, signals: Signals, flat: Signals, step: Tensor) -> _Run:
+        """Run the stages of a local factor up to the number that scales it."""
+        del signals
+        assert flat.valid is not None
+        (source, *rest) = [step.stage for step in self.plans[factor]]
+        assert isinstance(source, Source)
+        sound = flat.valid & _all_finite(flat, source.reads() | {"loss"})
+        scope = Scope("token", step, sound, self.domains)
+        x, scope = _finite(source.read(flat, scope), scope)
+        for stage in rest:
+            assert isinstance(stage, Shape | Weigh | Constrain)
+            x = stage.raw(x) if isinstance(stage, MeanOne) else stage.apply(x, scope)
+            if stage.gives == "score":
+                x, scope = _finite(x, scope)
+        x = torch.where(scope.valid, x, 0)
+        return _Run(x, scope.valid, x, scope.valid)
+
+    def _floored(self, factor: str, run: _Run) -> Tensor:
+        """Return token weights of which one that may yet be scaled up from 0 is not 0."""
+        if not self._is_unscaled(factor):
+            return run.token
+        return torch.where(run.ok, run.token.clamp(min=_FLOOR), 0)
+
+    def _is_unscaled(self, factor: str) -> bool:
+        return factor in self.local and isinstance(self.plans[factor][-1].stage, MeanOne)
 
     def _run(self, factor: str, signals: Signals, flat: Signals, step: Tensor) -> _Run:
         """Run one factor's stages."""
@@ -284,8 +362,7 @@ class Weighting(nn.Module):
         x, valid = self._own(x, scope), self._own(scope.valid, scope)
         token = groups.broadcast(x) if groups else x
         tokens_ok = tokens_ok & (groups.broadcast(valid) if groups else valid)
-        moments = _moments(x, valid, flat.valid & ~tokens_ok, largest)
-        return _Run(torch.where(tokens_ok, token, 0), tokens_ok, moments)
+        return _Run(x, valid, torch.where(tokens_ok, token, 0), tokens_ok, largest)
 
     def _advanced(
         self,
@@ -344,25 +421,49 @@ class Weighting(nn.Module):
             x = x[:-RUNNING_UNITS]
         return x.unflatten(0, (self.collectives.size, -1))[self.collectives.rank]
 
-    def _combine(self, signals: Signals, valid: Tensor, factors: list[Tensor]) -> Tensor:
-        """Multiply the factors and scale the product to mean one: the one place that does."""
-        product = torch.stack(factors).prod(0)
-        if self.spec.reduction != "token_mean":
-            level = "sequence" if self.spec.reduction == "sequence_mean" else "domain"
-            groups = group(signals, level, len(self.domains), self.collectives)
-            assert groups is not None
-            lengths = groups.sum(valid.float())
-            product = product / groups.broadcast(lengths).clamp(min=1)
-            if self.spec.normalize == "none":
-                tokens, units = valid.sum().float(), (lengths > 0).sum().float()
-                tokens = self.collectives.sum(tokens)
-                # Every rank holds all domains, but its own sequences only.
-                units = units if level == "domain" else self.collectives.sum(units)
-                product = product * (tokens / units.clamp(min=1))
+    def _combine(
+        self, signals: Signals, valid: Tensor, runs: dict[str, _Run]
+    ) -> tuple[Tensor, dict[str, _Run]]:
+        """Multiply the factors and scale: the product to mean one, and those not yet scaled.
+
+        All scales take one collective; it is left out when there is nothing to scale.
+        """
+        share = self._share(signals, valid)
+        rough = torch.stack([self._floored(name, run) for name, run in runs.items()]).prod(0)
+        rough = rough * share
+        unscaled = [name for name in runs if self._is_unscaled(name)]
+        sums = [rough.sum(), valid.sum().float()]
+        for name in unscaled:
+            sums += [runs[name].token.sum(), runs[name].ok.sum().float()]
+        if self.spec.normalize == "mean_one" or unscaled:
+            sums = self.collectives.sum(torch.stack(sums)).unbind()
+        for name, total, count in zip(unscaled, sums[2::2], sums[3::2], strict=True):
+            stage = self.plans[name][-1].stage
+            assert isinstance(stage, MeanOne)
+            run = runs[name]
+            token = torch.where(run.ok, stage.scale(run.token, total, count), 0)
+            runs = {**runs, name: run._replace(unit=token, token=token)}
+        product = torch.stack([run.token for run in runs.values()]).prod(0) * share
         if self.spec.normalize == "none":
-            return product
-        total, count = self.collectives.sum(torch.stack([product.sum(), valid.sum().float()]))
-        return product / torch.where(total > 0, total, 1) * count
+            return product, runs
+        total, count = sums[:2]
+        return torch.where(product > 0, rough / torch.where(total > 0, total, 1) * count, 0), runs
+
+    def _share(self, signals: Signals, valid: Tensor) -> Tensor:
+        """Return what each token counts before weighting: one, or its part of its unit."""
+        if self.spec.reduction == "token_mean":
+            return torch.ones_like(valid, dtype=torch.float32)
+        level = "sequence" if self.spec.reduction == "sequence_mean" else "domain"
+        groups = group(signals, level, len(self.domains), self.collectives)
+        assert groups is not None
+        lengths = groups.sum(valid.float())
+        share = 1 / groups.broadcast(lengths).clamp(min=1)
+        if self.spec.normalize == "mean_one":
+            return share
+        tokens, units = self.collectives.sum(valid.sum().float()), (lengths > 0).sum().float()
+        # Every rank holds all domains, but its own sequences only.
+        units = units if level == "domain" else self.collectives.gather(units).sum()
+        return share * (tokens / units.clamp(min=1))
 
 
 def raise_if_nonfinite(spec: Spec, tokens: int) -> None:
@@ -380,11 +481,16 @@ def raise_if_nonfinite(spec: Spec, tokens: int) -> None:
 
 
 class _Run(NamedTuple):
-    """One factor's outcome: token weights [T], tokens not dropped [T], moments [7]."""
+    """One factor's outcome: weights of its units, which count, and the same of the tokens."""
 
+    unit: Tensor
+    valid: Tensor
     token: Tensor
     ok: Tensor
-    moments: Tensor
+    largest: Tensor | None = None
+
+    def moments(self, valid: Tensor) -> Tensor:
+        return _moments(self.unit, self.valid, valid & ~self.ok, self.largest)
 
 
 def _expand(stage: Stage) -> Iterator[Stage]:
@@ -474,6 +580,13 @@ def _needs(steps: Sequence[Step]) -> frozenset[str]:
     return frozenset(ids).union(*read)
 
 
+def _is_local(steps: list[Step]) -> bool:
+    *rest, last = [step.stage for step in steps]
+    scaled_at_end = isinstance(last, MeanOne) and last.within is None
+    on_tokens = all(step.level == "token" for step in steps)
+    return on_tokens and all(x.pointwise for x in rest) and (scaled_at_end or last.pointwise)
+
+
 def _is_identity(steps: list[Step]) -> bool:
     first, *rest = [step.stage for step in steps]
     return isinstance(first, Uniform) and all(isinstance(stage, Constrain) for stage in rest)
@@ -533,8 +646,7 @@ def _all_finite(flat: Signals, names: frozenset[str]) -> Tensor:
 
 
 def _ones(valid: Tensor, finite: Tensor) -> _Run:
-    token, ok = valid.float(), valid & finite
-    return _Run(token, ok, _moments(token, valid, valid & ~finite, largest=None))
+    return _Run(valid.float(), valid, valid.float(), valid & finite)
 
 
 def _moments(weight: Tensor, valid: Tensor, dropped: Tensor, largest: Tensor | None) -> Tensor:

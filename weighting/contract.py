@@ -85,7 +85,15 @@ class Collectives(Protocol):
 
     @property
     def size(self) -> int:
-        """Number of ranks."""
+        """Number of ranks that `gather` reaches: those that hold other sequences."""
+        ...
+
+    @property
+    def parts(self) -> Collectives:
+        """Reaches the ranks that hold other parts of this rank's sequences.
+
+        `sum` and `max` reach these as well, `gather` does not.
+        """
         ...
 
 
@@ -94,6 +102,11 @@ class Alone:
 
     rank = 0
     size = 1
+
+    @property
+    def parts(self) -> Alone:
+        """Nobody holds other parts of its sequences."""
+        return self
 
     def gather(self, x: Tensor) -> Tensor:
         """Return x with a leading dimension of one."""
@@ -228,6 +241,9 @@ class Stage(BaseModel):
     """The field that holds arguments of free names, as in table(web=2, code=1)."""
     statistics: ClassVar[str] = ""
     """Which statistics over its scope it takes, for people to read."""
+    pointwise: ClassVar[bool] = False
+    """True promises that a unit's value depends on that unit and the step alone: no statistics, no
+    state, no position.  Token weights made of such stages are known at once, chunk by chunk."""
     levels: ClassVar[tuple[Level, ...]] = ("token", "document", "sequence", "domain")
     """Where it can stand; units must fit in memory pair by pair for some."""
 
@@ -322,6 +338,10 @@ class Weigh(_Step):
     kind: ClassVar[str] = "weigh"
     takes: ClassVar[Form | None] = "score"
     gives: ClassVar[Form] = "weight"
+
+    def most(self) -> float:
+        """Return the largest share of units it weighs above 0, but for ties at a threshold."""
+        return 1.0
 
 
 class Constrain(_Step):

@@ -21,7 +21,8 @@ class Groups:
         ids: [T] unit of each token, from 0 below `size`.
         size: Number of unit slots on this rank; empty slots are allowed.
         row: Tokens per unit when units are consecutive and equally long (rows), else 0.
-        collectives: Joins the parts of a unit that live on several ranks (domains).
+        collectives: Joins the parts of a unit that live on several ranks: all of them for
+            domains, those that share its sequences for the others.
     """
 
     level: Level
@@ -33,21 +34,23 @@ class Groups:
     def sum(self, x: Tensor) -> Tensor:
         """Return the sum of x [..., T] over the tokens of each unit, [..., U]."""
         if self.row:
-            return x.unflatten(-1, (self.size, self.row)).sum(-1)
-        if self.level == "domain":  # few units: a product sums in a fixed order on any device
-            return self.collectives.sum(x @ self._members().to(x.dtype))
-        return x.new_zeros(*x.shape[:-1], self.size).index_add(-1, self.ids, x)
+            part = x.unflatten(-1, (self.size, self.row)).sum(-1)
+        elif self.level == "domain":  # few units: a product sums in a fixed order on any device
+            part = x @ self._members().to(x.dtype)
+        else:
+            part = x.new_zeros(*x.shape[:-1], self.size).index_add(-1, self.ids, x)
+        return self.collectives.sum(part)
 
     def max(self, x: Tensor) -> Tensor:
         """Return the maximum of x [T] over the tokens of each unit, [U]; -inf for empty ones."""
         if self.row:
-            return x.unflatten(-1, (self.size, self.row)).amax(-1)
-        if self.level == "domain":
-            return self.collectives.max(
-                torch.where(self._members(), x[:, None], -torch.inf).amax(0)
-            )
-        empty = x.new_full((self.size,), -torch.inf)
-        return empty.scatter_reduce(0, self.ids, x, "amax")
+            part = x.unflatten(-1, (self.size, self.row)).amax(-1)
+        elif self.level == "domain":
+            part = torch.where(self._members(), x[:, None], -torch.inf).amax(0)
+        else:
+            empty = x.new_full((self.size,), -torch.inf)
+            part = empty.scatter_reduce(0, self.ids, x, "amax")
+        return self.collectives.max(part)
 
     def broadcast(self, unit: Tensor) -> Tensor:
         """Return each token's value of its unit, [..., U] -> [..., T]."""
@@ -75,15 +78,17 @@ def group(
     if level == "domain":
         ids = _ids(signals.domain_ids, signals.valid, "domain_ids", num_domains)
         return Groups(level, ids, num_domains, 0, collectives)
+    parts = collectives.parts
     if level == "sequence" and not is_flat:
         row_ids = torch.arange(rows, device=signals.loss.device).repeat_interleave(length)
-        return Groups(level, row_ids, rows, length, collectives)
+        return Groups(level, row_ids, rows, length, parts)
+    length *= parts.size  # ids count along the whole row, of which this rank may hold a part
     given, name = signals.segment_ids, "segment_ids"
     if level == "sequence" and signals.sequence_ids is not None:
         given, name = signals.sequence_ids, "sequence_ids"
     ids = _ids(given, signals.valid, name, length)
-    offsets = torch.arange(rows, device=ids.device).repeat_interleave(length) * length
-    return Groups(level, ids + offsets, rows * length, 0, collectives)
+    rows_of = torch.arange(rows, device=ids.device).repeat_interleave(ids.numel() // rows)
+    return Groups(level, ids + rows_of * length, rows * length, 0, parts)
 
 
 def documents(positions: Tensor) -> Tensor:

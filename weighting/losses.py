@@ -9,17 +9,12 @@ import torch.nn.functional as F  # noqa: N812 - the usual name
 from torch import Tensor
 
 from weighting.contract import Signals
+from weighting.logits import IGNORE_INDEX, TOPK, statistics
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from weighting.build import Weighting, Weights
-
-IGNORE_INDEX = -100
-TOPK = "columns.topk_entropy_"
-"""How the name of a top-k entropy begins; its k follows."""
-_CHUNK = 1024
-"""Tokens whose distributions are in memory at once while statistics are taken."""
 
 
 def weighted_cross_entropy(
@@ -63,7 +58,7 @@ def weighted_cross_entropy(
     valid = labels != IGNORE_INDEX
     count = valid.sum().clamp(min=1)
     nll = token_loss(logits, labels)
-    found = {"loss": nll.detach(), **distribution_signals(logits, labels, fn.needs)}
+    found = {"loss": nll.detach(), **signals_from(logits, labels, fn.needs)}
     ids = {"valid": valid, "domain_ids": domain_ids, "segment_ids": segment_ids}
     given = {f"columns.{name}": value for name, value in (columns or {}).items()}
     signals = signals_of({**found, **ids, **given, "ref_loss": ref_loss})
@@ -86,12 +81,6 @@ def signals_of(found: Mapping[str, Tensor | None]) -> Signals:
     return Signals(columns=columns, **fields)
 
 
-def topk_entropy(logits: Tensor, k: int) -> Tensor:
-    """Return the entropy of the softmax of the k largest logits, nats, [..., V] -> [...]."""
-    top = logits.topk(min(k, logits.shape[-1]), dim=-1).values
-    return torch.special.entr(top.softmax(-1)).sum(-1)
-
-
 def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the negative log-likelihood of each label, nats, float32, 0 where ignored."""
     nll = F.cross_entropy(
@@ -103,42 +92,19 @@ def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return nll.reshape(labels.shape)
 
 
+def signals_from(logits: Tensor, labels: Tensor, needs: frozenset[str]) -> dict[str, Tensor]:
+    """Return what else than the loss of `needs` logits [..., V] tell, in the shape of labels."""
+    rows = logits.detach().flatten(0, -2)
+    found: dict[str, Tensor] = {}
+    if needs.intersection({"entropy", "error_norm"}) or any(x.startswith(TOPK) for x in needs):
+        found = statistics(rows, labels.flatten(), needs)
+    return {
+        name: value.reshape(labels.shape)
+        for name, value in found.items()
+        if name not in {"loss", "lse"}
+    }
+
+
 def weighted_sum(nll: Tensor, weight: Tensor) -> Tensor:
     """Return sum(weight * nll); a weight of 0 hides even a non-finite loss."""
     return torch.where(weight > 0, weight * nll, 0).sum()
-
-
-@torch.no_grad()
-def distribution_signals(
-    logits: Tensor, labels: Tensor, needs: frozenset[str]
-) -> dict[str, Tensor]:
-    """Return the signals in `needs` that take the whole predicted distribution.
-
-        entropy    = -sum_v p_v log p_v                          nats
-        error_norm = sqrt(1 - 2 p_label + sum_v p_v^2)
-
-        columns.topk_entropy_k = entropy of the softmax of the k largest logits     nats
-
-    `target_prob` is exp(-loss) and is left to the stage that reads it.
-
-    Args:
-        logits: [..., V].
-        labels: [...] int; values at ignored labels are meaningless.
-        needs: Names of signals.
-    """
-    topk = {name: int(name.removeprefix(TOPK)) for name in needs if name.startswith(TOPK)}
-    wanted = (needs & {"entropy", "error_norm"}) | topk.keys()
-    if not wanted:
-        return {}
-    rows, targets = logits.flatten(0, -2), labels.flatten().clamp(min=0)
-    parts: dict[str, list[Tensor]] = {name: [] for name in wanted}
-    for chunk, target in zip(rows.split(_CHUNK), targets.split(_CHUNK), strict=True):
-        p = chunk.float().softmax(-1)
-        if "entropy" in wanted:
-            parts["entropy"].append(torch.special.entr(p).sum(-1))
-        if "error_norm" in wanted:
-            hit = p.gather(-1, target[:, None]).squeeze(-1)
-            parts["error_norm"].append((1 - 2 * hit + (p * p).sum(-1)).clamp(min=0).sqrt())
-        for name, k in topk.items():
-            parts[name].append(topk_entropy(chunk.float(), k))
-    return {name: torch.cat(part).reshape(labels.shape) for name, part in parts.items()}

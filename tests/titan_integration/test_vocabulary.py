@@ -1,44 +1,52 @@
-"""Signals from slices of the vocabulary against those from whole logits."""
+"""Losses, signals and gradients from parts of the vocabulary against those from whole logits."""
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import torch.nn.functional as F  # noqa: N812 - the usual name
 
-from titan_integration.vocabulary import Slices, sliced_signals
-from weighting.losses import IGNORE_INDEX, distribution_signals, token_loss
+from titan_integration.vocabulary import part_of, token_losses_of
+from weighting.logits import IGNORE_INDEX, statistics
 
-NEEDS = frozenset({"entropy", "error_norm"})
+NEEDS = frozenset({"entropy", "error_norm", "columns.topk_entropy_3"})
 
 
 def compare(rank, ranks, vocab, address):
-    """Compare, in one of several processes, the signals of its slice with the whole ones."""
+    """Compare, in one of several processes, what its part gives with what the whole gives."""
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=ranks)
     generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(3, 5, vocab, generator=generator) * 4
-    logits[0, 0] = -40.0
-    logits[0, 0, 1] = 40.0  # all but certain
-    logits[0, 1, 2:] = -torch.inf  # words that cannot be
-    labels = torch.randint(0, 2, (3, 5), generator=generator)
-    labels[1, 1:] = torch.randint(0, vocab, (4,), generator=generator)
-    labels[2, 0] = IGNORE_INDEX
-    cut = Slices(dist.group.WORLD, vocab)
-    width = -(-vocab // ranks)
-    mine = logits[..., cut.start : cut.start + width]
-    found = sliced_signals(mine, labels, cut, NEEDS)
-    expected = {"loss": token_loss(logits, labels), **distribution_signals(logits, labels, NEEDS)}
+    logits = torch.randn(15, vocab, generator=generator) * 4
+    logits[0] = -40.0
+    logits[0, 1] = 40.0  # all but certain
+    logits[1, 2:] = -torch.inf  # words that cannot be
+    labels = torch.randint(0, 2, (15,), generator=generator)
+    labels[6:] = torch.randint(0, vocab, (9,), generator=generator)
+    labels[10] = IGNORE_INDEX
+    cut = part_of(dist.group.WORLD, vocab)
+    mine = slice(cut.start, cut.start + -(-vocab // ranks))
+
+    found = statistics(logits[:, mine], labels, NEEDS, cut)
+    expected = statistics(logits, labels, NEEDS)
     valid = labels != IGNORE_INDEX
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         # Other order of sums in float32; the norm of a certain prediction is a cancelled 1 - 1.
         atol = 1e-3 if name == "error_norm" else 1e-5
         torch.testing.assert_close(found[name][valid], value[valid], rtol=1e-5, atol=atol)
+
+    weight = torch.rand(15, generator=generator).where(valid, 0)
+    weight[3] = 0
+    whole, part = logits.clone().requires_grad_(), logits[:, mine].clone().requires_grad_()
+    (F.cross_entropy(whole, labels, reduction="none") * weight).sum().backward()
+    (token_losses_of(part, labels, cut) * weight).sum().backward()
+    torch.testing.assert_close(part.grad, whole.grad[:, mine], rtol=1e-5, atol=1e-6)
     dist.destroy_process_group()
 
 
 @pytest.mark.processes
 @pytest.mark.parametrize(("ranks", "vocab"), [(2, 8), (3, 10)])
-def test_slices_give_the_signals_of_the_whole(ranks, vocab, tmp_path):
-    """Equal and uneven slices give loss, entropy and error norm of the whole vocabulary."""
+def test_parts_give_what_the_whole_gives(ranks, vocab, tmp_path):
+    """Equal and uneven parts give the signals and the gradient of the whole vocabulary."""
     address = f"file://{tmp_path}/rendezvous"
     mp.spawn(compare, args=(ranks, vocab, address), nprocs=ranks)

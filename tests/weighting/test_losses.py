@@ -10,7 +10,7 @@ import torch.nn.functional as F  # noqa: N812 - the usual name
 from torch.testing import assert_close
 
 import weighting as wt
-from weighting.losses import distribution_signals, token_loss
+from weighting.losses import signals_from, token_loss
 
 IGNORED = -100
 ABC = ("a", "b", "c")
@@ -172,12 +172,12 @@ def test_a_weight_of_zero_hides_a_nan_loss():
     assert gradient.flatten(0, 1)[1:].isfinite().all()
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 1024])
-def test_distribution_signals_are_their_formulas(chunk, monkeypatch):
-    """Entropy and error norm are those of the softmax, whatever the chunk."""
-    monkeypatch.setattr("weighting.losses._CHUNK", chunk)
+@pytest.mark.parametrize("block", [1, 21, 2**20])
+def test_signals_of_the_distribution_are_their_formulas(block, monkeypatch):
+    """Entropy and error norm are those of the softmax, however many rows are taken at a time."""
+    monkeypatch.setattr("weighting.logits._BLOCK", block)
     logits, labels = example()
-    got = distribution_signals(logits, labels, frozenset({"entropy", "error_norm", "loss"}))
+    got = signals_from(logits, labels, frozenset({"entropy", "error_norm", "loss"}))
     assert set(got) == {"entropy", "error_norm"}
     for b, t in (labels != IGNORED).nonzero().tolist():
         p, label = reference.distribution(logits[b, t].double().tolist()), labels[b, t].item()
@@ -207,7 +207,7 @@ def test_entropy_of_certain_and_uniform_predictions():
     logits = torch.full((1, 2, 8), -torch.inf)
     logits[0, 0, 3] = 0
     logits[0, 1] = 1
-    got = distribution_signals(logits, torch.tensor([[3, 3]]), frozenset({"entropy"}))["entropy"]
+    got = signals_from(logits, torch.tensor([[3, 3]]), frozenset({"entropy"}))["entropy"]
     assert_close(got, torch.tensor([[0.0, 8.0]]).where(got == 0, torch.tensor(8.0).log()))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from typing_extensions import override
 
@@ -19,6 +19,8 @@ class Abs(Shape):
 
     y = |x|
     """
+
+    pointwise: ClassVar[bool] = True
 
     @override
     def apply(self, x: Tensor, scope: Scope) -> Tensor:

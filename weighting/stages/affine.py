@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from typing_extensions import override
 
@@ -21,6 +21,7 @@ class Affine(Shape):
     y = scale * x + shift
     """
 
+    pointwise: ClassVar[bool] = True
     scale: Number = Constant(value=1)
     shift: Number = Constant(value=0)
 

@@ -22,6 +22,7 @@ class AsIs(Weigh):
     For published methods that do not normalise; write `normalize: none` beside it.
     """
 
+    pointwise: ClassVar[bool] = True
     scaled: ClassVar[bool] = False
 
     @override

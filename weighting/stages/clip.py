@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from pydantic import model_validator
@@ -25,6 +25,7 @@ class Clip(Shape):
     y = minimum(maximum(x, min), max)
     """
 
+    pointwise: ClassVar[bool] = True
     min: Number | None = None
     max: Number | None = None
 

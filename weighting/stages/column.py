@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 from typing_extensions import override
@@ -21,6 +21,7 @@ class Column(Source):
     score_t = column[document_t]
     """
 
+    pointwise: ClassVar[bool] = True
     key: Annotated[str, Field(min_length=1)]
 
     @override

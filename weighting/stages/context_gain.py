@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 from typing_extensions import override
@@ -27,6 +27,7 @@ class ContextGain(Source):
     window by 1,024 tokens, so that every token but the first keeps at least three quarters of it.
     """
 
+    pointwise: ClassVar[bool] = True
     window: int = Field(ge=1)
 
     @override

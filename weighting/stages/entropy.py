@@ -28,6 +28,7 @@ class Entropy(Source):
     Source: Su et al. (2024), "MiLe Loss", NAACL Findings, arXiv:2310.19531.
     """
 
+    pointwise: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"entropy"})
     gamma: Number | None = None
     sigma: NonNegativeNumber | None = None

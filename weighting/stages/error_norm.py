@@ -23,6 +23,7 @@ class ErrorNorm(Source):
     Fleuret (2018), "Not All Samples Are Created Equal", ICML, arXiv:1803.00942.
     """
 
+    pointwise: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"error_norm"})
 
     @override

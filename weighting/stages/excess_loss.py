@@ -26,6 +26,7 @@ class ExcessLoss(Source):
     arXiv:2404.07965 ("excess loss").
     """
 
+    pointwise: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"loss", "ref_loss"})
 
     @override

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from typing_extensions import override
 
@@ -21,6 +21,8 @@ class Exp(Shape):
 
     The bound keeps it, and sums of it, finite in float32.
     """
+
+    pointwise: ClassVar[bool] = True
 
     @override
     def apply(self, x: Tensor, scope: Scope) -> Tensor:

@@ -25,6 +25,7 @@ class Focal(Source):
     -expm1(-loss), exact where 1 - exp(-loss) rounds to zero.
     """
 
+    pointwise: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"loss"})
     gamma: NonNegativeNumber = Constant(value=1)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from typing_extensions import override
 
@@ -23,6 +23,7 @@ class Interpolate(Constrain):
     Source: Xie et al. (2023), "DoReMi", NeurIPS, arXiv:2305.10429, algorithm 1 (smoothing c).
     """
 
+    pointwise: ClassVar[bool] = True
     lam: UnitNumber
 
     @override

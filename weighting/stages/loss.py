@@ -20,6 +20,7 @@ class Loss(Source):
     score_t = -log p_t
     """
 
+    pointwise: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"loss"})
 
     @override

@@ -40,11 +40,19 @@ class MeanOne(Weigh):
     @override
     def apply(self, x: Tensor, scope: Scope) -> Tensor:
         """Return the weights."""
-        w = x.clamp(0, 1e30)  # a finite sum of up to 1e8 scores
+        w = self.raw(x)
         total, count = scope.sum(torch.stack([w, torch.ones_like(w)]))
+        return self.scale(w, total, count)
+
+    def raw(self, x: Tensor) -> Tensor:
+        """Return the weights before they are scaled."""
+        return x.clamp(0, 1e30)  # a finite sum of up to 1e8 scores
+
+    def scale(self, raw: Tensor, total: Tensor, count: Tensor) -> Tensor:
+        """Return raw weights scaled to mean one, given their sum and number."""
         zero = total <= 0
         # Dividing first keeps scores of 1e-40 from overflowing n / sum.
-        return torch.where(zero, 1, w / torch.where(zero, 1, total) * count)
+        return torch.where(zero, 1, raw / torch.where(zero, 1, total) * count)
 
 
 @stage("token_scale")

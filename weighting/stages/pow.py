@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from typing_extensions import override
@@ -25,6 +25,7 @@ class Pow(Shape):
     as 0.
     """
 
+    pointwise: ClassVar[bool] = True
     exponent: Number
 
     @override

@@ -43,6 +43,11 @@ class Select(Weigh):
         """Return `within`."""
         return self.within
 
+    @override
+    def most(self) -> float:
+        """Return the largest `keep`."""
+        return max(self.keep.extremes())
+
     @model_validator(mode="after")
     def _inside(self) -> Self:
         if max(self.keep.extremes()) * (self.slice + 1) > 1:

@@ -27,6 +27,7 @@ class Table(Source):
     domain nor a misspelt one goes unnoticed.
     """
 
+    pointwise: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"domain_ids"})
     collects: ClassVar[str | None] = "weights"
     weights: Annotated[dict[str, NonNegativeNumber], Field(min_length=1)]

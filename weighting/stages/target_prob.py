@@ -20,6 +20,7 @@ class TargetProb(Source):
     score_t = p_t = exp(-loss_t)
     """
 
+    pointwise: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"target_prob"})
 
     @override

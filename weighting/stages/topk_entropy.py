@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 from typing_extensions import override
@@ -23,6 +23,7 @@ class TopkEntropy(Source):
     Source: the weight of EAFT, as LLaMA-Factory codes it (top 20 logits, renormalised).
     """
 
+    pointwise: ClassVar[bool] = True
     k: int = Field(default=20, ge=2)
 
     @override

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
+from weighting.contract import Alone
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -81,6 +83,11 @@ class RankCollectives:
     def size(self) -> int:
         """Number of ranks."""
         return self._lockstep.ranks
+
+    @property
+    def parts(self) -> Alone:
+        """Every rank holds whole sequences."""
+        return Alone()
 
     def gather(self, x: Tensor) -> Tensor:
         """Return every rank's x, in rank order."""

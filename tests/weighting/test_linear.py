@@ -1,0 +1,267 @@
+"""The weighted cross entropy from hidden states, against logits and against float64."""
+
+import generators as tables
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812 - the usual name
+from torch.testing import assert_close
+
+import weighting as wt
+from weighting.linear import Sizes, path_of
+
+IGNORED = -100
+ROWS, LENGTH, WIDTH, VOCABULARY = 4, 6, 5, 11
+
+
+def example(text, *, bias=False, dtype=torch.float32, shape=(ROWS, LENGTH)):
+    """Return hidden states, a weight, a bias, labels and what else a spec may read."""
+    g = torch.Generator().manual_seed(0)
+    signals = tables.batch(*shape, domains=tables.domains_of(text))
+    hidden = torch.randn(*shape, WIDTH, generator=g, dtype=dtype)
+    weight = torch.randn(VOCABULARY, WIDTH, generator=g, dtype=dtype)
+    offset = torch.randn(VOCABULARY, generator=g, dtype=dtype) if bias else None
+    labels = torch.randint(0, VOCABULARY, shape, generator=g)
+    labels = torch.where(signals.valid, labels, IGNORED)
+    given = {
+        "domain_ids": signals.domain_ids,
+        "segment_ids": signals.segment_ids,
+        "ref_loss": signals.ref_loss,
+        "columns": signals.columns,
+    }
+    leaves = [x.requires_grad_() for x in (hidden, weight, offset) if x is not None]
+    return leaves, labels, given
+
+
+def from_logits(leaves, labels, given, fn):
+    """Return loss, weights and gradients by way of whole logits."""
+    hidden, weight, *bias = leaves
+    logits = F.linear(hidden, weight, *bias)
+    loss, out = wt.weighted_cross_entropy(logits, labels, fn, step=3, **given)
+    return loss, out, torch.autograd.grad(loss * 1.5, leaves)
+
+
+def from_hidden(leaves, labels, given, fn, **how):
+    """Return loss, weights and gradients without whole logits."""
+    hidden, weight, *bias = leaves
+    how["bias"] = bias[0] if bias else None
+    loss, out = wt.linear_weighted_cross_entropy(hidden, weight, labels, fn, step=3, **given, **how)
+    return loss, out, torch.autograd.grad(loss * 1.5, leaves)
+
+
+def must_agree(got, expected):
+    """Compare losses, weights and gradients."""
+    loss, out, grads = got
+    # Sums of float32 in another order; a spread of scores divided by a temperature magnifies it.
+    assert_close(loss, expected[0], rtol=2e-5, atol=1e-6)
+    assert_close(out.token, expected[1].token, rtol=1e-4, atol=1e-5)
+    for mine, other in zip(grads, expected[2], strict=True):
+        assert_close(mine, other, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("memory", ["auto", "keep", "recompute", "full"])
+@pytest.mark.parametrize("case", tables.CASES)
+def test_hidden_states_give_what_logits_give(case, memory):
+    """Every spec: loss, weights and gradients are those of the logits, in each memory mode."""
+    text = tables.CASES[case]
+    batch = example(text)
+    expected = from_logits(*batch, tables.built(text))
+    must_agree(from_hidden(*batch, tables.built(text), memory=memory, chunks=5), expected)
+
+
+@pytest.mark.parametrize("chunks", [1, 3, 24, 100])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("memory", ["late", "keep", "recompute"])
+def test_chunks_and_bias_change_nothing(memory, bias, chunks):
+    """Late factors of several levels, with and without bias, in one chunk and one token each."""
+    text = tables.SPEC_TEXTS["linupper-x-mile"]
+    batch = example(text, bias=bias)
+    expected = from_logits(*batch, tables.built(text))
+    must_agree(from_hidden(*batch, tables.built(text), memory=memory, chunks=chunks), expected)
+
+
+@pytest.mark.parametrize("memory", ["auto", "keep", "recompute"])
+@pytest.mark.parametrize("name", ["mile", "rho-1", "linupper", "uniform"])
+def test_gradients_are_those_of_float64(name, memory):
+    """Against a float64 product of plain autograd, with the weights held fixed."""
+    fn = tables.built(tables.SPEC_TEXTS[name])
+    (hidden, weight), labels, given = example(tables.SPEC_TEXTS[name])
+    _, out, grads = from_hidden([hidden, weight], labels, given, fn, memory=memory)
+    wide = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    nll = F.cross_entropy(F.linear(*wide).flatten(0, 1), labels.flatten(), reduction="none")
+    token, count = out.token.flatten().double(), (labels != IGNORED).sum()
+    expected = torch.autograd.grad((token * nll).sum() / count * 1.5, wide)
+    for mine, exact in zip(grads, expected, strict=True):
+        assert_close(mine.double(), exact, rtol=1e-5, atol=1e-6)  # float32 sums
+
+
+def test_a_sequence_of_weight_zero_and_ignored_tokens_leave_no_trace():
+    """The first sequence weighs 0 and some labels are ignored: their gradients are exactly 0."""
+    text = "version: 1\nnormalize: none\npipeline: mean(sequence) -> threshold(at=2.5)\n"
+    (hidden, weight), labels, given = example(text)
+    with torch.no_grad():
+        labels[0] = F.linear(hidden[0], weight).argmax(-1)  # well predicted: a small loss
+    batch = [hidden, weight], labels, given
+    for memory in ("late", "keep", "recompute"):
+        _, out, (d_hidden, _) = from_hidden(*batch, tables.built(text), memory=memory)
+        assert not out.token[0].any()
+        assert out.token[1:].any()
+        assert not d_hidden[0].any()
+        assert not d_hidden[labels == IGNORED].any()
+
+
+@pytest.mark.parametrize("memory", ["auto", "keep", "recompute"])
+def test_weights_that_vanish_all_at_once_count_as_one(memory):
+    """Scores that are 0 for every token weigh 1 each, also where they act before that is known."""
+    text = "version: 1\npipeline: column(weight) -> mean_one\n"
+    leaves, labels, given = example(text)
+    for zeros in (torch.ones(ROWS, 1, dtype=torch.bool), torch.arange(ROWS)[:, None] < 2):
+        columns = {"weight": torch.where(zeros, 0, torch.ones(ROWS, LENGTH))}
+        batch = leaves, labels, {**given, "columns": columns}
+        expected = from_logits(*batch, tables.built(text))
+        must_agree(from_hidden(*batch, tables.built(text), memory=memory), expected)
+
+
+def test_ties_beyond_the_room_of_a_selection_keep_the_total_weight():
+    """More tokens tie for the last places than there are: those that fit carry the others."""
+    text = "version: 1\npipeline: column(weight) -> select(0.25)\n"
+    leaves, labels, given = example(text)
+    labels = labels.where(labels != IGNORED, 0)
+    columns = {"weight": (torch.arange(ROWS * LENGTH).view(ROWS, LENGTH) < 20).float()}
+    batch = leaves, labels, {**given, "columns": columns}
+    for memory in ("keep", "recompute"):
+        loss, out, (d_hidden, _) = from_hidden(*batch, tables.built(text), memory=memory)
+        assert (out.token > 0).sum() == 20
+        assert d_hidden.flatten(0, 1).any(-1).sum() <= ROWS * LENGTH * 0.25 + ROWS
+        full = from_logits(*batch, tables.built(text))
+        assert_close(loss, full[0])
+
+
+@pytest.mark.parametrize("memory", ["auto", "keep", "recompute"])
+def test_bad_tokens_are_dropped_before_the_products(memory):
+    """Logits that overflow under `on_nonfinite: drop` leave the other rows' gradients finite."""
+    text = "version: 1\non_nonfinite: drop\npipeline: normalize -> temperature(0.5)\n"
+    (hidden, weight), labels, given = example(text)
+    with torch.no_grad():
+        hidden[1, 2] = 3e38
+    batch = [hidden, weight], labels, given
+    _, out, (d_hidden, _) = from_hidden(*batch, tables.built(text), memory=memory)
+    assert not out.token[1].any()
+    assert d_hidden[0].isfinite().all()
+    assert d_hidden[0].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("memory", ["late", "keep", "recompute"])
+def test_half_precision_agrees_with_float32(memory, dtype):
+    """In half precision the gradient is the float32 one to the precision of the dtype."""
+    text = tables.SPEC_TEXTS["linupper-x-mile"]
+    leaves, labels, given = example(text, dtype=dtype)
+    wide = [x.detach().float().requires_grad_() for x in leaves]
+    loss, _, grads = from_hidden(leaves, labels, given, tables.built(text), memory=memory)
+    expected = from_hidden(wide, labels, given, tables.built(text), memory=memory)
+    eps = torch.finfo(dtype).eps
+    assert_close(loss, expected[0], rtol=4 * eps, atol=4 * eps)
+    for mine, exact in zip(grads, expected[2], strict=True):
+        assert mine.dtype == dtype
+        assert (mine - exact).norm() < 4 * eps * exact.norm()
+
+
+def test_autocast_and_frozen_layers_are_obeyed():
+    """Under autocast the products run in its dtype; a frozen weight gets no gradient."""
+    fn = tables.built(tables.SPEC_TEXTS["linupper"])
+    (hidden, weight), labels, _ = example(tables.SPEC_TEXTS["linupper"])
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = wt.linear_weighted_cross_entropy(hidden, weight, labels, fn)
+    loss.backward()
+    assert hidden.grad.dtype == weight.grad.dtype == torch.float32
+    plain, _ = wt.linear_weighted_cross_entropy(hidden, weight, labels, fn)
+    assert loss != plain
+    assert_close(loss, plain, rtol=0.02, atol=0.02)  # bfloat16 products
+
+    frozen = weight.detach()
+    loss, _ = wt.linear_weighted_cross_entropy(hidden, frozen, labels, fn)
+    loss.backward()
+    assert frozen.grad is None
+
+
+def test_flat_tokens_and_a_tied_weight():
+    """Flat tokens give what rows give; a weight shared with an embedding gets both gradients."""
+    fn = tables.built(tables.SPEC_TEXTS["mile"])
+    (hidden, weight), labels, _ = example(tables.SPEC_TEXTS["mile"])
+    rows, _ = wt.linear_weighted_cross_entropy(hidden, weight, labels, fn)
+    flat, _ = wt.linear_weighted_cross_entropy(hidden.flatten(0, 1), weight, labels.flatten(), fn)
+    assert_close(rows, flat)
+
+    tokens = torch.randint(0, VOCABULARY, (ROWS, LENGTH))
+    loss, _ = wt.linear_weighted_cross_entropy(weight[tokens], weight, labels, fn)
+    (tied,) = torch.autograd.grad(loss, weight)
+    logits = F.linear(weight[tokens], weight)
+    expected, _ = wt.weighted_cross_entropy(logits, labels, fn)
+    assert_close(tied, torch.autograd.grad(expected, weight)[0], rtol=1e-4, atol=1e-6)
+
+
+def test_uniform_agrees_with_torch():
+    """With unit weights loss and gradients are torch's to 1e-6, also chunk by chunk."""
+    (hidden, weight), labels, _ = example(tables.SPEC_TEXTS["uniform"])
+    fn = tables.built(tables.SPEC_TEXTS["uniform"])
+    loss, _ = wt.linear_weighted_cross_entropy(hidden, weight, labels, fn)
+    plain = F.cross_entropy(F.linear(hidden, weight).flatten(0, 1), labels.flatten())
+    assert_close(loss, plain, rtol=1e-6, atol=1e-6)
+    grads = torch.autograd.grad(loss, [hidden, weight])
+    for mine, other in zip(grads, torch.autograd.grad(plain, [hidden, weight]), strict=True):
+        assert_close(mine, other, rtol=1e-5, atol=1e-6)
+
+
+def test_the_gradient_can_be_had_once():
+    """A second backward pass is refused: the first one gave the gradient away."""
+    (hidden, weight), labels, _ = example(tables.SPEC_TEXTS["mile"])
+    fn = tables.built(tables.SPEC_TEXTS["mile"])
+    loss, _ = wt.linear_weighted_cross_entropy(hidden, weight, labels, fn)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="can be had once"):
+        loss.backward()
+
+
+# Which way ----------------------------------------------------------------------------------------
+
+MIB = 2**20
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "memory", "expected"),
+    [
+        ("uniform", 4, "auto", "late"),
+        ("mile", 4, "auto", "late"),
+        ("linupper", 1, "auto", "late"),
+        ("linupper", 4, "auto", "late"),
+        ("linupper", 64, "auto", "keep"),
+        ("linupper", 64, "late", "late"),
+        ("rho-1", 4, "auto", "keep"),
+        ("rho-1", 512, "auto", "recompute"),
+        ("doremi-proxy", 4, "auto", "keep"),
+    ],
+)
+def test_the_way_is_the_cheapest_within_the_budget(name, rows, memory, expected):
+    """Late where it needs less memory than kept logits, and twice when neither fits."""
+    fn = tables.built(tables.SPEC_TEXTS[name])
+    sizes = Sizes(rows * 64, rows, 8192, 80, 4, 256 * MIB)
+    path = path_of(fn, sizes, memory)
+    assert path.memory == expected
+    extra = {"late": (rows - 1) * 8192 * 80 * 4, "keep": rows * 64 * 8192 * 4, "recompute": 0}
+    assert path.extra == (0 if name in {"uniform", "mile"} else extra[expected])
+    assert path.memory in str(path)
+
+
+def test_late_is_refused_for_weights_of_single_tokens():
+    """A selection of tokens cannot be late-bound; the message says what can."""
+    fn = tables.built(tables.SPEC_TEXTS["rho-1"])
+    with pytest.raises(ValueError, match="auto, keep or recompute"):
+        path_of(fn, Sizes(64, 4, 100, 8, 4, MIB), "late")
+
+
+def test_shapes_must_belong_together():
+    """Labels of another shape are an error that names all shapes."""
+    (hidden, weight), labels, _ = example(tables.SPEC_TEXTS["mile"])
+    fn = tables.built(tables.SPEC_TEXTS["mile"])
+    with pytest.raises(ValueError, match=r"labels \[4, 5\]"):
+        wt.linear_weighted_cross_entropy(hidden, weight, labels[:, :-1], fn)

@@ -1,0 +1,495 @@
+"""Weighted cross entropy straight from hidden states: the output layer, chunk by chunk, late-bound.
+
+A weight that looks at the whole batch is known only when every loss is, but the gradient of the
+output layer is linear in it.  So one pass over the chunks takes the losses *and* the gradient under
+the part of the weights that is known at once, with one accumulator of the output layer's gradient
+for each unit whose weight comes late; when the weights are known, the gradient is scaled.
+
+    u_t = a_t * r(unit of t)     a: known in the chunk,   r: known after all chunks
+    dh_t = r * a_t * dh'_t       dW = sum_units r * sum_{t in unit} a_t * dW'_t
+
+That is three matrix products of the output layer, the floor, and no logits are kept.  Weights that
+come late for every single token cannot be had so; then the logits are kept, or computed twice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - the usual name
+from torch import Tensor
+from typing_extensions import override
+
+from weighting.logits import IGNORE_INDEX, Slice, gradient_, statistics
+from weighting.losses import signals_of, weighted_cross_entropy, weighted_sum
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from weighting.build import Weighting, Weights
+
+Memory = Literal["auto", "late", "keep", "recompute", "full"]
+CHUNKS = 8
+"""Chunks a batch is cut into where nothing else is asked."""
+
+
+def linear_weighted_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    fn: Weighting,
+    *,
+    bias: Tensor | None = None,
+    step: int | Tensor = 0,
+    domain_ids: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    ref_loss: Tensor | None = None,
+    columns: Mapping[str, Tensor] | None = None,
+    memory: Memory = "auto",
+    chunks: int = CHUNKS,
+) -> tuple[Tensor, Weights]:
+    """Return the weighted mean cross entropy of a batch from hidden states, and the weights.
+
+        logits = hidden @ weight.T + bias
+        loss   = sum_t u_t * nll_t / number of valid labels
+
+    The same as `weighted_cross_entropy` of the logits, which never exist but for a chunk of tokens
+    at a time.  The gradient is made in the forward pass, so it can be had once.
+
+    Args:
+        hidden: [B, L, D] or [T, D], the input of the output layer.
+        weight: [V, D], that layer's weight; tied to the embedding or not.
+        labels: [B, L] or [T] int; -100 is ignored.
+        fn: A built spec.
+        bias: [V], the layer's bias, if it has one.
+        step: Optimizer step.
+        domain_ids: Domain of each token, in the order given to `build`.
+        segment_ids: Document of each token, from 0 in each row.
+        ref_loss: Loss of a reference model for each token, nats.
+        columns: Dataset columns for each token, by name.
+        memory: How weights that come late are met; see `path_of`.
+        chunks: Into how many chunks the batch is cut; more take less memory.
+
+    Returns:
+        The loss, nats; and the weights, of which `fn.check(weights)` says now and then whether a
+        signal was not finite.
+
+    Raises:
+        ValueError: Shapes differ, a signal the spec needs is missing, or `memory` cannot serve it.
+    """
+    if hidden.shape[:-1] != labels.shape or hidden.shape[-1] != weight.shape[-1]:
+        msg = (
+            f"hidden {[*hidden.shape]}, weight {[*weight.shape]} and labels {[*labels.shape]} do "
+            "not belong together; give [B, L, D], [V, D] and [B, L]"
+        )
+        raise ValueError(msg)
+    given = {"domain_ids": domain_ids, "segment_ids": segment_ids, "ref_loss": ref_loss}
+    if memory == "full":
+        logits = F.linear(hidden, weight, bias)
+        return weighted_cross_entropy(logits, labels, fn, step=step, columns=columns, **given)
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    columns = {f"columns.{name}": value for name, value in (columns or {}).items()}
+    given = {"valid": labels != IGNORE_INDEX, **given, **columns}
+    known = {name: value for name, value in given.items() if value is not None}
+    outcome: list[Weights] = []
+
+    def weigh(found: dict[str, Tensor]) -> Tensor:
+        outcome.append(fn(signals_of({**found, **known}), step))
+        return outcome[-1].token
+
+    def local(found: dict[str, Tensor]) -> Tensor:
+        return fn.local_part(signals_of(found), step)
+
+    batch = Batch(
+        labels,
+        Head(weight, bias),
+        path_of(fn, Sizes.of(labels, weight), memory, chunks=chunks),
+        fn.needs,
+        local,
+        known,
+        1 / known["valid"].sum().clamp(min=1),
+    )
+    return late_bound(hidden, batch, weigh), outcome[-1]
+
+
+class Head(NamedTuple):
+    """An output layer: its weight [V, D], its bias [V], how its vocabulary is cut over ranks."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    cut: Slice | None = None
+
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """Return the logits of hidden states [T, D], [T, V]."""
+        if self.bias is None:
+            return torch.mm(hidden, self.weight.t(), out=out)
+        return torch.addmm(self.bias, hidden, self.weight.t(), out=out)
+
+
+class Sizes(NamedTuple):
+    """How large the output layer's work is on this rank.
+
+    Attributes:
+        tokens: Tokens of the batch.
+        rows: Sequences of the batch, if each is a row; 0 for flat tokens.
+        vocabulary: Rows of the weight.
+        width: Columns of the weight.
+        itemsize: Bytes of an element of the weight.
+        budget: Bytes that may be spent beside one chunk of logits.
+    """
+
+    tokens: int
+    rows: int
+    vocabulary: int
+    width: int
+    itemsize: int
+    budget: int
+
+    @classmethod
+    def of(cls, labels: Tensor, weight: Tensor) -> Sizes:
+        """Return the sizes for labels [B, L] or [T] and a weight [V, D]."""
+        rows = labels.shape[0] if labels.dim() > 1 else 0
+        vocabulary, width = weight.shape
+        item = weight.element_size()
+        return cls(labels.numel(), rows, vocabulary, width, item, budget(weight.device))
+
+
+def budget(device: torch.device) -> int:
+    """Return a sixteenth of an accelerator's memory, or 1 GiB of a CPU's, in bytes."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory // 16
+    return 2**30
+
+
+class Path(NamedTuple):
+    """How a batch goes through the output layer.
+
+    Attributes:
+        memory: late, keep or recompute.
+        units: How many late units there are; they share the tokens evenly.
+        chunk: Tokens in a chunk, at most.
+        most: How many tokens can weigh more than 0; all of them when None.
+        extra: Bytes beside one chunk of logits and the gradients themselves.
+    """
+
+    memory: Literal["late", "keep", "recompute"]
+    units: int
+    chunk: int
+    most: int | None
+    extra: int
+
+    def __str__(self) -> str:
+        """Say what is done, and what it costs."""
+        if self.memory == "late":
+            accumulators = f"{self.units} gradients of the output layer" if self.units > 1 else ""
+            what = f"one pass, {accumulators or 'nothing kept'}"
+        elif self.memory == "keep":
+            what = "logits kept until the weights are known"
+        else:
+            what = "logits computed twice"
+        if self.most is not None:
+            what += f"; gradients of at most {self.most} tokens"
+        return f"{self.memory} ({what}; {self.extra / 2**20:.1f} MiB beside a chunk)"
+
+
+def path_of(fn: Weighting, sizes: Sizes, memory: Memory = "auto", *, chunks: int = CHUNKS) -> Path:
+    """Return the way through the output layer for a spec.
+
+        late       3 matrix products; a gradient of the layer for each further sequence
+        keep       3 matrix products; all logits, in the dtype they come in
+        recompute  4 matrix products; nothing more
+
+    The last two skip the gradient of tokens that a selection drops.  `auto` takes the one of the
+    first two that needs less memory, if that is within the budget, and recompute otherwise.
+
+    Raises:
+        ValueError: `late` is asked for, but the weights come late for every token.
+    """
+    late = "token" if fn.late == "sequence" and not sizes.rows else fn.late
+    units = sizes.rows if late == "sequence" else 1
+    extra = {
+        "late": (units - 1) * sizes.vocabulary * sizes.width * sizes.itemsize,
+        "keep": sizes.tokens * sizes.vocabulary * sizes.itemsize,
+        "recompute": 0,
+    }
+    if late == "token":
+        del extra["late"]
+        if memory == "late":
+            msg = f"{fn.spec.name} weighs every token late; use memory auto, keep or recompute"
+            raise ValueError(msg)
+    taken = memory
+    if memory == "auto":
+        least = min(extra.keys() - {"recompute"}, key=lambda name: extra[name])
+        taken = least if extra[least] <= sizes.budget else "recompute"
+    assert taken in extra, "full logits take no path"
+    chunk = max(1, -(-sizes.tokens // chunks))
+    share = fn.most()
+    most = None
+    if taken != "late" and share < 1:
+        most = min(sizes.tokens, math.ceil(share * sizes.tokens) + sizes.rows)
+    return Path(taken, units if taken == "late" else 1, chunk, most, extra[taken])
+
+
+class Batch(NamedTuple):
+    """A batch at the output layer.
+
+    Attributes:
+        labels: [B, L] or [T] int.
+        head: The output layer.
+        path: How to go through it.
+        needs: Names of the signals to take.
+        local: From signals of some tokens to the part of their weights that they alone decide.
+        known: Signals known before the pass, by name, in the shape of the labels.
+        scale: 0-D; multiplies the loss.
+    """
+
+    labels: Tensor
+    head: Head
+    path: Path
+    needs: frozenset[str]
+    local: Callable[[dict[str, Tensor]], Tensor]
+    known: Mapping[str, Tensor]
+    scale: Tensor
+
+
+class Gradients(NamedTuple):
+    """Of the loss: with respect to hidden states [T, D], weight and bias; None where unwanted."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+def late_bound(
+    hidden: Tensor, batch: Batch, weigh: Callable[[dict[str, Tensor]], Tensor]
+) -> Tensor:
+    """Return sum(weight * nll) * scale, differentiable in hidden states, weight and bias.
+
+    Args:
+        hidden: [B, L, D] or [T, D].
+        batch: The batch.
+        weigh: From signals by name, each in the shape of the labels, to token weights.
+    """
+    return _LateBound.apply(hidden, batch.head.weight, batch.head.bias, batch, weigh)
+
+
+class _LateBound(torch.autograd.Function):
+    """Makes the gradient in forward; backward hands it out, times whatever arrives."""
+
+    @staticmethod
+    @override
+    # Autograd calls it with what `apply` was given.
+    def forward(  # pyrefly: ignore[bad-override]
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        batch: Batch,
+        weigh: Callable[[dict[str, Tensor]], Tensor],
+    ) -> Tensor:
+        of_hidden, of_weight, of_bias = ctx.needs_input_grad[:3]
+        found, finish = begin(batch, hidden, wants=(of_hidden, of_weight or of_bias))
+        loss, ctx.gradients = finish(weigh(found))
+        ctx.shape = hidden.shape
+        return loss
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            msg = "the gradient was made in the forward pass and can be had once; call it again"
+            raise RuntimeError(msg)
+        gradients, ctx.gradients = ctx.gradients, None
+        of_hidden, of_weight, of_bias = (_times_(x, grads[0].view(1)) for x in gradients)
+        of_hidden = None if of_hidden is None else of_hidden.view(ctx.shape)
+        return of_hidden, of_weight, of_bias, None, None
+
+
+Finish = Callable[[Tensor], tuple[Tensor, Gradients]]
+"""From token weights to the loss, 0-D, and its gradients; to be called once."""
+
+
+def begin(
+    batch: Batch, hidden: Tensor, *, wants: tuple[bool, bool] = (True, True)
+) -> tuple[dict[str, Tensor], Finish]:
+    """Take the signals of a batch, and all of the gradient that does not wait for its weights.
+
+    Args:
+        batch: The batch.
+        hidden: [B, L, D] or [T, D].
+        wants: Whether gradients of hidden states, and of weight and bias, are wanted.
+
+    Returns:
+        Signals by name, `loss` among them, in the shape of the labels; and how to finish.
+    """
+    known = {name: value.reshape(-1) for name, value in batch.known.items()}
+    flat = batch._replace(labels=batch.labels.reshape(-1), known=known)
+    through = _late if batch.path.memory == "late" else _twice
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        found, finish = through(flat, hidden.detach().reshape(-1, hidden.shape[-1]), wants)
+    return {name: x.reshape(batch.labels.shape) for name, x in found.items()}, finish
+
+
+def _late(
+    batch: Batch, hidden: Tensor, wants: tuple[bool, bool]
+) -> tuple[dict[str, Tensor], Finish]:
+    """Go once: gradients under the local part of the weights, per late unit."""
+    head, units = batch.head, batch.path.units
+    sums = _Sums(head, hidden, wants, units)
+    shrink = 1 / max(len(hidden), 1)  # sums over tokens stay within float16
+    signals: list[dict[str, Tensor]] = []
+    parts: list[Tensor] = []
+    for unit, span in _spans(len(hidden), units, batch.path.chunk):
+        logits, labels = head.logits(hidden[span]), batch.labels[span]
+        found = statistics(logits, labels, batch.needs, head.cut)
+        known = {name: value[span] for name, value in batch.known.items()}
+        lse = found.pop("lse")
+        part = batch.local({**found, **known}) * shrink
+        part = torch.where(found["loss"].isfinite(), part, 0)
+        gradient_(logits, labels, lse, part, head.cut)
+        sums.add(logits, span, unit)
+        signals.append(found)
+        parts.append(part)
+    found, part = _joined(signals), torch.cat(parts)
+
+    @torch.no_grad()
+    def finish(token: Tensor) -> tuple[Tensor, Gradients]:
+        token = token.reshape(-1) * batch.scale
+        whole, local = (x.view(units, -1).sum(1) for x in (token, part))
+        late = torch.where(whole > 0, whole / torch.where(local > 0, local, 1), 0)
+        return weighted_sum(found["loss"], token), sums.scaled(late)
+
+    return found, finish
+
+
+def _twice(
+    batch: Batch, hidden: Tensor, wants: tuple[bool, bool]
+) -> tuple[dict[str, Tensor], Finish]:
+    """Go once for the signals and, when the weights are known, once more for the gradients."""
+    head, path = batch.head, batch.path
+    spans = [span for _, span in _spans(len(hidden), 1, path.chunk)]
+    kept = hidden.new_empty(len(hidden), len(head.weight)) if path.memory == "keep" else None
+    signals: list[dict[str, Tensor]] = []
+    for span in spans:
+        logits = head.logits(hidden[span], out=None if kept is None else kept[span])
+        signals.append(statistics(logits, batch.labels[span], batch.needs, head.cut))
+    lse = torch.cat([part.pop("lse") for part in signals])
+    found = _joined(signals)
+    last = [logits]  # the second pass begins with it, and saves a product
+
+    @torch.no_grad()
+    def finish(token: Tensor) -> tuple[Tensor, Gradients]:
+        weight = token.reshape(-1) * batch.scale
+        loss = weighted_sum(found["loss"], weight)
+        sums = _Sums(head, hidden, wants, 1)
+        pieces: list[slice | Tensor] = [*reversed(spans)]
+        if path.most is not None:
+            weight, rows = _selected(weight, path.most)
+            pieces = [*rows.split(path.chunk)]
+        for piece in pieces:
+            if kept is not None:
+                logits = kept[piece]
+            elif piece is spans[-1] and last:
+                logits = last.pop()
+            else:
+                logits = head.logits(hidden[piece])
+            gradient_(logits, batch.labels[piece], lse[piece], weight[piece], head.cut)
+            sums.add(logits, piece, 0)
+        return loss, sums.total()
+
+    return found, finish
+
+
+def _selected(weight: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Return the weights and where the first `most` that are not 0 stand.
+
+    If more tokens tie at the threshold of a selection than there is room for, those that fit carry
+    the weight of the others.
+    """
+    rows = (weight == 0).to(torch.int8).argsort(stable=True)[:most]
+    carried, total = weight[rows].sum(), weight.sum()
+    crowded = (weight > 0).sum() > most
+    return weight * torch.where(crowded, total / torch.where(crowded, carried, 1), 1), rows
+
+
+def _spans(tokens: int, units: int, chunk: int) -> Iterator[tuple[int, slice]]:
+    """Yield the late unit and the tokens of each chunk: even, and never of two units."""
+    each = tokens // units
+    chunks = -(-each // chunk)
+    size = -(-each // max(chunks, 1))
+    for unit in range(units):
+        for start in range(unit * each, (unit + 1) * each, size):
+            yield unit, slice(start, min(start + size, (unit + 1) * each))
+
+
+def _joined(signals: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([part[name] for part in signals]) for name in signals[0]}
+
+
+class _Sums:
+    """Sums of the output layer's gradients, one of the weight's for each late unit."""
+
+    def __init__(self, head: Head, hidden: Tensor, wants: tuple[bool, bool], units: int) -> None:
+        self._head, self._hidden, self._units = head, hidden, units
+        of_hidden, of_weight = wants
+        self._d_hidden = torch.zeros_like(hidden) if of_hidden else None
+        shape = (units, *head.weight.shape)
+        self._d_weight = head.weight.new_empty(shape) if of_weight else None
+        no_bias = not of_weight or head.bias is None
+        self._d_bias = None if no_bias else head.weight.new_zeros(shape[:2], dtype=torch.float32)
+        self._empty = [True] * units
+
+    def add(self, d_logits: Tensor, rows: slice | Tensor, unit: int) -> None:
+        """Add what some tokens of a unit contribute, given the gradient of their logits."""
+        hidden = self._hidden[rows]
+        if self._d_hidden is not None:
+            self._d_hidden[rows] = d_logits @ self._head.weight
+        if self._d_weight is not None:
+            into = self._d_weight[unit]
+            if self._empty[unit]:
+                torch.mm(d_logits.t(), hidden, out=into)
+            else:
+                into.addmm_(d_logits.t(), hidden)
+        if self._d_bias is not None:
+            self._d_bias[unit] += d_logits.sum(0, dtype=torch.float32)
+        self._empty[unit] = False
+
+    def scaled(self, late: Tensor) -> Gradients:
+        """Return the gradients under the late part of each unit's weights, [units]."""
+        if self._d_hidden is not None:
+            _times_(self._d_hidden.view(self._units, -1), late[:, None])
+        if self._d_weight is not None:
+            _fold_(self._d_weight, late)
+        if self._d_bias is not None:
+            self._d_bias[0] = late @ self._d_bias
+        return self.total()
+
+    def total(self) -> Gradients:
+        """Return the gradients of the first unit, which holds all."""
+        d_weight = None if self._d_weight is None else self._d_weight[0]
+        d_bias = None if self._d_bias is None else self._d_bias[0].to(self._head.weight.dtype)
+        return Gradients(self._d_hidden, d_weight, d_bias)
+
+
+def _times_(x: Tensor | None, factor: Tensor) -> Tensor | None:
+    """Multiply in place, in float32 whatever the dtype of x: a factor of one dimension or more."""
+    return None if x is None else torch.mul(x, factor, out=x)
+
+
+def _fold_(of_units: Tensor, late: Tensor) -> None:
+    """Replace the first of [U, V, D] by sum_u late_u * x_u, summed in float32."""
+    if len(late) == 1:
+        _times_(of_units[0], late)
+        return
+    for rows in of_units.split(-(-of_units.shape[1] // _FOLDS), dim=1):
+        rows[0].copy_((late @ rows.float().flatten(1)).view(rows.shape[1:]))
+
+
+_FOLDS = 16
+"""Pieces in which accumulators are folded: what is float32 for a moment is one of them."""
