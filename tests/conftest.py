@@ -31,6 +31,29 @@ def pytest_terminal_summary(terminalreporter):
         own = sum(cls.__module__.startswith("weighting.stages.") for cls in stages().values())
         terminalreporter.line(f"laws: {laws} checks over {own} stages and {len(shipped())} specs")
 
+    lines = [value for report in passed for key, value in report.user_properties if key == "matrix"]
+    for text in _matrix(lines):
+        terminalreporter.line(text)
+
+
+def _matrix(lines):
+    """Return a table of layouts and specs: the larger of two differences to one rank."""
+    if not lines:
+        return
+    specs = list(lines[0][1])
+    yield "largest relative difference of weights and gradients to one rank:"
+    yield " ".join([f"{'':31}", *(f"{name:>15}" for name in specs)])
+    reasons = []
+    for layout, line in lines:
+        cells = []
+        for name in specs:
+            refused = isinstance(line[name], str)
+            if refused and line[name] not in reasons:
+                reasons.append(line[name])
+            cells.append("refused" if refused else f"{max(line[name]):.1e}")
+        yield " ".join([f"{layout:31}", *(f"{cell:>15}" for cell in cells)])
+    yield from reasons
+
 
 @pytest.fixture(autouse=True)
 def _fixed_seed():

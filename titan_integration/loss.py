@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from torchtitan.tools.logging import logger
 from typing_extensions import override
 
 from titan_integration.vocabulary import losses_with_gradient, plain, signals, slice_of
-from weighting.linear import Batch, Head, Memory, Path, Sizes, late_bound, path_of
+from weighting.linear import Batch, Head, Memory, Path, Sizes, begin, late_bound, path_of
 from weighting.losses import weighted_sum
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from torchtitan.config import CompileConfig
 
-    from titan_integration.state import RunState
+    from titan_integration.state import Part, RunState
 
 Outcome = tuple[Tensor, dict[str, Tensor]]
 
@@ -48,19 +48,16 @@ class WeightedCrossEntropyLoss(CrossEntropyLoss):
         pred: Tensor,
         labels: Tensor,
         global_valid_tokens: Tensor | None = None,
-        positions: Tensor | None = None,
         **kwargs: Any,
     ) -> Outcome:
         """Return the loss of logits for labels [B, L]; weighted when training."""
-        state = self.state
-        if state is None or global_valid_tokens is None or not pred.requires_grad:
+        del kwargs
+        call = _call(self.state, pred, labels, global_valid_tokens)
+        if call is None:
             return super().__call__(pred, labels, global_valid_tokens)
-        if state.fn.identity:
-            loss, metrics = super().__call__(pred, labels, global_valid_tokens)
-            _record_plain(state, labels, loss)
-            return loss, metrics
-        given = _Given(state, labels, positions, global_valid_tokens)
-        return _from_logits(pred, self.global_vocab_size, given)
+        if call.state.fn.identity:
+            return call.record_plain(*super().__call__(pred, labels, global_valid_tokens))
+        return _from_logits(pred, self.global_vocab_size, call), {}
 
     def token_losses(self, pred: Tensor, labels: Tensor, lm_head: nn.Module) -> Tensor:
         """Return the loss of every token, [B, L], without gradient; `pred` is logits."""
@@ -96,33 +93,34 @@ class WeightedChunkedLoss(ChunkedLossWrapper):
         pred: Tensor,
         labels: Tensor,
         global_valid_tokens: Tensor | None = None,
-        positions: Tensor | None = None,
         **loss_inputs: Any,
     ) -> Outcome:
         """Return the loss of hidden states for labels [B, L]; weighted when training."""
-        state = self.state
-        if state is None or global_valid_tokens is None or not pred.requires_grad:
+        call = _call(self.state, pred, labels, global_valid_tokens)
+        if call is None:
+            loss_inputs.pop("positions", None)
             return super().__call__(pred, labels, global_valid_tokens, **loss_inputs)
-        if state.fn.identity and self.memory == "auto":
-            loss, metrics = super().__call__(pred, labels, global_valid_tokens, **loss_inputs)
-            _record_plain(state, labels, loss)
-            return loss, metrics
+        if call.state.fn.identity and self.memory == "auto":
+            return call.record_plain(*super().__call__(pred, labels, global_valid_tokens))
         assert self.lm_head is not None, "the trainer sets lm_head"
-        given = _Given(state, labels, positions, global_valid_tokens)
         if self.memory == "full":
-            return _from_logits(self.lm_head(pred), self._vocab_size, given)
-        with self._gathered(self.lm_head) as head:
+            return _from_logits(self.lm_head(pred), self._vocab_size, call), {}
+        with self._gathered(self.lm_head, for_long=call.waits) as head:
             batch = Batch(
                 plain(labels),
                 head,
-                self._path_for(state, plain(labels), head),
-                state.fn.needs,
-                state.local_part,
-                state.known(plain(labels)),
-                1 / plain(global_valid_tokens),
+                self._path_for(call, head),
+                call.state.fn.needs,
+                call.state.local_part,
+                call.part.known(plain(labels)),
+                1 / plain(call.global_valid_tokens),
             )
             hidden = plain(pred, partial=head.cut is not None)
-            return late_bound(hidden, batch, given.weigh), {}
+            if not pred.requires_grad:
+                call.note(begin(batch, hidden, wants=(False, False))[0])
+                return pred.new_zeros(()), {}
+            note = call.note if call.waits else None
+            return late_bound(hidden, batch, call.weigh, note=note), {}
 
     def token_losses(self, pred: Tensor, labels: Tensor, lm_head: nn.Module) -> Tensor:
         """Return the loss of every token, [B, L], without gradient; `pred` is hidden states."""
@@ -141,48 +139,105 @@ class WeightedChunkedLoss(ChunkedLossWrapper):
         return getattr(self.loss_fn, "global_vocab_size", None)
 
     @contextlib.contextmanager
-    def _gathered(self, lm_head: nn.Module) -> Iterator[Head]:
-        """Give the output layer's parameters, whole but for tensor parallelism, for one pass."""
+    def _gathered(self, lm_head: nn.Module, *, for_long: bool) -> Iterator[Head]:
+        """Give the output layer's parameters, whole but for tensor parallelism.
+
+        Args:
+            lm_head: The output layer.
+            for_long: They are needed until the backward pass, and not for this pass alone.
+        """
         if isinstance(lm_head, FSDPModule):
             lm_head.unshard()
         assert isinstance(lm_head.weight, Tensor)
         bias = getattr(lm_head, "bias", None)
         cut = slice_of(lm_head.weight, self._vocab_size)
         yield Head(plain(lm_head.weight), None if bias is None else plain(bias), cut)
-        if isinstance(lm_head, FSDPModule):
+        if isinstance(lm_head, FSDPModule) and not for_long:
             lm_head.reshard()
 
-    def _path_for(self, state: RunState, labels: Tensor, head: Head) -> Path:
+    def _path_for(self, call: _Call, head: Head) -> Path:
         """Return the way through the output layer, chosen at the first batch and said once."""
+        labels, state = plain(call.labels), call.state
+        sizes = Sizes.of(labels, head.weight)
+        chunk = -(-sizes.tokens // self.num_chunks)
+        if state.ahead:  # signals are all that is wanted
+            return Path("recompute", 1, chunk, None, 0)
+        if call.part.token is not None:  # weights known token by token
+            return Path("late", 1, chunk, None, 0)
         if self._path is None:
-            sizes = Sizes.of(labels, head.weight)
-            self._path = path_of(state.fn, sizes, self.memory, chunks=self.num_chunks)
-            logger.info(f"Weighted loss: {self._path}")
+            parts = state.calls if call.waits else 1
+            whole = sizes._replace(tokens=sizes.tokens * parts, rows=sizes.rows * parts)
+            path = path_of(state.fn, whole, self.memory, chunks=self.num_chunks * parts)
+            logger.info(f"Weighted loss: {path}")
+            most = None if path.most is None else min(path.most, sizes.tokens)
+            self._path = path._replace(units=max(1, path.units // parts), most=most)
         return self._path
 
 
-class _Given(NamedTuple):
-    """A call of the loss: what it got beside predictions."""
+@dataclass(frozen=True)
+class _Call:
+    """A call of the loss that trains, and the part of a batch it is about."""
 
     state: RunState
+    part: Part
     labels: Tensor
-    positions: Tensor | None
     global_valid_tokens: Tensor
 
+    @property
+    def waits(self) -> bool:
+        """Whether its weights come with those of calls yet to be made."""
+        return self.state.together and not self.state.ahead and self.part.token is None
+
     def weigh(self, found: dict[str, Tensor]) -> Tensor:
-        """Return the weight of each token, given its signals, and note the statistics."""
-        self.state.add_cross_entropy(found["loss"].sum() / plain(self.global_valid_tokens))
-        positions = None if self.positions is None else plain(self.positions)
-        return self.state.weigh(plain(self.labels), positions, found).token
+        """Return the weight of each token, given the signals the predictions tell."""
+        if self.waits:
+            self.state.weigh_noted()
+        token = self.part.token
+        if token is None:
+            token = self.state.weigh({**found, **self.part.known(plain(self.labels))}).token
+        losses = found["loss"].sum(), weighted_sum(found["loss"], token)
+        count = plain(self.global_valid_tokens)
+        self.state.add_losses(losses[0] / count, losses[1] / count)
+        return token
+
+    def note(self, found: dict[str, Tensor]) -> None:
+        """Keep the signals until the others of its batch are there."""
+        self.state.note(self.part, {**found, **self.part.known(plain(self.labels))})
+
+    def record_plain(self, loss: Tensor, metrics: dict[str, Tensor]) -> Outcome:
+        """Note the statistics of a batch whose weights are one by construction."""
+        labels = plain(self.labels)
+        nothing = torch.zeros_like(labels, dtype=torch.float32)
+        self.state.weigh({**self.part.known(labels), "loss": nothing})
+        self.state.add_losses(plain(loss), plain(loss))
+        return loss, metrics
 
 
-def _from_logits(logits: Tensor, vocab_size: int | None, given: _Given) -> Outcome:
+def _call(
+    state: RunState | None, pred: Tensor, labels: Tensor, global_valid_tokens: Tensor | None
+) -> _Call | None:
+    """Return what a call is about, or None if it does not train."""
+    if state is None or (not pred.requires_grad and not state.ahead):
+        return None
+    part = state.part(labels)
+    if part is None:
+        return None
+    if global_valid_tokens is None:
+        global_valid_tokens = torch.ones((), device=pred.device)
+    return _Call(state, part, labels, global_valid_tokens)
+
+
+def _from_logits(logits: Tensor, vocab_size: int | None, call: _Call) -> Tensor:
     """Return the weighted loss of full logits."""
-    nll = losses_with_gradient(logits, given.labels, vocab_size)
+    nll = losses_with_gradient(logits, call.labels, vocab_size)
     found = {"loss": nll.detach()}
-    if given.state.fn.needs - {"loss"}:
-        found = signals(logits, given.labels, vocab_size, given.state.fn.needs)
-    return weighted_sum(nll, given.weigh(found)) / plain(given.global_valid_tokens), {}
+    if call.state.fn.needs - {"loss"}:
+        found = signals(logits, call.labels, vocab_size, call.state.fn.needs)
+    if call.state.ahead:
+        call.note(found)
+        return nll.new_zeros(())
+    assert not call.waits, "refused at the start"
+    return weighted_sum(nll, call.weigh(found)) / plain(call.global_valid_tokens)
 
 
 def weighted_loss_config(stock: BaseLoss.Config) -> BaseLoss.Config:
@@ -202,9 +257,3 @@ def weighted_loss_config(stock: BaseLoss.Config) -> BaseLoss.Config:
         "use CrossEntropyLoss, alone or in a ChunkedLossWrapper"
     )
     raise ValueError(msg)
-
-
-def _record_plain(state: RunState, labels: Tensor, loss: Tensor) -> None:
-    """Note the statistics of a batch whose weights are one by construction."""
-    state.weigh(labels, None, {"loss": torch.zeros_like(labels, dtype=torch.float32)})
-    state.add_cross_entropy(loss)

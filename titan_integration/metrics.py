@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from torchtitan.components.metrics import MetricsProcessor
-from torchtitan.components.validate import Validator
 from torchtitan.tools.logging import logger
 from typing_extensions import override
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
+    from collections.abc import Mapping
 
     from titan_integration.state import RunState
     from weighting.contract import Collectives
@@ -40,9 +38,8 @@ class WeightedMetricsProcessor(MetricsProcessor):
     """Set by the trainer before the first step."""
     collectives: Collectives | None = None
     """Reaches the ranks whose statistics add up."""
-    path: Path | None = None
-    """The JSON lines file; None until the first line, and on every rank but the first."""
     dump_folder: str = ""
+    """Set by the trainer as well; the JSON lines go below it."""
 
     @override
     def log(
@@ -59,7 +56,7 @@ class WeightedMetricsProcessor(MetricsProcessor):
             NonFiniteSignalError: As `RunState.statistics`.
         """
         assert self.state is not None, "the trainer sets the state"
-        found = {**self.state.statistics(self.collectives), "weighted_loss": global_avg_loss}
+        found = self.state.statistics(self.collectives)
         tokens, since = self.ntokens_since_last_log, self.time_last_log
         named = {f"weighting/{name}": value for name, value in found.items()}
         extra = {**(extra_metrics or {}), **named}
@@ -72,40 +69,7 @@ class WeightedMetricsProcessor(MetricsProcessor):
         )
         if dist.get_rank() == 0:
             line = {"step": step, **found, "grad_norm": grad_norm, "tps": tokens / seconds}
-            self._write(json.dumps(line), fresh=step == 1)
-
-    def _write(self, line: str, *, fresh: bool) -> None:
-        """Append a line; a run that starts afresh sets the file of an earlier one aside."""
-        if self.path is None:
-            self.path = Path(self.dump_folder) / FOLDER / FILE
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            if fresh and self.path.exists():
-                set_aside(self.path)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-
-
-class UnweightedValidator(Validator):
-    """The host's validator; leaves out what only the training loss reads."""
-
-    @dataclass(kw_only=True, slots=True)
-    class Config(Validator.Config):
-        """The host's fields."""
-
-    @override
-    def post_dataloading_process(
-        self,
-        input_dict: dict[str, torch.Tensor],
-        labels: Tensor,
-        model_parts: list[nn.Module],
-    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        """Drop the domains, which the host would hand to the model."""
-        inputs = {
-            name: value
-            for name, value in input_dict.items()
-            if name != "domain_ids" and not name.startswith("columns.")
-        }
-        return super().post_dataloading_process(inputs, labels, model_parts)
+            append_line(Path(self.dump_folder) / FOLDER / FILE, line)
 
 
 def capped(found: dict[str, float]) -> float:
@@ -149,6 +113,15 @@ def table(lines: list[dict[str, float]], rows: int = 8) -> str:
         for line in (lines[i] for i in picked)
     ]
     return "\n".join(out)
+
+
+def append_line(path: Path, line: Mapping[str, float]) -> None:
+    """Append a line of metrics; that of step 1, a run's first, sets the file of another aside."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if line["step"] == 1 and path.exists():
+        set_aside(path)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 def set_aside(path: Path) -> Path:

@@ -8,8 +8,10 @@ logs.
 
 from __future__ import annotations
 
+import difflib
 import re
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +20,8 @@ from typing_extensions import override
 
 from weighting.build import MOMENTS, raise_if_nonfinite, summarize
 from weighting.contract import Alone, Collectives, Signals
-from weighting.levels import documents
-from weighting.losses import IGNORE_INDEX
+from weighting.logits import IGNORE_INDEX
+from weighting.losses import signals_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -30,6 +32,8 @@ _ADDED = MOMENTS.index("min")
 """Columns of the moments before this one add up; from here on they are a minimum, a maximum."""
 
 
+WEIGHTS = "weights"
+"""Name among the signals of a call whose weights are known before it."""
 _COLUMN = "columns."
 _FROM_LOGITS = re.compile(r"columns\.topk_entropy_[1-9]\d*")
 """Columns that the loss finds in the logits it has at hand."""
@@ -50,12 +54,60 @@ def data_columns(needs: frozenset[str]) -> list[str]:
     return sorted(name.removeprefix(_COLUMN) for name in columns.difference(computed))
 
 
+RECORD = ("spec_hash", "spec", "domains")
+"""Keys of a saved state that say what it belongs to; all others are the stages' own."""
+
+
+@dataclass(eq=False)
+class Part:
+    """What one call of the loss is about.
+
+    Attributes:
+        given: Signals that came with the batch, by name, [B, L].
+        found: All of its signals, once the loss has taken them.
+        token: Its weights, [B, L], where they are known before the call or come with others'.
+    """
+
+    given: dict[str, Tensor] = field(default_factory=dict)
+    found: dict[str, Tensor] = field(default_factory=dict)
+    token: Tensor | None = None
+
+    def known(self, labels: Tensor) -> dict[str, Tensor]:
+        """Return the signals that predictions do not tell, [B, L]; weights if they are known."""
+        weights = {} if self.token is None else {WEIGHTS: self.token}
+        return {**self.given, **weights, "valid": labels != IGNORE_INDEX}
+
+
+class Pipeline(NamedTuple):
+    """The stages of a pipeline.
+
+    Attributes:
+        stages: Reaches the ranks of the other stages.
+        last: The place among them of the one that computes the loss.
+    """
+
+    stages: Collectives
+    last: int
+
+    def from_last(self, x: Tensor) -> Tensor:
+        """Return what the last stage has, on every stage."""
+        return self.stages.gather(x)[self.last]
+
+
 class RunState(Stateful):
     """A built weighting with its step, the batch's signals, and statistics of the current step.
+
+    Most batches are one call of the loss, whose weights are made in it.  A pipeline calls it for
+    each of its microbatches, and a scope may take in all of a step: then the calls are parts of one
+    batch, noted until all are there, and weighed together.
 
     Attributes:
         fn: The built spec.
         step: Optimizer step, 0-D int64 on the device.
+        calls: How many calls of the loss make up a batch of a pipeline.
+        together: Whether these are noted in their forward passes, to be weighed together.
+        ahead: Whether they are noted in forward passes without gradient, before the others.
+        pipeline: The stages, where losses and state are known on the last one only.
     """
 
     def __init__(self, fn: Weighting, device: torch.device, *, allow_changed_spec: bool) -> None:
@@ -63,12 +115,17 @@ class RunState(Stateful):
         self.step = torch.zeros((), dtype=torch.int64, device=device)
         self._weigh: Callable[[Signals, Tensor], Weights] = self.fn
         self._allow_changed_spec = allow_changed_spec
-        self._batch: dict[str, Tensor] = {}
+        self.calls, self.together, self.ahead = 1, False, False
+        self.pipeline: Pipeline | None = None
+        self._current = Part()
+        self._by_labels: dict[int, tuple[Tensor, Part]] = {}
+        self._noted: list[Part] = []
+        self._weighed: list[Part] = []
         rows = len(fn.plans) + 1
         self._empty = torch.zeros(rows, len(MOMENTS), device=device)
         self._empty[:, _ADDED], self._empty[:, _ADDED + 1] = torch.inf, -torch.inf
         self._moments = self._empty.clone()
-        self._cross_entropy = torch.zeros((), device=device)
+        self._shares = torch.zeros(2, device=device)
         self._nonfinite = torch.zeros((), device=device)
 
     def compile(self, backend: str) -> None:
@@ -79,49 +136,77 @@ class RunState(Stateful):
         """Set the optimizer step and forget the statistics of the last one."""
         self.step.fill_(step)
         self._moments.copy_(self._empty)
-        self._cross_entropy.zero_()
+        self._shares.zero_()
+        self._weighed.clear()
 
-    def set_batch(self, given: Mapping[str, Tensor]) -> None:
-        """Take what the weighting reads of the next batch and the loss cannot find, each [B, L].
+    def set_batch(self, given: Mapping[str, Tensor], labels: Tensor | None = None) -> None:
+        """Take what the weighting reads of the next call and the loss cannot find, each [B, L].
 
         Args:
             given: Signals by name, columns as "columns.name"; those it does not read are left.
+            labels: What the loss will be called with, where several calls are prepared at once;
+                without it the next call is meant, and tensors stay where they are.
 
         Raises:
             ValueError: One that it reads is missing.
         """
-        for name in sorted(self.fn.needs):
-            if name not in {"domain_ids", "ref_loss"} and not name.startswith(_COLUMN):
-                continue
-            if _FROM_LOGITS.fullmatch(name):
-                continue
+        part = self._current if labels is None else Part()
+        for name in sorted(filter(_is_given, self.fn.needs)):
             if name not in given:
                 raise ValueError(_missing(name))
-            if name not in self._batch:
-                self._batch[name] = torch.zeros_like(given[name], device=self.step.device)
-            self._batch[name].copy_(given[name])
+            part.given[name] = _copied(given[name].to(self.step.device), part.given.get(name))
+        if self._weighed and not self.ahead:
+            token = self._weighed.pop(0).token
+            assert token is not None
+            part.token = _copied(token, part.token)
+        if labels is not None:
+            self._by_labels[id(labels)] = labels, part
 
-    def weigh(self, labels: Tensor, positions: Tensor | None, found: dict[str, Tensor]) -> Weights:
+    def part(self, labels: Tensor) -> Part | None:
+        """Return what a call of the loss with these labels is about, or None if it is a rehearsal.
+
+        A pipeline calls the loss once on stand-ins, to learn shapes.
+        """
+        if not self._by_labels:
+            return self._current
+        _, part = self._by_labels.get(id(labels), (None, None))
+        return part
+
+    def forget_parts(self, *, noted: bool = True) -> None:
+        """Forget the calls that were prepared, and those that were noted."""
+        self._by_labels.clear()
+        if noted:
+            self._noted.clear()
+
+    def note(self, part: Part, found: dict[str, Tensor]) -> None:
+        """Keep a part's signals until its batch is complete."""
+        self._noted.append(Part() if self.ahead else part)
+        # Copies: what came with this batch will be overwritten by the next one.
+        self._noted[-1].found = {n: x.clone() for n, x in found.items() if n != WEIGHTS}
+
+    def weigh_noted(self) -> None:
+        """Weigh the noted parts as one batch, and give each its weights."""
+        parts = list(self._noted)
+        found = {name: torch.cat([part.found[name] for part in parts]) for name in parts[0].found}
+        token = self.weigh(found).token
+        for part, own in zip(parts, token.chunk(len(parts)), strict=True):
+            part.token = own
+        if self.ahead:
+            self._weighed = parts
+
+    def local_part(self, found: Mapping[str, Tensor]) -> Tensor:
+        """Return the part of some tokens' weights that their own signals decide, by name."""
+        if WEIGHTS in found:
+            return found[WEIGHTS]
+        return self.fn.local_part(signals_of(found), self.step)
+
+    def weigh(self, found: Mapping[str, Tensor]) -> Weights:
         """Return the weights of a batch and add to the statistics of the step.
 
         Args:
-            labels: [B, L].
-            positions: [B, L], 0 where a document starts; one document per row when None.
-            found: `loss` in nats and the other signals the weighting needs and the batch did not
-                bring, each [B, L].
+            found: All signals that the weighting needs, by name, each [B, L].
         """
-        needs = self.fn.needs
-        segment_ids = None
-        if "segment_ids" in needs:
-            segment_ids = torch.zeros_like(labels) if positions is None else documents(positions)
-        known = {**self._batch, **found}
-        columns = {name: known.pop(name) for name in list(known) if name.startswith(_COLUMN)}
-        signals = Signals(
-            valid=labels != IGNORE_INDEX,
-            segment_ids=segment_ids,
-            columns={name.removeprefix(_COLUMN): value for name, value in columns.items()},
-            **known,
-        )
+        signals = signals_of(found)
         out = self._weigh(signals, self.step)
         self._moments[:, :_ADDED] += out.moments[:, :_ADDED]
         low, high = out.moments[:, _ADDED:].unbind(1)
@@ -130,14 +215,19 @@ class RunState(Stateful):
         self._nonfinite += out.moments[-1, MOMENTS.index("nonfinite")]
         return out
 
-    def add_cross_entropy(self, share: Tensor) -> None:
-        """Add a batch's share of the step's unweighted mean cross entropy, nats."""
-        self._cross_entropy += share.detach()
+    def add_losses(self, unweighted: Tensor, weighted: Tensor) -> None:
+        """Add a batch's shares of the step's mean cross entropy, nats, 0-D each."""
+        self._shares += torch.stack([unweighted, weighted]).detach()
+
+    @property
+    def weighted_share(self) -> Tensor:
+        """This rank's share of the step's weighted mean cross entropy so far, nats, 0-D."""
+        return self._shares[1].clone()
 
     def statistics(self, collectives: Collectives | None = None) -> dict[str, float]:
         """Return the step's statistics over all ranks, and forget the non-finite count.
 
-        Every rank must call it.  `unweighted_loss` is in nats; the others are those of
+        Every rank must call it.  The two losses are in nats; the others are those of
         `weighting.build.summarize`.
 
         Raises:
@@ -145,50 +235,102 @@ class RunState(Stateful):
                 `on_nonfinite: error`.
         """
         ranks = collectives or Alone()
-        totals = torch.cat(
-            [
-                self._moments[:, :_ADDED].flatten(),
-                torch.stack([self._cross_entropy, self._nonfinite]),
-            ]
-        )
-        added = ranks.sum(totals)
+        added = [self._moments[:, :_ADDED].flatten(), self._shares, self._nonfinite[None]]
+        counts, shares, nonfinite = ranks.sum(torch.cat(added)).split([len(x) for x in added])
         low, high = self._moments[:, _ADDED:].unbind(1)
         lowest, highest = ranks.max(torch.stack([-low, high]))
-        moments = torch.cat(
-            [added[:-2].view(len(self._moments), _ADDED), -lowest[:, None], highest[:, None]], dim=1
-        )
+        edges = torch.stack([-lowest, highest], dim=1)
+        moments = torch.cat([counts.view(-1, _ADDED), edges], dim=1)
+        if self.pipeline:
+            moments, shares = self.pipeline.from_last(moments), self.pipeline.from_last(shares)
+            nonfinite = self.pipeline.from_last(nonfinite)
         self._nonfinite.zero_()
-        raise_if_nonfinite(self.fn.spec, int(added[-1]))
-        metrics = {
-            name: value.item() for name, value in summarize(moments, [*self.fn.plans]).items()
-        }
-        return {"unweighted_loss": added[-2].item(), **metrics}
+        raise_if_nonfinite(self.fn.spec, int(nonfinite))
+        unweighted, weighted = shares.tolist()
+        named = summarize(moments, [*self.fn.plans])
+        metrics = {name: value.item() for name, value in named.items()}
+        return {"unweighted_loss": unweighted, "weighted_loss": weighted, **metrics}
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of the stages, and the spec they belong to."""
-        return {"spec_hash": self.fn.spec.hash, "spec": str(self.fn.spec), **self.fn.state_dict()}
+        """Return the state of the stages, and what it belongs to."""
+        state = self.fn.state_dict()
+        if self.pipeline:
+            state = {name: self.pipeline.from_last(x) for name, x in state.items()}
+        return {**self._record(), **state}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the state of the stages.
+        """Restore the state of the stages, unless it is another spec's, as `accepts` tells.
 
         Raises:
-            ValueError: The state belongs to another spec and that was not allowed.
+            ValueError: As `accepts`.
         """
         state = dict(state_dict)
-        saved_hash, saved = state.pop("spec_hash"), state.pop("spec")
-        if saved_hash != self.fn.spec.hash:
+        if self.accepts({key: state.pop(key) for key in RECORD if key in state}):
+            self.fn.load_state_dict(state)
+
+    def accepts(self, record: Mapping[str, str]) -> bool:
+        """Tell whether a saved state is of this spec; False where another one is allowed.
+
+        Args:
+            record: What `state_dict` has under the keys in `RECORD`.
+
+        Raises:
+            ValueError: It is of another spec and that was not allowed, or of other domains.
+        """
+        now = self._record()
+        if record["spec_hash"] != now["spec_hash"]:
             if not self._allow_changed_spec:
-                msg = (
-                    "the checkpoint was trained with another weighting spec.\n"
-                    f"--- in the checkpoint\n{saved}--- now\n{self.fn.spec}"
-                    "Resume with the old one, or pass --weighting.allow_changed_spec to go on with "
-                    "the new one from fresh state."
-                )
-                raise ValueError(msg)
-            return
-        self.fn.load_state_dict(state)
+                raise ValueError(_changed(record["spec"], now["spec"]))
+            return False
+        if record.get("domains", now.get("domains")) != now.get("domains"):
+            msg = (
+                f"the weighting in the checkpoint remembers the domains {record['domains']}, and "
+                f"the data now has {now['domains']}. Restore the data, or start both afresh: "
+                "--checkpoint.exclude_from_loading weighting,dataloader"
+            )
+            raise ValueError(msg)
+        return True
+
+    def _record(self) -> dict[str, str]:
+        """Return what the state belongs to; the domains only where it may be one for each."""
+        spec = self.fn.spec
+        record = {"spec_hash": spec.hash, "spec": str(spec)}
+        if "domain_ids" in self.fn.needs and self.fn.state_dict():
+            record["domains"] = ", ".join(self.fn.domains)
+        return record
+
+
+def _changed(saved: str, now: str) -> str:
+    """Say how two specs differ, line by line, and what to do."""
+    # All lines, so that the old spec can be restored from the message.
+    lines = difflib.unified_diff(
+        saved.splitlines(),
+        now.splitlines(),
+        "in the checkpoint",
+        "now",
+        n=len(saved) + len(now),
+        lineterm="",
+    )
+    diff = "\n".join(lines) or "Both print alike, and only their hashes differ: it is damaged."
+    return (
+        f"the checkpoint was trained with another weighting spec.\n{diff}\n"
+        "Resume with the old one, or pass --weighting.allow_changed_spec to go on with the new one "
+        "from fresh state."
+    )
+
+
+def _is_given(name: str) -> bool:
+    """Tell whether a signal comes with the batch, and not from the predictions."""
+    if name.startswith(_COLUMN):
+        return not _FROM_LOGITS.fullmatch(name)
+    return name in {"domain_ids", "segment_ids", "ref_loss"}
+
+
+def _copied(x: Tensor, into: Tensor | None) -> Tensor:
+    """Return x in the tensor it was in before, which a captured graph may be reading."""
+    return x.clone() if into is None else into.copy_(x)
 
 
 def _missing(name: str) -> str:

@@ -9,10 +9,15 @@ import time
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+import torch
+from torch import Tensor
+from torchtitan.components.checkpointer import CheckpointManager
 from torchtitan.components.checkpointer.base import ModelWrapper
 from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.components.validate import Validator
 from torchtitan.config import Configurable
+from torchtitan.distributed.context_parallel import cp_shard
+from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 from typing_extensions import override
@@ -26,7 +31,7 @@ from titan_integration.loss import (
     WeightedCrossEntropyLoss,
     weighted_loss_config,
 )
-from titan_integration.metrics import UnweightedValidator, WeightedMetricsProcessor
+from titan_integration.metrics import WeightedMetricsProcessor
 from titan_integration.records import REF_LOSS
 from titan_integration.reference import (
     average_decay,
@@ -36,15 +41,18 @@ from titan_integration.reference import (
     short_context,
     token_losses,
 )
-from titan_integration.state import RunState, data_columns, short_contexts
+from titan_integration.resume import REFERENCE, WEIGHTING, ResumingCheckpointManager
+from titan_integration.state import Pipeline, RunState, data_columns, short_contexts
+from titan_integration.validate import DomainValidator
 from weighting.build import sketch
+from weighting.levels import documents
 from weighting.spec import resolve
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from torch import Tensor
+    from torchtitan.distributed import ParallelDims
     from torchtitan.models.common.decoder import Decoder
 
 C = TypeVar("C", bound=Configurable.Config)
@@ -87,6 +95,8 @@ class WeightedTrainer(Trainer):
         weighting: WeightingConfig = field(default_factory=WeightingConfig)
 
     state: RunState
+    looks_ahead: bool
+    """Whether a forward pass over the whole step comes before it."""
     reference: Decoder | None
     """Gives ref_loss; without gradient, and in no checkpoint unless it is an average."""
     decay: float | None
@@ -125,19 +135,17 @@ class WeightedTrainer(Trainer):
         """Build the weighting for this run's ranks and domains and hand it to who needs it."""
         assert isinstance(self.loss_fn, WeightedChunkedLoss | WeightedCrossEntropyLoss)
         assert isinstance(self.metrics_processor, WeightedMetricsProcessor)
-        if spec.scope == "step" and self.gradient_accumulation_steps > 1:
-            msg = (
-                "scope: step needs the losses of all accumulated microbatches before the first "
-                "backward pass, and the trainer knows them one at a time; write scope: running or "
-                "microbatch, or set --training.global_batch_size to one microbatch of all ranks"
-            )
-            raise ValueError(msg)
-        dims = self.parallel_dims
-        ranks = OverRanks(dims.get_mesh("batch").get_group()) if dims.dp_enabled else None
+        ranks = ranks_of(self.parallel_dims)
         domains = getattr(self.dataloader, "domains", None)
         fn = wt.build(spec, domains=domains, collectives=ranks)
         allow = config.weighting.allow_changed_spec
         self.state = RunState(fn, self.device, allow_changed_spec=allow)
+        self.state.calls = self.num_pipeline_parallel_microbatches
+        self.looks_ahead = spec.scope == "step" and not fn.identity and self._calls_in_a_step > 1
+        together = self.parallel_dims.pp_enabled and spec.scope != "running" and fn.looks_around
+        self.state.together = together and not self.looks_ahead
+        if self.parallel_dims.pp_enabled:
+            self.state.pipeline = pipeline_of(self.parallel_dims, last=self.pp_has_last_stage)
         if config.compile.enable and "loss" in config.compile.components:
             self.state.compile(config.compile.backend)
         self.loss_fn.state = self.state
@@ -147,9 +155,9 @@ class WeightedTrainer(Trainer):
         if config.checkpoint.enable:
             # pyrefly: ignore[missing-attribute]
             states = self.checkpointer.states
-            states["weighting"] = self.state
+            states[WEIGHTING] = self.state
             if self.reference is not None and self.decay is not None:
-                states["reference"] = ModelWrapper(self.reference)
+                states[REFERENCE] = ModelWrapper(self.reference)
         logger.info(f"Weighting: {spec.name} ({spec.hash})\n{spec}")
         if domains:
             logger.info(f"Domains: {', '.join(domains)}")
@@ -161,12 +169,27 @@ class WeightedTrainer(Trainer):
         """Keep what is for the loss, which the host would hand to the model, and add to it."""
         inputs = {key: x for key, x in input_dict.items() if not _is_signal(key)}
         given = {key: x for key, x in input_dict.items() if _is_signal(key)}
+        if "segment_ids" in self.state.fn.needs:
+            positions = inputs.get("positions")
+            given["segment_ids"] = (
+                torch.zeros_like(labels) if positions is None else documents(positions)
+            )
         tokens, labels, kwargs = super().post_dataloading_process(inputs, labels)
+        given = self._sharded(given)
         given |= self._further_losses(tokens, labels, kwargs)
         if "columns.ref_loss" in given:
             given.setdefault("ref_loss", given["columns.ref_loss"])
-        self.state.set_batch(given)
+        self.state.set_batch(given, labels if self.parallel_dims.pp_enabled else None)
         return tokens, labels, kwargs
+
+    def _sharded(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return this rank's part of each row, where rows are cut over ranks, as labels are."""
+        if not (self.parallel_dims.cp_enabled and given):
+            return given
+        mesh = self.parallel_dims.get_mesh("cp")
+        balancer = self.config.parallelism.context_parallel_load_balancer
+        parts, _ = cp_shard(mesh, tuple(given.values()), None, balancer)
+        return dict(zip(given, parts, strict=True))
 
     def _further_losses(
         self, inputs: Tensor, labels: Tensor, kwargs: dict[str, Any]
@@ -195,9 +218,67 @@ class WeightedTrainer(Trainer):
         average, (model, *_) = self.reference, self.model_parts
         if average is not None and self.decay is not None and self.step == 1:
             follow(average, model, 0)  # a fresh run starts from its own first weights
+        if self.looks_ahead:
+            batches = [next(data_iterator) for _ in range(self._calls_in_a_step)]
+            self._look_ahead(batches)
+            data_iterator = iter(batches)
         super().train_step(data_iterator)
         if average is not None and self.decay is not None:
             follow(average, model, self.decay)
+
+    @override
+    def pp_forward_backward_step(self, **batch: Any) -> Tensor:
+        """Run the pipeline over its microbatches; the loss is known when they have been weighed."""
+        self.state.forget_parts()
+        before = self.state.weighted_share
+        loss = super().pp_forward_backward_step(**batch)
+        if self.state.together and self.pp_has_last_stage:
+            return self.state.weighted_share - before
+        return loss
+
+    @property
+    def _calls_in_a_step(self) -> int:
+        """How many batches of the loader make up an optimizer step."""
+        return self.gradient_accumulation_steps * self.num_pipeline_parallel_microbatches
+
+    @torch.no_grad()
+    def _look_ahead(self, batches: list[tuple[dict[str, Tensor], Tensor]]) -> None:
+        """Weigh all batches of a step, by a forward pass over each, before any is trained on."""
+        seen, state = self.ntokens_seen, self.state
+        state.ahead = True
+        size = self.num_pipeline_parallel_microbatches
+        for start in range(0, len(batches), size):
+            state.forget_parts(noted=start == 0)
+            prepared: list[tuple[Tensor, Tensor, dict[str, Any]]] = []
+            for given, given_labels in batches[start : start + size]:
+                moved = {
+                    key: x.to(self.device) if isinstance(x, Tensor) else x
+                    for key, x in given.items()
+                }
+                labels = given_labels.to(self.device)
+                prepared.append(self.post_dataloading_process(moved, labels))
+                if not self.parallel_dims.pp_enabled:
+                    self._forward_only(prepared.pop())
+            if prepared:
+                self._forward_only(*prepared)
+        if not self.parallel_dims.pp_enabled or self.pp_has_last_stage:
+            state.weigh_noted()
+        state.forget_parts()
+        self.ntokens_seen, state.ahead = seen, False
+
+    def _forward_only(self, *prepared: tuple[Tensor, Tensor, dict[str, Any]]) -> None:
+        """Run model and loss on prepared batches, through the pipeline if there is one."""
+        inputs, labels, kwargs = zip(*prepared, strict=True)
+        with self.train_context():
+            if not self.parallel_dims.pp_enabled:
+                self.loss_fn(self.model_parts[0](inputs[0], **kwargs[0]), labels[0])
+                return
+            self.pp_schedule.eval(
+                arg_mbs=[(x,) for x in inputs] if self.pp_has_first_stage else None,
+                kwarg_mbs=list(kwargs),
+                target_mbs=list(labels) if self.pp_has_last_stage else None,
+                losses=[] if self.pp_has_last_stage else None,
+            )
 
     @override
     def train(self) -> None:
@@ -224,8 +305,10 @@ def with_weighting(
     weighted.loss = weighted_loss_config(config.loss)
     if type(config.metrics) is MetricsProcessor.Config:
         weighted.metrics = _recast(config.metrics, WeightedMetricsProcessor.Config)
+    if type(config.checkpoint) is CheckpointManager.Config:
+        weighted.checkpoint = _recast(config.checkpoint, ResumingCheckpointManager.Config)
     if type(config.validator) is Validator.Config:
-        weighted.validator = _recast(config.validator, UnweightedValidator.Config)
+        weighted.validator = _recast(config.validator, DomainValidator.Config)
     if cpu.use_cpu():
         cpu.prepare_config(weighted)
     return weighted
@@ -262,21 +345,37 @@ def refuse_unsupported(config: WeightedTrainer.Config, fn: wt.Weighting) -> None
         raise ValueError(msg)
     if fn.identity:
         return
-    degrees = config.parallelism
-    reasons = {
-        "context_parallel_degree": "each rank sees a part of every sequence only",
-        "pipeline_parallel_degree": "losses come one microbatch at a time, after others' backward",
-    }
-    for name, reason in reasons.items():
-        if getattr(degrees, name) > 1:
+    if config.parallelism.pipeline_parallel_degree > 1:
+        _refuse_pipeline(config, fn)
+    balancer = config.parallelism.context_parallel_load_balancer
+    if config.parallelism.context_parallel_degree > 1:
+        if balancer == "ptrr":
             msg = (
-                f"weighting is not exact under {name} > 1 yet ({reason}); set "
-                f"--parallelism.{name} 1 and shard the data instead, or train specs/uniform.yaml"
+                "the ptrr load balancer orders tokens by their attention mask, and what weighs "
+                "them cannot follow; set --parallelism.context_parallel_load_balancer headtail"
             )
             raise ValueError(msg)
-    if degrees.spmd_backend == "full_dtensor":
-        msg = "weighting needs --parallelism.spmd_backend spmd_types or partial_dtensor"
-        raise ValueError(msg)
+        if short_contexts(fn.needs):
+            msg = (
+                f"{fn.spec.name} reads losses on short contexts, which a rank with a part of each "
+                "sequence cannot take; set --parallelism.context_parallel_degree 1"
+            )
+            raise ValueError(msg)
+
+
+def ranks_of(dims: ParallelDims) -> OverRanks | None:
+    """Return how statistics reach the ranks that hold other tokens; None if there are none."""
+    rows = dims.get_mesh("batch").get_group() if dims.dp_enabled else None
+    if not dims.cp_enabled:
+        return OverRanks(rows) if rows else None
+    return OverRanks(dims.get_mesh("loss").get_group(), rows, dims.get_mesh("cp").get_group())
+
+
+def pipeline_of(dims: ParallelDims, *, last: bool) -> Pipeline:
+    """Return how what is known on the last stage of a pipeline reaches the other stages."""
+    stages = OverRanks(dims.get_mesh("pp").get_group())
+    holder = stages.gather(torch.tensor(int(last), device=utils.device_type)).argmax()
+    return Pipeline(stages, int(holder))
 
 
 def ask_for_columns(config: WeightedTrainer.Config, needs: frozenset[str]) -> None:
@@ -307,6 +406,38 @@ def exit_on_user_error() -> Iterator[None]:
 
 _HEAD_START = 10.0
 """Seconds the other ranks wait for the first to report an error."""
+
+
+ALL_LOSSES_FIRST = ("GPipe", "LoopedBFS")
+"""Pipeline schedules that run every forward pass before the first backward pass."""
+
+
+def _refuse_pipeline(config: WeightedTrainer.Config, fn: wt.Weighting) -> None:
+    """Refuse what a pipeline's last stage cannot know, or cannot know in time."""
+    if config.weighting.reference or short_contexts(fn.needs):
+        msg = (
+            f"{fn.spec.name} needs a forward pass of its own, which is not sent through the "
+            "pipeline; give ref_loss as a column of the data, or set "
+            "--parallelism.pipeline_parallel_degree 1"
+        )
+        raise ValueError(msg)
+    if not fn.looks_around or fn.spec.scope in {"running", "step"}:
+        return
+    schedule = config.parallelism.pipeline_parallel_schedule
+    if config.parallelism.pipeline_parallel_schedule_csv or schedule not in ALL_LOSSES_FIRST:
+        msg = (
+            f"{fn.spec.name} needs all losses of a batch before the first backward pass, and the "
+            f"pipeline schedule {schedule} runs some backward passes earlier; set "
+            f"--parallelism.pipeline_parallel_schedule {ALL_LOSSES_FIRST[0]}, or write scope: step "
+            "into the spec (exact, at the cost of one more forward pass) or scope: running"
+        )
+        raise ValueError(msg)
+    if getattr(config.loss, "memory", "full") == "full":
+        msg = (
+            "weights of a pipeline's microbatches are known after their losses; use the chunked "
+            "loss with --loss.memory auto, or write scope: step into the spec"
+        )
+        raise ValueError(msg)
 
 
 def _refuse_reference(config: WeightedTrainer.Config, fn: wt.Weighting) -> None:

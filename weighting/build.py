@@ -267,6 +267,15 @@ class Weighting(nn.Module):
                 product = product * self._floored(name, self._run_local(name, signals, flat, step))
         return product.reshape(loss.shape)
 
+    @property
+    def looks_around(self) -> bool:
+        """Whether a weight depends on more than its own document or sequence and the state."""
+        stages = [step.stage for steps in self.plans.values() for step in steps]
+        statistics = any(not (x.pointwise or isinstance(x, Pool)) for x in stages)
+        by_domain = any(step.level == "domain" for steps in self.plans.values() for step in steps)
+        scaled = self.spec.normalize == "mean_one" or self.spec.reduction != "token_mean"
+        return not self.identity and (statistics or by_domain or scaled)
+
     def most(self) -> float:
         """Return the largest share of this rank's tokens that weigh more than 0, but for ties."""
         shares = [1.0]

@@ -266,21 +266,31 @@ class Gradients(NamedTuple):
     bias: Tensor | None
 
 
+Weigh = Callable[[dict[str, Tensor]], Tensor]
+"""From signals by name, each in the shape of the labels, to token weights."""
+
+
 def late_bound(
-    hidden: Tensor, batch: Batch, weigh: Callable[[dict[str, Tensor]], Tensor]
+    hidden: Tensor,
+    batch: Batch,
+    weigh: Weigh,
+    *,
+    note: Callable[[dict[str, Tensor]], None] | None = None,
 ) -> Tensor:
     """Return sum(weight * nll) * scale, differentiable in hidden states, weight and bias.
 
     Args:
         hidden: [B, L, D] or [T, D].
         batch: The batch.
-        weigh: From signals by name, each in the shape of the labels, to token weights.
+        weigh: Gives the weights.
+        note: If given, weights are not yet to be had in the forward pass: `note` then gets the
+            signals, 0 is returned, and `weigh` is called in the backward pass.
     """
-    return _LateBound.apply(hidden, batch.head.weight, batch.head.bias, batch, weigh)
+    return _LateBound.apply(hidden, batch.head.weight, batch.head.bias, batch, weigh, note)
 
 
 class _LateBound(torch.autograd.Function):
-    """Makes the gradient in forward; backward hands it out, times whatever arrives."""
+    """Makes the gradient once the weights are there; hands it out times whatever arrives."""
 
     @staticmethod
     @override
@@ -291,24 +301,30 @@ class _LateBound(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         batch: Batch,
-        weigh: Callable[[dict[str, Tensor]], Tensor],
+        weigh: Weigh,
+        note: Callable[[dict[str, Tensor]], None] | None,
     ) -> Tensor:
         of_hidden, of_weight, of_bias = ctx.needs_input_grad[:3]
         found, finish = begin(batch, hidden, wants=(of_hidden, of_weight or of_bias))
-        loss, ctx.gradients = finish(weigh(found))
-        ctx.shape = hidden.shape
-        return loss
+        ctx.shape, ctx.gradients = hidden.shape, None
+        if note is None:
+            loss, gradients = finish(weigh(found))
+            ctx.gradients = lambda: gradients
+            return loss
+        note(found)
+        ctx.gradients = lambda: finish(weigh(found))[1]
+        return torch.zeros_like(batch.scale)
 
     @staticmethod
     @override
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
-            msg = "the gradient was made in the forward pass and can be had once; call it again"
+            msg = "the gradient is made once and can be had once; call the loss again"
             raise RuntimeError(msg)
-        gradients, ctx.gradients = ctx.gradients, None
+        gradients, ctx.gradients = ctx.gradients(), None
         of_hidden, of_weight, of_bias = (_times_(x, grads[0].view(1)) for x in gradients)
         of_hidden = None if of_hidden is None else of_hidden.view(ctx.shape)
-        return of_hidden, of_weight, of_bias, None, None
+        return of_hidden, of_weight, of_bias, None, None, None
 
 
 Finish = Callable[[Tensor], tuple[Tensor, Gradients]]

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import textwrap
+from collections import Counter
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import click
 import torch
+from typing_extensions import override
 
 from weighting import arrow, calls
 from weighting.cli.common import allow_plugins, read_or_exit
+from weighting.contract import Alone
+from weighting.errors import SpecError
+from weighting.linear import Sizes, path_of
 from weighting.schedules import Constant, Piecewise, Schedule, ShareOfN, Step
 from weighting.spec import arrow_text, dumps
+from weighting.testing.subject import as_subject
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from torch import Tensor
 
     from weighting.build import Step as PlannedStage
     from weighting.build import Weighting
@@ -42,6 +50,8 @@ _SCOPES = {
 def explain(spec: str, steps: int | None, *, allow_plugins: bool) -> None:
     """Print what a spec means: sugar expanded, defaults filled in, scopes, schedules, signals.
 
+    It ends with what the weights cost: their way through the output layer, and what ranks exchange.
+
     \b
     Examples:
       weighting explain specs/linupper.yaml
@@ -60,7 +70,8 @@ def explanation(spec: Spec, fn: Weighting, steps: int | None = None) -> list[str
         lines += _wrapped("means", [_in_full(step) for step in planned])
         lines += ["", f"  {'stage':25} {'gives':19} statistics"]
         lines += [_row(step) for step in planned]
-    lines += ["", *_ending(spec, fn), "", *_schedules(fn, steps)]
+    lines += ["", *_ending(spec, fn), "", *_loss_path(spec, fn), *_exchanges(spec), ""]
+    lines += _schedules(fn, steps)
     lines += ["as a YAML list:", ""]
     lines += [f"  {line}" for line in dumps(spec, "yaml").splitlines()]
     return lines
@@ -103,6 +114,112 @@ def _ending(spec: Spec, fn: Weighting) -> Iterator[str]:
     }
     yield f"a non-finite signal is {action[spec.on_nonfinite]}"
     yield f"signals: {', '.join(sorted(fn.needs)) or 'none'}"
+
+
+def _loss_path(spec: Spec, fn: Weighting) -> Iterator[str]:
+    """Say which weights are known when, and what it takes to wait for the others."""
+    if fn.identity:
+        yield "loss path: the trainer's own loss, nothing added"
+        return
+    yield "loss path: how weights meet the output layer, width D x vocabulary V"
+    known = ", ".join(fn.local)
+    yield from _wrapped("local", [f"{known}: known token by token" if known else "nothing"])
+    yield from _wrapped("late", [_comes_late(spec, fn)])
+    yield f"  {'memory':11}{'products':10}more memory, in elements"
+    extra = {"late": "none", "keep": "T x V, T tokens on a rank", "recompute": "none"}
+    if fn.late == "sequence":
+        extra["late"] = "(n - 1) x D x V, n sequences on a rank"
+    if fn.late == "token":
+        del extra["late"]
+    share = fn.most()
+    skips = {"keep": "1 + 2k", "recompute": "1 + 3k"} if share < 1 else {}
+    products = {"late": "3", "keep": "3", "recompute": "4", **skips}
+    for memory, elements in extra.items():
+        yield f"  {memory:11}{products[memory]:10}{elements}"
+    if skips:
+        yield f"  k = {share:g} of the tokens, at most, can weigh more than 0{_elsewhere(spec, fn)}"
+    yield f"  auto takes, for {_EXAMPLE}:"
+    for rows in (1, 2):
+        path = path_of(fn, Sizes(rows * 8192, rows, 128256, 4096, 2, _BUDGET))
+        label = f"    {rows} sequence{'s' * (rows > 1):2}  "
+        yield from textwrap.wrap(
+            f"{path}", 80, initial_indent=label, subsequent_indent=" " * len(label)
+        )
+
+
+_EXAMPLE = "D 4096, V 128256, bfloat16, 8192 tokens a sequence, 80 GB"
+_BUDGET = 80 * 10**9 // 16
+"""The share of that device's memory which `weighting.linear.budget` allows."""
+
+
+def _comes_late(spec: Spec, fn: Weighting) -> str:
+    """Say what is known only with the whole batch, and in which units."""
+    if fn.late is None:
+        scaled = [fn.plans[name][-1].stage for name in fn.local if spec.normalize == "none"]
+        if scaled and all(stage.pointwise for stage in scaled):
+            return "nothing"
+        return "one number, which scales all weights to mean one"
+    levels = [f"{name} per {fn.plans[name][-1].level}" for name in fn.plans if name not in fn.local]
+    if spec.reduction != "token_mean":
+        levels.append(f"reduction per {spec.reduction.removesuffix('_mean')}")
+    return f"{', '.join(levels)}: a number for each {fn.late}"
+
+
+def _elsewhere(spec: Spec, fn: Weighting) -> str:
+    """Say where a selection leaves a rank no smaller share, as it spans ranks."""
+    last = (steps[-1].stage for steps in fn.plans.values())
+    on_rank = spec.scope == "rank" or any(stage.inside() == "sequence" for stage in last)
+    return "" if on_rank else "; k = 1 on several ranks"
+
+
+def _exchanges(spec: Spec) -> Iterator[str]:
+    """Say how many collectives a batch takes, counted on a small one."""
+    counted = _Counted()
+    try:
+        subject = as_subject(spec)
+        subject.built("spec", counted)(subject.batch())
+    except SpecError:  # only other domains would do, and those are unknown here
+        return
+    number = _in_words(counted.calls)
+    yield f"collectives: {number} per batch" if number else "collectives: none"
+    if number := _in_words(counted.parts.calls):
+        yield f"  {number} more where sequences are cut over ranks"
+
+
+class _Counted(Alone):
+    """A single rank that counts what it asks of the others."""
+
+    def __init__(self) -> None:
+        self.calls: Counter[str] = Counter()
+        self._parts: _Counted | None = None
+
+    @property
+    @override
+    def parts(self) -> _Counted:
+        self._parts = self._parts or _Counted()
+        return self._parts
+
+    @override
+    def gather(self, x: Tensor) -> Tensor:
+        self.calls["gather"] += 1
+        return super().gather(x)
+
+    @override
+    def sum(self, x: Tensor) -> Tensor:
+        self.calls["sum"] += 1
+        return super().sum(x)
+
+    @override
+    def max(self, x: Tensor) -> Tensor:
+        self.calls["maximum"] += 1
+        return super().max(x)
+
+
+def _in_words(calls: Counter[str]) -> str:
+    """Return counts as one says them: "1 gather and 2 sums"."""
+    plural = {"gather": "gathers", "maximum": "maxima", "sum": "sums"}
+    texts = [f"{n} {plural[kind] if n > 1 else kind}" for kind, n in sorted(calls.items())]
+    return " and ".join(filter(None, [", ".join(texts[:-1]), *texts[-1:]]))
 
 
 def _schedules(fn: Weighting, steps: int | None) -> list[str]:

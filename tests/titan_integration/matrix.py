@@ -1,0 +1,111 @@
+"""Weighs the same batches by several specs under one layout, and writes down what came of it.
+
+    torchrun ... matrix.py OUT SPECS --module M --config C [torchtitan flags]
+
+SPECS is a JSON file of spec texts by name.  For each spec the real trainer takes two steps, but for
+the optimizer's, so that every layout and every spec sees the same model.  OUT gets one file per
+rank, `rank<r>.pt`: for each spec, of the second step, where each of the rank's tokens stands in the
+data, its weight, and the gradients of the rank's parameters, whole.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torchtitan.config import ConfigManager
+from torchtitan.tools.logging import init_logger
+
+import weighting as wt
+
+STEPS = 2
+WHERE = "columns.where"
+
+
+def main() -> None:
+    """Take the steps and save what happened."""
+    out, specs, *flags = sys.argv[1:]
+    init_logger()
+    config = ConfigManager().parse_args(flags)
+    trainer = config.build()
+    trainer.checkpointer.load(step=config.checkpoint.load_step)
+    trainer.optimizers.step = lambda: None
+    microbatches = trainer._calls_in_a_step
+    batches = [*islice(trainer.dataloader, STEPS * microbatches)]
+    found = {}
+    for name, text in json.loads(Path(specs).read_text()).items():
+        try:
+            found[name] = run(trainer, config, wt.loads(text), batches)
+        except ValueError as error:
+            found[name] = {"refused": str(error)}
+    rank = torch.distributed.get_rank()
+    Path(out).mkdir(parents=True, exist_ok=True)
+    torch.save(found, Path(out) / f"rank{rank}.pt")
+    trainer.close()
+    torch.distributed.destroy_process_group()
+
+
+def run(trainer: Any, config: Any, spec: wt.Spec, batches: list[Any]) -> dict[str, Any]:
+    """Return where the tokens of the last step stand, their weights, and the gradients."""
+    from titan_integration.trainer import refuse_unsupported  # noqa: PLC0415 - after the device
+    from weighting.build import sketch  # noqa: PLC0415
+
+    refuse_unsupported(config, sketch(spec))
+    trainer._join(config, spec)
+    trainer.loss_fn._path = None
+    state, noted = trainer.state, {"where": [], "token": []}
+    weigh, set_batch = state.weigh, state.set_batch
+
+    def note_weights(given):
+        weights = weigh(given)
+        noted["token"].append(weights.token.flatten().clone())
+        return weights
+
+    def note_place(given, *rest):
+        if state.ahead == trainer.looks_ahead:
+            noted["where"].append(given[WHERE].flatten().clone())
+        set_batch(given, *rest)
+
+    state.weigh, state.set_batch = note_weights, note_place
+    stream = trainer.batch_generator(with_columns(batches))
+    for step in range(1, STEPS + 1):
+        for kept in noted.values():
+            kept.clear()
+        trainer.step = step
+        trainer.train_step(stream)
+    token = noted["token"] or [torch.zeros(0)]
+    where = noted["where"] if noted["token"] else [torch.zeros(0, dtype=torch.int64)]
+    return {
+        "where": torch.cat(where),
+        "token": torch.cat(token),
+        "gradients": {
+            name: whole(p.grad)
+            for model in trainer.model_parts
+            for name, p in model.named_parameters()
+            if p.grad is not None
+        },
+    }
+
+
+def with_columns(batches: list[Any]) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    """Yield batches with a reference loss, and with where each token stands in the data."""
+    for given, labels in batches:
+        tokens, length = given["input"], labels.shape[1]
+        rows = (tokens.double() * torch.arange(1, length + 1)).sum(1).long()  # tells rows apart
+        where = rows[:, None] * length + torch.arange(length)
+        reference = 7.6 + 0.3 * (labels % 7 - 3) / 3
+        yield {**given, WHERE: where, "columns.ref_loss": reference}, labels
+
+
+def whole(gradient: Tensor) -> Tensor:
+    """Return a gradient whole, whatever it is cut over."""
+    return (gradient.full_tensor() if isinstance(gradient, DTensor) else gradient).clone()
+
+
+if __name__ == "__main__":
+    main()

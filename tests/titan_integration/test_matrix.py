@@ -1,0 +1,148 @@
+"""The same global batch under every layout: the same weights and the same gradients."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from runs import HERE, torchrun
+
+SPECS = Path(__file__).resolve().parents[2] / "specs"
+SHIPPED = ("uniform", "linupper", "mile", "linupper-x-mile", "doremi-proxy")
+DOCUMENTS = "version: 1\npipeline: mean(document) -> normalize -> temperature(1) -> clamp(2/n)\n"
+TEXTS = {**{name: (SPECS / f"{name}.yaml").read_text() for name in SHIPPED}, "documents": DOCUMENTS}
+ROWS = 4
+LARGEST = 1e-4
+"""Losses differ by 1e-7 between layouts; a normalised spread of some 0.05 nats magnifies them."""
+
+PIPELINE = "--parallelism.pipeline_parallel_degree=2"
+SCHEDULE = "--parallelism.pipeline_parallel_schedule="
+CONTEXT = "--parallelism.context_parallel_degree=2"
+TENSOR = "--parallelism.tensor_parallel_degree=2"
+REPLICAS = "--parallelism.data_parallel_replicate_degree=2"
+SHARDS = "--parallelism.data_parallel_shard_degree="
+BACKEND = "--parallelism.spmd_backend="
+
+LAYOUTS = {
+    "FSDP2 x 2": (2, 2, []),
+    "FSDP2 x 2, full_dtensor": (2, 2, [BACKEND + "full_dtensor"]),
+    "DDP x 2": (2, 2, [REPLICAS, SHARDS + "1"]),
+    "HSDP 2 x 2": (4, 1, [REPLICAS, SHARDS + "2"]),
+    "TP x 2": (2, 4, [TENSOR]),
+    "TP x 2, partial_dtensor": (2, 4, [TENSOR, BACKEND + "partial_dtensor"]),
+    "TP x 2, full_dtensor": (2, 4, [TENSOR, BACKEND + "full_dtensor"]),
+    "CP x 2, head-tail": (2, 4, [CONTEXT]),
+    "CP x 2, contiguous": (
+        2,
+        4,
+        [CONTEXT, "--parallelism.context_parallel_load_balancer=None"],
+    ),
+    "PP x 2, GPipe": (2, 4, [PIPELINE, SCHEDULE + "GPipe"]),
+    "PP x 2, 1F1B": (2, 4, [PIPELINE, SCHEDULE + "1F1B"]),
+    "PP x 2, 1F1B, scope: step": (2, 4, [PIPELINE, SCHEDULE + "1F1B"]),
+    "accumulation x 2, scope: step": (1, 2, ["--training.global_batch_size=4"]),
+    "FSDP2 x TP": (4, 2, [TENSOR]),
+    "FSDP2 x CP": (4, 2, [CONTEXT]),
+    "PP x FSDP2, GPipe": (4, 2, [PIPELINE, SCHEDULE + "GPipe"]),
+    "compiled": (1, 4, ["--compile.enable", "--compile.backend=aot_eager"]),
+    "full activation checkpointing": (1, 4, ["activation-checkpoint:full"]),
+}
+"""Layouts: ranks, sequences on a rank, flags."""
+
+
+@pytest.fixture(scope="module")
+def seed(tmp_path_factory):
+    """Return the folder of a checkpoint of step 0, which every layout starts from."""
+    folder = tmp_path_factory.mktemp("seed")
+    flags = ["--checkpoint.enable", "--checkpoint.create_seed_checkpoint", "--training.steps=1"]
+    entry = ["--module=titan_integration", "--config=llama3_debugmodel"]
+    done = torchrun(
+        1,
+        *["-m", "torchtitan.train", *entry, "--weighting.spec=uniform"],
+        *[f"--dump_folder={folder}", *flags],
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder / "checkpoint" / "step-0"
+
+
+@pytest.fixture(scope="module")
+def one(seed, tmp_path_factory):
+    """Return what one rank finds."""
+    return weighed(seed, tmp_path_factory.mktemp("one"), 1, ROWS, [], TEXTS)
+
+
+def weighed(seed, out, ranks, rows, flags, texts):
+    """Return for each spec the weights in the order of the data and the gradients, or a refusal."""
+    specs = out / "specs.json"
+    specs.write_text(json.dumps(texts))
+    common = [
+        "--module=titan_integration",
+        "--config=llama3_debugmodel",
+        "--weighting.spec=uniform",
+    ]
+    common += ["--training.seq_len=256", "--training.steps=5", "--training.max_norm=1e9"]
+    common += ["--checkpoint.enable", f"--checkpoint.initial_load_path={seed}"]
+    common += [f"--dump_folder={out}/dump", f"--training.local_batch_size={rows}"]
+    driver = str(HERE / "matrix.py")
+    done = torchrun(ranks, driver, str(out), str(specs), *common, *flags)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    found = [torch.load(out / f"rank{rank}.pt") for rank in range(ranks)]
+    shutil.rmtree(out)
+    return {name: gathered([rank[name] for rank in found]) for name in texts}
+
+
+def gathered(ranks):
+    """Return what the ranks found of one spec, put together; ranks that hold the same agree."""
+    if "refused" in ranks[0]:
+        return ranks[0]["refused"]
+    where, token = (torch.cat([rank[key] for rank in ranks]) for key in ("where", "token"))
+    places, index = where.unique(return_inverse=True)
+    weights = torch.zeros(len(places)).scatter_(0, index, token)
+    torch.testing.assert_close(weights[index], token, rtol=1e-5, atol=1e-6)  # float32 sums
+    gradients = {}
+    for rank in ranks:
+        gradients.update(rank["gradients"])
+    return places, weights, gradients
+
+
+def difference(got, expected):
+    """Return the largest relative difference of weights, and of any parameter's gradient."""
+    (places, weights, gradients), (where, others, reference) = got, expected
+    assert torch.equal(places, where), "the layouts must see the same tokens"
+    assert gradients.keys() == reference.keys()
+    of_weights = (weights - others).abs().max() / others.abs().max()
+    of_gradients = [(gradients[n] - g).norm() / g.norm() for n, g in reference.items()]
+    return of_weights.item(), max(of_gradients).item()
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_weighs_and_learns_as_one_rank(layout, seed, one, tmp_path, record_property):
+    """Weights and gradients of the second step are those of one rank, or the spec is refused."""
+    ranks, rows, flags = LAYOUTS[layout]
+    texts = TEXTS
+    if layout.endswith("scope: step"):
+        texts = {name: f"scope: step\n{text}" for name, text in TEXTS.items()}
+    found = weighed(seed, tmp_path, ranks, rows, flags, texts)
+    line = {}
+    for name, got in found.items():
+        if isinstance(got, str):
+            line[name] = f"refused: {got}"
+            continue
+        line[name] = difference(got, one[name])
+    record_property("matrix", (layout, line))
+    for name, cell in line.items():
+        if layout == "PP x 2, 1F1B" and name != "uniform":
+            assert "backward pass" in cell
+            assert "scope: step" in cell
+        else:
+            assert max(cell) <= LARGEST, f"{name}: weights and gradients differ by {cell}"
+
+
+@pytest.mark.processes
+def test_the_specs_of_the_matrix_say_something(one):
+    """All but uniform weigh tokens apart, so that agreement means something."""
+    assert one["uniform"][1].eq(1).all()
+    spreads = {name: weights.max() - weights.min() for name, (_, weights, _) in one.items()}
+    assert all(spread > 0.01 for name, spread in spreads.items() if name != "uniform"), spreads
