@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from weighting import arrow, calls
 from weighting.cli.common import allow_plugins, read_or_exit
-from weighting.contract import Alone
+from weighting.contract import Alone, Weigh
 from weighting.errors import SpecError
 from weighting.linear import Sizes, path_of
 from weighting.schedules import Constant, Piecewise, Schedule, ShareOfN, Step
@@ -41,6 +41,10 @@ _SCOPES = {
     "running": "the microbatch, on all data-parallel ranks, and the 1,024 units before it",
     "step": "all microbatches of the optimizer step, on all data-parallel ranks",
 }
+_EXAMPLE = Sizes(
+    tokens=8192, rows=1, vocabulary=128256, width=4096, itemsize=2, budget=80 * 10**9 // 16
+)
+"""An output layer of Llama 3 8B in bfloat16, on a device of 80 GB; see `weighting.linear.budget`."""
 
 
 @click.command()
@@ -137,19 +141,16 @@ def _loss_path(spec: Spec, fn: Weighting) -> Iterator[str]:
     for memory, elements in extra.items():
         yield f"  {memory:11}{products[memory]:10}{elements}"
     if skips:
-        yield f"  k = {share:g} of the tokens, at most, can weigh more than 0{_elsewhere(spec, fn)}"
-    yield f"  auto takes, for {_EXAMPLE}:"
+        yield f"  k = {share:g} of a rank's tokens can weigh more than 0{_elsewhere(spec, fn)}"
+    tokens, _, vocabulary, width, *_ = _EXAMPLE
+    sizes = f"D {width}, V {vocabulary}, bfloat16, {tokens} tokens a sequence, 80 GB"
+    yield f"  auto takes, for {sizes}:"
     for rows in (1, 2):
-        path = path_of(fn, Sizes(rows * 8192, rows, 128256, 4096, 2, _BUDGET))
+        path = path_of(fn, _EXAMPLE._replace(tokens=rows * tokens, rows=rows))
         label = f"    {rows} sequence{'s' * (rows > 1):2}  "
         yield from textwrap.wrap(
             f"{path}", 80, initial_indent=label, subsequent_indent=" " * len(label)
         )
-
-
-_EXAMPLE = "D 4096, V 128256, bfloat16, 8192 tokens a sequence, 80 GB"
-_BUDGET = 80 * 10**9 // 16
-"""The share of that device's memory which `weighting.linear.budget` allows."""
 
 
 def _comes_late(spec: Spec, fn: Weighting) -> str:
@@ -168,8 +169,9 @@ def _comes_late(spec: Spec, fn: Weighting) -> str:
 def _elsewhere(spec: Spec, fn: Weighting) -> str:
     """Say where a selection leaves a rank no smaller share, as it spans ranks."""
     last = (steps[-1].stage for steps in fn.plans.values())
-    on_rank = spec.scope == "rank" or any(stage.inside() == "sequence" for stage in last)
-    return "" if on_rank else "; k = 1 on several ranks"
+    selecting = (stage for stage in last if isinstance(stage, Weigh) and stage.most() < 1)
+    on_rank = spec.scope == "rank" or all(x.inside() == "sequence" for x in selecting)
+    return "" if on_rank else "; up to all on some of several ranks"
 
 
 def _exchanges(spec: Spec) -> Iterator[str]:
@@ -216,10 +218,10 @@ class _Counted(Alone):
 
 
 def _in_words(calls: Counter[str]) -> str:
-    """Return counts as one says them: "1 gather and 2 sums"."""
+    """Return counts as one says them: "1 gather, 2 sums"."""
     plural = {"gather": "gathers", "maximum": "maxima", "sum": "sums"}
-    texts = [f"{n} {plural[kind] if n > 1 else kind}" for kind, n in sorted(calls.items())]
-    return " and ".join(filter(None, [", ".join(texts[:-1]), *texts[-1:]]))
+    texts = (f"{n} {plural[kind] if n > 1 else kind}" for kind, n in sorted(calls.items()))
+    return ", ".join(texts)
 
 
 def _schedules(fn: Weighting, steps: int | None) -> list[str]:

@@ -1,0 +1,197 @@
+"""The trainer's loss in this process: every spec, every memory mode, no waiting."""
+
+import generators as tables
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812 - the usual name
+from torch import nn
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import titan_integration.cpu as on_cpu
+
+on_cpu.use_cpu()
+
+from titan_integration.loss import WeightedChunkedLoss, WeightedCrossEntropyLoss  # noqa: E402
+from titan_integration.state import RunState  # noqa: E402
+from weighting.losses import weighted_cross_entropy  # noqa: E402
+
+ROWS, LENGTH, WIDTH, VOCABULARY, IGNORED = 4, 6, 5, 11, -100
+WAITS = {"_local_scalar_dense", "nonzero", "_unique2", "bincount", "masked_select"}
+"""Operators whose result the host has to wait for."""
+
+
+class Census(TorchDispatchMode):
+    """Writes down the operators that run."""
+
+    def __init__(self):
+        """Begin with none."""
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        """Note and run one."""
+        by_mask = any(
+            isinstance(x, torch.Tensor) and x.dtype == torch.bool
+            for x in (args[1] if func is torch.ops.aten.index.Tensor else ())
+        )
+        self.names.append("index by mask" if by_mask else func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+class Products(TorchDispatchMode):
+    """Counts the multiplications of matrix products."""
+
+    def __init__(self):
+        """Begin with none."""
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        """Count and run one operator."""
+        if func.overloadpacket in {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_}:
+            (rows, inner), (_, columns) = (x.shape for x in args[-2:])
+            self.count += rows * inner * columns
+        return func(*args, **(kwargs or {}))
+
+
+def example(text):
+    """Return a state at step 3 with its batch, hidden states, an output layer and labels."""
+    g = torch.Generator().manual_seed(0)
+    signals = tables.batch(ROWS, LENGTH, domains=tables.domains_of(text))
+    state = RunState(tables.built(text), torch.device("cpu"), allow_changed_spec=False)
+    state.begin_step(3)
+    given = {name: getattr(signals, name) for name in ("domain_ids", "segment_ids", "ref_loss")}
+    # Top-k entropies are the logits' own, whatever a batch says.
+    columns = {k: v for k, v in signals.columns.items() if not k.startswith("topk_entropy")}
+    state.set_batch({**given, **{f"columns.{name}": x for name, x in columns.items()}})
+    hidden = torch.randn(ROWS, LENGTH, WIDTH, generator=g, requires_grad=True)
+    head = nn.Linear(WIDTH, VOCABULARY, bias=False)
+    with torch.no_grad():
+        head.weight.copy_(torch.randn(VOCABULARY, WIDTH, generator=g))
+    labels = torch.randint(0, VOCABULARY, (ROWS, LENGTH), generator=g)
+    labels = torch.where(signals.valid, labels, IGNORED)
+    return state, {**given, "columns": columns}, hidden, head, labels
+
+
+def chunked(state, head, memory="auto", chunks=3):
+    """Return the chunked loss, ready to be called."""
+    loss = WeightedChunkedLoss.Config(num_chunks=chunks, memory=memory).build(compile_config=None)
+    loss.set_lm_head(head)
+    loss.state = state
+    return loss
+
+
+@pytest.mark.parametrize("memory", ["auto", "keep", "recompute", "full"])
+@pytest.mark.parametrize("name", tables.SPEC_TEXTS)
+def test_the_chunked_loss_is_the_core_s(name, memory):
+    """Every shipped spec: loss and gradients are those of the core's loss over whole logits."""
+    text = tables.SPEC_TEXTS[name]
+    state, given, hidden, head, labels = example(text)
+    count = (labels != IGNORED).sum()
+    loss, _ = chunked(state, head, memory)(hidden, labels, count)
+    loss.backward()
+    grads = hidden.grad, head.weight.grad
+    logits = F.linear(hidden, head.weight)
+    fn = tables.built(text)
+    expected, out = weighted_cross_entropy(logits, labels, fn, step=3, **given)
+    assert_close(loss, expected, rtol=2e-5, atol=1e-6)  # float32 sums in another order
+    for mine, other in zip(
+        grads, torch.autograd.grad(expected, [hidden, head.weight]), strict=True
+    ):
+        assert_close(mine, other, rtol=2e-4, atol=2e-5)  # magnified by the spec's normalisation
+
+    found = state.statistics()
+    nll = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
+    assert found["unweighted_loss"] == pytest.approx(nll.item(), rel=1e-5)
+    assert found["weighted_loss"] == pytest.approx(expected.item(), rel=1e-4)
+    assert found["weight/max"] == pytest.approx(out.token.max().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["linupper-x-mile", "rho-1"])
+def test_the_loss_over_logits_is_the_core_s(name):
+    """The loss for models that give logits: the same value and gradient."""
+    state, given, hidden, head, labels = example(tables.SPEC_TEXTS[name])
+    loss_fn = WeightedCrossEntropyLoss.Config().build(compile_config=None)
+    loss_fn.state = state
+    logits = head(hidden)
+    loss, _ = loss_fn(logits, labels, (labels != IGNORED).sum())
+    fn = tables.built(tables.SPEC_TEXTS[name])
+    expected, _ = weighted_cross_entropy(logits, labels, fn, step=3, **given)
+    assert_close(loss, expected, rtol=2e-5, atol=1e-6)
+    mine, other = (torch.autograd.grad(x, hidden, retain_graph=True)[0] for x in (loss, expected))
+    assert_close(mine, other, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("memory", ["auto", "keep", "recompute"])
+@pytest.mark.parametrize("name", tables.SPEC_TEXTS)
+def test_no_step_waits_for_the_device(name, memory, monkeypatch):
+    """Forward and backward ask for no value: a captured graph could hold them."""
+    # What looks at values on CPU alone, where it costs nothing: whether ids are in range.
+    monkeypatch.setattr("weighting.levels._ids", lambda ids, *_: ids.reshape(-1).long())
+    state, _, hidden, head, labels = example(tables.SPEC_TEXTS[name])
+    loss_fn, count = chunked(state, head, memory), (labels != IGNORED).sum()
+    with Census() as census:
+        loss, _ = loss_fn(hidden, labels, count)
+        loss.backward()
+    assert "mm" in census.names or "addmm" in census.names
+    assert not {*census.names} & {*WAITS, "index by mask"}
+
+
+@pytest.mark.parametrize(
+    ("name", "memory", "products"),
+    [
+        ("mile", "auto", 3),
+        ("linupper-x-mile", "late", 3 + 4 / 40),
+        ("linupper", "keep", 3),
+        ("linupper", "recompute", 4 - 1 / 4),
+        ("rho-1", "recompute", 1 + 3 * 0.7),
+        ("rho-1", "keep", 1 + 2 * 0.7),
+    ],
+)
+def test_as_many_matrix_products_as_said(name, memory, products):
+    """Late and kept logits take three products; twice takes four, less the chunk it kept.
+
+    Four late gradients are added up, which is the work of four tokens.
+    Of 40 tokens a selection of 60 % trains on 28: 24, and one more for each sequence.
+    """
+    state = RunState(
+        tables.built(tables.SPEC_TEXTS[name]), torch.device("cpu"), allow_changed_spec=False
+    )
+    hidden = torch.randn(4, 10, WIDTH, requires_grad=True)
+    head, labels = nn.Linear(WIDTH, VOCABULARY, bias=False), torch.randint(0, VOCABULARY, (4, 10))
+    state.set_batch({"ref_loss": torch.rand(4, 10)})
+    with Products() as products_of:
+        chunked(state, head, memory, chunks=4)(hidden, labels, torch.tensor(40))[0].backward()
+    assert products_of.count / (40 * WIDTH * VOCABULARY) == pytest.approx(products)
+
+
+def test_state_and_statistics_stay_where_they_are():
+    """Ten batches move the state and the statistics in tensors that are never replaced."""
+    text = tables.SPEC_TEXTS["doremi-x-linupper-x-mile"]
+    state, given, hidden, head, labels = example(text)
+    loss_fn, count = chunked(state, head), (labels != IGNORED).sum()
+    tensors = {
+        "step": state.step,
+        "moments": state._moments,
+        "shares": state._shares,
+        **state._current.given,
+        **dict(state.fn.named_buffers()),
+    }
+    places = {name: x.data_ptr() for name, x in tensors.items()}
+    before = {name: x.clone() for name, x in tensors.items()}
+    for step in range(4, 14):
+        state.begin_step(step)
+        state.set_batch({**given, "domain_ids": given["domain_ids"].roll(step)})
+        loss_fn(hidden, labels, count)[0].backward()
+    after = {
+        "step": state.step,
+        "moments": state._moments,
+        "shares": state._shares,
+        **state._current.given,
+        **dict(state.fn.named_buffers()),
+    }
+    assert {name: x.data_ptr() for name, x in after.items()} == places
+    moved = {name for name, x in after.items() if not torch.equal(x, before[name])}
+    assert {"step", "moments", "shares", "domain_ids"} <= moved
+    assert any("log_weights" in name for name in moved)
