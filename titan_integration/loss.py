@@ -145,7 +145,16 @@ class WeightedChunkedLoss(ChunkedLossWrapper):
         Args:
             lm_head: The output layer.
             for_long: They are needed until the backward pass, and not for this pass alone.
+
+        Raises:
+            ValueError: The layer does more than a linear one, such as an adapter or float8.
         """
+        if type(lm_head).forward is not nn.Linear.forward:
+            msg = (
+                f"the output layer is a {type(lm_head).__qualname__}, which has products of its "
+                "own; set --loss.memory full"
+            )
+            raise ValueError(msg)
         if isinstance(lm_head, FSDPModule):
             lm_head.unshard()
         assert isinstance(lm_head.weight, Tensor)

@@ -347,20 +347,8 @@ def refuse_unsupported(config: WeightedTrainer.Config, fn: wt.Weighting) -> None
         return
     if config.parallelism.pipeline_parallel_degree > 1:
         _refuse_pipeline(config, fn)
-    balancer = config.parallelism.context_parallel_load_balancer
     if config.parallelism.context_parallel_degree > 1:
-        if balancer == "ptrr":
-            msg = (
-                "the ptrr load balancer orders tokens by their attention mask, and what weighs "
-                "them cannot follow; set --parallelism.context_parallel_load_balancer headtail"
-            )
-            raise ValueError(msg)
-        if short_contexts(fn.needs):
-            msg = (
-                f"{fn.spec.name} reads losses on short contexts, which a rank with a part of each "
-                "sequence cannot take; set --parallelism.context_parallel_degree 1"
-            )
-            raise ValueError(msg)
+        _refuse_context(config, fn)
 
 
 def ranks_of(dims: ParallelDims) -> OverRanks | None:
@@ -437,6 +425,23 @@ def _refuse_pipeline(config: WeightedTrainer.Config, fn: wt.Weighting) -> None:
             "weights of a pipeline's microbatches are known after their losses; use the chunked "
             "loss with --loss.memory auto, or write scope: step into the spec"
         )
+        raise ValueError(msg)
+
+
+def _refuse_context(config: WeightedTrainer.Config, fn: wt.Weighting) -> None:
+    """Refuse what a rank with a part of each sequence cannot do."""
+    whole = "set --parallelism.context_parallel_degree 1"
+    if config.parallelism.context_parallel_load_balancer == "ptrr":
+        msg = (
+            "the ptrr load balancer orders tokens by their attention mask, which signals cannot "
+            "follow; set --parallelism.context_parallel_load_balancer headtail"
+        )
+        raise ValueError(msg)
+    if short_contexts(fn.needs):
+        msg = f"{fn.spec.name} reads losses on short contexts, which take whole sequences; {whole}"
+        raise ValueError(msg)
+    if fn.spec.scope == "rank":
+        msg = f"scope: rank takes whole sequences on each rank; leave scope out, or {whole}"
         raise ValueError(msg)
 
 

@@ -10,18 +10,29 @@ from torchtitan.trainer import Trainer
 import weighting as wt
 from titan_integration import config_registry, with_weighting
 from titan_integration.loss import WeightedChunkedLoss, WeightedCrossEntropyLoss
-from titan_integration.metrics import UnweightedValidator, WeightedMetricsProcessor
+from titan_integration.metrics import WeightedMetricsProcessor
+from titan_integration.resume import ResumingCheckpointManager
 from titan_integration.trainer import (
     WeightedTrainer,
     WeightingConfig,
     read_spec,
     refuse_unsupported,
 )
+from titan_integration.validate import DomainValidator
 from weighting import registry
 from weighting.build import sketch
 from weighting.spec import find
 
-REPLACED = {"loss", "metrics", "validator", "dataloader", "weighting", "model_spec", "training"}
+REPLACED = {
+    "checkpoint",
+    "loss",
+    "metrics",
+    "validator",
+    "dataloader",
+    "weighting",
+    "model_spec",
+    "training",
+}
 """What a weighting (or, for the last two, a CPU) changes in a config."""
 
 
@@ -40,7 +51,9 @@ def test_every_stock_llama_has_a_weighted_config(size):
     assert type(config)._owner is WeightedTrainer
     assert isinstance(config.loss, WeightedChunkedLoss.Config)
     assert isinstance(config.metrics, WeightedMetricsProcessor.Config)
-    assert isinstance(config.validator, UnweightedValidator.Config)
+    assert isinstance(config.validator, DomainValidator.Config)
+    assert isinstance(config.checkpoint, ResumingCheckpointManager.Config)
+    assert dataclasses.asdict(config.checkpoint) == dataclasses.asdict(host.checkpoint)
     assert config.loss.num_chunks == host.loss.num_chunks
     assert config.model_spec.flavor.lower() == size
     assert config.training.local_batch_size == host.training.local_batch_size
@@ -80,15 +93,48 @@ def test_no_spec_and_a_wrong_spec_are_errors():
         read_spec(WeightingConfig(spec="nope(1)"))
 
 
-@pytest.mark.parametrize("name", ["context", "pipeline"])
-def test_a_parallelism_that_would_be_wrong_is_refused_with_the_reason(name):
-    """Weights are refused where a rank cannot see what they depend on; plain training is not."""
+def refused(spec, **parallelism):
+    """Return why a spec, given as text or name, is refused under a parallelism, or None."""
     config = config_registry.llama3_debugmodel()
-    setattr(config.parallelism, f"{name}_parallel_degree", 2)
+    memory = parallelism.pop("memory", None)
+    config.loss.memory = memory or config.loss.memory
+    config.weighting.reference = parallelism.pop("reference", "")
+    for name, value in parallelism.items():
+        setattr(config.parallelism, name, value)
+    spec = wt.load(spec) if ":" not in spec else wt.loads(f"version: 1\n{spec}\n")
+    try:
+        refuse_unsupported(config, sketch(spec))
+    except ValueError as error:
+        return str(error)
+    return None
 
-    with pytest.raises(ValueError, match=rf"not exact under {name}_parallel_degree > 1 yet \("):
-        refuse_unsupported(config, sketch(wt.load("linupper")))
-    refuse_unsupported(config, sketch(wt.load("uniform")))
+
+def test_a_pipeline_that_begins_backward_early_is_refused_with_two_ways_out():
+    """Weights that look around need all losses first; without statistics any schedule will do."""
+    early = {"pipeline_parallel_degree": 2, "pipeline_parallel_schedule": "1F1B"}
+    message = refused("linupper", **early)
+    assert "the pipeline schedule 1F1B runs some backward passes earlier" in message
+    assert "--parallelism.pipeline_parallel_schedule GPipe" in message
+    assert "scope: step" in message
+    assert refused("uniform", **early) is None
+    assert refused("dft", **early) is None
+    body = "normalize -> temperature(1)"
+    assert refused(f"scope: step\npipeline: {body}", **early) is None
+    assert refused(f"scope: running\npipeline: {body}", **early) is None
+    late = {**early, "pipeline_parallel_schedule": "GPipe"}
+    assert refused("linupper", **late) is None
+    assert "--loss.memory auto" in refused("linupper", **late, memory="full")
+    assert "not sent through the pipeline" in refused("longce", **late)
+
+
+def test_a_part_of_each_sequence_is_not_enough_for_some():
+    """Context parallelism is refused for short contexts, scope: rank and the ptrr balancer."""
+    cut = {"context_parallel_degree": 2}
+    assert refused("linupper", **cut) is None
+    assert "short contexts" in refused("longce", **cut)
+    assert "whole sequences" in refused("scope: rank\npipeline: temperature(1)", **cut)
+    balancer = {**cut, "context_parallel_load_balancer": "ptrr"}
+    assert "load_balancer headtail" in refused("linupper", **balancer)
 
 
 def test_a_signal_nobody_gives_is_refused(monkeypatch):

@@ -195,3 +195,23 @@ def test_state_and_statistics_stay_where_they_are():
     moved = {name for name, x in after.items() if not torch.equal(x, before[name])}
     assert {"step", "moments", "shares", "domain_ids"} <= moved
     assert any("log_weights" in name for name in moved)
+
+
+def test_an_output_layer_of_its_own_kind_is_called_as_it_is():
+    """A layer that is more than linear is refused, but for `full`, which calls it."""
+
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    text = tables.SPEC_TEXTS["mile"]
+    state, _, hidden, head, labels = example(text)
+    doubled = Doubled(WIDTH, VOCABULARY, bias=False)
+    doubled.load_state_dict(head.state_dict())
+    count = (labels != IGNORED).sum()
+    with pytest.raises(ValueError, match=r"Doubled, .* set --loss.memory full"):
+        chunked(state, doubled)(hidden, labels, count)
+    loss, _ = chunked(state, doubled, "full")(hidden, labels, count)
+    logits = 2 * F.linear(hidden, head.weight)
+    expected, _ = weighted_cross_entropy(logits, labels, tables.built(text), step=3)
+    assert_close(loss, expected, rtol=2e-5, atol=1e-6)

@@ -68,13 +68,13 @@ def test_statistics_add_up_over_microbatches():
     """The statistics of a step are those of its microbatches taken together."""
     state = state_of("normalize -> temperature(1) -> clamp(1.2/n)")
     state.begin_step(1)
-    labels = torch.zeros(4, 8, dtype=torch.long)
     seen = []
     for seed in (0, 1):
         loss = torch.rand(4, 8, generator=torch.Generator().manual_seed(seed))
-        seen.append(state.weigh(labels, None, {"loss": loss}).token)
-        state.add_cross_entropy(loss.mean() / 2)
+        seen.append(state.weigh({"loss": loss}).token)
+        state.add_losses(loss.mean() / 2, loss.mean())
     found = state.statistics()
+    assert found["weighted_loss"] == pytest.approx(2 * found["unweighted_loss"])
 
     tokens = torch.cat(seen)
     assert found["weight/max"] == pytest.approx(tokens.max().item())
@@ -95,9 +95,7 @@ def test_a_bad_signal_is_reported_at_the_next_log_step_only():
     loss[1, 1] = torch.nan
     for step in (1, 2):
         state.begin_step(step)
-        labels = torch.zeros(2, 3, dtype=torch.long)
-        found = {"loss": loss if step == 1 else torch.ones(2, 3)}
-        out = state.weigh(labels, None, found)
+        out = state.weigh({"loss": loss if step == 1 else torch.ones(2, 3)})
         assert out.token.isfinite().all()
     with pytest.raises(wt.NonFiniteSignalError, match="3 tokens had a NaN or infinite signal"):
         state.statistics()

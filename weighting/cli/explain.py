@@ -44,7 +44,7 @@ _SCOPES = {
 _EXAMPLE = Sizes(
     tokens=8192, rows=1, vocabulary=128256, width=4096, itemsize=2, budget=80 * 10**9 // 16
 )
-"""An output layer of Llama 3 8B in bfloat16, on a device of 80 GB; see `weighting.linear.budget`."""
+"""The output layer of Llama 3 8B in bfloat16 on a device of 80 GB; see `linear.budget`."""
 
 
 @click.command()
@@ -141,7 +141,7 @@ def _loss_path(spec: Spec, fn: Weighting) -> Iterator[str]:
     for memory, elements in extra.items():
         yield f"  {memory:11}{products[memory]:10}{elements}"
     if skips:
-        yield f"  k = {share:g} of a rank's tokens can weigh more than 0{_elsewhere(spec, fn)}"
+        yield f"  k = {share:g} of the tokens can weigh more than 0{_elsewhere(spec, fn)}"
     tokens, _, vocabulary, width, *_ = _EXAMPLE
     sizes = f"D {width}, V {vocabulary}, bfloat16, {tokens} tokens a sequence, 80 GB"
     yield f"  auto takes, for {sizes}:"
@@ -171,7 +171,7 @@ def _elsewhere(spec: Spec, fn: Weighting) -> str:
     last = (steps[-1].stage for steps in fn.plans.values())
     selecting = (stage for stage in last if isinstance(stage, Weigh) and stage.most() < 1)
     on_rank = spec.scope == "rank" or all(x.inside() == "sequence" for x in selecting)
-    return "" if on_rank else "; up to all on some of several ranks"
+    return "" if on_rank else "; more on some of several ranks"
 
 
 def _exchanges(spec: Spec) -> Iterator[str]:

@@ -1,0 +1,399 @@
+"""Going on from a checkpoint: bitwise, on other layouts, after a kill, and past torn folders."""
+
+import importlib.util
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from runs import HERE, ROOT, SMALL, drive, environment, torchrun
+from torchtitan.components.checkpointer.dcp import AsyncMode
+
+import weighting as wt
+from titan_integration import resume
+from titan_integration.state import RunState
+
+SPEC = """
+version: 1
+name: remembers-and-draws
+factors:
+  domain: doremi(step_size=1, smoothing=0.05)
+  instance: rank(history=64) -> pow(3) -> bernoulli
+  document: mean(document) -> normalize -> temperature(step(1, 0.4, at={at})) -> clamp(4/n)
+"""
+"""Three memories (of domains, of losses, of an average), chance, and a schedule."""
+
+
+def load_script(name):
+    """Return a script of benchmarks/ as a module."""
+    found = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+kill = load_script("kill")
+
+
+def flags_of(folder, at):
+    """Return the flags of a run with the spec above, whose schedule changes at a step."""
+    spec = folder / "spec.yaml"
+    spec.write_text(SPEC.format(at=at))
+    return [f"--weighting.spec={spec}", "--weighting.reference=ema:0.9", "--debug.seed=1"]
+
+
+def train(out, ranks, *flags):
+    """Train the debug model; return what each rank noted."""
+    return drive(out, ranks, "titan_integration", "llama3_debugmodel", *flags)
+
+
+def kill_at_step_10(out, *flags):
+    """Train on one rank, and kill it when the checkpoint of step 10 is there."""
+    entry = ["--module=titan_integration", "--config=llama3_debugmodel", *SMALL, *flags]
+    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node=1", str(HERE / "drive.py")]
+    process = subprocess.Popen(
+        [sys.executable, "-m", *launch, str(out), f"--dump_folder={out}/dump", *entry],
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        while not (out / "dump" / "checkpoint" / "step-10" / ".metadata").exists():
+            assert process.poll() is None, "it ended before step 10"
+            time.sleep(0.01)
+        (pid,) = kill.ranks_of(process.pid).values()
+        os.kill(pid, signal.SIGKILL)
+        process.wait(60)
+    finally:
+        kill.end(process)
+    assert not (out / "rank0.pt").exists(), "it ended by itself"
+
+
+# On one rank, bit for bit.
+
+
+@pytest.mark.processes
+def test_killed_run_goes_on_bitwise(tmp_path):
+    """Ten steps, a kill -9 and ten more are twenty steps, though two later checkpoints are torn."""
+    flags = [*flags_of(tmp_path, at=13), "--training.local_batch_size=8", "--training.steps=20"]
+    keep = ["--checkpoint.enable", "--checkpoint.interval=10"]
+    (whole,) = train(tmp_path / "whole", 1, *flags)
+
+    kill_at_step_10(tmp_path / "half", *flags, *keep)
+    saved = tmp_path / "half" / "dump" / "checkpoint"
+    assert not (saved / "step-20").exists()
+    for step in ("step-12", "step-14"):
+        shutil.copytree(saved / "step-10", saved / step)
+    os.truncate(saved / "step-12" / "__0_0.distcp", 1000)
+    (saved / "step-14" / ".metadata").unlink()
+
+    (rest,) = train(tmp_path / "half", 1, *flags, *keep)
+    assert [step for step, _ in rest["losses"]] == [*range(11, 21)]
+    assert rest["losses"] == whole["losses"][10:]
+    for ours, theirs in zip(rest["weights"], whole["weights"][10:], strict=True):
+        assert torch.equal(ours, theirs)
+    assert len({weights.count_nonzero().item() for weights in rest["weights"]}) > 1, "chance"
+    for name, value in whole["parameters"].items():
+        assert torch.equal(value, rest["parameters"][name]), name
+
+
+# On two ranks, and from there on others.
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    """Return folder, flags and notes of eight steps on two FSDP ranks, saved at step 4."""
+    out = tmp_path_factory.mktemp("sharded")
+    flags = [*flags_of(out, at=6), "--training.steps=8"]
+    flags += ["--checkpoint.enable", "--checkpoint.interval=4"]
+    found = train(out, 2, *flags, "--training.local_batch_size=4")
+    shutil.rmtree(out / "dump" / "checkpoint" / "step-8")
+    return out, flags, found
+
+
+def copy_of(sharded, out):
+    """Copy the checkpoint of step 4 to another run's folder, and return that."""
+    shutil.copytree(sharded[0] / "dump" / "checkpoint", out / "dump" / "checkpoint")
+    return out
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("tensor_parallel", [1, 2])
+def test_another_layout_goes_on_with_the_same_rows_and_weights(tensor_parallel, sharded, tmp_path):
+    """What two FSDP ranks saved goes on alike on one rank, and on two tensor-parallel ones."""
+    _, flags, two = sharded
+    layout = [f"--parallelism.tensor_parallel_degree={tensor_parallel}"]
+    size = "--training.local_batch_size=8"
+    found = train(copy_of(sharded, tmp_path), tensor_parallel, *flags, *layout, size)
+
+    assert len(found[0]["losses"]) == 4
+    for step, (at, loss) in enumerate(two[0]["losses"][4:]):
+        ours = torch.cat([rank["weights"][4 + step] for rank in two])
+        for rank in found:
+            # Sums over ranks are added in another order: a few units of float32 at each step.
+            torch.testing.assert_close(rank["weights"][step], ours, rtol=1e-5, atol=1e-5)
+        assert found[0]["losses"][step] == (at, pytest.approx(loss, rel=1e-5))
+
+
+# What is refused, and what starts afresh.
+
+
+@pytest.mark.processes
+def test_another_spec_is_refused_with_a_diff(sharded, tmp_path):
+    """The message comes once, with what differs and the way out; the exit status is 2."""
+    _, flags, _ = sharded
+    other = tmp_path / "other.yaml"
+    other.write_text(SPEC.format(at=6).replace("history=64", "history=32"))
+    launch = ["-m", "titan_integration.launch", "--ranks=2", f"--spec={other}", "--"]
+    more = [*SMALL, *flags[1:], f"--dump_folder={copy_of(sharded, tmp_path)}/dump"]
+    done = subprocess.run(
+        [sys.executable, *launch, *more, "--training.local_batch_size=4"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 2, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.stderr.count("the checkpoint was trained with another weighting spec") == 1
+    assert """--- in the checkpoint
++++ now
+@@ -1,6 +1,6 @@
+ version: 1
+ name: remembers-and-draws
+ factors:
+   domain: doremi(step_size=1, smoothing=0.05)
+-  instance: rank(history=64) -> pow(3) -> bernoulli
++  instance: rank(history=32) -> pow(3) -> bernoulli
+""" in re.sub(r"^\[rank0\]:", "", done.stderr, flags=re.MULTILINE)
+    assert "--weighting.allow_changed_spec" in done.stderr
+
+
+@pytest.mark.processes
+def test_a_stock_checkpoint_goes_on_weighted(tmp_path):
+    """Without an entry of ours, weighting and average start afresh, each with one warning."""
+    size = ["--training.local_batch_size=4", "--debug.seed=1", "--checkpoint.enable"]
+    first = ["--training.steps=4", "--checkpoint.interval=2", *size]
+    drive(tmp_path, 1, "stock_configs", "llama3_debugmodel", *first)
+    shutil.rmtree(tmp_path / "dump" / "checkpoint" / "step-4")
+
+    spec = "excess_loss -> abs -> affine(shift=0.01) -> mean_one"
+    entry = ["--module=titan_integration", "--config=llama3_debugmodel", *SMALL, *size]
+    ours = [
+        f"--weighting.spec={spec}",
+        "--weighting.reference=ema:1",
+        f"--dump_folder={tmp_path}/dump",
+    ]
+    done = torchrun(1, str(HERE / "drive.py"), str(tmp_path), *entry, *ours)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    found = torch.load(tmp_path / "rank0.pt")
+
+    folder = tmp_path / "dump" / "checkpoint" / "step-2"
+    assert done.stdout.count(f"{folder} holds no state of a weighting") == 1
+    assert done.stdout.count(f"{folder} holds no moving average") == 1
+    assert [step for step, _ in found["losses"]] == [3, 4, 5]
+    # The average is the loaded model at first, but for rounding beside the shift of 0.01.
+    assert found["weights"][0].std() < 1e-2
+    assert found["weights"][2].std() > 0.1
+
+
+@pytest.fixture
+def group():
+    """Make this process the only rank of a group."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+class Kept:
+    """Something with a state."""
+
+    def __init__(self, **state):
+        self.state = state
+
+    def state_dict(self):
+        """Return it."""
+        return self.state
+
+    def load_state_dict(self, state):
+        """Take it."""
+        self.state = state
+
+
+def checkpoint(folder, **parts):
+    """Save a small checkpoint."""
+    state = {"layer.weight": torch.arange(1000.0), **parts}
+    dcp.save(state, checkpoint_id=folder)
+    return folder
+
+
+def host_parts():
+    """Return what the host saves beside model and data."""
+    return {name: {"step": 3} for name in ("optimizer", "lr_scheduler", "train_state")}
+
+
+@pytest.mark.usefixtures("group")
+def test_the_latest_whole_checkpoint_is_taken(tmp_path, caplog):
+    """Folders that are unfinished, cut short or half deleted are passed over, with the reason."""
+    for step in (2, 4, 6, 8, 10):
+        checkpoint(tmp_path / f"step-{step}")
+    assert resume.latest_whole(tmp_path) == 10
+
+    (tmp_path / "step-10" / ".metadata").unlink()
+    os.truncate(tmp_path / "step-8" / ".metadata", 100)
+    os.truncate(tmp_path / "step-6" / "__0_0.distcp", 2000)
+    (tmp_path / "step-4" / "__0_0.distcp").unlink()
+    assert resume.latest_whole(tmp_path) == 2
+    passed = [message for message in caplog.messages if "Passing over" in message]
+    reasons = [
+        "step-10: it has no .metadata, so it was never finished",
+        "step-8: its .metadata cannot be read: ",
+        "step-6: __0_0.distcp has 2000 of ",
+        "step-4: __0_0.distcp is missing",
+    ]
+    for message, reason in zip(passed, reasons, strict=True):
+        assert reason in message
+    (tmp_path / "step-2" / "__0_0.distcp").unlink()
+    assert resume.latest_whole(tmp_path) == -1
+
+
+def manager():
+    """Return a checkpoint manager of no run in particular."""
+    made = object.__new__(resume.ResumingCheckpointManager)
+    made.states = {}
+    return made
+
+
+@pytest.mark.usefixtures("group")
+def test_a_torn_checkpoint_that_was_asked_for_is_refused(tmp_path):
+    """With --checkpoint.load_step, nothing else will do."""
+    folder = checkpoint(tmp_path / "step-2")
+    os.truncate(folder / "__0_0.distcp", 2000)
+    with pytest.raises(ValueError, match=r"step-2: __0_0.distcp has 2000 of .*load_step"):
+        manager().dcp_load({}, str(folder), from_hf=False, from_quantized=False)
+
+
+@pytest.mark.usefixtures("group")
+def test_a_checkpoint_is_none_while_it_is_overwritten(tmp_path):
+    """Whoever dies in the middle leaves no old .metadata over new files."""
+
+    class Dies(Kept):
+        def state_dict(self):
+            raise KeyboardInterrupt
+
+    folder = checkpoint(tmp_path / "step-2")
+    assert resume.flaw(folder) is None
+    with pytest.raises(KeyboardInterrupt):
+        manager().dcp_save({"optimizer": Dies()}, str(folder), AsyncMode.DISABLED)
+    assert "never finished" in resume.flaw(folder)
+
+
+@pytest.mark.usefixtures("group")
+def test_a_checkpoint_of_the_model_alone_is_refused(tmp_path):
+    """It says what is missing and what can be done; loading the model alone is fine."""
+    folder = checkpoint(tmp_path / "step-2")
+    with pytest.raises(ValueError, match=r"no lr_scheduler, optimizer, train_state.*load_step"):
+        resume._without_absent(host_parts(), folder)
+    alone = {"layer.weight": torch.zeros(1000)}
+    assert resume._without_absent(alone, folder) == alone
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize(
+    ("there", "here", "reason"),
+    [
+        ({"dp_rank_0": "", "world_size": 1}, {"made_from": "", "row": 0}, "no made_from but dp_ra"),
+        ({"dp_rank_0": "", "world_size": 1}, {"dp_rank_1": ""}, "no dp_rank_1 but dp_rank_0, wor"),
+        ({}, {"made_from": ""}, "no made_from but nothing"),
+    ],
+)
+def test_the_state_of_another_data_loader_is_refused(there, here, reason, tmp_path):
+    """The message says what it lacks and has, and the flag that starts the data afresh."""
+    folder = checkpoint(tmp_path / "step-2", dataloader=there, **host_parts())
+    with pytest.raises(ValueError, match=f"{reason}.*--checkpoint.exclude_from_loading dataloader"):
+        resume._without_absent({"dataloader": Kept(**here)}, folder)
+
+
+def state_of(spec, domains=(), *, allow=False):
+    """Return the state of a run with a spec in arrow text."""
+    fn = wt.build(wt.loads(spec), domains=domains)
+    return RunState(fn, torch.device("cpu"), allow_changed_spec=allow)
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("history", [32, 64])
+def test_another_spec_starts_afresh_when_allowed(history, tmp_path):
+    """Neither a memory of another shape nor one of the same is taken over; all else is loaded."""
+    old = state_of("rank(history=64) -> pow(3) -> bernoulli")
+    for value in old.fn.state_dict().values():
+        value.fill_(7)
+    folder = checkpoint(tmp_path / "step-2", weighting=old, **host_parts())
+    new = state_of(f"rank(history={history}) -> pow(2) -> bernoulli", allow=True)
+    fresh = {key: value.clone() for key, value in new.fn.state_dict().items()}
+    weight = torch.zeros(1000)
+    state = {"layer.weight": weight, "weighting": new}
+    manager().dcp_load(state, str(folder), from_hf=False, from_quantized=False)
+
+    assert torch.equal(weight, torch.arange(1000.0))
+    assert all(torch.equal(value, fresh[key]) for key, value in new.fn.state_dict().items())
+
+
+def test_a_hash_that_differs_alone_is_called_damage():
+    """Two specs that print alike have no diff to show."""
+    state = state_of("linupper(alpha=1) -> temperature(1)")
+    saved = {**state.state_dict(), "spec_hash": "0" * 16}
+    with pytest.raises(ValueError, match=r"another weighting spec.\nBoth print alike, and only"):
+        state.load_state_dict(saved)
+
+
+@pytest.mark.usefixtures("group")
+def test_memories_of_other_domains_are_refused(tmp_path):
+    """Fewer domains, and others of the same number: both are noticed."""
+    spec = "doremi(step_size=1, smoothing=1e-3)"
+    state = state_of(spec, ("code", "docs"))
+    folder = checkpoint(tmp_path / "step-2", weighting=state)
+    for domains in (("code", "news"), ("code",)):
+        wanted = {"weighting": state_of(spec, domains)}
+        with pytest.raises(ValueError, match=r"domains code, docs, and the data now has code"):
+            resume._without_absent(wanted, folder)
+    assert "weighting" in resume._without_absent(
+        {"weighting": state_of(spec, ("code", "docs"))}, folder
+    )
+
+
+@pytest.mark.usefixtures("group")
+def test_a_memory_of_another_shape_is_refused(tmp_path):
+    """A version of a stage that remembers something else does not load by halves."""
+    state = state_of("rank(history=64) -> pow(3) -> bernoulli")
+    saved = state.state_dict()
+    name = next(key for key, value in saved.items() if getattr(value, "shape", None) == (64,))
+    folder = checkpoint(tmp_path / "step-2", weighting={**saved, name: torch.zeros(63)})
+    reason = rf"{name} is \[63\] there and \[64\] here.*exclude_from_loading weighting"
+    with pytest.raises(ValueError, match=reason):
+        resume._without_absent({"weighting": state}, folder)
+
+
+# Killed again and again.
+
+
+@pytest.mark.processes
+def test_a_run_resumes_after_every_kill():
+    """Three kills of benchmarks/kill.py; its table has a line for each."""
+    script = [str(ROOT / "benchmarks" / "kill.py"), "--kills=3", "--ranks=2"]
+    done = subprocess.run(
+        [sys.executable, *script],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    assert [line.split()[0] for line in done.stdout.splitlines()[1:4]] == ["1", "2", "3"]
