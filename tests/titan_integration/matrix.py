@@ -2,10 +2,11 @@
 
     torchrun ... matrix.py OUT SPECS --module M --config C [torchtitan flags]
 
-SPECS is a JSON file of spec texts by name.  For each spec the real trainer takes two steps, but for
-the optimizer's, so that every layout and every spec sees the same model.  OUT gets one file per
-rank, `rank<r>.pt`: for each spec, of the second step, where each of the rank's tokens stands in the
-data, its weight, and the gradients of the rank's parameters, whole.
+SPECS is a JSON file of spec texts by name.  For each spec the real trainer takes a step, and a
+second one if the spec remembers, but for the optimizer's, so that every layout and every spec sees
+the same model.  OUT gets one file per rank, `rank<r>.pt`: for each spec, of the last step, where
+each of the rank's tokens stands in the data, its weight, and the gradients of the rank's
+parameters, whole.
 """
 
 import json
@@ -23,7 +24,7 @@ from torchtitan.tools.logging import init_logger
 
 import weighting as wt
 
-STEPS = 2
+MOST_STEPS = 2
 WHERE = "columns.where"
 
 
@@ -36,7 +37,7 @@ def main() -> None:
     trainer.checkpointer.load(step=config.checkpoint.load_step)
     trainer.optimizers.step = lambda: None
     microbatches = trainer._calls_in_a_step
-    batches = [*islice(trainer.dataloader, STEPS * microbatches)]
+    batches = [*islice(trainer.dataloader, MOST_STEPS * microbatches)]
     found = {}
     for name, text in json.loads(Path(specs).read_text()).items():
         try:
@@ -73,7 +74,7 @@ def run(trainer: Any, config: Any, spec: wt.Spec, batches: list[Any]) -> dict[st
 
     state.weigh, state.set_batch = note_weights, note_place
     stream = trainer.batch_generator(with_columns(batches))
-    for step in range(1, STEPS + 1):
+    for step in range(1, 1 + (MOST_STEPS if state.fn.state_dict() else 1)):
         for kept in noted.values():
             kept.clear()
         trainer.step = step

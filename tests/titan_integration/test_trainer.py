@@ -93,36 +93,6 @@ def test_two_ranks_weigh_and_learn_as_one(seed, spec, one_rank, tmp_path):
         assert a == pytest.approx(b, abs=1e-4)
 
 
-def test_replicas_weigh_and_learn_as_one(seed, spec, one_rank, tmp_path):
-    """Two plain data-parallel replicas give the weights and losses of one rank."""
-    flags = [*start(seed, tmp_path), f"--weighting.spec={spec}", "--training.local_batch_size=4"]
-    flags += ["--parallelism.data_parallel_replicate_degree=2"]
-    flags += ["--parallelism.data_parallel_shard_degree=1"]
-    two = drive(tmp_path, 2, "titan_integration", "llama3_debugmodel", *flags)
-
-    (one,) = one_rank
-    for step, weights in enumerate(one["weights"]):
-        both = torch.cat([rank["weights"][step] for rank in two])
-        torch.testing.assert_close(both, weights, **CLOSE)
-    for (_, a), (_, b) in zip(one["losses"], two[0]["losses"], strict=True):
-        assert a == pytest.approx(b, abs=1e-4)
-
-
-@pytest.mark.parametrize("backend", ["spmd_types", "partial_dtensor"])
-def test_slices_of_the_vocabulary_weigh_and_learn_as_one(backend, seed, spec, one_rank, tmp_path):
-    """Two tensor-parallel ranks, each with half the vocabulary, give what one rank gives."""
-    flags = [*start(seed, tmp_path), f"--weighting.spec={spec}", "--training.local_batch_size=8"]
-    flags += ["--parallelism.tensor_parallel_degree=2", f"--parallelism.spmd_backend={backend}"]
-    two = drive(tmp_path, 2, "titan_integration", "llama3_debugmodel", *flags)
-
-    (one,) = one_rank
-    for ours, *theirs in zip(one["weights"], *(rank["weights"] for rank in two), strict=True):
-        for weights in theirs:
-            torch.testing.assert_close(weights, ours, **CLOSE)
-    for (_, a), (_, b) in zip(one["losses"], two[0]["losses"], strict=True):
-        assert a == pytest.approx(b, abs=1e-4)
-
-
 def test_full_logits_weigh_and_learn_as_chunks(seed, spec, one_rank, tmp_path):
     """The loss over full logits gives the weights and losses of the chunked one."""
     flags = [*start(seed, tmp_path), f"--weighting.spec={spec}", "--training.local_batch_size=8"]
