@@ -397,7 +397,7 @@ def _twice(
         signals.append(statistics(logits, batch.labels[span], batch.needs, head.cut))
     lse = torch.cat([part.pop("lse") for part in signals])
     found = _joined(signals)
-    last = [logits]  # the second pass begins with it, and saves a product
+    last = [logits] if path.most is None else []  # the second pass begins with it
 
     @torch.no_grad()
     def finish(token: Tensor) -> tuple[Tensor, Gradients]:
@@ -455,10 +455,11 @@ class _Sums:
         self._head, self._hidden, self._units = head, hidden, units
         of_hidden, of_weight = wants
         self._d_hidden = torch.zeros_like(hidden) if of_hidden else None
-        shape = (units, *head.weight.shape)
-        self._d_weight = head.weight.new_empty(shape) if of_weight else None
+        # Apart, so that the first can outlive the others as the parameter's gradient.
+        self._d_weight = [torch.empty_like(head.weight) for _ in range(units if of_weight else 0)]
         no_bias = not of_weight or head.bias is None
-        self._d_bias = None if no_bias else head.weight.new_zeros(shape[:2], dtype=torch.float32)
+        shape = units, len(head.weight)
+        self._d_bias = None if no_bias else head.weight.new_zeros(shape, dtype=torch.float32)
         self._empty = [True] * units
 
     def add(self, d_logits: Tensor, rows: slice | Tensor, unit: int) -> None:
@@ -466,7 +467,7 @@ class _Sums:
         hidden = self._hidden[rows]
         if self._d_hidden is not None:
             self._d_hidden[rows] = d_logits @ self._head.weight
-        if self._d_weight is not None:
+        if self._d_weight:
             into = self._d_weight[unit]
             if self._empty[unit]:
                 torch.mm(d_logits.t(), hidden, out=into)
@@ -480,7 +481,7 @@ class _Sums:
         """Return the gradients under the late part of each unit's weights, [units]."""
         if self._d_hidden is not None:
             _times_(self._d_hidden.view(self._units, -1), late[:, None])
-        if self._d_weight is not None:
+        if self._d_weight:
             _fold_(self._d_weight, late)
         if self._d_bias is not None:
             self._d_bias[0] = late @ self._d_bias
@@ -488,7 +489,7 @@ class _Sums:
 
     def total(self) -> Gradients:
         """Return the gradients of the first unit, which holds all."""
-        d_weight = None if self._d_weight is None else self._d_weight[0]
+        d_weight = self._d_weight[0] if self._d_weight else None
         d_bias = None if self._d_bias is None else self._d_bias[0].to(self._head.weight.dtype)
         return Gradients(self._d_hidden, d_weight, d_bias)
 
@@ -498,14 +499,18 @@ def _times_(x: Tensor | None, factor: Tensor) -> Tensor | None:
     return None if x is None else torch.mul(x, factor, out=x)
 
 
-def _fold_(of_units: Tensor, late: Tensor) -> None:
-    """Replace the first of [U, V, D] by sum_u late_u * x_u, summed in float32."""
-    if len(late) == 1:
+def _fold_(of_units: list[Tensor], late: Tensor) -> None:
+    """Replace the first of some [V, D] by sum_u late_u * x_u, summed in float32."""
+    if len(of_units) == 1:
         _times_(of_units[0], late)
         return
-    for rows in of_units.split(-(-of_units.shape[1] // _FOLDS), dim=1):
-        rows[0].copy_((late @ rows.float().flatten(1)).view(rows.shape[1:]))
+    size = -(-len(of_units[0]) // _FOLDS)
+    for first, *others in zip(*(x.split(size) for x in of_units), strict=True):
+        total = first.float() * late[0]
+        for other, factor in zip(others, late[1:], strict=True):
+            total.addcmul_(other.float(), factor)
+        first.copy_(total)
 
 
 _FOLDS = 16
-"""Pieces in which accumulators are folded: what is float32 for a moment is one of them."""
+"""Pieces in which gradients are folded: what is float32 for a moment is one of them."""

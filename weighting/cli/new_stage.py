@@ -159,11 +159,12 @@ def test_example():
 '''
 
 _IMPORTS = "import weighting as wt\nfrom torch import Tensor\n"
+_CLASSVAR = "from typing import ClassVar\n\n"
 _TORCH = f"import torch\n{_IMPORTS}"
 
 _BODIES = {
     "shape": _Body(
-        _IMPORTS,
+        _CLASSVAR + _IMPORTS,
         '''\
 class $cls(wt.Shape):
     """Level off smoothly: what the best scores add fades.
@@ -171,6 +172,7 @@ class $cls(wt.Shape):
     y = at * tanh(x / at)
     """
 
+    pointwise: ClassVar[bool] = True  # asks nothing of other units, so tokens need not wait
     at: wt.PositiveNumber = 1.0
 
     def apply(self, x: Tensor, scope: wt.Scope) -> Tensor:
@@ -205,7 +207,7 @@ class $cls(wt.Weigh):
         "0.23841, 1.0, 1.76159",
     ),
     "source": _Body(
-        "from typing import ClassVar\n\n" + _IMPORTS,
+        _CLASSVAR + _IMPORTS,
         '''\
 class $cls(wt.Source):
     """Score a token by how improbable it was, from 0 to 1.
@@ -213,6 +215,7 @@ class $cls(wt.Source):
     score_t = 1 - exp(-rate * loss_t)
     """
 
+    pointwise: ClassVar[bool] = True  # asks nothing of other tokens, so none need wait
     needs: ClassVar[frozenset[str]] = frozenset({"loss"})
     rate: wt.PositiveNumber = 1.0
 

@@ -13,8 +13,9 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensorMode,
 )
+from typing_extensions import override
 
-from weighting.contract import Constrain, Signals, Weigh
+from weighting.contract import Constrain, Pool, Scope, Shape, Signals, Source, Weigh
 from weighting.schedules import Constant, Linear, Piecewise, Schedule, Step
 from weighting.spec import dumps, loads
 from weighting.testing.batches import flat, mapped, mapped_floats, valid_of
@@ -148,6 +149,10 @@ def _remembers(subject: Subject) -> bool:
     return subject.remembers
 
 
+def _says_pointwise(subject: Subject) -> bool:
+    return any(part.pointwise for parts in subject.parts.values() for part in parts)
+
+
 # What a stage returns -------------------------------------------------------------------------
 
 
@@ -274,6 +279,20 @@ def check_order_free(subject: Subject) -> None:
             expected = a.result if pooled else a.result[order]
             fault = "depends on the order of the units; look at others only through the scope"
             _must(_all_close([b.result[counts]], [expected[counts]]), fault)
+
+
+@_law(_says_pointwise)
+def check_pointwise(subject: Subject) -> None:
+    """A stage that says `pointwise` gives some units alone what it gives them among others."""
+    for trial in subject.trials().values():
+        for part in (part for part in trial.parts if part.pointwise):
+            joins = isinstance(part, Pool) or part.inside() is not None
+            _must(not joins, _LIES.format("it brings units together"))
+            _must(not part.initial_state(subject.domains), _LIES.format("it remembers"))
+        for signals in _hard_flat(subject).values():
+            for call in trial.run(signals):
+                if call.stage.pointwise:
+                    _must_be_pointwise(call, signals, subject)
 
 
 # What a stage may do ----------------------------------------------------------------------------
@@ -522,6 +541,7 @@ CHECKS: tuple[Check, ...] = (
     check_mask_respected,
     check_zero_where_ignored,
     check_order_free,
+    check_pointwise,
     check_int_step,
     check_constant_schedule,
     check_compiles,
@@ -563,6 +583,38 @@ def _final_calls(subject: Subject) -> Iterator[tuple[str, Call]]:
     for name, signals in _hard_flat(subject).items():
         for call in subject.final_calls(signals):
             yield name, call
+
+
+_LIES = "says pointwise = True, but {}; leave pointwise out"
+
+
+class _Pointwise(Scope):
+    """A scope that has no statistics to give."""
+
+    @override
+    def sum(self, x: Tensor) -> Tensor:
+        raise _FaultError(_LIES.format("it asks the scope for a sum or count"))
+
+    @override
+    def max(self, x: Tensor) -> Tensor:
+        raise _FaultError(_LIES.format("it asks the scope for a maximum or range"))
+
+
+def _must_be_pointwise(call: Call, signals: Signals, subject: Subject) -> None:
+    """Compare what a stage returned with what it returns for some of the units, in any order."""
+    number = len(call.counts)
+    units = torch.arange(number)
+    for some in (units, units[number // 2 :], units[-1:], units.flip(0)):
+        valid, step = call.counts[some], torch.zeros((), dtype=torch.int64)
+        scope = _Pointwise("token", step, valid, subject.domains)
+        if isinstance(call.stage, Source):
+            got = call.stage.read(mapped(signals, lambda x, i=some: x[i]), scope)
+        else:
+            assert isinstance(call.stage, Shape | Weigh | Constrain)
+            got = call.stage.apply(call.given["x"][some], scope)
+        fault = _LIES.format("other units, or where a unit stands, change its value")
+        same = got.shape == some.shape and _close(got[valid], call.result[some][valid])
+        _must(same, fault)
 
 
 def _must_mean_one(weights: Tensor, name: str) -> None:
