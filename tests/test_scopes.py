@@ -236,16 +236,43 @@ pipeline: normalize -> linupper -> temperature(0.4) -> clamp(1.5/n)
 
 
 def test_running_weighs_a_batch_among_the_units_before_it():
-    """The weights of a batch are its part of those of all batches so far, scaled to mean one."""
+    """The weights of a batch are its part of those of all batches so far, with a running mean of 1.
+
+    The mean forgets four of 1,024 units with every batch of four.
+    """
     fn, plain = wt.build(wt.loads(RUNNING)), wt.build(wt.loads(RUNNING.replace("running", "rank")))
     generator = torch.Generator().manual_seed(0)
-    seen = []
+    seen, total, count = [], 0.0, 0.0
     for _ in range(6):
         loss = torch.rand(4, 1, generator=generator) * 5
         seen.insert(0, loss)
         got = fn(wt.Signals(loss=loss)).token
         among = plain(wt.Signals(loss=torch.cat(seen))).token[:4]
-        assert_close(got, among / among.mean(), rtol=1e-5, atol=1e-6)  # float32 sums
+        total, count = (x * (1 - 4 / 1024) for x in (total, count))
+        total, count = total + among.sum(), count + 4
+        assert_close(got, among / total * count, rtol=1e-5, atol=1e-6)  # float32 sums
+
+
+def test_running_weighs_batches_of_one_sequence_apart():
+    """A sequence that comes alone, as in a pipeline, weighs by how it compares with the others."""
+    fn = wt.build(wt.loads(RUNNING))
+    losses = [3.0, 1.0, 5.0, 2.0, 4.0, 1.5, 4.5]
+    weights = [fn(wt.Signals(loss=torch.full((1, 3), x))).token[0, 0].item() for x in losses]
+    assert max(weights[2:]) / min(weights[2:]) > 2
+    high, low = weights[-1], weights[-2]
+    assert high > low
+
+
+def test_running_takes_tokens_along_that_need_no_statistics():
+    """A factor per token that looks at nothing else goes with scope: running."""
+    text = (
+        RUNNING.replace("pipeline: ", "factors:\n  instance: ") + "  token: target_prob -> as_is\n"
+    )
+    signals = tables.batch(4, 3)
+    both, alone = (wt.build(wt.loads(x))(signals).token for x in (text, RUNNING))
+    expected = alone * signals.target_prob
+    expected = expected / expected.sum() * signals.valid.sum()
+    assert_close(both, expected, rtol=1e-5, atol=1e-6)  # float32 sums
 
 
 def test_running_forgets_the_oldest_units():

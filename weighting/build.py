@@ -160,10 +160,12 @@ def order_problems(spec: Spec) -> list[Problem]:
             if place is None:
                 where = f"{factor}, stage {index + 1}: "
             problems.append(Problem(where + message, place))
-        last = plan(pipeline)[-1]
-        if spec.scope == "running" and last.level in {"token", "domain"}:
+        steps = plan(pipeline)
+        alone = all(step.stage.pointwise for step in steps)
+        level = steps[-1].level
+        if spec.scope == "running" and level in {"token", "domain"} and not alone:
             message = (
-                f"{factor} weighs per {last.level}, and scope: running remembers documents and "
+                f"{factor} weighs per {level}, and scope: running remembers documents and "
                 "sequences: tokens are too many, domains return in every batch; "
                 "leave scope out, or pool to sequences"
             )
@@ -198,10 +200,12 @@ class Weighting(nn.Module):
         for factor, steps in self.plans.items():
             for index, step in enumerate(steps):
                 self._remember(factor, index, step.stage)
-            if spec.scope == "running":
+            if spec.scope == "running" and steps[-1].level in {"document", "sequence"}:
                 self.register_buffer(f"{factor}__seen", torch.zeros(RUNNING_UNITS))
                 count = torch.zeros((), dtype=torch.int64)
                 self.register_buffer(f"{factor}__seen_count", count)
+        if spec.scope == "running":
+            self.register_buffer("seen_mean", torch.zeros(2))
         keeps_all = spec.reduction == "token_mean" and spec.on_nonfinite == "error"
         self.identity = keeps_all and all(map(_is_identity, self.plans.values()))
         self.local = tuple(name for name, steps in self.plans.items() if _is_local(steps))
@@ -422,6 +426,19 @@ class Weighting(nn.Module):
             seen.copy_(values[newest])
         return values, Scope(scope.level, scope.step, usable, scope.domains)
 
+    def _with_earlier_mean(self, sums: Tensor, loss: Tensor) -> tuple[Tensor, ...]:
+        """Add a batch's sum and number of weights to those before it, which fade as units do.
+
+        A batch of one sequence would else be scaled to one, and weigh nothing.
+        """
+        rows = loss.shape[0] if loss.dim() > 1 else 1
+        kept = max(0.0, 1 - rows * self.collectives.size / RUNNING_UNITS)
+        before = self.get_buffer("seen_mean")
+        after = kept * before + sums
+        if self.training:
+            before.copy_(after)
+        return after.unbind()
+
     def _own(self, x: Tensor, scope: Scope) -> Tensor:
         """Return this rank's part of units that were brought together."""
         if scope.level in {"token", "domain"}:
@@ -456,6 +473,8 @@ class Weighting(nn.Module):
         if self.spec.normalize == "none":
             return product, runs
         total, count = sums[:2]
+        if self.spec.scope == "running":
+            total, count = self._with_earlier_mean(torch.stack([total, count]), signals.loss)
         return torch.where(product > 0, rough / torch.where(total > 0, total, 1) * count, 0), runs
 
     def _share(self, signals: Signals, valid: Tensor) -> Tensor:
