@@ -17,6 +17,8 @@ import weighting as wt
 from weighting.build import MOMENTS, plan, summarize
 from weighting.contract import Scope, Stage
 from weighting.schedules import Constant, Linear, Piecewise, Schedule, Step
+from weighting.spec import arrow_text
+from weighting.testing.checks import check_pointwise
 
 CASES = tables.CASES
 SPECS = [name for name in CASES if name.startswith("spec ")]
@@ -572,6 +574,193 @@ def test_flat_ranks_weigh_like_one(case):
     got = torch.cat(tables.Lockstep(2).run(part))
     # Partial sums are added in another order: float32 rounding.
     assert_close(got, expected.token.reshape(-1), rtol=2e-5, atol=1e-6)
+
+
+def cut(x, part, parts, in_order):
+    """Return a part of every row: the next piece of it, or the next from its head and its tail."""
+    if in_order:
+        return x.chunk(parts, dim=1)[part]
+    pieces = x.chunk(2 * parts, dim=1)
+    return torch.cat([pieces[part], pieces[-1 - part]], dim=1)
+
+
+def joined(cuts, in_order):
+    """Return rows put together again from their parts."""
+    if in_order:
+        return torch.cat(cuts, dim=1)
+    heads, tails = zip(*(x.chunk(2, dim=1) for x in cuts), strict=True)
+    return torch.cat([*heads, *reversed(tails)], dim=1)
+
+
+def test_cut_rows_are_joined_again():
+    """Of two ranks one gets the first and the last quarter of a row; together they hold it all."""
+    rows = torch.arange(16).view(2, 8)
+    assert cut(rows, 0, 2, in_order=False)[0].tolist() == [0, 1, 6, 7]
+    assert cut(rows, 1, 2, in_order=False)[0].tolist() == [2, 3, 4, 5]
+    for in_order in (True, False):
+        assert torch.equal(joined([cut(rows, p, 2, in_order) for p in (0, 1)], in_order), rows)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("in_order", [True, False], ids=["contiguous", "head and tail"])
+@each_case
+def test_sequences_cut_over_ranks_weigh_like_whole_ones(case, in_order, ranks):
+    """Parts of sequences on two ranks each weigh, and remember, what whole sequences do.
+
+    Documents and sequences span the ranks, and some parts hold no label; ids of documents count
+    along the whole row.
+    """
+    batches = [tables.batch(4, 8, seed=45 + i, keep=(0.9, 0.5)[i]) for i in range(2)]
+    for signals in batches:
+        signals.valid[0, :4] = False
+    assert int(batches[0].segment_ids[:, 4:].max()) >= 4, "ids exceed the length of a part"
+    whole = tables.built(CASES[case])
+    expected = [whole(signals, step) for step, signals in enumerate(batches)]
+    rows = ranks // 2
+
+    def one(rank, collectives):
+        row, part = divmod(rank, 2)
+        mine = [
+            tables.changed(x, lambda _, x: cut(x.chunk(rows)[row], part, 2, in_order))
+            for x in batches
+        ]
+        fn = tables.built(CASES[case], collectives=collectives)
+        return [fn(signals, step) for step, signals in enumerate(mine)], fn
+
+    outs = tables.Lockstep(ranks, parts=2).run(one)
+
+    def gathered(of):
+        cuts = [of(weights) for weights, _ in outs]
+        return torch.cat([joined(cuts[2 * row : 2 * row + 2], in_order) for row in range(rows)])
+
+    for step, wanted in enumerate(expected):
+        # Partial sums are added in another order: float32 rounding.
+        got = gathered(lambda weights, step=step: weights[step].token)
+        assert_close(got, wanted.token, rtol=2e-5, atol=1e-6)
+        for name, weight in wanted.factors.items():
+            got = gathered(lambda weights, at=(step, name): weights[at[0]].factors[at[1]])
+            assert_close(got, weight, rtol=2e-5, atol=1e-6)
+    for name, value in whole.state_dict().items():
+        for _, fn in outs:
+            assert_close(fn.get_buffer(name), value, rtol=1e-4, atol=1e-5)  # as above
+
+
+# Local and late ----------------------------------------------------------------------------------
+
+BUILT = {case: tables.built(text) for case, text in CASES.items()}
+LOCAL = [case for case, fn in BUILT.items() if fn.local]
+LATE = [case for case, fn in BUILT.items() if fn.late != "token" and not fn.identity]
+"""Cases whose tokens wait for no number of their own; uniform is the trainer's own loss."""
+
+
+def chunk_batches():
+    """Return hard batches, and more with zeros, signals that are not finite, and many tokens."""
+    # A score below 1e-20 counts as that much; the promise is for scores above it.
+    hard = {name: x for name, x in hard_batches().items() if name != "all certain"}
+    plain = tables.batch(seed=50, keep=0.8)
+    spoilt = {
+        "loss": plain.loss.index_put((torch.tensor([1, 2]), torch.tensor([2, 3])), bad()),
+        "entropy": plain.entropy.index_put((torch.tensor([0, 2]), torch.tensor([0, 1])), bad()),
+    }
+    some_zero = plain.loss.where(plain.loss > 2, 0)
+    columns = {name: x.where(x > 1, 0) for name, x in plain.columns.items()}
+    return {
+        **hard,
+        "not finite": dataclasses.replace(plain, **spoilt),
+        "zeros among others": dataclasses.replace(changed(plain, some_zero), columns=columns),
+        "larger": tables.batch(8, 33, seed=51),
+    }
+
+
+def bad():
+    """Return values that are not finite."""
+    return torch.tensor([torch.nan, torch.inf])
+
+
+def test_some_cases_are_local_and_some_late():
+    """The two laws below speak of several cases of each kind."""
+    assert {"spec mile", "spec linupper-x-mile", "spec dft", "spec uniform"} <= {*LOCAL}
+    assert {BUILT[case].late for case in LATE} == {None, "sequence"}
+    assert {"spec rgd", "extra sequence-mean", "extra uniform-by-sequence"} <= {*LATE}
+    assert {"spec cvar", "spec doremi-proxy", "stage max"}.isdisjoint(LATE)
+    assert len(LOCAL) >= 20
+    assert len(LATE) >= 50
+
+
+@pytest.mark.parametrize("case", LOCAL)
+def test_a_chunk_knows_its_local_part(case):
+    """However the tokens are cut, the local part of the pieces is that of the whole."""
+    fn = BUILT[case]
+    for name, signals in chunk_batches().items():
+        whole = fn.local_part(signals, 2).reshape(-1)
+        assert whole.isfinite().all(), name
+        for size in (1, 4, 7, 1000):
+            count = -(-whole.numel() // size)
+
+            def piece(i, signals=signals, size=size):
+                return tables.changed(signals, lambda _, x: x.reshape(-1).split(size)[i])
+
+            got = torch.cat([fn.local_part(piece(i), 2) for i in range(min(count, 12))])
+            # A vector unit and a scalar one may round an exponential differently.
+            assert_close(got, whole[: len(got)], rtol=1e-6, atol=0, msg=f"{name}, {size}")
+
+
+@pytest.mark.parametrize("case", LATE)
+def test_the_rest_of_a_weight_is_one_number_per_late_unit(case):
+    """Weights are the local part times one number, for all tokens or for each sequence."""
+    for name, signals in chunk_batches().items():
+        fn = tables.built(CASES[case])
+        token = fn(signals, 2).token.double()
+        part = fn.local_part(signals, 2).double()
+        units = 1 if fn.late is None else len(token)
+        token, part = token.reshape(units, -1), part.reshape(units, -1)
+        total = part.sum(1, keepdim=True)
+        number = token.sum(1, keepdim=True) / torch.where(total > 0, total, 1)
+        # Scores of 0 count as 1e-20 beside others; products in float32.
+        assert_close(part * number, token, rtol=2e-6, atol=1e-6, msg=name)
+
+
+MAY_LOOK_AROUND = {"threshold": "its threshold may be a quantile"}
+"""Stages that are pointwise with some arguments only, and why they do not say so."""
+
+
+def every_stage():
+    """Return the stages of all cases but pools, sugar spelled out, by what one writes for them."""
+    other = tables.built("loss -> threshold(at=1)")
+    plans = [steps for fn in [*BUILT.values(), other] for steps in fn.plans.values()]
+    stages = [step.stage for steps in plans for step in steps]
+    return {arrow_text((x,)): x for x in stages if not isinstance(x, wt.Pool)}
+
+
+def stands_alone(stage):
+    """Tell whether a stage passes for pointwise, whatever it says."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(stage), "pointwise", True)
+        try:
+            check_pointwise(stage)
+        except AssertionError:
+            return False
+    return True
+
+
+@pytest.mark.parametrize("text", every_stage())
+def test_a_stage_that_stands_alone_says_so(text):
+    """What gives a unit the same alone as among others is `pointwise`, and nothing else is."""
+    stage = every_stage()[text]
+    if stage.name in MAY_LOOK_AROUND:
+        assert not stage.pointwise
+    else:
+        assert stage.pointwise == stands_alone(stage)
+
+
+def test_stages_of_both_kinds_are_looked_at():
+    """The law above speaks of many pointwise stages and of others, and excepts none needlessly."""
+    stages = every_stage().values()
+    names = {stage.name for stage in stages if stage.pointwise}
+    assert len(names) >= 15
+    assert {"normalize", "temperature", "select", "clamp"}.isdisjoint(names)
+    alone = {stage.name for stage in stages if not stage.pointwise and stands_alone(stage)}
+    assert alone == {*MAY_LOOK_AROUND}
 
 
 # Caps and floors ---------------------------------------------------------------------------------

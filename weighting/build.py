@@ -36,8 +36,8 @@ MOMENTS = ("count", "sum", "square_sum", "capped", "nonfinite", "min", "max")
 """Columns of `Weights.moments`: the first five add up over ranks and batches."""
 RUNNING_UNITS = 1024
 """How many earlier units count in the statistics of `scope: running`."""
-_FLOOR = 1e-20
-"""What a local weight of 0 counts as until it is known that not all of them are 0."""
+_FLOOR = 1e-30
+"""What a product of local weights counts as at least until it is known that not all are 0."""
 _LEVEL_IDS: dict[str, str] = {"domain": "domain_ids", "document": "segment_ids"}
 
 
@@ -180,6 +180,7 @@ class Weighting(nn.Module):
         spec: What it was built from.
         domains: Names of the domains, in the order of their ids.
         plans: The expanded stages of each factor.
+        collectives: How statistics reach other ranks.
         needs: Fields of `Signals` it reads.
         identity: True when every weight is one by construction.
         local: Factors whose weight of a token is known from that token alone, but for one number
@@ -208,7 +209,8 @@ class Weighting(nn.Module):
             self.register_buffer("seen_mean", torch.zeros(2))
         keeps_all = spec.reduction == "token_mean" and spec.on_nonfinite == "error"
         self.identity = keeps_all and all(map(_is_identity, self.plans.values()))
-        self.local = tuple(name for name, steps in self.plans.items() if _is_local(steps))
+        local = (name for name, steps in self.plans.items() if _is_local(steps))
+        self.local = () if self.identity else tuple(local)
         self.late = self._late()
 
     @override
@@ -255,7 +257,7 @@ class Weighting(nn.Module):
             weight_t = local_part_t * r(t),   r the same for all tokens of a unit of `late`
 
         It is 0 where the weight is 0 for a non-finite signal, and never 0 for another reason that
-        a later scaling might undo: scores of 0 count as 1e-20.
+        a later scaling might undo: scores of 0 count as 1e-30.
 
         Args:
             signals: Of any part of a batch.
@@ -281,11 +283,15 @@ class Weighting(nn.Module):
         return not self.identity and (statistics or by_domain or scaled)
 
     def most(self) -> float:
-        """Return the largest share of this rank's tokens that weigh more than 0, but for ties."""
+        """Return the largest share of this rank's tokens that weigh more than 0.
+
+        But for ties, and for one token more in each sequence.
+        """
         shares = [1.0]
         for steps in self.plans.values():
             stage, level = steps[-1].stage, steps[-1].level
-            here = isinstance(self.collectives, Alone) or stage.inside() == "sequence"
+            whole = self.collectives.parts.size == 1
+            here = isinstance(self.collectives, Alone) or (whole and stage.inside() == "sequence")
             if isinstance(stage, Weigh) and level == "token" and here:
                 shares.append(stage.most())
         return min(shares)
@@ -308,6 +314,8 @@ class Weighting(nn.Module):
             self._buffers_of[factor, index] = names
 
     def _late(self) -> Literal["sequence", "token"] | None:
+        if self.identity:
+            return None
         levels = {steps[-1].level for name, steps in self.plans.items() if name not in self.local}
         if self.spec.reduction == "sequence_mean":
             levels.add("sequence")
@@ -336,7 +344,8 @@ class Weighting(nn.Module):
         """Return token weights of which one that may yet be scaled up from 0 is not 0."""
         if not self._is_unscaled(factor):
             return run.token
-        return torch.where(run.ok, run.token.clamp(min=_FLOOR), 0)
+        unscaled = sum(map(self._is_unscaled, self.local))
+        return torch.where(run.ok, run.token.clamp(min=_FLOOR ** (1 / unscaled)), 0)
 
     def _is_unscaled(self, factor: str) -> bool:
         return factor in self.local and isinstance(self.plans[factor][-1].stage, MeanOne)
@@ -406,8 +415,9 @@ class Weighting(nn.Module):
     ) -> tuple[Tensor, Scope, Tensor]:
         """Pool token scores to units, and bring the units of all ranks together."""
         bad = valid & ~scope.valid
-        score = stage.pool(x, scope.valid, groups)
-        present, spoilt = groups.sum(torch.stack([scope.valid.float(), bad.float()])) > 0
+        counting = groups.counting(torch.stack([scope.valid.float(), bad.float()]))
+        score = stage.pool(x, scope.valid, counting)
+        present, spoilt = counting.counts() > 0
         if groups.level == "domain":  # a bad token must not silence its whole domain
             return score, Scope("domain", scope.step, present, self.domains), scope.valid
         packed = torch.stack([score, (present & ~spoilt).float()])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 if TYPE_CHECKING:
     from weighting.contract import Collectives, Level, Signals
@@ -58,8 +59,34 @@ class Groups:
             return unit.repeat_interleave(self.row, dim=-1)
         return unit.index_select(-1, self.ids)
 
+    def counting(self, of: Tensor) -> CountingGroups:
+        """Return the same groups, whose first sum takes rows of its own with it, [R, T]."""
+        return CountingGroups(self.level, self.ids, self.size, self.row, self.collectives, of)
+
     def _members(self) -> Tensor:
         return self.ids[:, None] == torch.arange(self.size, device=self.ids.device)
+
+
+@dataclass(frozen=True)
+class CountingGroups(Groups):
+    """Groups that sum up rows of their own beside what they are asked for, in one collective."""
+
+    of: Tensor
+    found: list[Tensor] = field(default_factory=list)
+
+    @override
+    def sum(self, x: Tensor) -> Tensor:
+        """Return the sum of x [..., T] over the tokens of each unit, [..., U]."""
+        if self.found:
+            return Groups.sum(self, x)
+        rows = x.reshape(-1, x.shape[-1])
+        both = Groups.sum(self, torch.cat([rows, self.of]))
+        self.found.append(both[len(rows) :])
+        return both[: len(rows)].reshape(*x.shape[:-1], self.size)
+
+    def counts(self) -> Tensor:
+        """Return the sums of its own rows, [R, U]."""
+        return self.found[0] if self.found else Groups.sum(self, self.of)
 
 
 def group(

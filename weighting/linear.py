@@ -78,7 +78,8 @@ def linear_weighted_cross_entropy(
         signal was not finite.
 
     Raises:
-        ValueError: Shapes differ, a signal the spec needs is missing, or `memory` cannot serve it.
+        ValueError: Shapes differ, a signal the spec needs is missing, or `memory` cannot serve
+            the spec or the dtype.
     """
     if hidden.shape[:-1] != labels.shape or hidden.shape[-1] != weight.shape[-1]:
         msg = (
@@ -94,6 +95,12 @@ def linear_weighted_cross_entropy(
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
+    if weight.dtype == torch.float16:
+        msg = (
+            "the gradient is made before any loss scaling, where float16 loses it; use bfloat16, "
+            "or memory='full'"
+        )
+        raise ValueError(msg)
     columns = {f"columns.{name}": value for name, value in (columns or {}).items()}
     given = {"valid": labels != IGNORE_INDEX, **given, **columns}
     known = {name: value for name, value in given.items() if value is not None}
@@ -160,10 +167,14 @@ class Sizes(NamedTuple):
         return cls(labels.numel(), rows, vocabulary, width, item, budget(weight.device))
 
 
+SHARE = 16
+"""Of an accelerator's memory, the part that may be spent is one in so many."""
+
+
 def budget(device: torch.device) -> int:
     """Return a sixteenth of an accelerator's memory, or 1 GiB of a CPU's, in bytes."""
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory // 16
+        return torch.cuda.get_device_properties(device).total_memory // SHARE
     return 2**30
 
 
@@ -231,7 +242,7 @@ def path_of(fn: Weighting, sizes: Sizes, memory: Memory = "auto", *, chunks: int
     chunk = max(1, -(-sizes.tokens // chunks))
     share = fn.most()
     most = None
-    if taken != "late" and share < 1:
+    if taken != "late" and share < 1 and sizes.rows:
         most = min(sizes.tokens, math.ceil(share * sizes.tokens) + sizes.rows)
     return Path(taken, units if taken == "late" else 1, chunk, most, extra[taken])
 
@@ -358,7 +369,6 @@ def _late(
     """Go once: gradients under the local part of the weights, per late unit."""
     head, units = batch.head, batch.path.units
     sums = _Sums(head, hidden, wants, units)
-    shrink = 1 / max(len(hidden), 1)  # sums over tokens stay within float16
     signals: list[dict[str, Tensor]] = []
     parts: list[Tensor] = []
     for unit, span in _spans(len(hidden), units, batch.path.chunk):
@@ -366,7 +376,7 @@ def _late(
         found = statistics(logits, labels, batch.needs, head.cut)
         known = {name: value[span] for name, value in batch.known.items()}
         lse = found.pop("lse")
-        part = batch.local({**found, **known}) * shrink
+        part = batch.local({**found, **known})
         part = torch.where(found["loss"].isfinite(), part, 0)
         gradient_(logits, labels, lse, part, head.cut)
         sums.add(logits, span, unit)

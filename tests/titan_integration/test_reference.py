@@ -41,10 +41,10 @@ class RecordingTrainer(WeightedTrainer):
         super().__init__(config)
         weigh, self.notes = self.state.weigh, []
 
-        def note(labels, positions, found):
-            self.notes[-1] |= {key: x.clone() for key, x in (self.state._batch | found).items()}
+        def note(found):
+            self.notes[-1] |= {key: x.clone() for key, x in found.items()}
             torch.save(self.notes, f"{config.dump_folder}/notes{dist.get_rank()}.pt")
-            return weigh(labels, positions, found)
+            return weigh(found)
 
         self.state.weigh = note
 

@@ -3,7 +3,10 @@
 import click.testing
 import pytest
 
+import weighting as wt
+from weighting.build import sketch
 from weighting.cli import main
+from weighting.linear import Sizes, path_of
 from weighting.registry import stages
 from weighting.schedules import SCHEDULES
 from weighting.spec import shipped
@@ -73,6 +76,90 @@ def test_explain_fills_in_what_was_left_out():
     rows = [line.split() for line in done.output.splitlines()]
     assert ["499", "100"] in rows
     assert ["500", "0.4"] in rows
+
+
+LOSS_PATHS = {
+    "uniform": """
+loss path: the trainer's own loss, nothing added
+collectives: none
+""",
+    "dft": """
+loss path: how weights meet the output layer, width D x vocabulary V
+  local    pipeline: known token by token
+  late     nothing
+  memory     products  more memory, in elements
+  late       3         none
+  keep       3         T x V, T tokens on a rank
+  recompute  4         none
+  auto takes, for D 4096, V 128256, bfloat16, 8192 tokens a sequence, 80 GB:
+    1 sequence    late (one pass, nothing kept; 0.0 MiB beside a chunk)
+    2 sequences   late (one pass, nothing kept; 0.0 MiB beside a chunk)
+collectives: none
+""",
+    "linupper-x-mile": """
+loss path: how weights meet the output layer, width D x vocabulary V
+  local    token: known token by token
+  late     instance per sequence: a number for each sequence
+  memory     products  more memory, in elements
+  late       3         (n - 1) x D x V, n sequences on a rank
+  keep       3         T x V, T tokens on a rank
+  recompute  4         none
+  auto takes, for D 4096, V 128256, bfloat16, 8192 tokens a sequence, 80 GB:
+    1 sequence    late (one pass, nothing kept; 0.0 MiB beside a chunk)
+    2 sequences   late (one pass, 2 gradients of the output layer; 1002.0 MiB
+                  beside a chunk)
+collectives: 1 gather, 1 sum per batch
+  2 sums more where sequences are cut over ranks
+""",
+    "rho-1": """
+loss path: how weights meet the output layer, width D x vocabulary V
+  local    nothing
+  late     pipeline per token: a number for each token
+  memory     products  more memory, in elements
+  keep       1 + 2k    T x V, T tokens on a rank
+  recompute  1 + 3k    none
+  k = 0.6 of the tokens can weigh more than 0; more on some of several ranks
+  auto takes, for D 4096, V 128256, bfloat16, 8192 tokens a sequence, 80 GB:
+    1 sequence    keep (logits kept until the weights are known; gradients of at
+                  most 4917 tokens; 2004.0 MiB beside a chunk)
+    2 sequences   keep (logits kept until the weights are known; gradients of at
+                  most 9833 tokens; 4008.0 MiB beside a chunk)
+collectives: 10 sums per batch
+""",
+}
+
+
+@pytest.mark.parametrize("name", LOSS_PATHS)
+def test_explain_says_what_the_weights_cost(name):
+    """It says what is known when, what each way costs, which one is taken, and who is asked."""
+    assert f"\n{LOSS_PATHS[name]}\n" in run("explain", name).output
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "words"),
+    [
+        ("entropy -> mean_one", "late     one number, which scales all weights to mean one\n"),
+        ("max(document) -> temperature(1)", "late     pipeline per document: a number for each t"),
+        ("loss -> select(0.6, within=sequence)", "k = 0.6 of the tokens can weigh more than 0\n"),
+        (
+            "loss -> temperature(1, within=sequence)",
+            "1 sum per batch\n  1 maximum, 1 sum more where sequences are cut over ranks\n",
+        ),
+    ],
+)
+def test_explain_words_what_comes_late(pipeline, words):
+    """Scaling, documents, selections within sequences and calls among parts have their words."""
+    assert words in run("explain", pipeline).output
+
+
+@pytest.mark.parametrize("name", ["mile", "linupper", "rho-loss", "sstoken", "group-dro"])
+def test_explain_takes_the_way_that_training_takes(name):
+    """The examples are what `path_of` says of such a layer, for one sequence and for two."""
+    fn = sketch(wt.load(name))
+    out = " ".join(run("explain", name).output.split())
+    for rows, label in ((1, "1 sequence"), (2, "2 sequences")):
+        path = path_of(fn, Sizes(rows * 8192, rows, 128256, 4096, 2, 5 * 10**9))
+        assert f"{label} {path} " in out
 
 
 def test_list_names_every_word_of_the_language():

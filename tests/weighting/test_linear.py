@@ -121,6 +121,31 @@ def test_weights_that_vanish_all_at_once_count_as_one(memory):
         must_agree(from_hidden(*batch, tables.built(text), memory=memory), expected)
 
 
+def test_a_selection_within_sequences_of_flat_tokens_skips_nothing():
+    """Without rows nobody knows how many tokens a selection in each sequence keeps."""
+    text = "version: 1\npipeline: column(weight) -> select(0.5, within=sequence)\n"
+    (hidden, weight), _, _ = example(text)
+    labels = torch.randint(0, VOCABULARY, (ROWS * LENGTH,))
+    columns = {"weight": torch.rand(ROWS * LENGTH)}
+    given = {"segment_ids": torch.arange(ROWS * LENGTH), "columns": columns}
+    batch = [hidden.flatten(0, 1), weight], labels, given
+    expected = from_logits(*batch, tables.built(text))
+    for memory in ("keep", "recompute"):
+        must_agree(from_hidden(*batch, tables.built(text), memory=memory), expected)
+
+
+def test_scores_that_are_all_tiny_still_differ():
+    """Scores of 1e-25 and 3e-25 weigh one to three, in weights and in the gradient."""
+    text = "version: 1\npipeline: column(weight) -> mean_one\n"
+    leaves, labels, given = example(text)
+    columns = {"weight": torch.where(torch.arange(LENGTH) < 3, 1e-25, 3e-25).expand(ROWS, LENGTH)}
+    batch = leaves, labels, {**given, "columns": columns}
+    expected = from_logits(*batch, tables.built(text))
+    assert expected[1].token.max() > 2.9 * expected[1].token[labels != IGNORED].min()
+    for memory in ("late", "keep"):
+        must_agree(from_hidden(*batch, tables.built(text), memory=memory), expected)
+
+
 def test_ties_beyond_the_room_of_a_selection_keep_the_total_weight():
     """More tokens tie for the last places than there are: those that fit carry the others."""
     text = "version: 1\npipeline: column(weight) -> select(0.25)\n"
@@ -150,10 +175,19 @@ def test_bad_tokens_are_dropped_before_the_products(memory):
     assert d_hidden[0].any()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_float16_is_refused_but_for_full_logits():
+    """Made before any loss scaling, a float16 gradient would be lost without a word."""
+    text = tables.SPEC_TEXTS["mile"]
+    batch = example(text, dtype=torch.float16)
+    with pytest.raises(ValueError, match="use bfloat16, or memory='full'"):
+        from_hidden(*batch, tables.built(text))
+    assert from_hidden(*batch, tables.built(text), memory="full")[0].isfinite()
+
+
 @pytest.mark.parametrize("memory", ["late", "keep", "recompute"])
-def test_half_precision_agrees_with_float32(memory, dtype):
-    """In half precision the gradient is the float32 one to the precision of the dtype."""
+def test_bfloat16_agrees_with_float32(memory):
+    """In bfloat16 the gradient is the float32 one to the precision of the dtype."""
+    dtype = torch.bfloat16
     text = tables.SPEC_TEXTS["linupper-x-mile"]
     leaves, labels, given = example(text, dtype=dtype)
     wide = [x.detach().float().requires_grad_() for x in leaves]

@@ -39,6 +39,7 @@ class SoftCap(wt.Shape):
     y = at * tanh(x / at)
     """
 
+    pointwise: ClassVar[bool] = True
     at: wt.PositiveNumber = 1.0
 
     def apply(self, x: Tensor, scope: wt.Scope) -> Tensor:
@@ -136,9 +137,9 @@ def shape(function, **fields):
     return _class(wt.Shape, function, fields)
 
 
-def weigh(function):
+def weigh(function, **fields):
     """Return a stage class from score to weight that does this."""
-    return _class(wt.Weigh, function, {})
+    return _class(wt.Weigh, function, fields)
 
 
 def constrain(function):
@@ -146,10 +147,10 @@ def constrain(function):
     return _class(wt.Constrain, function, {})
 
 
-def remember(first, advance, name="remembers", apply=lambda _self, x, _scope: x):
+def remember(first, advance, name="remembers", apply=lambda _self, x, _scope: x, **fields):
     """Return a stage class with this initial state and this change of it."""
     body = {"initial_state": lambda _self, _domains: first(), "advance": advance, "name": name}
-    return _class(wt.Shape, apply, body)
+    return _class(wt.Shape, apply, {**body, **fields})
 
 
 def _class(kind, function, body):
@@ -272,6 +273,31 @@ WRONG = {
         "order_free",
         "order of the units",
         shape(lambda _, x, _s: x * torch.arange(x.numel(), device=x.device)),
+    ),
+    "takes a maximum, pointwise": (
+        "pointwise",
+        "asks the scope for a maximum",
+        shape(lambda _, x, s: x - s.max(x), pointwise=True),
+    ),
+    "takes a mean, pointwise": (
+        "pointwise",
+        "asks the scope for a sum",
+        weigh(lambda _, x, s: x.abs() * s.count() / s.sum(x.abs()).clamp(min=1), pointwise=True),
+    ),
+    "looks at the others, pointwise": (
+        "pointwise",
+        "says pointwise = True, but other units",
+        shape(lambda _, x, _s: x - x.mean(), pointwise=True),
+    ),
+    "looks at where it stands, pointwise": (
+        "pointwise",
+        "or where a unit stands",
+        shape(lambda _, x, _s: x * torch.arange(x.numel(), device=x.device), pointwise=True),
+    ),
+    "remembers, pointwise": (
+        "pointwise",
+        "it remembers",
+        remember(lambda: {"a": torch.zeros(())}, _keeps, pointwise=True),
     ),
     "returns doubles": ("float32", "returned torch.float64", shape(lambda _, x, _s: x.double())),
     "returns one number": ("shape", r"shape \[\] for \[24\]", shape(lambda _, x, _s: x.mean())),

@@ -15,7 +15,7 @@ from weighting import arrow, calls
 from weighting.cli.common import allow_plugins, read_or_exit
 from weighting.contract import Alone, Weigh
 from weighting.errors import SpecError
-from weighting.linear import Sizes, path_of
+from weighting.linear import SHARE, Sizes, path_of
 from weighting.schedules import Constant, Piecewise, Schedule, ShareOfN, Step
 from weighting.spec import arrow_text, dumps
 from weighting.testing.subject import as_subject
@@ -42,7 +42,7 @@ _SCOPES = {
     "step": "all microbatches of the optimizer step, on all data-parallel ranks",
 }
 _EXAMPLE = Sizes(
-    tokens=8192, rows=1, vocabulary=128256, width=4096, itemsize=2, budget=80 * 10**9 // 16
+    tokens=8192, rows=1, vocabulary=128256, width=4096, itemsize=2, budget=80 * 10**9 // SHARE
 )
 """The output layer of Llama 3 8B in bfloat16 on a device of 80 GB; see `linear.budget`."""
 

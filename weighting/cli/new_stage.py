@@ -159,12 +159,11 @@ def test_example():
 '''
 
 _IMPORTS = "import weighting as wt\nfrom torch import Tensor\n"
-_CLASSVAR = "from typing import ClassVar\n\n"
 _TORCH = f"import torch\n{_IMPORTS}"
 
 _BODIES = {
     "shape": _Body(
-        _CLASSVAR + _IMPORTS,
+        _IMPORTS,
         '''\
 class $cls(wt.Shape):
     """Level off smoothly: what the best scores add fades.
@@ -172,7 +171,7 @@ class $cls(wt.Shape):
     y = at * tanh(x / at)
     """
 
-    pointwise: ClassVar[bool] = True  # asks nothing of other units, so tokens need not wait
+    pointwise = True  # looks at no other unit, so that a token's weight need not wait
     at: wt.PositiveNumber = 1.0
 
     def apply(self, x: Tensor, scope: wt.Scope) -> Tensor:
@@ -207,7 +206,7 @@ class $cls(wt.Weigh):
         "0.23841, 1.0, 1.76159",
     ),
     "source": _Body(
-        _CLASSVAR + _IMPORTS,
+        "from typing import ClassVar\n\n" + _IMPORTS,
         '''\
 class $cls(wt.Source):
     """Score a token by how improbable it was, from 0 to 1.
@@ -215,7 +214,7 @@ class $cls(wt.Source):
     score_t = 1 - exp(-rate * loss_t)
     """
 
-    pointwise: ClassVar[bool] = True  # asks nothing of other tokens, so none need wait
+    pointwise = True  # looks at no other token, so that a token's weight need not wait
     needs: ClassVar[frozenset[str]] = frozenset({"loss"})
     rate: wt.PositiveNumber = 1.0
 

@@ -38,6 +38,14 @@ class Threshold(Weigh):
     quantile: UnitNumber | None = None
     side: Literal["above", "below"] = "above"
 
+    @override
+    def most(self) -> float:
+        """Return the share on that side of the quantile; all units for a fixed threshold."""
+        if self.quantile is None:
+            return 1.0
+        shares = self.quantile.extremes()
+        return 1 - min(shares) if self.side == "above" else max(shares)
+
     @model_validator(mode="after")
     def _one_of_two(self) -> Self:
         if (self.at is None) == (self.quantile is None):
