@@ -1,13 +1,14 @@
 # make train   install what it takes, then train a small Llama with LinUpper on this machine
 # make test    install what it takes, then run every test
 # make lint    ruff and pyrefly, both quiet
+# make bench   what the weighting costs, of the loss and of a whole step, against torchtitan's own
 
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: train test lint clean
+.PHONY: train test lint bench clean
 
 train: $(STAMP)
 	$(BIN)/weighting train specs/linupper.yaml
@@ -19,6 +20,10 @@ lint: $(STAMP)
 	$(BIN)/ruff check --quiet .
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/pyrefly check --summary=none
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/loss_path.py
+	$(BIN)/python benchmarks/overhead.py
 
 clean:
 	rm -rf $(VENV) build dist outputs

@@ -13,6 +13,7 @@ from runs import torchrun
 from torch.testing import assert_close
 
 import weighting as wt
+from weighting.contract import Alone
 
 pytestmark = pytest.mark.filterwarnings(
     # What the hosts warn of on their own account.
@@ -171,7 +172,7 @@ def test_the_loss_counts_the_labels_of_other_ranks(scope):
     model, stock = pair(names)
     batch = collated(names["rows"][:12])
     n = int((batch["labels"][:, 1:] != -100).sum())
-    others = types.SimpleNamespace(size=2, sum=lambda x: x + 100)
+    others = types.SimpleNamespace(size=2, sum=lambda x: x + 100, parts=Alone())
     model.fn = wt.build(names["spec"], domains=names["domains"], collectives=others)
 
     factor = 2 * n / (n + 100) if scope == "microbatch" else 1

@@ -209,8 +209,7 @@ class Weighting(nn.Module):
             self.register_buffer("seen_mean", torch.zeros(2))
         keeps_all = spec.reduction == "token_mean" and spec.on_nonfinite == "error"
         self.identity = keeps_all and all(map(_is_identity, self.plans.values()))
-        local = (name for name, steps in self.plans.items() if _is_local(steps))
-        self.local = () if self.identity else tuple(local)
+        self.local = tuple(name for name, steps in self.plans.items() if _is_local(steps))
         self.late = self._late()
 
     @override

@@ -109,7 +109,7 @@ loss path: how weights meet the output layer, width D x vocabulary V
     2 sequences   late (one pass, 2 gradients of the output layer; 1002.0 MiB
                   beside a chunk)
 collectives: 1 gather, 1 sum per batch
-  2 sums more where sequences are cut over ranks
+  1 sum more where sequences are cut over ranks
 """,
     "rho-1": """
 loss path: how weights meet the output layer, width D x vocabulary V
