@@ -220,11 +220,12 @@ def test_a_loader_without_the_signals_is_named():
     with pytest.raises(ValueError, match=r"reads columns.a, but the data loader yields no 'col"):
         state.set_batch({"domain_ids": torch.zeros(1, 2, dtype=torch.int64)})
     state.set_batch({"columns.a": torch.tensor([[1.0, 3.0]]), "columns.b": torch.ones(1, 2)})
-    assert state._batch.keys() == {"columns.a"}
-    address = state._batch["columns.a"].data_ptr()
+    assert state._current.given.keys() == {"columns.a"}
+    address = state._current.given["columns.a"].data_ptr()
     state.set_batch({"columns.a": torch.tensor([[1.0, 4.0]])})
-    assert state._batch["columns.a"].data_ptr() == address
-    out = state.weigh(torch.ones(1, 2, dtype=torch.int64), None, {"loss": torch.ones(1, 2)})
+    assert state._current.given["columns.a"].data_ptr() == address
+    known = state._current.known(torch.ones(1, 2, dtype=torch.int64))
+    out = state.weigh({**known, "loss": torch.ones(1, 2)})
     torch.testing.assert_close(out.token, torch.tensor([[0.4, 1.6]]))
 
     fn = wt.build(wt.loads("excess_loss -> select(0.6)"))

@@ -1,0 +1,112 @@
+"""The benchmark of the loss path runs, and gives no number to what is wrong."""
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812 - the usual name
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def loss_path(monkeypatch):
+    """Return the benchmark as a module."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module("loss_path")
+
+
+def rows_of(text):
+    """Return the cells of each row of a Markdown table, without its two lines of heading."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def test_every_row_has_numbers_or_a_reason(tmp_path):
+    """Tiny sizes: every way is right and measured, but the one that the library refuses."""
+    out = tmp_path / "found.md"
+    command = [sys.executable, ROOT / "benchmarks" / "loss_path.py", "--quick", f"--out={out}"]
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": paths}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert out.read_text() == done.stdout
+
+    rows = rows_of(done.stdout)
+    assert len(rows) >= 30
+    reasons = {}
+    for name, first, *rest in rows:
+        if first.startswith("no number: "):
+            reasons[name] = first
+            continue
+        time, *others = rest
+        assert float(first) > 1  # products
+        assert 0 < float(time.split()[0]) < 100
+        assert all(float(x) > 0 for x in others), name
+    assert [*reasons] == ["rho-1 late"]
+    assert "weighs every token late" in reasons["rho-1 late"]
+    goals = [line for line in done.stdout.splitlines() if line.startswith("- ")]
+    assert len(goals) == 10
+    assert all(line.startswith(("- PASS: ", "- MISS: ")) for line in goals)
+
+
+def forgets_the_weights(batch, hidden, weight):
+    """Give the right loss and the gradient of the unweighted one."""
+    logits = F.linear(hidden, weight).flatten(0, 1)
+    nll = F.cross_entropy(logits, batch.labels.flatten(), reduction="none")
+    plain = nll.sum() / batch.count
+    right = (batch.given.flatten() * nll).sum() / batch.count
+    return right.detach() + plain - plain.detach(), batch.given
+
+
+def forgets_the_zero(batch, hidden, weight):
+    """Train on the first token, whose weight is 0, as well."""
+    token = batch.given.clone()
+    token[0, 0] = 0.01
+    logits = F.linear(hidden, weight).flatten(0, 1)
+    nll = F.cross_entropy(logits, batch.labels.flatten(), reduction="none")
+    return (token.flatten() * nll).sum() / batch.count, batch.given
+
+
+def is_not_a_number(batch, hidden, weight):
+    """Give gradients that are NaN."""
+    loss, token = forgets_the_zero(batch, hidden, weight)
+    return loss + (hidden * torch.nan).sum().nan_to_num(), token
+
+
+def fails(batch, hidden, weight):
+    """Raise what a kernel of somebody else's might."""
+    del batch, hidden, weight
+    msg = "no kernel\nfor this machine"
+    raise RuntimeError(msg)
+
+
+@pytest.mark.parametrize(
+    ("way", "reason"),
+    [
+        (forgets_the_weights, "no number: WRONG: error "),
+        (forgets_the_zero, "no number: WRONG: error "),
+        (is_not_a_number, "no number: WRONG: error nan"),
+        (fails, "no number: RuntimeError: no kernel"),
+    ],
+)
+def test_a_wrong_way_gets_no_number(loss_path, way, reason):
+    """Beside a right one, which does."""
+    setting = loss_path.QUICK
+    batch = loss_path.batch_of(setting)
+    right, *_ = loss_path.variants(batch)
+    ways = [right, loss_path.Variant("wrong", way)]
+    rows = loss_path.measured(setting, batch, ways)
+    assert len(rows[0].wall) == setting.rounds
+    assert rows[0].peak > 0
+    assert not rows[1].wall
+    assert not rows[1].peak
+
+    first, second = rows_of("\n".join(loss_path.table(rows)))
+    assert not first[1].startswith("no number")
+    assert second[1].startswith(reason)
+    assert not any(second[2:])
