@@ -115,7 +115,7 @@ class WeightedChunkedLoss(ChunkedLossWrapper):
                 call.part.known(plain(labels)),
                 1 / plain(call.global_valid_tokens),
             )
-            hidden = plain(pred, partial=head.cut is not None)
+            hidden = plain(pred, partial=head.cut is not None).to(head.weight.dtype)
             if not pred.requires_grad:
                 call.note(begin(batch, hidden, wants=(False, False))[0])
                 return pred.new_zeros(()), {}
