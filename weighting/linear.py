@@ -371,8 +371,10 @@ def _late(
     sums = _Sums(head, hidden, wants, units)
     signals: list[dict[str, Tensor]] = []
     parts: list[Tensor] = []
+    room = _room(head, hidden, batch.path.chunk)
     for unit, span in _spans(len(hidden), units, batch.path.chunk):
-        logits, labels = head.logits(hidden[span]), batch.labels[span]
+        rows, labels = hidden[span], batch.labels[span]
+        logits = head.logits(rows, out=room[: len(rows)])
         found = statistics(logits, labels, batch.needs, head.cut)
         known = {name: value[span] for name, value in batch.known.items()}
         lse = found.pop("lse")
@@ -400,14 +402,17 @@ def _twice(
     """Go once for the signals and, when the weights are known, once more for the gradients."""
     head, path = batch.head, batch.path
     spans = [span for _, span in _spans(len(hidden), 1, path.chunk)]
-    kept = hidden.new_empty(len(hidden), len(head.weight)) if path.memory == "keep" else None
+    keep = path.memory == "keep"
+    room = _room(head, hidden, len(hidden) if keep else path.chunk)
     signals: list[dict[str, Tensor]] = []
     for span in spans:
-        logits = head.logits(hidden[span], out=None if kept is None else kept[span])
+        rows = hidden[span]
+        logits = head.logits(rows, out=room[span] if keep else room[: len(rows)])
         signals.append(statistics(logits, batch.labels[span], batch.needs, head.cut))
     lse = torch.cat([part.pop("lse") for part in signals])
     found = _joined(signals)
-    last = [logits] if path.most is None else []  # the second pass begins with it
+    # The second pass begins where the first one ended.
+    last = None if keep or path.most is not None else spans[-1]
 
     @torch.no_grad()
     def finish(token: Tensor) -> tuple[Tensor, Gradients]:
@@ -419,17 +424,20 @@ def _twice(
             weight, rows = _selected(weight, path.most)
             pieces = [*rows.split(path.chunk)]
         for piece in pieces:
-            if kept is not None:
-                logits = kept[piece]
-            elif piece is spans[-1] and last:
-                logits = last.pop()
-            else:
-                logits = head.logits(hidden[piece])
+            rows = hidden[piece]
+            logits = room[piece] if keep else room[: len(rows)]
+            if not keep and piece is not last:
+                head.logits(rows, out=logits)
             gradient_(logits, batch.labels[piece], lse[piece], weight[piece], head.cut)
             sums.add(logits, piece, 0)
         return loss, sums.total()
 
     return found, finish
+
+
+def _room(head: Head, hidden: Tensor, tokens: int) -> Tensor:
+    """Return room for the logits of so many tokens, [tokens, V], which all chunks share."""
+    return hidden.new_empty(tokens, len(head.weight))
 
 
 def _selected(weight: Tensor, most: int) -> tuple[Tensor, Tensor]:
