@@ -46,7 +46,7 @@ def test_every_row_has_numbers_or_a_reason(tmp_path):
         time, *others = rest
         assert float(first) > 1  # products
         assert 0 < float(time.split()[0]) < 100
-        assert all(float(x) > 0 for x in others), name
+        assert all(float(x) >= 0 for x in others), name  # so little may round to 0 MiB
     assert [*reasons] == ["rho-1 late"]
     assert "weighs every token late" in reasons["rho-1 late"]
     goals = [line for line in done.stdout.splitlines() if line.startswith("- ")]
