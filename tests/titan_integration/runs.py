@@ -34,6 +34,16 @@ def torchrun(ranks: int, *command: str, timeout: int = 300) -> subprocess.Comple
     )
 
 
+def seed_checkpoint(folder: Path, *flags: str) -> Path:
+    """Write a checkpoint of step 0 of the debug model, and return the folder it is in."""
+    entry = ["--module=titan_integration", "--config=llama3_debugmodel", f"--dump_folder={folder}"]
+    seed = ["--checkpoint.enable", "--checkpoint.create_seed_checkpoint", "--training.steps=1"]
+    command = ["-m", "torchtitan.train", *entry, "--weighting.spec=uniform", *seed, *flags]
+    done = torchrun(1, *command)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder / "checkpoint"
+
+
 def drive(out: Path, ranks: int, module: str, config: str, *flags: str) -> list[dict[str, Any]]:
     """Train through `drive.py`; return what each rank wrote down, and fail if a rank did."""
     flags = ("--module", module, "--config", config, f"--dump_folder={out}/dump", *SMALL, *flags)

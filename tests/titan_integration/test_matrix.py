@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import HERE, torchrun
+from runs import HERE, seed_checkpoint, torchrun
 
 SPECS = Path(__file__).resolve().parents[2] / "specs"
 SHIPPED = ("uniform", "linupper", "mile", "linupper-x-mile", "doremi-proxy")
@@ -57,16 +57,7 @@ LARGEST_OF_BFLOAT16 = 1e-3
 @pytest.fixture(scope="module")
 def seed(tmp_path_factory):
     """Return the folder of a checkpoint of step 0, which every layout starts from."""
-    folder = tmp_path_factory.mktemp("seed")
-    flags = ["--checkpoint.enable", "--checkpoint.create_seed_checkpoint", "--training.steps=1"]
-    entry = ["--module=titan_integration", "--config=llama3_debugmodel"]
-    done = torchrun(
-        1,
-        *["-m", "torchtitan.train", *entry, "--weighting.spec=uniform"],
-        *[f"--dump_folder={folder}", *flags],
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return folder / "checkpoint" / "step-0"
+    return seed_checkpoint(tmp_path_factory.mktemp("seed")) / "step-0"
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from runs import drive, torchrun
+from runs import drive, seed_checkpoint, torchrun
 
 import weighting as wt
 from titan_integration import config_registry, cpu
@@ -65,13 +65,7 @@ def recording() -> WeightedTrainer.Config:
 @pytest.fixture(scope="module")
 def seed(tmp_path_factory):
     """Return the folder of a checkpoint of step 0: both where runs start and the reference."""
-    folder = tmp_path_factory.mktemp("seed")
-    flags = ["--checkpoint.enable", "--checkpoint.create_seed_checkpoint", "--training.steps=1"]
-    entry = ["--module=titan_integration", "--config=llama3_debugmodel", "--training.seq_len=64"]
-    spec = ["--weighting.spec=uniform", f"--dump_folder={folder}"]
-    done = torchrun(1, "-m", "torchtitan.train", *entry, *spec, *flags)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return folder / "checkpoint"
+    return seed_checkpoint(tmp_path_factory.mktemp("seed"), "--training.seq_len=64")
 
 
 @pytest.fixture(scope="module")

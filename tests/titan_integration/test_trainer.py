@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import drive, torchrun
+from runs import drive, seed_checkpoint, torchrun
 
 pytestmark = pytest.mark.processes
 
@@ -28,13 +28,7 @@ between sequences at the start, and by tau 0.4: a magnification of a hundred."""
 @pytest.fixture(scope="module")
 def seed(tmp_path_factory):
     """Return the folder of a checkpoint of step 0, which every run starts from."""
-    folder = tmp_path_factory.mktemp("seed")
-    flags = ["--checkpoint.enable", "--checkpoint.create_seed_checkpoint", "--training.steps=1"]
-    entry = ["--module=titan_integration", "--config=llama3_debugmodel"]
-    spec = ["--weighting.spec=uniform", f"--dump_folder={folder}"]
-    done = torchrun(1, "-m", "torchtitan.train", *entry, *spec, *flags)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return folder / "checkpoint"
+    return seed_checkpoint(tmp_path_factory.mktemp("seed"))
 
 
 def start(seed: Path, out: Path) -> list[str]:

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import drive, torchrun
+from runs import drive, seed_checkpoint
 from stock_configs import PlainTextDataLoader
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
@@ -38,13 +38,7 @@ def lines_of(out: Path) -> list[dict[str, float]]:
 @pytest.fixture(scope="module")
 def seed(tmp_path_factory):
     """Return the folder of a checkpoint of step 0, which every layout starts from."""
-    folder = tmp_path_factory.mktemp("seed")
-    flags = ["--checkpoint.enable", "--checkpoint.create_seed_checkpoint", "--training.steps=1"]
-    entry = ["--module=titan_integration", "--config=llama3_debugmodel"]
-    spec = ["--weighting.spec=uniform", f"--dump_folder={folder}"]
-    done = torchrun(1, "-m", "torchtitan.train", *entry, *spec, *flags)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return folder / "checkpoint"
+    return seed_checkpoint(tmp_path_factory.mktemp("seed"))
 
 
 def run(seed, out, ranks, rows, *flags):
