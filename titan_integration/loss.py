@@ -238,10 +238,7 @@ def _call(
 
 def _from_logits(logits: Tensor, vocab_size: int | None, call: _Call) -> Tensor:
     """Return the weighted loss of full logits."""
-    nll = losses_with_gradient(logits, call.labels, vocab_size)
-    found = {"loss": nll.detach()}
-    if call.state.fn.needs - {"loss"}:
-        found = signals(logits, call.labels, vocab_size, call.state.fn.needs)
+    nll, found = losses_with_gradient(logits, call.labels, vocab_size, call.state.fn.needs)
     if call.state.ahead:
         call.note(found)
         return nll.new_zeros(())

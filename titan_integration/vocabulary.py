@@ -69,15 +69,25 @@ def plain(x: Tensor, *, partial: bool = False) -> Tensor:
     return x.to_local(grad_placements=grads)
 
 
-def losses_with_gradient(logits: Tensor, labels: Tensor, vocab_size: int | None) -> Tensor:
-    """Return the loss of each token, [B, L] nats, 0 where ignored; gradient flows to the logits."""
-    rows, local = plain(logits).flatten(0, -2), plain(labels)
-    return token_losses_of(rows, local.flatten(), slice_of(logits, vocab_size)).view(local.shape)
+def losses_with_gradient(
+    logits: Tensor, labels: Tensor, vocab_size: int | None, needs: frozenset[str]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the loss of each token, through which gradient flows to the logits, and `signals`."""
+    rows, local, cut = plain(logits).flatten(0, -2), plain(labels), slice_of(logits, vocab_size)
+    losses, found = token_losses_of(rows, local.flatten(), cut, needs)
+    return losses.view(local.shape), {name: x.view(local.shape) for name, x in found.items()}
 
 
-def token_losses_of(logits: Tensor, labels: Tensor, cut: Slice | None) -> Tensor:
-    """Return the loss of each row of logits [T, V], of which this rank may hold a part."""
-    return _TokenLoss.apply(logits, labels, cut)
+def token_losses_of(
+    logits: Tensor, labels: Tensor, cut: Slice | None, needs: frozenset[str] = frozenset()
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the loss of each row of logits [T, V], of which this rank may hold a part.
+
+    Returns:
+        Losses with gradient, and without it `loss` and what else of `needs` the logits tell.
+    """
+    found = statistics(logits, labels, needs, cut)
+    return _TokenLoss.apply(logits, labels, found["loss"], found.pop("lse"), cut), found
 
 
 @torch.no_grad()
@@ -85,10 +95,7 @@ def signals(
     logits: Tensor, labels: Tensor, vocab_size: int | None, needs: frozenset[str]
 ) -> dict[str, Tensor]:
     """Return `loss` and what else of `needs` logits tell, each [B, L], without gradient."""
-    cut = slice_of(logits, vocab_size)
-    local = plain(labels)
-    found = statistics(plain(logits).flatten(0, -2), local.flatten(), needs, cut)
-    return {name: x.view(local.shape) for name, x in found.items() if name != "lse"}
+    return losses_with_gradient(logits, labels, vocab_size, needs)[1]
 
 
 class _TokenLoss(torch.autograd.Function):
@@ -97,15 +104,14 @@ class _TokenLoss(torch.autograd.Function):
     @staticmethod
     @override
     def forward(  # pyrefly: ignore[bad-override]
-        ctx: Any, logits: Tensor, labels: Tensor, cut: Slice | None
+        ctx: Any, logits: Tensor, labels: Tensor, loss: Tensor, lse: Tensor, cut: Slice | None
     ) -> Tensor:
-        found = statistics(logits, labels, frozenset(), cut)
-        ctx.save_for_backward(logits, labels, found["lse"])
+        ctx.save_for_backward(logits, labels, lse)
         ctx.cut = cut
-        return found["loss"]
+        return loss.clone()
 
     @staticmethod
     @override
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         logits, labels, lse = ctx.saved_tensors
-        return gradient_(logits.clone(), labels, lse, grads[0], ctx.cut), None, None
+        return gradient_(logits.clone(), labels, lse, grads[0], ctx.cut), None, None, None, None
