@@ -22,17 +22,22 @@ STAGE_PIPELINES = {
     "abs": "normalize -> abs -> temperature(0.7)",
     "affine": "affine(step(2, 0.5, at=3), shift=-1) -> temperature(1)",
     "as_is": "error_norm -> as_is",
+    "bandit": "mean(domain) -> bandit(linear(0.1, 0.3, over=4))",
     "bernoulli": "normalize -> affine(0.5, 0.5) -> bernoulli(correct=true, seed=7)",
     "clamp": "normalize -> temperature(0.3) -> clamp(linear(2, 1.2, over=4))",
     "clip": "normalize -> clip(min=-0.5, max=linear(0.1, 0.6, over=5)) -> temperature(0.5)",
     "column": "column(quality) -> mean_one",
     "context_gain": "context_gain(1024) -> abs -> mean_one(within=document)",
+    "doge": "doge(step_size=0.5)",
     "doremi": "doremi(step_size=linear(1, 0.5, over=4), smoothing=1e-2)",
+    "dynamic_loading": (
+        "dynamic_loading(code=2, data=3, docs=linear(3, 2, over=4), tables=2, tests=2.6)"
+    ),
     "entropy": "entropy(gamma=linear(1, 2, over=4), sigma=0.5) -> mean_one",
     "error_norm": "error_norm -> mean(sequence) -> mean_one",
     "excess_loss": "excess_loss -> exp -> clip(max=5) -> mean_one",
     "exp": "affine(0.5) -> exp -> mean_one",
-    "exponentiated": "mean(domain) -> exponentiated(0.5, absent=skip)",
+    "exponentiated": "mean(domain) -> exponentiated(0.5, absent=skip, unseen=2)",
     "extremes": "normalize -> extremes -> temperature(0.4)",
     "floor": "normalize -> temperature(0.3) -> floor(linear(0.5, 0.1, over=4))",
     "focal": "focal(gamma=cosine(0.5, 2, over=5)) -> mean_one",
@@ -80,6 +85,20 @@ EXTRA_SPECS = {
         "pipeline: loss -> normalize -> abs -> temperature(0.5) -> clamp(1.5) -> floor(0.5/n)"
     ),
     "running": "scope: running\npipeline: normalize -> temperature(0.5) -> clamp(2/n)",
+    "both": (
+        "factors:\n"
+        "  draw: table(code=1, data=0.5, docs=1.5, tables=1, tests=2) -> mean_one\n"
+        "  domain: doremi -> interpolate(0.5)\n"
+        "  instance: normalize -> temperature(0.5)\n"
+        "apply: {draw: sampling, domain: both}"
+    ),
+    "both alone": f"apply: both\npipeline: {_TABLE} -> mean_one",
+    "live draw": (
+        "factors:\n"
+        "  domain: mean(domain) -> exponentiated(0.5) -> floor(0.1)\n"
+        "  token: entropy(1) -> token_scale\n"
+        "apply: sampling"
+    ),
     "drop": "on_nonfinite: drop\npipeline: normalize -> temperature(0.5)",
 }
 """What neither the shipped specs nor `STAGE_PIPELINES` reach."""

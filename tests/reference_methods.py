@@ -28,13 +28,6 @@ from reference import (
 CAP = 2.0
 TEMPERATURE = 0.4
 TABLE = {"code": 1.0, "data": 0.5, "docs": 1.5, "tables": 0.5, "tests": 1.0}
-SLIMPAJAMA = ("ArXiv", "Book", "CommonCrawl", "C4", "Github", "StackExchange", "Wikipedia")
-DOGE = (0.088, 0.045, 0.269, 0.214, 0.070, 0.166, 0.148)
-DOREMI = (0.04235, 0.08201, 0.381, 0.1141, 0.0654, 0.0847, 0.2305)
-
-
-def _slimpajama(entries):
-    return {f"RedPajama{name}": a for name, a in zip(SLIMPAJAMA, entries, strict=True)}
 
 
 def _times(batch, *factors):
@@ -227,25 +220,21 @@ def linupper_x_mile(batch):
     return _times(batch, each(batch, lambda row, _: w[row]), mile(batch))
 
 
-def _table_x_linupper(batch, table):
+def table_x_linupper(batch):
+    """u_t = a_d w_s / mean_t (a_d w_s), a of the table and w of LinUpper."""
     w = _linupper_sequences(batch)
-    entries = each(batch, lambda row, column: table[batch.domain[row][column]])
+    entries = each(batch, lambda row, column: TABLE[batch.domain[row][column]])
     return _times(batch, each(batch, lambda row, _: w[row]), entries)
 
 
-def table_x_linupper(batch):
-    """u_t = a_d w_s / mean_t (a_d w_s), a of the table and w of LinUpper."""
-    return _table_x_linupper(batch, TABLE)
+def drawn_linupper(batch):
+    """u_t = w_s / mean_t w_s, w of LinUpper; the table says what is drawn."""
+    return mean_one(_linupper(batch, TEMPERATURE), batch.valid)
 
 
-def doge_table_x_linupper(batch):
-    """u_t = a_d w_s / mean_t (a_d w_s), a of DoGE and w of LinUpper."""
-    return _table_x_linupper(batch, _slimpajama(DOGE))
-
-
-def doremi_table_x_linupper(batch):
-    """u_t = a_d w_s / mean_t (a_d w_s), a of DoReMi and w of LinUpper."""
-    return _table_x_linupper(batch, _slimpajama(DOREMI))
+def drawn_plainly(batch):
+    """u_t = 1; the weights say what is drawn."""
+    return mean_one(each(batch, lambda _row, _column: 1.0), batch.valid)
 
 
 def term_hierarchical(batch):
@@ -319,6 +308,26 @@ class DoReMi(DomainWeights):
         excess = minus(batch.loss, batch.ref_loss)
         self.move(domain_means(batch, [[max(x, 0) for x in row] for row in excess]))
         return mean_one(each(batch, lambda r, c: self.a[batch.domain[r][c]]), batch.valid)
+
+
+class DoReMiClipByDomain(DomainWeights):
+    """The loss is sum_d a_d L_d, x_d = max(mean of (loss - ref_loss), 0), steps of 0.1."""
+
+    def __init__(self, domains):
+        """Begin with equal weights; absent domains count with their last x."""
+        super().__init__(domains, step_size=0.1, smoothing=0, remembers=True)
+
+    def __call__(self, batch):
+        """Return the token weights of the next batch."""
+        lag = domain_means(batch, minus(batch.loss, batch.ref_loss))
+        self.move({d: max(x, 0) for d, x in lag.items()})
+        sizes = {d: len(xs) for d, xs in by_domain(batch, batch.loss).items()}
+
+        def share(row, column):
+            d = batch.domain[row][column]
+            return self.a[d] / sizes[d]
+
+        return mean_one(each(batch, share), batch.valid)
 
 
 class DoReMiLinUpperMiLe(DoReMi):
@@ -477,6 +486,7 @@ class Importance:
 
 MEMORIES = {
     "absgd": ABSGD,
+    "doremi-clip-by-domain": DoReMiClipByDomain,
     "doremi-proxy": DoReMi,
     "doremi-x-linupper-x-mile": DoReMiLinUpperMiLe,
     "group-dro": GroupDRO,
@@ -491,9 +501,11 @@ FORMULAS = {
     "beyond-ll": beyond_ll,
     "cvar": cvar,
     "dft": dft,
-    "doge-table-x-linupper": doge_table_x_linupper,
-    "doremi-table-x-linupper": doremi_table_x_linupper,
+    "doge-proxy": drawn_plainly,
+    "doge-table-x-linupper": drawn_linupper,
+    "doremi-table-x-linupper": drawn_linupper,
     "dro-kl": dro_kl,
+    "dynamic-loading": drawn_plainly,
     "eaft": eaft,
     "error-norm": error_norm,
     "eslm": eslm,
@@ -507,6 +519,7 @@ FORMULAS = {
     "linupper-x-mile": linupper_x_mile,
     "longce": longce,
     "mile": mile,
+    "odm": drawn_plainly,
     "prop1": prop1,
     "quadratic": quadratic,
     "rgd": rgd,
@@ -518,6 +531,7 @@ FORMULAS = {
     "term-hierarchical": term_hierarchical,
     "ukpl": ukpl,
     "uniform": uniform,
+    "uniform-domains": uniform,
     "upper": upper,
 }
 """The methods that weigh every batch by itself."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from itertools import dropwhile
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from weighting.contract import (
     Collectives,
     Constrain,
     Level,
+    News,
     Pool,
     Scope,
     Shape,
@@ -25,12 +27,13 @@ from weighting.contract import (
 )
 from weighting.errors import NonFiniteSignalError, Problem, SpecError
 from weighting.levels import Groups, group
+from weighting.schedules import Constant, Schedule, ShareOfN
 from weighting.stages import Clamp, Loss, Mean, MeanOne, Uniform
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from weighting.spec import Spec
+    from weighting.spec import Apply, Spec
 
 MOMENTS = ("count", "sum", "square_sum", "capped", "nonfinite", "min", "max")
 """Columns of `Weights.moments`: the first five add up over ranks and batches."""
@@ -170,7 +173,39 @@ def order_problems(spec: Spec) -> list[Problem]:
                 "leave scope out, or pool to sequences"
             )
             problems.append(Problem(message, spec.place(factor, len(pipeline) - 1)))
-    return problems
+    return problems or _apply_problems(spec)
+
+
+def applied(spec: Spec) -> dict[str, Apply]:
+    """Return where each factor's weights act; those of anything but domains on the loss."""
+    if isinstance(spec.apply, dict):
+        return {name: spec.apply.get(name, "loss") for name in spec.factors}
+    told = {name for name, pipeline in spec.factors.items() if tells_domains(plan(pipeline))}
+    return {name: spec.apply if name in told else "loss" for name in spec.factors}
+
+
+def numbers(stage: Stage) -> Iterator[tuple[str, Schedule]]:
+    """Yield the numbers of a stage that may change over training, by name."""
+    for field in type(stage).model_fields:
+        value = getattr(stage, field)
+        if isinstance(value, dict):
+            yield from value.items()
+        elif isinstance(value, Schedule):
+            yield field, value
+
+
+def tells_domains(steps: Sequence[Step]) -> bool:
+    """Tell whether a factor has a weight for each domain that is known between batches."""
+    source, *rest = [step.stage for step in steps]
+    assert isinstance(source, Source)
+    if any(stage.inside() for stage in rest):
+        return False
+    if steps[-1].level == "domain":
+        weigh = next(i for i, stage in enumerate(rest) if isinstance(stage, Weigh))
+        return rest[weigh].standing and all(isinstance(x, Constrain) for x in rest[weigh + 1 :])
+    of_domain = source.standing or source.reads() <= {"domain_ids"}
+    on_tokens = all(step.level == "token" for step in steps)
+    return of_domain and on_tokens and not any(stage.initial_state(()) for stage in rest)
 
 
 class Weighting(nn.Module):
@@ -183,6 +218,9 @@ class Weighting(nn.Module):
         collectives: How statistics reach other ranks.
         needs: Fields of `Signals` it reads.
         identity: True when every weight is one by construction.
+        applied: Where each factor acts: loss, sampling or both; see `Spec`.
+        sampling: Factors by whose weights training data is to be drawn; see `proportions`.
+        hears: What it wants to be told between batches; see `tell`.
         local: Factors whose weight of a token is known from that token alone, but for one number
             that scales them all; `local_part` is their product.
         late: The units in which the rest of a token's weight is the same for all tokens, known
@@ -195,8 +233,23 @@ class Weighting(nn.Module):
         self.domains = domains
         self.collectives = collectives
         self.plans = {name: plan(pipeline) for name, pipeline in spec.factors.items()}
-        by_domain = {"domain_ids"} if spec.reduction == "domain_mean" else set()
-        self.needs = frozenset(by_domain).union(*map(_needs, self.plans.values()))
+        self.applied = applied(spec)
+        self.sampling = _sampling(self.applied)
+        self.hears = frozenset(
+            step.stage.hears for steps in self.plans.values() for step in steps if step.stage.hears
+        )
+        corrected = "both" in self.applied.values()
+        by_domain = {"domain_ids"} if corrected or spec.reduction == "domain_mean" else set()
+        read = (
+            _needs(steps)
+            for name, steps in self.plans.items()
+            if self.applied[name] != "sampling" or _remembers(steps)
+        )
+        self.needs = frozenset(by_domain).union(*read)
+        if corrected:
+            count = max(len(domains), 1)
+            drawn = torch.full((count,), 1 / count)
+            self.register_buffer("drawn", drawn, persistent=False)
         self._buffers_of: dict[tuple[str, int], dict[str, str]] = {}
         for factor, steps in self.plans.items():
             for index, step in enumerate(steps):
@@ -208,8 +261,15 @@ class Weighting(nn.Module):
         if spec.scope == "running":
             self.register_buffer("seen_mean", torch.zeros(2))
         keeps_all = spec.reduction == "token_mean" and spec.on_nonfinite == "error"
-        self.identity = keeps_all and all(map(_is_identity, self.plans.values()))
-        self.local = tuple(name for name, steps in self.plans.items() if _is_local(steps))
+        self.identity = keeps_all and all(
+            _is_identity(steps) if self.applied[name] == "loss" else not self._runs(name)
+            for name, steps in self.plans.items()
+        )
+        self.local = tuple(
+            name
+            for name, steps in self.plans.items()
+            if self.applied[name] != "sampling" and _is_local(steps)
+        )
         self.late = self._late()
 
     @override
@@ -235,12 +295,8 @@ class Weighting(nn.Module):
                 runs = {name: _ones(flat.valid, flat.loss.isfinite()) for name in self.plans}
                 token = flat.valid.float()
             else:
-                run = {
-                    name: self._run_local if name in self.local else self._run
-                    for name in self.plans
-                }
-                runs = {name: run[name](name, signals, flat, step) for name in self.plans}
-                token, runs = self._combine(signals, flat.valid, runs)
+                runs = {name: self._weigh(name, signals, flat, step) for name in self.plans}
+                token, runs = self._combine(signals, flat, runs)
             ok = torch.stack([run.ok for run in runs.values()]).all(0)
             rows = [run.moments(flat.valid) for run in runs.values()]
             rows.append(_moments(token, ok, flat.valid & ~ok, largest=None))
@@ -266,11 +322,67 @@ class Weighting(nn.Module):
         read = (_needs(self.plans[name]) for name in self.local)
         flat = _flatten(signals, frozenset().union(*read))
         assert flat.valid is not None
-        product, step = flat.valid.float(), torch.as_tensor(step, device=loss.device)
+        sound = flat.valid & flat.loss.isfinite()
+        product, step = sound.float(), torch.as_tensor(step, device=loss.device)
         with torch.no_grad(), torch.autocast(loss.device.type, enabled=False):
             for name in self.local:
                 product = product * self._floored(name, self._run_local(name, signals, flat, step))
         return product.reshape(loss.shape)
+
+    def domain_weights(self, step: int | Tensor = 0) -> dict[str, Tensor]:
+        """Return the weight of each domain by the factors that tell one between batches.
+
+        Args:
+            step: Optimizer step.
+
+        Returns:
+            For each such factor weights that sum to one, [K], in the order of `domains`.
+        """
+        assert self.domains, "without domains there is nothing to weigh"
+        told = (name for name, steps in self.plans.items() if tells_domains(steps))
+        return {name: self._told(name, step) for name in told}
+
+    def proportions(self, step: int | Tensor = 0) -> Tensor:
+        """Return in which proportions to draw the domains of the next batch, [K], sum one.
+
+            p_d = prod_f w_fd / sum_e prod_f w_fe      f: the factors of `sampling`
+
+        Args:
+            step: Optimizer step of that batch.
+        """
+        assert self.sampling, "the spec draws nothing"
+        told = self.domain_weights(step)
+        product = torch.stack([told[name] for name in self.sampling]).double().prod(0)
+        return product / product.sum()
+
+    def tell(self, news: News, x: Tensor, step: int | Tensor = 0) -> None:
+        """Tell the stages that listen what happened between batches; their state moves.
+
+        Args:
+            news: What it is.
+            x: As `News` says.
+            step: Optimizer step.
+        """
+        at = self._at(step)
+        everywhere = torch.ones(len(self.domains), dtype=torch.bool, device=at.device)
+        scope = Scope("domain", at, everywhere, self.domains)
+        for (factor, index), names in self._buffers_of.items():
+            stage = self.plans[factor][index].stage
+            if stage.hears == news:
+                before = self._state_of(factor, index)
+                with torch.no_grad():
+                    after = stage.hear(x.to(at.device, torch.float32), _with_state(scope, before))
+                assert after.keys() == names.keys(), f"{stage.name} must return its whole state"
+                for key, value in after.items():
+                    before[key].copy_(value)
+
+    @property
+    def draws_live(self) -> bool:
+        """Whether `proportions` may change from step to step."""
+        return any(
+            _remembers(self.plans[name]) or any(map(_moves, self.plans[name]))
+            for name in self.sampling
+        )
 
     @property
     def looks_around(self) -> bool:
@@ -312,15 +424,65 @@ class Weighting(nn.Module):
         if names:
             self._buffers_of[factor, index] = names
 
+    def _runs(self, factor: str) -> bool:
+        """Tell whether a batch changes anything about a factor or by it."""
+        return self.applied[factor] != "sampling" or _remembers(self.plans[factor])
+
+    def _told(self, factor: str, step: int | Tensor) -> Tensor:
+        """Return a factor's weight of each domain as it stands, sum one."""
+        at = self._at(step)
+        ids = torch.arange(len(self.domains), device=at.device)
+        scope = Scope("domain", at, torch.ones_like(ids, dtype=torch.bool), self.domains)
+        x = torch.zeros_like(ids, dtype=torch.float32)
+        steps = [*enumerate(self.plans[factor])]
+        if steps[-1][1].level == "domain":  # what comes before has gone into the state
+            steps = [*dropwhile(lambda item: not isinstance(item[1].stage, Weigh), steps)]
+        with torch.no_grad():
+            for index, (stage, *_) in steps:
+                around = _with_state(scope, self._state_of(factor, index))
+                if isinstance(stage, Source):
+                    x = stage.read(Signals(loss=x, domain_ids=ids), around)
+                else:
+                    assert isinstance(stage, Shape | Weigh | Constrain)
+                    x = stage.apply(x, around)
+        return x / x.sum()
+
+    def _at(self, step: int | Tensor) -> Tensor:
+        """Return a step where the state is."""
+        device = next((buffer.device for buffer in self.buffers()), None)
+        return torch.as_tensor(step, device=device)
+
+    def _state_of(self, factor: str, index: int) -> dict[str, Tensor]:
+        names = self._buffers_of.get((factor, index), {})
+        return {key: self.get_buffer(name) for key, name in names.items()}
+
     def _late(self) -> Literal["sequence", "token"] | None:
         if self.identity:
             return None
-        levels = {steps[-1].level for name, steps in self.plans.items() if name not in self.local}
+        levels = {
+            steps[-1].level
+            for name, steps in self.plans.items()
+            if self.applied[name] != "sampling" and name not in self.local
+        }
+        if "both" in self.applied.values():
+            levels.add("domain")
         if self.spec.reduction == "sequence_mean":
             levels.add("sequence")
         if not levels and self.spec.reduction == "token_mean":
             return None
         return "sequence" if levels == {"sequence"} else "token"
+
+    def _weigh(self, factor: str, signals: Signals, flat: Signals, step: Tensor) -> _Run:
+        """Run a factor; one that acts on sampling alone weighs every token one."""
+        assert flat.valid is not None
+        if factor in self.local:
+            return self._run_local(factor, signals, flat, step)
+        if not self._runs(factor):
+            return _ones(flat.valid, flat.loss.isfinite())
+        run = self._run(factor, signals, flat, step)
+        if self.applied[factor] != "sampling":
+            return run
+        return _ones(flat.valid & flat.loss.isfinite(), run.ok)
 
     def _run_local(self, factor: str, signals: Signals, flat: Signals, step: Tensor) -> _Run:
         """Run the stages of a local factor up to the number that scales it."""
@@ -393,10 +555,9 @@ class Weighting(nn.Module):
         scope: Scope,
     ) -> Scope:
         """Return the scope with the stage's state after this batch; keep it when training."""
-        names = self._buffers_of.get((factor, index))
-        if names is None:
+        before = self._state_of(factor, index)
+        if not before:
             return scope
-        before = {key: self.get_buffer(name) for key, name in names.items()}
         after = advance(_with_state(scope, before))
         name = self.plans[factor][index].stage.name
         assert after.keys() == before.keys(), f"{name} must return the state it was given"
@@ -457,13 +618,17 @@ class Weighting(nn.Module):
         return x.unflatten(0, (self.collectives.size, -1))[self.collectives.rank]
 
     def _combine(
-        self, signals: Signals, valid: Tensor, runs: dict[str, _Run]
+        self, signals: Signals, flat: Signals, runs: dict[str, _Run]
     ) -> tuple[Tensor, dict[str, _Run]]:
         """Multiply the factors and scale: the product to mean one, and those not yet scaled.
 
         All scales take one collective; it is left out when there is nothing to scale.
         """
+        valid = flat.valid
+        assert valid is not None
         share = self._share(signals, valid)
+        if flat.domain_ids is not None:
+            share = share * self._correction(flat.domain_ids)
         rough = torch.stack([self._floored(name, run) for name, run in runs.items()]).prod(0)
         rough = rough * share
         unscaled = [name for name in runs if self._is_unscaled(name)]
@@ -485,6 +650,14 @@ class Weighting(nn.Module):
         if self.spec.scope == "running":
             total, count = self._with_earlier_mean(torch.stack([total, count]), signals.loss)
         return torch.where(product > 0, rough / torch.where(total > 0, total, 1) * count, 0), runs
+
+    def _correction(self, domain_ids: Tensor) -> Tensor:
+        """Return what undoes the draw for factors that act on both, [T]."""
+        count = [*self.applied.values()].count("both")
+        if not count:
+            return torch.ones_like(domain_ids, dtype=torch.float32)
+        drawn = self.get_buffer("drawn") * len(self.domains)
+        return (1 / drawn.clamp(min=1e-30)).index_select(0, domain_ids)
 
     def _share(self, signals: Signals, valid: Tensor) -> Tensor:
         """Return what each token counts before weighting: one, or its part of its unit."""
@@ -622,6 +795,56 @@ def _is_local(steps: list[Step]) -> bool:
     scaled_at_end = isinstance(last, MeanOne) and last.within is None
     on_tokens = all(step.level == "token" for step in steps)
     return on_tokens and all(x.pointwise for x in rest) and (scaled_at_end or last.pointwise)
+
+
+def _remembers(steps: Sequence[Step]) -> bool:
+    return any(step.stage.initial_state(("",)) for step in steps)
+
+
+def _moves(step: Step) -> bool:
+    """Tell whether a number of a stage is a schedule that changes."""
+    return any(not isinstance(x, Constant | ShareOfN) for _, x in numbers(step.stage))
+
+
+def _sampling(where: dict[str, Apply]) -> tuple[str, ...]:
+    """Return the factors that draw: those that do nothing else, or else those that do both."""
+    for word in ("sampling", "both"):
+        if found := tuple(name for name, acts in where.items() if acts == word):
+            return found
+    return ()
+
+
+def _apply_problems(spec: Spec) -> list[Problem]:
+    """Return what keeps domain weights from acting where they should."""
+    problems: list[Problem] = []
+    asked = spec.apply if isinstance(spec.apply, dict) else dict.fromkeys(spec.factors, spec.apply)
+    for factor, acts in asked.items():
+        steps = plan(spec.factors[factor])
+        place = spec.place(factor, len(spec.factors[factor]) - 1)
+        by_name = isinstance(spec.apply, dict)
+        if acts == "loss" or not (by_name or steps[-1].level == "domain"):
+            continue
+        if not tells_domains(steps):
+            knows = "with each batch" if steps[-1].level == "domain" else f"per {steps[-1].level}"
+            message = (
+                f"apply: {acts} draws training data by the weights of domains, and those of "
+                f"{factor} are known {knows} only; use a table, or a stage that remembers them, "
+                "such as exponentiated, or apply it to the loss"
+            )
+            problems.append(Problem(message, place))
+    told = {name for name, pipeline in spec.factors.items() if tells_domains(plan(pipeline))}
+    for name, acts in asked.items():
+        listening = [x.stage.name for x in plan(spec.factors[name]) if x.stage.hears == "gradients"]
+        if listening and acts != "loss" and name in told:
+            message = (
+                f"{listening[0]} compares the gradients of domains that take turns, so it draws "
+                "nothing; apply it to the loss, and draw a later run's data by what it finds"
+            )
+            problems.append(Problem(message, spec.place(name, 0)))
+    if isinstance(spec.apply, str) and spec.apply != "loss" and not told and not problems:
+        message = f"apply: {spec.apply}, but no factor weighs domains; add one, such as a table"
+        problems.append(Problem(message, spec.place(next(iter(spec.factors)), 0)))
+    return problems
 
 
 def _is_identity(steps: list[Step]) -> bool:

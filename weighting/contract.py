@@ -26,6 +26,12 @@ if TYPE_CHECKING:
 
 Level = Literal["token", "document", "sequence", "domain"]
 Form = Literal["score", "weight"]
+News = Literal["gradients", "validation"]
+"""What a trainer may tell a stage between batches.
+
+gradients: [K, K], inner products of the gradients of the domains' mean losses.
+validation: [K], the domains' mean losses on held-out text, nats; NaN where there was none.
+"""
 Within = Literal["document", "sequence", "domain"]
 """A level inside whose units, instead of over all of them, a token-level statistic runs."""
 
@@ -244,6 +250,11 @@ class Stage(BaseModel):
     pointwise: ClassVar[bool] = False
     """True promises that a unit's value depends on that unit and the step alone: no statistics, no
     state, no position.  Token weights made of such stages are known at once, chunk by chunk."""
+    standing: ClassVar[bool] = False
+    """True promises that the weight of each domain is in its state and the step alone, and so is
+    known between batches: training data can be drawn by it."""
+    hears: ClassVar[News | None] = None
+    """What moves its state beside batches: see `hear`."""
     levels: ClassVar[tuple[Level, ...]] = ("token", "document", "sequence", "domain")
     """Where it can stand; units must fit in memory pair by pair for some."""
 
@@ -259,6 +270,16 @@ class Stage(BaseModel):
         """Return what it remembers before the first batch: named tensors, none by default."""
         del domains
         return {}
+
+    def hear(self, news: Tensor, scope: Scope) -> dict[str, Tensor]:
+        """Return the state after news, from `scope.state` before it; the same names.
+
+        Args:
+            news: What `News` says of `hears`.
+            scope: All domains, and the step.
+        """
+        del news
+        return dict(scope.state)
 
 
 class Source(Stage):

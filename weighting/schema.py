@@ -42,7 +42,7 @@ def schema() -> Schema:
             "additionalProperties": {"$ref": "#/$defs/pipeline"},
         },
         "plugins": {"anyOf": [_MODULE, {"type": "array", "items": _MODULE}]},
-        **{name: options[name] for name in ("normalize", "reduction", "scope", "on_nonfinite")},
+        **{name: options[name] for name in _OPTIONS},
     }
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -70,6 +70,7 @@ def schema() -> Schema:
     }
 
 
+_OPTIONS = ("normalize", "reduction", "scope", "on_nonfinite", "apply")
 _MODULE = {"type": "string", "pattern": r"^[^\W\d]\w*(\.[^\W\d]\w*)*$"}
 _VALUE = (
     r"""(\{[^{}]*\}|"[^"]*"|'[^']*'|[^\s(),={}"']+(\s*\(([^()]|\(([^()]|\([^()]*\))*\))*\))?)"""

@@ -22,6 +22,7 @@ from weighting.registry import stages
 
 Pipeline = tuple[SerializeAsAny[Stage], ...]
 Spelling = Literal["arrow", "yaml"]
+Apply = Literal["loss", "sampling", "both"]
 
 SINGLE = "pipeline"
 """The name of the only factor of a spec written with `pipeline:`."""
@@ -57,6 +58,10 @@ class Spec(BaseModel):
             `running`, those of the last 1,024 units before the microbatch as well.
         on_nonfinite: `error` reports a NaN or infinite signal at the next log step; `drop`
             weighs the unit 0 and counts it.
+        apply: Where the weights of domains act, for every factor that has such, or by factor:
+            `loss` multiplies the loss; `sampling` draws training data in proportion to them and
+            leaves the loss alone; `both` multiplies the loss by weight / proportion drawn, so that
+            their product is the weight, and draws by it unless another factor says `sampling`.
         plugins: Modules that register further stages.
     """
 
@@ -68,6 +73,7 @@ class Spec(BaseModel):
     reduction: Literal["token_mean", "sequence_mean", "domain_mean"] = "token_mean"
     scope: Literal["rank", "microbatch", "step", "running"] = "microbatch"
     on_nonfinite: Literal["error", "drop"] = "error"
+    apply: Apply | dict[str, Apply] = "loss"
     plugins: tuple[str, ...] = ()
     _marks: _Marks = PrivateAttr(default_factory=lambda: _Marks(Source("", ""), {}))
 
@@ -76,6 +82,9 @@ class Spec(BaseModel):
         empty = [name for name, pipeline in self.factors.items() if not pipeline]
         if empty:
             msg = f"factor {empty[0]!r} has no stage; write uniform for plain training"
+            raise ValueError(msg)
+        if isinstance(self.apply, dict) and (unknown := sorted({*self.apply} - {*self.factors})):
+            msg = f"apply names no factor {unknown[0]!r}{nearest(unknown[0], self.factors)}"
             raise ValueError(msg)
         return self
 
@@ -162,7 +171,7 @@ def resolve(text: str, *, allow_plugins: bool = False) -> Spec:
 def dumps(spec: Spec, spelling: Spelling = "arrow") -> str:
     """Write a spec as YAML, its pipelines as arrow text or as YAML lists; `loads` gives it back."""
     data: dict[str, Any] = {"version": spec.version}
-    for name in ("name", "plugins", *_CHOICES):
+    for name in ("name", "plugins", *_CHOICES, "apply"):
         value = getattr(spec, name)
         if value != Spec.model_fields[name].default:
             data[name] = list(value) if isinstance(value, tuple) else value
@@ -216,7 +225,7 @@ def _pipeline_data(pipeline: tuple[Stage, ...], spelling: Spelling) -> object:
 
 
 _CHOICES = ("normalize", "reduction", "scope", "on_nonfinite")
-_KEYS = ("version", "name", SINGLE, "factors", "plugins", *_CHOICES)
+_KEYS = ("version", "name", SINGLE, "factors", "plugins", "apply", *_CHOICES)
 
 
 def _read(
@@ -243,9 +252,14 @@ def _read(
         pipeline = _pipeline(source, name, node, spans, problems)
         if pipeline:
             factors[name] = pipeline
+    if "apply" in entries:
+        names = [name for name, _ in _pipelines(source, entries, [])]
+        options["apply"] = _apply(source, entries["apply"][1], names, problems)
     if not factors:
         return None
     given = {name: value for name, value in options.items() if value is not None}
+    if isinstance(applied := given.get("apply"), dict):  # a factor that is wrong is not there
+        given["apply"] = {name: value for name, value in applied.items() if name in factors}
     spec = Spec.model_validate({"factors": factors, **given})
     spec._marks = _Marks(source, spans)  # noqa: SLF001 - its own private attribute
     return spec
@@ -295,6 +309,32 @@ def _option(source: Source, key: Scalar, node: Node, problems: list[Problem]) ->
         message += nearest(value, allowed) if isinstance(value, str) else ""
     problems.append(source.problem(message, node.span))
     return None
+
+
+def _apply(
+    source: Source, node: Node, factors: list[str], problems: list[Problem]
+) -> str | dict[str, str] | None:
+    """Return where domain weights act: a word for all, or one for each factor named."""
+    words = get_args(Apply)
+    if isinstance(node, Scalar) and node.text in words:
+        return node.text
+    if not isinstance(node, Map) or not node.entries:
+        text = node.text if isinstance(node, Scalar) else ""
+        message = f"apply is {', '.join(words[:-1])} or {words[-1]}, or a map from factors to these"
+        problems.append(source.problem(message + nearest(text, words), node.span))
+        return None
+    found: dict[str, str] = {}
+    for key, value in node.entries:
+        if key.text not in factors:
+            message = f"there is no factor {key.text!r}{nearest(key.text, factors)}"
+            problems.append(source.problem(message, key.span))
+        elif isinstance(value, Scalar) and value.text in words:
+            found[key.text] = value.text
+        else:
+            text = value.text if isinstance(value, Scalar) else ""
+            message = f"apply is {', '.join(words[:-1])} or {words[-1]}{nearest(text, words)}"
+            problems.append(source.problem(message, value.span))
+    return found
 
 
 def _plugins(

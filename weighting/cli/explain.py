@@ -12,12 +12,14 @@ import torch
 from typing_extensions import override
 
 from weighting import arrow, calls
+from weighting.build import build, numbers, tells_domains
 from weighting.cli.common import allow_plugins, read_or_exit
-from weighting.contract import Alone, Weigh
+from weighting.contract import Alone, Source, Weigh
 from weighting.errors import SpecError
 from weighting.linear import SHARE, Sizes, path_of
 from weighting.schedules import Constant, Piecewise, Schedule, ShareOfN, Step
 from weighting.spec import arrow_text, dumps
+from weighting.stages import Table
 from weighting.testing.subject import as_subject
 
 if TYPE_CHECKING:
@@ -74,7 +76,15 @@ def explanation(spec: Spec, fn: Weighting, steps: int | None = None) -> list[str
         lines += _wrapped("means", [_in_full(step) for step in planned])
         lines += ["", f"  {'stage':25} {'gives':19} statistics"]
         lines += [_row(step) for step in planned]
-    lines += ["", *_ending(spec, fn), "", *_loss_path(spec, fn), *_exchanges(spec), ""]
+    lines += [
+        "",
+        *_ending(spec, fn),
+        *_domains(spec, fn),
+        "",
+        *_loss_path(spec, fn),
+        *_exchanges(spec),
+        "",
+    ]
     lines += _schedules(fn, steps)
     lines += ["as a YAML list:", ""]
     lines += [f"  {line}" for line in dumps(spec, "yaml").splitlines()]
@@ -118,6 +128,67 @@ def _ending(spec: Spec, fn: Weighting) -> Iterator[str]:
     }
     yield f"a non-finite signal is {action[spec.on_nonfinite]}"
     yield f"signals: {', '.join(sorted(fn.needs)) or 'none'}"
+
+
+def _domains(spec: Spec, fn: Weighting) -> Iterator[str]:
+    """Say where the weights of domains act, and what comes of drawing and multiplying."""
+    weighing = [
+        name
+        for name, steps in fn.plans.items()
+        if fn.applied[name] != "loss" or steps[-1].level == "domain" or _is_told(name, fn)
+    ]
+    if not weighing:
+        return
+    acts = {
+        "loss": "multiplies the loss by w",
+        "sampling": "draws by w",
+        "both": "multiplies the loss by w / p",
+    }
+    yield from ["", "domains: p_d, the share drawn, and w_d, a factor's weight"]
+    for name in weighing:
+        draws = " and draws by w" if fn.sampling == (name,) and fn.applied[name] == "both" else ""
+        yield f"  {name:12} {fn.applied[name]:9} {acts[fn.applied[name]]}{draws}"
+    both = [name for name in weighing if fn.applied[name] == "both"]
+    drawn = [f"w[{name}]" for name in (both or fn.sampling)] or ["p, as the data comes,"]
+    multiplied = [f"w[{name}]" for name in weighing if fn.applied[name] == "loss"]
+    yield f"  effective    {' x '.join([*drawn, *multiplied])}"
+    yield from _shares(spec, weighing)
+
+
+def _is_told(name: str, fn: Weighting) -> bool:
+    """Tell whether a factor weighs domains, and not all of them alike."""
+    source = fn.plans[name][0].stage
+    assert isinstance(source, Source)
+    return tells_domains(fn.plans[name]) and "domain_ids" in source.reads()
+
+
+def _shares(spec: Spec, weighing: list[str]) -> Iterator[str]:
+    """Yield the numbers, where all of them are written in the spec."""
+    stages = [stage for name in weighing for stage in spec.factors[name]]
+    names = {key for stage in stages if isinstance(stage, Table) for key in stage.weights}
+    if not names:
+        return
+    try:
+        fn = build(spec, domains=sorted(names))
+    except SpecError:  # tables of different domains: said when the data is there
+        return
+    if fn.state_dict():
+        return
+    told = fn.domain_weights(1)
+    even = torch.full((len(names),), 1 / len(names))
+    p = fn.proportions(1).float() if fn.sampling else even
+    effective = p
+    for name in weighing:
+        if fn.applied[name] == "loss":
+            effective = effective * told[name]
+    for name in [name for name in weighing if fn.applied[name] == "both"]:
+        effective = effective * told[name] / p
+    effective = effective / effective.sum()
+    width = max(len("domain"), *map(len, names))
+    note = "" if fn.sampling else "  (if the data has as much of each)"
+    yield f"    {'domain':{width}}   drawn  effective{note}"
+    for name, *values in zip(fn.domains, p.tolist(), effective.tolist(), strict=True):
+        yield f"    {name:{width}}  {values[0]:6.4f}  {values[1]:9.4f}"
 
 
 def _loss_path(spec: Spec, fn: Weighting) -> Iterator[str]:
@@ -230,7 +301,7 @@ def _schedules(fn: Weighting, steps: int | None) -> list[str]:
         (f"{name}.{step.stage.name}.{field}", value)
         for name, planned in fn.plans.items()
         for step in planned
-        for field, value in _numbers(step)
+        for field, value in numbers(step.stage)
         if not isinstance(value, Constant | ShareOfN)
     ]
     if not moving:
@@ -244,15 +315,6 @@ def _schedules(fn: Weighting, steps: int | None) -> list[str]:
         lines.append(f"  {label}")
         lines += [f"  {step:>32} {schedule(torch.tensor(step)).item():g}" for step in shown]
     return [*lines, ""]
-
-
-def _numbers(step: PlannedStage) -> Iterator[tuple[str, Schedule]]:
-    for field in type(step.stage).model_fields:
-        value = getattr(step.stage, field)
-        if isinstance(value, dict):
-            yield from value.items()
-        elif isinstance(value, Schedule):
-            yield field, value
 
 
 def _turns(schedule: Schedule) -> list[int]:

@@ -3,12 +3,15 @@
 from weighting.stages.abs import Abs as Abs
 from weighting.stages.affine import Affine as Affine
 from weighting.stages.as_is import AsIs as AsIs
+from weighting.stages.bandit import Bandit as Bandit
 from weighting.stages.bernoulli import Bernoulli as Bernoulli
 from weighting.stages.clamp import Clamp as Clamp
 from weighting.stages.clip import Clip as Clip
 from weighting.stages.column import Column as Column
 from weighting.stages.context_gain import ContextGain as ContextGain
+from weighting.stages.doge import DoGE as DoGE
 from weighting.stages.doremi import DoReMi as DoReMi
+from weighting.stages.dynamic_loading import DynamicLoading as DynamicLoading
 from weighting.stages.entropy import Entropy as Entropy
 from weighting.stages.error_norm import ErrorNorm as ErrorNorm
 from weighting.stages.excess_loss import ExcessLoss as ExcessLoss

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from pydantic import Field
 from typing_extensions import override
 
 from weighting.contract import Form, Stage, Sugar
@@ -21,9 +22,13 @@ class DoReMi(Sugar):
 
     a <- a * exp(step_size * mean_domain(max(loss - ref_loss, 0))) / Z, smoothed
 
-    Sugar: excess_loss -> clip(min=0) -> mean(domain) -> exponentiated(step_size, smoothing).
+    Sugar: excess_loss -> clip(min=0) -> mean(domain) -> exponentiated(step_size, smoothing,
+    unseen).
 
-    Source: Xie et al. (2023), "DoReMi", NeurIPS, arXiv:2305.10429, algorithm 1.
+    Source: Xie et al. (2023), "DoReMi", NeurIPS, arXiv:2305.10429, algorithm 1, and the authors'
+    code.  The DoGE repository's own copy clips after the mean over a domain instead of token by
+    token: excess_loss -> mean(domain) -> clip(min=0) -> exponentiated(0.1, smoothing=0).
+    Differs: as `exponentiated`.
     """
 
     kind: ClassVar[str] = "source"
@@ -31,9 +36,11 @@ class DoReMi(Sugar):
     gives: ClassVar[Form] = "weight"
     step_size: Number = Constant(value=1)
     smoothing: UnitNumber = Constant(value=1e-3)
+    unseen: float = Field(default=0, ge=0)
 
     @override
     def expand(self) -> tuple[Stage, ...]:
         """Return the clipped excess loss per domain and its multiplicative weights."""
-        weigh = Exponentiated(step_size=self.step_size, smoothing=self.smoothing)
+        given = {"step_size": self.step_size, "smoothing": self.smoothing}
+        weigh = Exponentiated(**given, unseen=self.unseen)
         return (ExcessLoss(), Clip(min=Constant(value=0)), Mean(level="domain"), weigh)

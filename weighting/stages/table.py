@@ -14,6 +14,8 @@ from weighting.registry import stage
 from weighting.schedules import NonNegativeNumber
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from torch import Tensor
 
 
@@ -35,14 +37,7 @@ class Table(Source):
     @override
     def problem_with(self, domains: tuple[str, ...]) -> str | None:
         """Return what keeps the table from covering these domains exactly, if anything."""
-        unknown = [f"{name!r}{nearest(name, domains)}" for name in self.weights.keys() - {*domains}]
-        missing = sorted({*domains} - self.weights.keys())
-        both = f"the table has {', '.join(self.weights)}; the data has {', '.join(domains)}"
-        if unknown:
-            return f"the data has no domain {', '.join(sorted(unknown))} ({both})"
-        if missing:
-            return f"the table has no entry for {', '.join(missing)} ({both})"
-        return None
+        return misfit(self.weights, domains)
 
     @override
     def read(self, signals: Signals, scope: Scope) -> Tensor:
@@ -50,3 +45,16 @@ class Table(Source):
         assert signals.domain_ids is not None, "build checks what a pipeline needs"
         entries = torch.stack([self.weights[name](scope.step) for name in scope.domains])
         return entries[signals.domain_ids]
+
+
+def misfit(entries: Iterable[str], domains: tuple[str, ...]) -> str | None:
+    """Return what keeps a table with these entries from covering the domains, or None."""
+    known = [*entries]
+    unknown = [f"{name!r}{nearest(name, domains)}" for name in known if name not in domains]
+    missing = sorted({*domains} - {*known})
+    both = f"the table has {', '.join(known)}; the data has {', '.join(domains)}"
+    if unknown:
+        return f"the data has no domain {', '.join(sorted(unknown))} ({both})"
+    if missing:
+        return f"the table has no entry for {', '.join(missing)} ({both})"
+    return None

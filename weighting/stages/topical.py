@@ -33,6 +33,7 @@ class Topical(Weigh):
 
     levels: ClassVar[tuple[Level, ...]] = ("domain",)
     scaled: ClassVar[bool] = False
+    standing: ClassVar[bool] = True
     statistics: ClassVar[str] = "mean"
     every: int = Field(default=100, ge=1)
     lift: UnitNumber = Constant(value=1)
