@@ -82,6 +82,11 @@ def extremes(batch):
     return _by_shape(batch, abs)
 
 
+def after_burn_in(method):
+    """Return a method that weighs all alike before step 1,001."""
+    return lambda batch: method(batch) if batch.step > 1000 else drawn_plainly(batch)
+
+
 def upper(batch):
     """W = softmax((h + 1) / 2 / r), w <= 2/n."""
     return _by_shape(batch, lambda h: (h + 1) / 2)
@@ -510,11 +515,13 @@ FORMULAS = {
     "error-norm": error_norm,
     "eslm": eslm,
     "extremes": extremes,
+    "extremes-gpt2": after_burn_in(extremes),
     "focal": focal,
     "irdro-rank": irdro_rank,
     "iwsi-column": iwsi_column,
     "linupper": linupper,
     "linupper-1p4b": linupper_1p4b,
+    "linupper-gpt2": after_burn_in(linupper),
     "linupper-7b": linupper_7b,
     "linupper-x-mile": linupper_x_mile,
     "longce": longce,
@@ -522,6 +529,7 @@ FORMULAS = {
     "odm": drawn_plainly,
     "prop1": prop1,
     "quadratic": quadratic,
+    "quadratic-gpt2": after_burn_in(quadratic),
     "rgd": rgd,
     "rho-1": rho_1,
     "rho-loss": rho_loss,

@@ -98,8 +98,10 @@ def test_weights_are_those_of_the_header(name):
         assert_like_reference(name, signals, seed)
 
 
-@pytest.mark.parametrize("name", ["linupper-1p4b", "linupper-7b"])
-@pytest.mark.parametrize("step", [1, 1000, 1999, 2000, 2001, 100_000])
+@pytest.mark.parametrize(
+    "name", ["linupper-1p4b", "linupper-7b", "linupper-gpt2", "quadratic-gpt2", "extremes-gpt2"]
+)
+@pytest.mark.parametrize("step", [1, 1000, 1001, 1999, 2000, 2001, 100_000])
 def test_scheduled_weights_are_those_of_the_header(name, step):
     """On both sides of its turn a schedule has the value the header says."""
     for label, signals in adversarial().items():

@@ -1,9 +1,11 @@
-r"""Every stock Llama-3 config of torchtitan, with a weighting plugged in.
+r"""Every stock Llama-3 config of torchtitan, with a weighting plugged in, and a paper's own.
 
     torchrun ... -m torchtitan.train --module titan_integration --config llama3_debugmodel \
         --weighting.spec specs/linupper.yaml
 
-The debug model trains on text that every Python has; the others read C4, as the host's do.
+The debug model and the proxy train on text that every Python has; the other Llama-3s read C4, as
+the host's do.  `paper_*` are those of Sow et al., ICLR 2025: what they need, and what differs from
+the authors' runs, is in `paper.py`.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from torchtitan.models.llama3 import model_registry
 from torchtitan.tools.logging import logger
 
 from titan_integration.data import DomainTextDataLoader
+from titan_integration.paper import on_fineweb, on_slimpajama, resized
 from titan_integration.tokenizer import ensure_tokenizer
 from titan_integration.trainer import WeightedTrainer, with_weighting
 
@@ -34,6 +37,16 @@ def llama3_debugmodel() -> WeightedTrainer.Config:
     config.dataloader = DomainTextDataLoader.Config()
     config.validator.dataloader = DomainTextDataLoader.Config(split="validation", infinite=False)
     return with_weighting(config)
+
+
+def llama3_proxy() -> WeightedTrainer.Config:
+    """Four layers of width 128, otherwise the debug model: to find a data mixture on a CPU."""
+    config = llama3_debugmodel()
+    assert config.model_spec is not None
+    config.model_spec = replace(
+        resized(config.model_spec, layers=4, heads=4, width=128), flavor="proxy"
+    )
+    return config
 
 
 def llama3_1b() -> WeightedTrainer.Config:
@@ -70,6 +83,46 @@ def llama3_405b() -> WeightedTrainer.Config:
     config.training = TrainingConfig(local_batch_size=2, seq_len=8192, steps=3000)
     config.compile = CompileConfig(enable=True, enable_async_tensor_parallel=True)
     return _on_c4(config)
+
+
+def paper_124m() -> WeightedTrainer.Config:
+    """Table 7, Mini: GPT-2's 12 layers, 12 heads; 20,000 steps of 32 rows of 512 tokens.
+
+    Differs: Llama's blocks; the text that validates (`paper.py` has all of it).
+    """
+    return on_slimpajama("124M")
+
+
+def paper_210m() -> WeightedTrainer.Config:
+    """Table 7, Small: 24 layers, 16 heads; 20,000 steps of 48 rows of 512 tokens.
+
+    Differs: as `paper_124m`.
+    """
+    return on_slimpajama("210M")
+
+
+def paper_300m() -> WeightedTrainer.Config:
+    """Table 7, Medium: 36 layers, 24 heads; 20,000 steps of 48 rows of 512 tokens.
+
+    Differs: as `paper_124m`.
+    """
+    return on_slimpajama("300M")
+
+
+def paper_1p4b() -> WeightedTrainer.Config:
+    """Table 7, Llama 1.4B: 24 layers, 16 heads; 100,000 steps of 128 rows of 8,192 tokens.
+
+    Differs: the order in which FineWeb is read, and what of it (`paper.py` has all of it).
+    """
+    return on_fineweb("1.4B")
+
+
+def paper_7b() -> WeightedTrainer.Config:
+    """Table 7, Llama 7B: 32 layers, 32 heads; 170,000 steps of 128 rows of 8,192 tokens.
+
+    Differs: as `paper_1p4b`.
+    """
+    return on_fineweb("7B")
 
 
 def _resized(flavor: str, assets: str) -> Trainer.Config:

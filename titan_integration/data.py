@@ -3,11 +3,12 @@
 import functools
 import hashlib
 import json
+import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from titan_integration.documents import (
     local_documents,
     open_hub,
 )
-from titan_integration.packing import Cut, Encode, PackedRows
+from titan_integration.packing import Cut, Encode, PackedRows, RowMode
 from titan_integration.records import (
     DEFAULT_DOMAIN_COLUMN,
     ONLY_DOMAIN,
@@ -37,10 +38,10 @@ EMBEDDED = "stdlib"
 class DomainTextDataLoader(ParallelAwareDataloader):
     """Yield ``({"input", "positions", "domain_ids"}, labels)``, each int64 ``[B, L]``.
 
-    Columns come along as float32 ``"columns.<name>"``, each document's value at all its tokens.
-    ``positions`` is 0 where a document, or the rest of one from an earlier row, starts. Labels
-    never cross documents. The global batch does not depend on the number of ranks, in order and
-    content (but for ``streaming``).
+    Columns come along as float32 ``"columns.<name>"``: at all its tokens a document's one value, or
+    at each the value that belongs to its label. ``positions`` is 0 where a document, or the rest of
+    one from an earlier row, starts. Labels never cross documents. The global batch does not depend
+    on the number of ranks, in order and content (but for ``streaming``).
 
     The saved state is one small entry per virtual shard, written by the ranks that read the shard,
     instead of one entry per rank. Before the first batch the state lists all of them, which is what
@@ -50,7 +51,10 @@ class DomainTextDataLoader(ParallelAwareDataloader):
 
     @dataclass(kw_only=True, slots=True)
     class Config(ParallelAwareDataloader.Config):
-        """What to read; ``persistent_workers`` has no effect, as a loader is read once."""
+        """What to read; ``persistent_workers`` has no effect, as a loader is read once.
+
+        One worker is enough: each reads all of its rank's text, and they yield batches in turn.
+        """
 
         dataset: str = EMBEDDED
         """``stdlib`` (the running Python's own library), a file or directory (.jsonl, .json,
@@ -73,17 +77,24 @@ class DomainTextDataLoader(ParallelAwareDataloader):
         them where the training and validation text may not have the same domains)."""
 
         columns: list[str] = field(default_factory=list)
-        """Columns of numbers, one for each document, that the batches carry; dots reach into nested
-        records. Those that the weighting's spec reads are added by the trainer."""
+        """Columns of numbers that the batches carry: one for each document, or a list of one for
+        each predicted token (each but the first, begin and end of text included). Dots reach into
+        nested records. Those that the weighting's spec reads are added by the trainer."""
 
         streaming: bool = False
-        """Read local files or Hugging Face data as a stream, instead of by index."""
+        """Read local files or Hugging Face data as a stream, instead of by index. Rows of one
+        domain each read it once for each domain, which takes as many times the reading."""
 
         infinite: bool = True
         """Start over when the text ends."""
 
+        rows: RowMode = "mixed"
+        """``mixed``: documents as they come. ``drawn``: each row is of one domain, drawn with the
+        loader's ``proportions``. ``turns``: each batch is of one domain, batch ``i`` (of all ranks,
+        from 0) of domain ``i mod K`` of ``K``."""
+
         seed: int = 0
-        """Seed of the order of documents (no effect on a stream, which keeps its own order)."""
+        """Seed of the order of documents (a stream keeps its own) and of the draws of domains."""
 
     domains: tuple[str, ...]
     """Domain names in the order of their ids."""
@@ -120,22 +131,42 @@ class DomainTextDataLoader(ParallelAwareDataloader):
         if config.seed < 0:
             msg = f"seed {config.seed} is negative; set --dataloader.seed to 0 or more"
             raise ValueError(msg)
+        if config.rows not in get_args(RowMode):
+            msg = f"rows {config.rows!r}; set --dataloader.rows to {', '.join(get_args(RowMode))}"
+            raise ValueError(msg)
+        if config.rows != "mixed" and not config.infinite:
+            msg = (
+                f"rows {config.rows!r} of a text that is read once: it would end domain by domain; "
+                "set --dataloader.infinite or --dataloader.rows mixed"
+            )
+            raise ValueError(msg)
         encode = functools.partial(tokenizer.encode, add_bos=True, add_eos=True)
         cut = Cut(seq_len, local_batch_size, dp_rank, dp_world_size)
         where = config.dataset_path or config.dataset
         made_from: dict[str, Any] = {"seq_len": seq_len, "vocab_size": tokenizer.get_vocab_size()}
+        made_from |= {"rows": config.rows}
         rows: PackedRows | StreamedRows
         if config.streaming:
             rows = _streamed_rows(config, encode, cut)
             made_from |= {"stream": where, "split": config.split}
+            made_from |= {"seed": config.seed} if config.rows == "drawn" else {}
         else:
             documents = load_documents(config)
-            rows = PackedRows(documents, encode, cut, seed=config.seed, infinite=config.infinite)
+            rows = PackedRows(
+                documents,
+                encode,
+                cut,
+                rows=config.rows,
+                seed=config.seed,
+                infinite=config.infinite,
+            )
             rows.check_size(where)
             made_from |= {"seed": config.seed, "shards": rows.num_shards}
             made_from |= {"documents": len(documents), "text": _fingerprint(documents)}
         self.domains = rows.domains
         self._rows = rows
+        self._mode = config.rows
+        self._iterated = False
         self._state = dict(rows.state)
         self._made_from = made_from | {"domains": list(rows.domains)}
         with warnings.catch_warnings():
@@ -154,11 +185,46 @@ class DomainTextDataLoader(ParallelAwareDataloader):
                 snapshot_every_n_steps=snapshot_every_n_steps,
             )
 
+    @property
+    def proportions(self) -> tuple[float, ...]:
+        """How often rows of each domain are drawn, in the order of ``domains``; they sum to one.
+
+        Uniform until they are set, to any numbers from 0 on, of which one is positive. The next
+        batch is drawn with them, also in the middle of a run: set the same on all ranks, after the
+        same batch. They are in no saved state; whoever sets them sets them again.
+
+        Raises:
+            ValueError: If rows are not drawn, if worker processes have drawn ahead already, or for
+                anything else than a number from 0 on for each domain, not all 0.
+        """
+        self._check_drawn()
+        return self._rows.pools.proportions
+
+    @proportions.setter
+    def proportions(self, proportions: Iterable[float]) -> None:
+        self._check_drawn()
+        if self._iterated and self.num_workers:
+            msg = (
+                "data loader: proportions cannot change now, as worker processes draw rows ahead; "
+                "set --dataloader.num_workers 0"
+            )
+            raise ValueError(msg)
+        self._rows.pools.proportions = scaled(proportions, self.domains)
+
+    def _check_drawn(self) -> None:
+        if self._mode != "drawn":
+            msg = (
+                f"data loader: rows {self._mode!r} are not drawn and have no proportions; set "
+                "--dataloader.rows drawn"
+            )
+            raise ValueError(msg)
+
     @override
     # The host only ever takes iter() of a loader and next() of that.
     # pyrefly: ignore [bad-override]
     def __iter__(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
         """Yield batches from the loaded state on; iterating again starts there again."""
+        self._iterated = True
         self._state = self._rows.own_state()
         for inputs, labels, moved in super().__iter__():
             self._state |= moved
@@ -198,6 +264,35 @@ class DomainTextDataLoader(ParallelAwareDataloader):
                 raise ValueError(msg)
         self._rows.load(state_dict)
         self._state = dict(self._rows.state)
+
+
+def scaled(proportions: Iterable[float], domains: tuple[str, ...]) -> tuple[float, ...]:
+    """Return the proportions of domains, scaled to sum one.
+
+    Raises:
+        ValueError: For another number of them, one that is not a finite number from 0 on, or if all
+            are 0.
+    """
+    numbers = [float(p) for p in proportions]
+    if len(numbers) != len(domains):
+        msg = (
+            f"data loader: {len(numbers)} proportions for {len(domains)} domains; give one for "
+            f"each of {', '.join(domains)}, in this order"
+        )
+        raise ValueError(msg)
+    for number, domain in zip(numbers, domains, strict=True):
+        if not 0 <= number < math.inf:
+            msg = (
+                f"data loader: the proportion of domain {domain!r} is {number}; give finite "
+                "numbers from 0 on"
+            )
+            raise ValueError(msg)
+    if not any(numbers):
+        msg = "data loader: every proportion is 0, so that no row can be drawn; make one positive"
+        raise ValueError(msg)
+    largest = max(numbers)  # first, as a sum of the largest numbers there are would be infinite
+    total = math.fsum(number / largest for number in numbers)
+    return tuple(number / largest / total for number in numbers)
 
 
 def load_documents(config: DomainTextDataLoader.Config) -> Documents:
@@ -246,7 +341,15 @@ def _streamed_rows(config: DomainTextDataLoader.Config, encode: Encode, cut: Cut
         stream = open_hub(config.dataset, config.hf_name, config.split, streaming=True)
     domains = tuple(config.domains or ()) if config.domain_column else (ONLY_DOMAIN,)
     rows = StreamedRows(
-        stream, encode, cut, columns, domains, infinite=config.infinite, where=where
+        stream,
+        encode,
+        cut,
+        columns,
+        domains,
+        rows=config.rows,
+        seed=config.seed,
+        infinite=config.infinite,
+        where=where,
     )
     rows.check_first()
     return rows

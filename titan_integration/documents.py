@@ -4,7 +4,8 @@ Everything that a user can get wrong about data is found here, when the document
 while training.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 from titan_integration.records import (
     ONLY_DOMAIN,
     Columns,
+    Values,
     domain_of,
     local_files,
     near,
@@ -31,14 +33,16 @@ from titan_integration.stdlib_text import DOMAINS, stdlib_text
 class Documents:
     """Texts by index, each with the number of its domain in ``names``, and its columns' values.
 
-    ``numbers`` is float32, [documents, columns].
+    ``numbers`` has one sequence per column, with a float32 number for each document, or an array of
+    one for each of its predicted tokens. ``place_of`` names a document's record, for messages.
     """
 
     texts: Sequence[str]
     domain_ids: Sequence[int]
     names: tuple[str, ...]
     columns: tuple[str, ...] = ()
-    numbers: np.ndarray | None = None
+    numbers: tuple[Sequence[Values] | np.ndarray, ...] = ()
+    place_of: Callable[[int], str] = "document {}".format
 
     def __len__(self) -> int:
         """Return the number of documents."""
@@ -92,7 +96,8 @@ def local_documents(
     """
     texts: list[str] = []
     found: list[str | None] = []
-    numbers: list[tuple[float, ...]] = []
+    numbers: list[tuple[Values, ...]] = []
+    places: list[str] = []
     unnamed = ""
     for file in local_files(path, split):
         for place, record in read_records(file, columns):
@@ -102,12 +107,14 @@ def local_documents(
             texts.append(text)
             found.append(domain_of(record, columns, place))
             numbers.append(numbers_of(record, columns, place))
+            places.append(place if columns.numbers else "")  # no memory for what is never said
             unnamed = unnamed or (place if found[-1] is None else "")
     if not texts:
         msg = f"{path}: no text in any record of split {split!r}"
         raise ValueError(msg)
     ids, names = _number(found, unnamed, columns, domains, str(path))
-    return Documents(texts, ids, names, columns.numbers, np.array(numbers, np.float32))
+    by_column = _by_column(numbers, columns)
+    return Documents(texts, ids, names, columns.numbers, by_column, places.__getitem__)
 
 
 def hub_documents(
@@ -128,7 +135,7 @@ def hub_documents(
     there = dataset.column_names
     tops = [c if c in there else c.partition(".")[0] for c in (columns.domain, *columns.numbers)]
     found = [domain_of(dataset[0], columns, first)] * len(dataset)
-    numbers = np.zeros((len(dataset), len(columns.numbers)), np.float32)
+    numbers: list[tuple[Values, ...]] = []
     if wanted := sorted({top for top in tops if top in there}):
         picked = dataset.select_columns(wanted).with_format("arrow")
         batches = picked.iter(batch_size=10_000)  # pyrefly: ignore[missing-attribute]
@@ -136,10 +143,12 @@ def hub_documents(
         for i, record in enumerate(records):
             place = f"{where}: record {i}"
             found[i] = domain_of(record, columns, place)
-            numbers[i] = numbers_of(record, columns, place)
+            numbers.append(numbers_of(record, columns, place))
     unnamed = f"{where}: record {found.index(None)}" if None in found else ""
     ids, names = _number(found, unnamed, columns, domains, where)
-    return Documents(_HubTexts(dataset, columns, where), ids, names, columns.numbers, numbers)
+    texts, by_column = _HubTexts(dataset, columns, where), _by_column(numbers, columns)
+    place_of = functools.partial("{}: record {}".format, where)
+    return Documents(texts, ids, names, columns.numbers, by_column, place_of)
 
 
 def open_hub(name: str, hf_name: str | None, split: str, *, streaming: bool) -> Any:  # noqa: ANN401
@@ -158,6 +167,17 @@ def open_hub(name: str, hf_name: str | None, split: str, *, streaming: bool) -> 
             f"split {split!r}: {type(error).__name__}: {reason}"
         )
         raise ValueError(msg) from error
+
+
+def _by_column(
+    numbers: Sequence[tuple[Values, ...]], columns: Columns
+) -> tuple[Sequence[Values] | np.ndarray, ...]:
+    """Return what every document has, column by column; plain numbers as one float32 array."""
+    by_column = [[values[i] for values in numbers] for i in range(len(columns.numbers))]
+    return tuple(
+        column if any(isinstance(x, np.ndarray) for x in column) else np.array(column, np.float32)
+        for column in by_column
+    )
 
 
 def _number(

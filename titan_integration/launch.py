@@ -20,6 +20,7 @@ from torch.distributed.run import run as torchrun
 from weighting.errors import nearest
 from weighting.spec import resolve
 
+_FOR_CPU = {"llama3_debugmodel", "llama3_proxy"}
 _ON_CPU = {
     "--training.steps": "60",
     "--training.seq_len": "128",
@@ -56,6 +57,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--spec", required=True)
     parser.add_argument("--config", default="llama3_debugmodel")
     parser.add_argument("--module", default="titan_integration")
+    parser.add_argument("--mixture")
     parser.add_argument("--data")
     parser.add_argument("--ranks", type=int)
     parser.add_argument("--allow-plugins", action="store_true")
@@ -71,7 +73,7 @@ def _unknown_config(module: str, config: str) -> str | None:
     if module != "titan_integration":
         return None
     text = Path(__file__).with_name("config_registry.py").read_text(encoding="utf-8")
-    known = re.findall(r"^def (llama3_\w+)\(", text, re.MULTILINE)
+    known = re.findall(r"^def ([a-z]\w+)\(", text, re.MULTILINE)
     if config in known:
         return None
     return f"no config function {config!r}{nearest(config, known)}; there are {', '.join(known)}"
@@ -81,11 +83,13 @@ def _flags(args: argparse.Namespace, name: str) -> list[str]:
     """Return torchtitan's command line: ours first, the user's after it."""
     flags = ["--module", args.module, "--config", args.config, "--weighting.spec", args.spec]
     defaults = {"--dump_folder": f"outputs/{name}"}
-    if not torch.accelerator.is_available() and args.config == "llama3_debugmodel":
+    if not torch.accelerator.is_available() and args.config in _FOR_CPU:
         defaults |= _ON_CPU
     for flag, value in defaults.items():
         if _value(args.flags, flag) is None:
             flags += [flag, value]
+    if args.mixture:
+        flags += ["--weighting.mixture", args.mixture]
     if args.allow_plugins:
         flags.append("--weighting.allow_plugins")
     if not sys.stdout.isatty():

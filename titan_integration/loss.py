@@ -201,12 +201,13 @@ class _Call:
         """Return the weight of each token, given the signals the predictions tell."""
         if self.waits:
             self.state.weigh_noted()
-        token = self.part.token
+        token, known = self.part.token, self.part.known(plain(self.labels))
         if token is None:
-            token = self.state.weigh({**found, **self.part.known(plain(self.labels))}).token
+            token = self.state.weigh({**found, **known}).token
         losses = found["loss"].sum(), weighted_sum(found["loss"], token)
         count = plain(self.global_valid_tokens)
         self.state.add_losses(losses[0] / count, losses[1] / count)
+        self.state.add_by_domain(found["loss"], token, known)
         return token
 
     def note(self, found: dict[str, Tensor]) -> None:
@@ -216,8 +217,9 @@ class _Call:
     def record_plain(self, loss: Tensor, metrics: dict[str, Tensor]) -> Outcome:
         """Note the statistics of a batch whose weights are one by construction."""
         labels = plain(self.labels)
-        nothing = torch.zeros_like(labels, dtype=torch.float32)
-        self.state.weigh({**self.part.known(labels), "loss": nothing})
+        nothing, known = torch.zeros_like(labels, dtype=torch.float32), self.part.known(labels)
+        token = self.state.weigh({**known, "loss": nothing}).token
+        self.state.add_by_domain(None, token, known)
         self.state.add_losses(plain(loss), plain(loss))
         return loss, metrics
 

@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -28,6 +29,10 @@ REF_LOSS = "ref_loss"
 
 # The largest finite float32, which is what a batch carries.
 _LARGEST = 3.4028234663852886e38
+
+# What a column holds: a number for all of a document's tokens, or a float32 array of one for each
+# token that is predicted.
+Values = float | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -113,13 +118,14 @@ def domain_of(record: Mapping[str, Any], columns: Columns, place: str) -> str | 
     return str(domain)
 
 
-def numbers_of(record: Mapping[str, Any], columns: Columns, place: str) -> tuple[float, ...]:
+def numbers_of(record: Mapping[str, Any], columns: Columns, place: str) -> tuple[Values, ...]:
     """Return a record's numbers, in the order of their columns.
 
     Raises:
-        ValueError: If a column is missing or does not hold a finite number; names the place.
+        ValueError: If a column is missing or does not hold a finite number or a list of them; names
+            the place.
     """
-    return tuple(_number(record, name, place) for name in columns.numbers)
+    return tuple(_values(record, name, place) for name in columns.numbers)
 
 
 def read_records(file: Path, columns: Columns) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -189,26 +195,37 @@ def _lookup(record: Mapping[str, Any], path: str) -> Any:  # noqa: ANN401
     return value
 
 
-def _number(record: Mapping[str, Any], name: str, place: str) -> float:
+def _values(record: Mapping[str, Any], name: str, place: str) -> Values:
     try:
-        value = _lookup(record, name)
+        held = _lookup(record, name)
     except KeyError:
         msg = f"{_no_column(record, name, place)}. {number_wanted(name)}"
         raise ValueError(msg) from None
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        held = "no value" if value is None else type(value).__name__
+    if isinstance(held, list):
+        wrong = next((i for i, value in enumerate(held) if not _is_finite(value)), None)
+        if wrong is None:
+            return np.array(held, np.float32)
+        name, held = f"{name}[{wrong}]", held[wrong]
+    if _is_finite(held):
+        return float(held)
+    if isinstance(held, bool) or not isinstance(held, int | float):
+        what = "no value" if held is None else type(held).__name__
         msg = (
-            f"{place}: column {name!r} holds {held}, not a number; a column has one number for "
-            "each document"
+            f"{place}: column {name!r} holds {what}, not a number; a column has one number for "
+            "each document, or a list of one for each token to predict"
         )
-        raise ValueError(msg)  # noqa: TRY004 -- it is the data that is wrong
-    if not abs(value) <= _LARGEST:
+    else:
         msg = (
-            f"{place}: column {name!r} holds {value}, which is not a finite 32-bit number; repair "
+            f"{place}: column {name!r} holds {held}, which is not a finite 32-bit number; repair "
             "the value or drop the record"
         )
-        raise ValueError(msg)
-    return float(value)
+    raise ValueError(msg)
+
+
+def _is_finite(value: object) -> bool:
+    # A comparison, as an int may be too large to become a float; NaN fails it.
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and abs(value) <= _LARGEST
 
 
 def number_wanted(name: str) -> str:

@@ -32,6 +32,8 @@ _ADDED = MOMENTS.index("min")
 """Columns of the moments before this one add up; from here on they are a minimum, a maximum."""
 
 
+_BY_DOMAIN = ("tokens", "loss", "weight")
+"""What is added up for each domain: valid tokens, their losses and their weights."""
 WEIGHTS = "weights"
 """Name among the signals of a call whose weights are known before it."""
 _COLUMN = "columns."
@@ -124,6 +126,8 @@ class RunState(Stateful):
         rows = len(fn.plans) + 1
         self._empty = torch.zeros(rows, len(MOMENTS), device=device)
         self._empty[:, _ADDED], self._empty[:, _ADDED + 1] = torch.inf, -torch.inf
+        self._given = sorted(filter(_is_given, fn.needs))
+        self._by_domain = torch.zeros(len(_BY_DOMAIN), len(fn.domains), device=device)
         self._moments = self._empty.clone()
         self._shares = torch.zeros(2, device=device)
         self._nonfinite = torch.zeros((), device=device)
@@ -137,6 +141,7 @@ class RunState(Stateful):
         self.step.fill_(step)
         self._moments.copy_(self._empty)
         self._shares.zero_()
+        self._by_domain.zero_()
         self._weighed.clear()
 
     def set_batch(self, given: Mapping[str, Tensor], labels: Tensor | None = None) -> None:
@@ -151,7 +156,8 @@ class RunState(Stateful):
             ValueError: One that it reads is missing.
         """
         part = self._current if labels is None else Part()
-        for name in sorted(filter(_is_given, self.fn.needs)):
+        known = {"domain_ids"} & given.keys() if self.fn.domains else set[str]()  # to report by
+        for name in sorted({*self._given} | known):
             if name not in given:
                 raise ValueError(_missing(name))
             part.given[name] = _copied(given[name].to(self.step.device), part.given.get(name))
@@ -219,6 +225,25 @@ class RunState(Stateful):
         """Add a batch's shares of the step's mean cross entropy, nats, 0-D each."""
         self._shares += torch.stack([unweighted, weighted]).detach()
 
+    def add_by_domain(
+        self, losses: Tensor | None, token: Tensor, known: Mapping[str, Tensor]
+    ) -> None:
+        """Add a call's tokens, losses and weights to those of their domains.
+
+        Args:
+            losses: Nats, [B, L]; None where they are not known.
+            token: Weights, [B, L].
+            known: Its `valid` and, if the data has domains, `domain_ids`, [B, L].
+        """
+        if "domain_ids" not in known:
+            return
+        valid = known["valid"]
+        losses = torch.zeros_like(token) if losses is None else losses.detach().float()
+        rows = torch.stack([valid.float(), torch.where(valid, losses, 0), token]).flatten(1)
+        domains = torch.arange(len(self.fn.domains), device=rows.device)
+        members = known["domain_ids"].reshape(-1, 1) == domains
+        self._by_domain += torch.where(valid.flatten(), rows, 0) @ members.float()
+
     @property
     def weighted_share(self) -> Tensor:
         """This rank's share of the step's weighted mean cross entropy so far, nats, 0-D."""
@@ -228,7 +253,9 @@ class RunState(Stateful):
         """Return the step's statistics over all ranks, and forget the non-finite count.
 
         Every rank must call it.  The two losses are in nats; the others are those of
-        `weighting.build.summarize`.
+        `weighting.build.summarize`, and for each domain of the data, as `domain/<name>/`: `share`
+        of the valid tokens, `loss`, the mean unweighted one in nats, `weight`, the mean of its
+        tokens, and what `mixtures` returns.
 
         Raises:
             NonFiniteSignalError: A signal was not finite since the last call and the spec says
@@ -236,20 +263,63 @@ class RunState(Stateful):
         """
         ranks = collectives or Alone()
         added = [self._moments[:, :_ADDED].flatten(), self._shares, self._nonfinite[None]]
-        counts, shares, nonfinite = ranks.sum(torch.cat(added)).split([len(x) for x in added])
+        added.append(self._by_domain.flatten())
+        counts, shares, nonfinite, by_domain = ranks.sum(torch.cat(added)).split(
+            [len(x) for x in added]
+        )
         low, high = self._moments[:, _ADDED:].unbind(1)
         lowest, highest = ranks.max(torch.stack([-low, high]))
         edges = torch.stack([-lowest, highest], dim=1)
         moments = torch.cat([counts.view(-1, _ADDED), edges], dim=1)
         if self.pipeline:
             moments, shares = self.pipeline.from_last(moments), self.pipeline.from_last(shares)
-            nonfinite = self.pipeline.from_last(nonfinite)
+            nonfinite, by_domain = map(self.pipeline.from_last, (nonfinite, by_domain))
         self._nonfinite.zero_()
         raise_if_nonfinite(self.fn.spec, int(nonfinite))
         unweighted, weighted = shares.tolist()
         named = summarize(moments, [*self.fn.plans])
         metrics = {name: value.item() for name, value in named.items()}
+        metrics |= self._domain_metrics(by_domain.view_as(self._by_domain))
         return {"unweighted_loss": unweighted, "weighted_loss": weighted, **metrics}
+
+    def _domain_metrics(self, sums: Tensor) -> dict[str, float]:
+        """Return what is said of each domain; of one without tokens only that, and its mixture."""
+        found: dict[str, float] = {}
+        total = max(sums[0].sum().item(), 1.0) if sums.numel() else 1.0
+        for name, (tokens, loss, weight) in zip(self.fn.domains, sums.T.tolist(), strict=True):
+            found[f"domain/{name}/share"] = tokens / total
+            if tokens:
+                if not self.fn.identity:  # the host's own loss tells no losses of tokens
+                    found[f"domain/{name}/loss"] = loss / tokens
+                found[f"domain/{name}/weight"] = weight / tokens
+        for kind, shares in self.mixtures().items():
+            found |= {f"domain/{name}/{kind}": share for name, share in shares.items()}
+        return found
+
+    def mixtures(self) -> dict[str, dict[str, float]]:
+        """Return proportions of the domains, each summing to one, by what they are.
+
+        Every rank of a pipeline must call it.
+
+        Returns:
+            `mixture`, where the weights of domains move: as they stand; `average`: their average
+            over the run, where it is kept; `drawn`: what data is drawn by, if by anything.
+        """
+        fn, found = self.fn, dict[str, Tensor]()
+        if not fn.domains:
+            return {}
+        if live := fn.live_weights(self.step):
+            found["mixture"] = torch.stack([*live.values()]).prod(0)
+        if live and live.keys() == (averages := fn.average_weights()).keys():
+            found["average"] = torch.stack([*averages.values()]).prod(0)
+        if fn.sampling:
+            found["drawn"] = fn.proportions(self.step)
+        named: dict[str, dict[str, float]] = {}
+        for kind, x in found.items():
+            known = self.pipeline.from_last(x) if self.pipeline else x
+            shares = (known / known.sum()).tolist()
+            named[kind] = dict(zip(fn.domains, shares, strict=True))
+        return named
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torchtitan.components.checkpointer import CheckpointManager
 from torchtitan.components.checkpointer.base import ModelWrapper
@@ -26,12 +27,14 @@ import weighting as wt
 from titan_integration import cpu, versions
 from titan_integration.collectives import OverRanks
 from titan_integration.data import DomainTextDataLoader
+from titan_integration.gradients import DomainGradients
 from titan_integration.loss import (
     WeightedChunkedLoss,
     WeightedCrossEntropyLoss,
     weighted_loss_config,
 )
 from titan_integration.metrics import WeightedMetricsProcessor
+from titan_integration.mixing import write_mixture
 from titan_integration.records import REF_LOSS
 from titan_integration.reference import (
     average_decay,
@@ -46,6 +49,8 @@ from titan_integration.state import Pipeline, RunState, data_columns, short_cont
 from titan_integration.validate import DomainValidator
 from weighting.build import sketch
 from weighting.levels import documents
+from weighting.logits import IGNORE_INDEX
+from weighting.mixture import with_mixture
 from weighting.spec import resolve
 
 if TYPE_CHECKING:
@@ -69,6 +74,10 @@ class WeightingConfig:
 
     spec: str = ""
     """A spec file, the name of a shipped spec, or arrow text."""
+
+    mixture: str = ""
+    """A spec with `apply: sampling`, a file or a name: training data is drawn in its proportions
+    of the domains, whatever the other spec weighs."""
 
     reference: str = ""
     """Checkpoint whose loss is ref_loss: a folder step-N, or one of them, of which the latest is
@@ -101,6 +110,8 @@ class WeightedTrainer(Trainer):
     """Gives ref_loss; without gradient, and in no checkpoint unless it is an average."""
     decay: float | None
     """Of the average the reference is; None when it is fixed."""
+    gradients: DomainGradients | None = None
+    """Of the domains, where the weighting compares them."""
 
     @override
     # A Config builds the trainer it belongs to, so this one never gets the parent's.
@@ -118,6 +129,7 @@ class WeightedTrainer(Trainer):
             spec = read_spec(config.weighting)
             refuse_unsupported(config, sketch(spec))
             ask_for_columns(config, sketch(spec).needs)
+            ask_for_rows(config, sketch(spec))
             super().__init__(config)
             self.reference = None
             self.decay = average_decay(config.weighting.reference)
@@ -148,6 +160,12 @@ class WeightedTrainer(Trainer):
             self.state.pipeline = pipeline_of(self.parallel_dims, last=self.pp_has_last_stage)
         if config.compile.enable and "loss" in config.compile.components:
             self.state.compile(config.compile.backend)
+        self._draws = bool(fn.sampling)
+        if "gradients" in fn.hears:
+            self._take_turns(config, fn)
+        validator = getattr(self, "validator", None)
+        if isinstance(validator, DomainValidator):
+            validator.state = self.state
         self.loss_fn.state = self.state
         self.metrics_processor.state = self.state
         self.metrics_processor.collectives = ranks
@@ -161,6 +179,83 @@ class WeightedTrainer(Trainer):
         logger.info(f"Weighting: {spec.name} ({spec.hash})\n{spec}")
         if domains:
             logger.info(f"Domains: {', '.join(domains)}")
+
+    def _take_turns(self, config: Config, fn: wt.Weighting) -> None:
+        """Make a step of one microbatch of every domain, whose gradients are kept apart."""
+        count = len(fn.domains)
+        rows = config.training.local_batch_size * (ranks.size if (ranks := fn.collectives) else 1)
+        asked = config.training.global_batch_size
+        if asked > 0 and asked != count * rows:
+            msg = (
+                f"{fn.spec.name} takes a microbatch of each of the {count} domains a step, "
+                f"{count} x {rows} sequences, and the global batch is {asked}; leave out "
+                f"--training.global_batch_size, or set it to {count * rows}"
+            )
+            raise ValueError(msg)
+        self.gradient_accumulation_steps = count
+        parameters = (p for part in self.model_parts for p in part.parameters())
+        self.gradients = DomainGradients(parameters, count, config.training.max_norm)
+        self._turns: list[int] = []
+        logger.info(f"A step takes {count} microbatches, one of every domain")
+
+    @override
+    def forward_backward_step(
+        self,
+        *,
+        input_dict: dict[str, Tensor] | list[dict[str, Tensor]],
+        labels: Tensor | list[Tensor],
+        global_valid_tokens: Tensor,
+    ) -> Tensor:
+        """Run the host's; where domains take turns, keep the gradient, and combine the last."""
+        given = {"input_dict": input_dict, "labels": labels}
+        loss = super().forward_backward_step(**given, global_valid_tokens=global_valid_tokens)
+        if self.gradients is None:
+            return loss
+        assert isinstance(labels, Tensor), "refused under pipeline parallelism"
+        if self.gradients.take(self._turns.pop(0), (labels != IGNORE_INDEX).sum()):
+            self.gradients.combine(global_valid_tokens, self._over_rows, self._weigh_gradients)
+        return loss
+
+    def _noting_turns(
+        self, batches: Iterator[tuple[dict[str, Tensor], Tensor]]
+    ) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        """Yield the batches, and note whose turn each is while that is still on the CPU."""
+        for inputs, labels in batches:
+            self._turns.append(int(inputs["domain_ids"][0, 0]))
+            yield inputs, labels
+
+    def _over_rows(self, x: Tensor) -> Tensor:
+        """Return the sum over the ranks that hold other rows."""
+        dims = self.parallel_dims
+        return OverRanks(dims.get_mesh("batch").get_group()).sum(x) if dims.dp_enabled else x
+
+    def _weigh_gradients(self, products: Tensor) -> Tensor:
+        """Tell the weighting of the gradients' inner products; return the weights of domains."""
+        fn = self.state.fn
+        fn.tell("gradients", products, self.state.step)
+        told = fn.live_weights(self.state.step)
+        listening = [
+            told[name]
+            for name, steps in fn.plans.items()
+            if any(step.stage.hears == "gradients" for step in steps)
+        ]
+        product = torch.stack(listening).prod(0)
+        return product / product.sum()
+
+    def _draw(self) -> None:
+        """Tell the loader in which proportions to draw the step that begins; alike on all ranks."""
+        fn, state = self.state.fn, self.state
+        if not self._draws:
+            return
+        shares = fn.proportions(state.step)
+        if state.pipeline:
+            shares = state.pipeline.from_last(shares)
+        dist.broadcast(shares, src=0)
+        loader = cast("DomainTextDataLoader", self.dataloader)
+        loader.proportions = shares.tolist()
+        if "both" in fn.applied.values():
+            fn.get_buffer("drawn").copy_(shares)
+        self._draws = fn.draws_live
 
     @override
     def post_dataloading_process(
@@ -215,6 +310,9 @@ class WeightedTrainer(Trainer):
     def train_step(self, data_iterator: Iterator[tuple[dict[str, Tensor], Tensor]]) -> None:
         """Run one optimizer step of the host at the weighting's own step."""
         self.state.begin_step(self.step)
+        self._draw()
+        if self.gradients is not None:
+            data_iterator = self._noting_turns(data_iterator)
         average, (model, *_) = self.reference, self.model_parts
         if average is not None and self.decay is not None and self.step == 1:
             follow(average, model, 0)  # a fresh run starts from its own first weights
@@ -285,6 +383,7 @@ class WeightedTrainer(Trainer):
         """Train; errors of the user's making end the run with one message and status 2."""
         with exit_on_user_error():
             super().train()
+            write_mixture(self)
 
 
 def with_weighting(
@@ -323,7 +422,10 @@ def read_spec(config: WeightingConfig) -> wt.Spec:
     if not config.spec:
         msg = "no weighting spec; pass --weighting.spec, as in --weighting.spec specs/linupper.yaml"
         raise ValueError(msg)
-    return resolve(config.spec, allow_plugins=config.allow_plugins)
+    spec = resolve(config.spec, allow_plugins=config.allow_plugins)
+    if not config.mixture:
+        return spec
+    return with_mixture(spec, resolve(config.mixture, allow_plugins=config.allow_plugins))
 
 
 def refuse_unsupported(config: WeightedTrainer.Config, fn: wt.Weighting) -> None:
@@ -343,6 +445,10 @@ def refuse_unsupported(config: WeightedTrainer.Config, fn: wt.Weighting) -> None
             "memory; leave scope out"
         )
         raise ValueError(msg)
+    if "gradients" in fn.hears:
+        _refuse_gradients(config, fn)
+    if "validation" in fn.hears and not config.validator.enable:
+        logger.warning(f"{fn.spec.name} waits for validations; without --validator.enable it stays")
     if fn.identity:
         return
     if config.parallelism.pipeline_parallel_degree > 1:
@@ -375,6 +481,25 @@ def ask_for_columns(config: WeightedTrainer.Config, needs: frozenset[str]) -> No
     if columns and isinstance(loader, DomainTextDataLoader.Config):
         # A copy, as the same config may serve the validator, which needs no columns.
         config.dataloader = replace(loader, columns=[*dict.fromkeys([*loader.columns, *columns])])
+
+
+def ask_for_rows(config: WeightedTrainer.Config, fn: wt.Weighting) -> None:
+    """Have the loader yield rows of one domain each where a spec draws them, or compares them.
+
+    Raises:
+        ValueError: The loader cannot.
+    """
+    wanted = "turns" if "gradients" in fn.hears else "drawn" if fn.sampling else ""
+    loader = config.dataloader
+    if wanted and isinstance(loader, DomainTextDataLoader.Config):
+        config.dataloader = replace(loader, rows=wanted)
+    elif wanted:
+        msg = (
+            f"{fn.spec.name} says which domains data is drawn from, and the loader is "
+            f"{type(loader).__qualname__}; use titan_integration.data.DomainTextDataLoader, or "
+            "apply: loss"
+        )
+        raise ValueError(msg)
 
 
 @contextlib.contextmanager
@@ -424,6 +549,26 @@ def _refuse_pipeline(config: WeightedTrainer.Config, fn: wt.Weighting) -> None:
         msg = (
             "weights of a pipeline's microbatches are known after their losses; use the chunked "
             "loss with --loss.memory auto, or write scope: step into the spec"
+        )
+        raise ValueError(msg)
+
+
+def _refuse_gradients(config: WeightedTrainer.Config, fn: wt.Weighting) -> None:
+    """Refuse what would mix the gradients of domains, or weigh them twice."""
+    name = fn.spec.name
+    if fn.sampling:
+        msg = f"{name} compares the gradients of domains that take turns; leave out the mixture"
+        raise ValueError(msg)
+    if config.parallelism.pipeline_parallel_degree > 1:
+        msg = (
+            f"{name} takes the gradient of one microbatch after the other, which a pipeline mixes; "
+            "set --parallelism.pipeline_parallel_degree 1"
+        )
+        raise ValueError(msg)
+    if fn.spec.scope != "microbatch" or fn.spec.normalize != "mean_one":
+        msg = (
+            f"{name} weighs the gradients of microbatches of one domain each, whose own weights "
+            "must be mean one; leave out scope and normalize"
         )
         raise ValueError(msg)
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torchtitan.models.common.decoder import Decoder
 
     from titan_integration.loss import WeightedChunkedLoss, WeightedCrossEntropyLoss
+    from titan_integration.state import RunState
 
 FILE = "validation.jsonl"
 """The lines of the validations, beside those of the training steps."""
@@ -53,6 +54,7 @@ class DomainValidator(Validator):
             schedule._loss_fn = self._noting(schedule._loss_fn)  # noqa: SLF001
         self._loader = _KeepsLoader(self.dl_config)
         self.dl_config = cast("Any", self._loader)
+        self.state: RunState | None = None
         self._lm_head: nn.Module | None = None
         self._sums: Tensor | None = None
         self._ids: dict[Tensor, Tensor] = {}
@@ -124,11 +126,30 @@ class DomainValidator(Validator):
         domains = cast("Any", self._loader.built).domains
         found = summarize(domains, sums)
         logger.info(f"validate step: {step:2}  by domain\n{table(domains, found)}")
+        self._tell(sums, step)
         processor.logger.log({f"validation_metrics/{k}": v for k, v in found.items()}, step)
         if dist.get_rank() == 0:
             losses, tokens = sums.sum(1).tolist()
             line = {"step": step, "loss": losses / tokens, **found}
             append_line(Path(processor.dump_folder) / FOLDER / FILE, line)
+
+    def _tell(self, sums: Tensor, step: int) -> None:
+        """Tell a weighting that listens the loss of every domain of the training data.
+
+        Raises:
+            ValueError: The validation text has other domains.
+        """
+        if self.state is None or "validation" not in self.state.fn.hears:
+            return
+        there, here = cast("Any", self._loader.built).domains, self.state.fn.domains
+        if there != here:
+            msg = (
+                f"{self.state.fn.spec.name} follows the validation loss of every domain; the "
+                f"validation text has {', '.join(there)}, the training text {', '.join(here)}. "
+                "Name them alike: --dataloader.domains and --validator.dataloader.domains"
+            )
+            raise ValueError(msg)
+        self.state.fn.tell("validation", (sums[0] / sums[1]).float(), step)
 
 
 def add_tokens(sums: Tensor, losses: Tensor, labels: Tensor, domain_ids: Tensor) -> None:

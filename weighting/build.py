@@ -342,6 +342,20 @@ class Weighting(nn.Module):
         told = (name for name, steps in self.plans.items() if tells_domains(steps))
         return {name: self._told(name, step) for name in told}
 
+    def live_weights(self, step: int | Tensor = 0) -> dict[str, Tensor]:
+        """Return those of `domain_weights` whose factors remember, and so move."""
+        told = self.domain_weights(step)
+        return {name: told[name] for name in told if _remembers(self.plans[name])}
+
+    def average_weights(self) -> dict[str, Tensor]:
+        """Return the averages over the run of domain weights, of the factors that keep one."""
+        found: dict[str, Tensor] = {}
+        for factor, index in self._buffers_of:
+            state = self._state_of(factor, index)
+            if "average" in state and tells_domains(self.plans[factor]):
+                found[factor] = state["average"] / state["average"].sum()
+        return found
+
     def proportions(self, step: int | Tensor = 0) -> Tensor:
         """Return in which proportions to draw the domains of the next batch, [K], sum one.
 
@@ -375,6 +389,11 @@ class Weighting(nn.Module):
                 assert after.keys() == names.keys(), f"{stage.name} must return its whole state"
                 for key, value in after.items():
                     before[key].copy_(value)
+
+    @property
+    def moves_domains(self) -> bool:
+        """Whether some factor's weights of domains move and are known between batches."""
+        return any(_remembers(steps) and tells_domains(steps) for steps in self.plans.values())
 
     @property
     def draws_live(self) -> bool:

@@ -1,5 +1,6 @@
-"""Columns of numbers: exactly each document's own at all its tokens, down to the weights."""
+"""Columns of numbers: each document's own, or each token's, exactly, down to the weights."""
 
+import functools
 import itertools
 import json
 import shutil
@@ -18,6 +19,7 @@ import weighting as wt
 from titan_integration import config_registry
 from titan_integration.data import DomainTextDataLoader
 from titan_integration.documents import hub_documents
+from titan_integration.packing import Cut, PackedRows
 from titan_integration.records import Columns
 from titan_integration.state import RunState, data_columns, short_contexts
 from titan_integration.tokenizer import ensure_tokenizer
@@ -130,8 +132,8 @@ def test_every_kind_of_source_has_columns(build, file, tmp_path):
     hub = datasets.Dataset.from_list(RECORDS)
     documents = hub_documents(hub, Columns(numbers=tuple(NAMES)), None, "hub")
     assert documents.columns == tuple(NAMES)
-    assert np.array_equal(documents.numbers[:, 0], SCORES.numpy())
-    assert np.array_equal(documents.numbers[:, 1], QUALITIES.numpy())
+    assert np.array_equal(documents.numbers[0], SCORES.numpy())
+    assert np.array_equal(documents.numbers[1], QUALITIES.numpy())
     bare = hub_documents(hub.select_columns(["text"]), Columns(), None, "hub")
     assert bare.names == ("all",)
 
@@ -144,7 +146,13 @@ def test_every_kind_of_source_has_columns(build, file, tmp_path):
         ({"score": None}, ":2: column 'score' holds no value, not a number"),
         ({"score": "1.5"}, ":2: column 'score' holds str, not a number"),
         ({"score": True}, ":2: column 'score' holds bool, not a number"),
-        ({"score": [1.0, 2.0]}, "holds list, not a number; a column has one number for each doc"),
+        ({"score": {}}, "holds dict, not a number; a column has one number for each document, or"),
+        ({"score": [1, "2"]}, r":2: column 'score\[1\]' holds str, not a number; .* or a list of"),
+        ({"score": [False, 1]}, r":2: column 'score\[0\]' holds bool, not a number"),
+        ({"score": [1, 2, None]}, r":2: column 'score\[2\]' holds no value, not a number"),
+        ({"score": [[1.0]]}, r":2: column 'score\[0\]' holds list, not a number"),
+        ({"score": [0.5, float("nan")]}, r":2: column 'score\[1\]' holds nan, which is not a fin"),
+        ({"score": [1e39]}, r":2: column 'score\[0\]' holds 1e\+39, which is not a finite 32-bit"),
         ({"score": float("nan")}, ":2: column 'score' holds nan, which is not a finite 32-bit"),
         ({"score": float("-inf")}, ":2: column 'score' holds -inf"),
         ({"score": 1e39}, r":2: column 'score' holds 1e\+39, .*; repair the value or drop"),
@@ -178,6 +186,99 @@ def test_every_kind_of_source_names_a_missing_column(build, file, tmp_path):
     both = r"give every record a number 'ref_loss', or give a model.*--weighting\.reference CHECK"
     with pytest.raises(ValueError, match=both):
         build(tmp_path / "y.jsonl", columns=["ref_loss"])
+
+
+@pytest.fixture(scope="module")
+def scored(tokenizer):
+    """Return records whose numbers are the labels themselves, one for each predicted token."""
+    encode = [tokenizer.encode(r["text"], add_bos=True, add_eos=True) for r in RECORDS]
+    return [
+        {"text": r["text"], "domain": "ab"[i % 2], "ref_loss": [x + 0.5 for x in ids[1:]]}
+        for i, (r, ids) in enumerate(zip(RECORDS, encode, strict=True))
+    ]
+
+
+def follows_the_labels(batches):
+    """Check that every token's number is the one of its label; return the batches."""
+    batches = list(batches)
+    for inputs, labels in batches:
+        assert inputs["columns.ref_loss"].dtype == torch.float32
+        assert torch.equal(inputs["columns.ref_loss"], labels + 0.5)
+    assert batches
+    return batches
+
+
+def test_a_number_for_each_token_stays_with_its_label(build, scored, tmp_path):
+    """Across cuts, epochs, ranks, workers and resumed states, and in rows of one domain."""
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in scored))
+    common = {"columns": ["ref_loss"], "local_batch": 6}
+    whole = follows_the_labels(taken(build(path, **common), 60))
+    parts = [taken(build(path, r, 3, local_batch=2, columns=["ref_loss"]), 20) for r in range(3)]
+    for rank in parts:
+        follows_the_labels(rank)
+    assert same(whole[:9], follows_the_labels(taken(build(path, **common, num_workers=2), 9)))
+    first, second = build(path, **common), build(path, **common)
+    taken(first, 7)
+    second.load_state_dict(first.state_dict())
+    assert same(follows_the_labels(taken(second, 5)), whole[7:12])
+    follows_the_labels(taken(build(path, **common, rows="drawn"), 60))
+    follows_the_labels(taken(build(path, **common, rows="turns"), 60))
+
+
+def test_every_kind_of_source_has_numbers_for_each_token(build, scored, tokenizer, tmp_path):
+    """Parquet, streamed files, and data sets of Hugging Face."""
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(record) + "\n" for record in scored))
+    pq.write_table(pa.Table.from_pylist(scored), tmp_path / "x.parquet")
+    expected = taken(build(tmp_path / "x.jsonl", columns=["ref_loss"]), 20)
+    assert same(expected, taken(build(tmp_path / "x.parquet", columns=["ref_loss"]), 20))
+    streamed = {"columns": ["ref_loss"], "streaming": True, "domains": ["a", "b"]}
+    for path in (tmp_path / "x.jsonl", tmp_path / "x.parquet"):
+        for rows in ("mixed", "turns"):
+            follows_the_labels(taken(build(path, rows=rows, **streamed), 60))
+
+    hub = datasets.Dataset.from_list(scored)
+    documents = hub_documents(hub, Columns(numbers=("ref_loss",)), None, "hub")
+    assert all(values.dtype == np.float32 for values in documents.numbers[0])
+    encode = functools.partial(tokenizer.encode, add_bos=True, add_eos=True)
+    rows = PackedRows(documents, encode, Cut(64, 4, 0, 1), rows="mixed", seed=0, infinite=True)
+    assert same(expected, [(inputs, labels) for inputs, labels, _ in itertools.islice(rows, 20)])
+
+
+def test_documents_may_have_one_number_or_many(build, scored, tmp_path):
+    """In one column some documents have a number for each token and others one for all."""
+    some = [r | ({"ref_loss": 7} if r["domain"] == "a" else {}) for r in scored]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(record) + "\n" for record in some))
+    for inputs, labels in taken(build(tmp_path / "x.jsonl", columns=["ref_loss"]), 40):
+        expected = torch.where(inputs["domain_ids"] == 0, 7.0, labels + 0.5)
+        assert torch.equal(inputs["columns.ref_loss"], expected)
+
+
+def test_numbers_of_another_tokenizer_are_refused(build, scored, tokenizer, tmp_path):
+    """With the place, both lengths, and what to do; a single one too many, from every source."""
+    need = len(scored[0]["ref_loss"])
+    bad = [scored[0] | {"ref_loss": [1.0] * (need + 1)}, *scored[1:]]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(record) + "\n" for record in bad))
+    what = (
+        rf"column 'ref_loss' has {need + 1} numbers, but the text has {need} tokens to predict; "
+        "score the data again with this tokenizer: weighting score"
+    )
+    with pytest.raises(ValueError, match=rf"x\.jsonl:1: {what}"):
+        build(tmp_path / "x.jsonl", columns=["ref_loss"])
+    with pytest.raises(ValueError, match=f"x.jsonl: a streamed record: {what}"):
+        build(tmp_path / "x.jsonl", columns=["ref_loss"], streaming=True, domains=["a", "b"])
+    columns = Columns(numbers=("ref_loss",))
+    hub = hub_documents(datasets.Dataset.from_list(bad), columns, None, "hub")
+    encode = functools.partial(tokenizer.encode, add_bos=True, add_eos=True)
+    rows = PackedRows(hub, encode, Cut(64, 4, 0, 1), rows="mixed", seed=0, infinite=True)
+    with pytest.raises(ValueError, match=f"hub: record 0: {what}"):
+        rows.check_size("hub")
+    # Not the first document of the file: found when it is read.
+    (tmp_path / "x.jsonl").write_text(
+        "".join(json.dumps(record) + "\n" for record in [*scored[1:], bad[0]])
+    )
+    with pytest.raises(ValueError, match=rf"x\.jsonl:60: {what}"):
+        taken(build(tmp_path / "x.jsonl", columns=["ref_loss"]), 60)
 
 
 def test_names_of_computed_columns_are_no_data():

@@ -1,4 +1,4 @@
-"""The `weighting` command: check, explain, list, schema, train."""
+"""The `weighting` command: check, explain, list, schema, new-stage, train, mix, score."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from weighting import __version__
 from weighting.cli.check import check
 from weighting.cli.explain import explain
 from weighting.cli.listing import list_words
+from weighting.cli.mix import mix
 from weighting.cli.new_stage import new_stage
 from weighting.cli.schema import print_schema
+from weighting.cli.score import score
 from weighting.cli.train import train
 
 
@@ -32,3 +34,5 @@ main.add_command(list_words)
 main.add_command(print_schema)
 main.add_command(new_stage)
 main.add_command(train)
+main.add_command(mix)
+main.add_command(score)

@@ -9,6 +9,8 @@ import sys
 import click
 
 from weighting.cli.common import allow_plugins, give_up, read_or_exit
+from weighting.errors import SpecError
+from weighting.mixture import with_mixture
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
@@ -17,6 +19,7 @@ from weighting.cli.common import allow_plugins, give_up, read_or_exit
 @click.option(
     "--module", default="titan_integration", show_default=True, help="Module it is found in."
 )
+@click.option("--mixture", help="A spec by whose domain weights training data is drawn.")
 @click.option("--data", help="A .jsonl/.parquet file or folder, or a Hugging Face name.")
 @click.option("--ranks", type=click.IntRange(1), help="Processes; default one per accelerator.")
 @allow_plugins
@@ -25,6 +28,7 @@ def train(
     spec: str,
     config: str,
     module: str,
+    mixture: str | None,
     data: str | None,
     ranks: int | None,
     flags: tuple[str, ...],
@@ -40,13 +44,20 @@ def train(
     Examples:
       weighting train specs/linupper.yaml
       weighting train linupper --data my.jsonl --training.steps 500
+      weighting train linupper --mixture mixture.yaml --data my.jsonl
       weighting train mile --config llama3_8b --training.local_batch_size 2
     """  # noqa: D301
-    read_or_exit(spec, plugins=allow_plugins)
+    weighting, _ = read_or_exit(spec, plugins=allow_plugins)
+    if mixture is not None:
+        try:
+            with_mixture(weighting, read_or_exit(mixture, plugins=allow_plugins)[0])
+        except SpecError as error:
+            give_up(str(error))
     if importlib.util.find_spec("torchtitan") is None:
         give_up("training needs torchtitan: pip install 'weighting-dsl[titan]'")
     command = [sys.executable, "-m", "titan_integration.launch", "--spec", spec]
     command += ["--config", config, "--module", module]
+    command += ["--mixture", mixture] if mixture else []
     command += ["--data", data] if data else []
     command += ["--ranks", str(ranks)] if ranks else []
     command += ["--allow-plugins"] if allow_plugins else []

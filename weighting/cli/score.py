@@ -1,0 +1,70 @@
+"""`weighting score`: hand over to the torchtitan integration, which runs the model."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+
+import click
+
+from weighting.cli.common import give_up
+
+
+@click.command(context_settings={"ignore_unknown_options": True})
+@click.argument("checkpoint", metavar="CHECKPOINT")
+@click.option("--data", help="A .jsonl/.parquet file or folder, or a Hugging Face name.")
+@click.option("--out", required=True, help="The .parquet file to write.")
+@click.option(
+    "--per",
+    type=click.Choice(["token", "document"]),
+    default="token",
+    show_default=True,
+    help="A list of losses for each document, or their mean.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace the file, and a column ref_loss.")
+@click.option("--config", default="llama3_debugmodel", show_default=True, help="Config function.")
+@click.option(
+    "--module", default="titan_integration", show_default=True, help="Module it is found in."
+)
+@click.option("--ranks", type=click.IntRange(1), help="Processes; default one per accelerator.")
+@click.argument("flags", metavar="[TORCHTITAN FLAGS]...", nargs=-1, type=click.UNPROCESSED)
+def score(
+    checkpoint: str,
+    data: str | None,
+    out: str,
+    per: str,
+    config: str,
+    module: str,
+    ranks: int | None,
+    flags: tuple[str, ...],
+    *,
+    overwrite: bool,
+) -> None:
+    """Store each token's loss under CHECKPOINT as a column ref_loss of the data.
+
+    Specs that read a reference loss then take it from the data, and need no
+    reference model beside the one that trains.  CHECKPOINT is a folder step-N of
+    torchtitan, or one of them, of which the latest is taken; --config is what it
+    was trained with.  Further flags go to torchtitan, as for train; give
+    --training.seq_len and the data's columns as in the run that follows.
+
+    \b
+    Examples:
+      weighting score outputs/uniform/checkpoint --data my.jsonl --out s.parquet
+      weighting score ckpt --data my.jsonl --out s.parquet --per document
+      weighting score ckpt --config llama3_8b --data corpus/ --out s.parquet
+      weighting train rho-1 --data s.parquet
+    """  # noqa: D301
+    if importlib.util.find_spec("torchtitan") is None:
+        give_up("scoring needs torchtitan: pip install 'weighting-dsl[titan]'")
+    command = [sys.executable, "-m", "titan_integration.score", "--checkpoint", checkpoint]
+    command += ["--out", out, "--per", per, "--config", config, "--module", module]
+    command += ["--data", data] if data else []
+    command += ["--ranks", str(ranks)] if ranks else []
+    command += ["--overwrite"] if overwrite else []
+    try:
+        code = subprocess.call([*command, "--", *flags])  # noqa: S603 - our own module
+    except KeyboardInterrupt:
+        code = 130
+    sys.exit(code)
