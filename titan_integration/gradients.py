@@ -20,7 +20,7 @@ import torch
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from torch import Tensor, nn
     from torch.distributed.tensor import DeviceMesh, Placement
@@ -32,28 +32,50 @@ Layout = tuple["DeviceMesh", tuple["Placement", ...]] | None
 class DomainGradients:
     """The gradients of a step, domain by domain."""
 
-    def __init__(self, parameters: Iterable[nn.Parameter], domains: int, max_norm: float) -> None:
-        """Take the parameters that train.
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        domains: int,
+        max_norm: float,
+        *,
+        weigh: Callable[[Tensor], Tensor],
+        over_ranks: Callable[[Tensor], Tensor],
+    ) -> None:
+        """Take the parameters that train, and what weighs their gradients.
 
         Args:
             parameters: Of the model on this rank.
             domains: How many there are.
             max_norm: Length that a domain's gradient is clipped to; 0 for none.
+            weigh: From inner products [K, K] to weights [K] that sum to one.
+            over_ranks: Sums over the ranks that hold other rows.
         """
+        self.weigh = weigh
+        self._over_ranks = over_ranks
+        self._turns: list[int] = []
         self._parameters = [p for p in parameters if p.requires_grad]
         self._domains = domains
         self._max_norm = max_norm
         self._kept: dict[int, list[Tensor]] = {}
         self._tokens: dict[int, Tensor] = {}
 
+    def noting_turns(
+        self, batches: Iterator[tuple[dict[str, Tensor], Tensor]]
+    ) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        """Yield the batches, and note whose turn each is while that is still on the CPU."""
+        for inputs, labels in batches:
+            self._turns.append(int(inputs["domain_ids"][0, 0]))
+            yield inputs, labels
+
     @torch.no_grad()
-    def take(self, domain: int, tokens: Tensor) -> bool:
-        """Copy and clear the gradient of a domain; return whether all are there.
+    def take(self, tokens: Tensor, total: Tensor) -> None:
+        """Copy and clear the gradient of the next domain; after the last, put their sum there.
 
         Args:
-            domain: Which one, from 0.
             tokens: Valid tokens of its microbatch on this rank, 0-D.
+            total: What the host has divided losses by: valid tokens of the whole step, 0-D.
         """
+        domain = self._turns.pop(0)
         assert domain not in self._tokens, "a domain has one turn a step"
         self._tokens[domain] = tokens
         gradients = [_local(p) for p in self._parameters]
@@ -62,31 +84,20 @@ class DomainGradients:
         for kept, gradient in zip(self._kept[domain], gradients, strict=True):
             kept.copy_(gradient)
             gradient.zero_()  # where it is: a captured graph goes on adding there
-        return len(self._tokens) == self._domains
+        if len(self._tokens) == self._domains:
+            self._combine(total)
 
-    @torch.no_grad()
-    def combine(
-        self,
-        total: Tensor,
-        over_ranks: Callable[[Tensor], Tensor],
-        weigh: Callable[[Tensor], Tensor],
-    ) -> None:
-        """Put the weighted sum of the gradients where the optimizer looks for it.
-
-        Args:
-            total: What the host has divided losses by: valid tokens of the whole step, 0-D.
-            over_ranks: Sums over the ranks that hold other rows.
-            weigh: From inner products [K, K] to weights [K] that sum to one.
-        """
+    def _combine(self, total: Tensor) -> None:
+        """Put the weighted sum of the gradients where the optimizer looks for it."""
         counts = [self._tokens[domain] for domain in range(self._domains)]
-        tokens = over_ranks(torch.stack(counts).to(total.device, torch.float32))
+        tokens = self._over_ranks(torch.stack(counts).to(total.device, torch.float32))
         scale = total / tokens.clamp(min=1)
         products = self._inner_products() * torch.outer(scale, scale)
         if self._max_norm > 0:
             lengths = products.diagonal().clamp(min=0).sqrt()
             clip = (self._max_norm / (lengths + 1e-6)).clamp(max=1)
             scale, products = scale * clip, products * torch.outer(clip, clip)
-        factors = weigh(products) * scale
+        factors = self.weigh(products) * scale
         for index, parameter in enumerate(self._parameters):
             gradient = _local(parameter)
             for domain, factor in enumerate(factors):

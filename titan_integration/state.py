@@ -244,6 +244,25 @@ class RunState(Stateful):
         members = known["domain_ids"].reshape(-1, 1) == domains
         self._by_domain += torch.where(valid.flatten(), rows, 0) @ members.float()
 
+    def weigh_gradients(self, products: Tensor) -> Tensor:
+        """Tell the weighting how the gradients of domains compare; return their weights.
+
+        Args:
+            products: Inner products of the gradients, [K, K].
+
+        Returns:
+            Weights that sum to one, [K].
+        """
+        self.fn.tell("gradients", products, self.step)
+        told = self.fn.live_weights(self.step)
+        heard = [
+            told[name]
+            for name, steps in self.fn.plans.items()
+            if any(step.stage.hears == "gradients" for step in steps)
+        ]
+        product = torch.stack(heard).prod(0)
+        return product / product.sum()
+
     @property
     def weighted_share(self) -> Tensor:
         """This rank's share of the step's weighted mean cross entropy so far, nats, 0-D."""

@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 import time
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
@@ -26,7 +26,6 @@ from typing_extensions import override
 import weighting as wt
 from titan_integration import cpu, versions
 from titan_integration.collectives import OverRanks
-from titan_integration.data import DomainTextDataLoader
 from titan_integration.gradients import DomainGradients
 from titan_integration.loss import (
     WeightedChunkedLoss,
@@ -35,7 +34,12 @@ from titan_integration.loss import (
 )
 from titan_integration.metrics import WeightedMetricsProcessor
 from titan_integration.mixing import write_mixture
-from titan_integration.records import REF_LOSS
+from titan_integration.preflight import (
+    ask_for_columns,
+    ask_for_rows,
+    read_spec,
+    refuse_unsupported,
+)
 from titan_integration.reference import (
     average_decay,
     build_reference,
@@ -45,13 +49,11 @@ from titan_integration.reference import (
     token_losses,
 )
 from titan_integration.resume import REFERENCE, WEIGHTING, ResumingCheckpointManager
-from titan_integration.state import Pipeline, RunState, data_columns, short_contexts
+from titan_integration.state import Pipeline, RunState, short_contexts
 from titan_integration.validate import DomainValidator
 from weighting.build import sketch
 from weighting.levels import documents
 from weighting.logits import IGNORE_INDEX
-from weighting.mixture import with_mixture
-from weighting.spec import resolve
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -60,12 +62,9 @@ if TYPE_CHECKING:
     from torchtitan.distributed import ParallelDims
     from torchtitan.models.common.decoder import Decoder
 
-C = TypeVar("C", bound=Configurable.Config)
+    from titan_integration.data import DomainTextDataLoader
 
-SIGNALS = frozenset(
-    {"loss", "entropy", "target_prob", "error_norm", "ref_loss", "domain_ids", "segment_ids"}
-)
-"""What this trainer can give a weighting, beside columns."""
+C = TypeVar("C", bound=Configurable.Config)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -183,7 +182,7 @@ class WeightedTrainer(Trainer):
     def _take_turns(self, config: Config, fn: wt.Weighting) -> None:
         """Make a step of one microbatch of every domain, whose gradients are kept apart."""
         count = len(fn.domains)
-        rows = config.training.local_batch_size * (ranks.size if (ranks := fn.collectives) else 1)
+        rows = config.training.local_batch_size * fn.collectives.size
         asked = config.training.global_batch_size
         if asked > 0 and asked != count * rows:
             msg = (
@@ -194,8 +193,13 @@ class WeightedTrainer(Trainer):
             raise ValueError(msg)
         self.gradient_accumulation_steps = count
         parameters = (p for part in self.model_parts for p in part.parameters())
-        self.gradients = DomainGradients(parameters, count, config.training.max_norm)
-        self._turns: list[int] = []
+        self.gradients = DomainGradients(
+            parameters,
+            count,
+            config.training.max_norm,
+            weigh=self.state.weigh_gradients,
+            over_ranks=self._over_rows,
+        )
         logger.info(f"A step takes {count} microbatches, one of every domain")
 
     @override
@@ -209,38 +213,15 @@ class WeightedTrainer(Trainer):
         """Run the host's; where domains take turns, keep the gradient, and combine the last."""
         given = {"input_dict": input_dict, "labels": labels}
         loss = super().forward_backward_step(**given, global_valid_tokens=global_valid_tokens)
-        if self.gradients is None:
-            return loss
-        assert isinstance(labels, Tensor), "refused under pipeline parallelism"
-        if self.gradients.take(self._turns.pop(0), (labels != IGNORE_INDEX).sum()):
-            self.gradients.combine(global_valid_tokens, self._over_rows, self._weigh_gradients)
+        if self.gradients is not None:
+            assert isinstance(labels, Tensor), "refused under pipeline parallelism"
+            self.gradients.take((labels != IGNORE_INDEX).sum(), global_valid_tokens)
         return loss
-
-    def _noting_turns(
-        self, batches: Iterator[tuple[dict[str, Tensor], Tensor]]
-    ) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-        """Yield the batches, and note whose turn each is while that is still on the CPU."""
-        for inputs, labels in batches:
-            self._turns.append(int(inputs["domain_ids"][0, 0]))
-            yield inputs, labels
 
     def _over_rows(self, x: Tensor) -> Tensor:
         """Return the sum over the ranks that hold other rows."""
         dims = self.parallel_dims
         return OverRanks(dims.get_mesh("batch").get_group()).sum(x) if dims.dp_enabled else x
-
-    def _weigh_gradients(self, products: Tensor) -> Tensor:
-        """Tell the weighting of the gradients' inner products; return the weights of domains."""
-        fn = self.state.fn
-        fn.tell("gradients", products, self.state.step)
-        told = fn.live_weights(self.state.step)
-        listening = [
-            told[name]
-            for name, steps in fn.plans.items()
-            if any(step.stage.hears == "gradients" for step in steps)
-        ]
-        product = torch.stack(listening).prod(0)
-        return product / product.sum()
 
     def _draw(self) -> None:
         """Tell the loader in which proportions to draw the step that begins; alike on all ranks."""
@@ -312,7 +293,7 @@ class WeightedTrainer(Trainer):
         self.state.begin_step(self.step)
         self._draw()
         if self.gradients is not None:
-            data_iterator = self._noting_turns(data_iterator)
+            data_iterator = self.gradients.noting_turns(data_iterator)
         average, (model, *_) = self.reference, self.model_parts
         if average is not None and self.decay is not None and self.step == 1:
             follow(average, model, 0)  # a fresh run starts from its own first weights
@@ -413,50 +394,6 @@ def with_weighting(
     return weighted
 
 
-def read_spec(config: WeightingConfig) -> wt.Spec:
-    """Return the spec a config names.
-
-    Raises:
-        ValueError: None is named, or it is wrong.
-    """
-    if not config.spec:
-        msg = "no weighting spec; pass --weighting.spec, as in --weighting.spec specs/linupper.yaml"
-        raise ValueError(msg)
-    spec = resolve(config.spec, allow_plugins=config.allow_plugins)
-    if not config.mixture:
-        return spec
-    return with_mixture(spec, resolve(config.mixture, allow_plugins=config.allow_plugins))
-
-
-def refuse_unsupported(config: WeightedTrainer.Config, fn: wt.Weighting) -> None:
-    """Refuse what would train with wrong weights, before anything is built.
-
-    Raises:
-        ValueError: Says what, why, and what to do instead.
-    """
-    missing = sorted(x for x in fn.needs - SIGNALS if not x.startswith("columns."))
-    if missing:
-        msg = f"{fn.spec.name} reads {', '.join(missing)}, which this trainer does not provide yet"
-        raise ValueError(msg)
-    _refuse_reference(config, fn)
-    if fn.spec.scope == "rank" and fn.state_dict():
-        msg = (
-            "scope: rank would have every rank remember something else, and a checkpoint holds one "
-            "memory; leave scope out"
-        )
-        raise ValueError(msg)
-    if "gradients" in fn.hears:
-        _refuse_gradients(config, fn)
-    if "validation" in fn.hears and not config.validator.enable:
-        logger.warning(f"{fn.spec.name} waits for validations; without --validator.enable it stays")
-    if fn.identity:
-        return
-    if config.parallelism.pipeline_parallel_degree > 1:
-        _refuse_pipeline(config, fn)
-    if config.parallelism.context_parallel_degree > 1:
-        _refuse_context(config, fn)
-
-
 def ranks_of(dims: ParallelDims) -> OverRanks | None:
     """Return how statistics reach the ranks that hold other tokens; None if there are none."""
     rows = dims.get_mesh("batch").get_group() if dims.dp_enabled else None
@@ -470,36 +407,6 @@ def pipeline_of(dims: ParallelDims, *, last: bool) -> Pipeline:
     stages = OverRanks(dims.get_mesh("pp").get_group())
     holder = stages.gather(torch.tensor(int(last), device=utils.device_type)).argmax()
     return Pipeline(stages, int(holder))
-
-
-def ask_for_columns(config: WeightedTrainer.Config, needs: frozenset[str]) -> None:
-    """Have the loader read the columns that a spec needs, so that nobody has to name them twice."""
-    columns = data_columns(needs)
-    if "ref_loss" in needs and not config.weighting.reference:
-        columns.append(REF_LOSS)
-    loader = config.dataloader
-    if columns and isinstance(loader, DomainTextDataLoader.Config):
-        # A copy, as the same config may serve the validator, which needs no columns.
-        config.dataloader = replace(loader, columns=[*dict.fromkeys([*loader.columns, *columns])])
-
-
-def ask_for_rows(config: WeightedTrainer.Config, fn: wt.Weighting) -> None:
-    """Have the loader yield rows of one domain each where a spec draws them, or compares them.
-
-    Raises:
-        ValueError: The loader cannot.
-    """
-    wanted = "turns" if "gradients" in fn.hears else "drawn" if fn.sampling else ""
-    loader = config.dataloader
-    if wanted and isinstance(loader, DomainTextDataLoader.Config):
-        config.dataloader = replace(loader, rows=wanted)
-    elif wanted:
-        msg = (
-            f"{fn.spec.name} says which domains data is drawn from, and the loader is "
-            f"{type(loader).__qualname__}; use titan_integration.data.DomainTextDataLoader, or "
-            "apply: loss"
-        )
-        raise ValueError(msg)
 
 
 @contextlib.contextmanager
@@ -519,94 +426,6 @@ def exit_on_user_error() -> Iterator[None]:
 
 _HEAD_START = 10.0
 """Seconds the other ranks wait for the first to report an error."""
-
-
-ALL_LOSSES_FIRST = ("GPipe", "LoopedBFS")
-"""Pipeline schedules that run every forward pass before the first backward pass."""
-
-
-def _refuse_pipeline(config: WeightedTrainer.Config, fn: wt.Weighting) -> None:
-    """Refuse what a pipeline's last stage cannot know, or cannot know in time."""
-    if config.weighting.reference or short_contexts(fn.needs):
-        msg = (
-            f"{fn.spec.name} needs a forward pass of its own, which is not sent through the "
-            "pipeline; give ref_loss as a column of the data, or set "
-            "--parallelism.pipeline_parallel_degree 1"
-        )
-        raise ValueError(msg)
-    if not fn.looks_around or fn.spec.scope in {"running", "step"}:
-        return
-    schedule = config.parallelism.pipeline_parallel_schedule
-    if config.parallelism.pipeline_parallel_schedule_csv or schedule not in ALL_LOSSES_FIRST:
-        msg = (
-            f"{fn.spec.name} needs all losses of a batch before the first backward pass, and the "
-            f"pipeline schedule {schedule} runs some backward passes earlier; set "
-            f"--parallelism.pipeline_parallel_schedule {ALL_LOSSES_FIRST[0]}, or write scope: step "
-            "into the spec (exact, at the cost of one more forward pass) or scope: running"
-        )
-        raise ValueError(msg)
-    if getattr(config.loss, "memory", "full") == "full":
-        msg = (
-            "weights of a pipeline's microbatches are known after their losses; use the chunked "
-            "loss with --loss.memory auto, or write scope: step into the spec"
-        )
-        raise ValueError(msg)
-
-
-def _refuse_gradients(config: WeightedTrainer.Config, fn: wt.Weighting) -> None:
-    """Refuse what would mix the gradients of domains, or weigh them twice."""
-    name = fn.spec.name
-    if fn.sampling:
-        msg = f"{name} compares the gradients of domains that take turns; leave out the mixture"
-        raise ValueError(msg)
-    if config.parallelism.pipeline_parallel_degree > 1:
-        msg = (
-            f"{name} takes the gradient of one microbatch after the other, which a pipeline mixes; "
-            "set --parallelism.pipeline_parallel_degree 1"
-        )
-        raise ValueError(msg)
-    if fn.spec.scope != "microbatch" or fn.spec.normalize != "mean_one":
-        msg = (
-            f"{name} weighs the gradients of microbatches of one domain each, whose own weights "
-            "must be mean one; leave out scope and normalize"
-        )
-        raise ValueError(msg)
-
-
-def _refuse_context(config: WeightedTrainer.Config, fn: wt.Weighting) -> None:
-    """Refuse what a rank with a part of each sequence cannot do."""
-    whole = "set --parallelism.context_parallel_degree 1"
-    if config.parallelism.context_parallel_load_balancer == "ptrr":
-        msg = (
-            "the ptrr load balancer orders tokens by their attention mask, which signals cannot "
-            "follow; set --parallelism.context_parallel_load_balancer headtail"
-        )
-        raise ValueError(msg)
-    if short_contexts(fn.needs):
-        msg = f"{fn.spec.name} reads losses on short contexts, which take whole sequences; {whole}"
-        raise ValueError(msg)
-    if fn.spec.scope == "rank":
-        msg = f"scope: rank takes whole sequences on each rank; leave scope out, or {whole}"
-        raise ValueError(msg)
-
-
-def _refuse_reference(config: WeightedTrainer.Config, fn: wt.Weighting) -> None:
-    """Refuse a reference that is not there, is of no use, or competes with a column."""
-    path = config.weighting.reference
-    if not path:
-        return
-    if "ref_loss" not in fn.needs:
-        msg = f"{fn.spec.name} reads no ref_loss; leave out --weighting.reference {path}"
-        raise ValueError(msg)
-    columns = getattr(config.dataloader, "columns", ())
-    if REF_LOSS in columns and f"columns.{REF_LOSS}" not in fn.needs:
-        msg = (
-            f"ref_loss comes from --weighting.reference {path}, or from the column {REF_LOSS!r} of "
-            "--dataloader.columns; leave out one of them"
-        )
-        raise ValueError(msg)
-    if average_decay(path) is None:
-        find_checkpoint(path)
 
 
 def _is_signal(key: str) -> bool:

@@ -53,7 +53,7 @@ def main() -> None:
 
 def run(trainer: Any, config: Any, spec: wt.Spec, batches: list[Any]) -> dict[str, Any]:
     """Return where the tokens of the last step stand, their weights, and the gradients."""
-    from titan_integration.trainer import refuse_unsupported  # noqa: PLC0415 - after the device
+    from titan_integration.preflight import refuse_unsupported  # noqa: PLC0415 - after the device
     from weighting.build import sketch  # noqa: PLC0415
 
     refuse_unsupported(config, sketch(spec))

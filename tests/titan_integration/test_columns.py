@@ -20,10 +20,10 @@ from titan_integration import config_registry
 from titan_integration.data import DomainTextDataLoader
 from titan_integration.documents import hub_documents
 from titan_integration.packing import Cut, PackedRows
+from titan_integration.preflight import ask_for_columns, refuse_unsupported
 from titan_integration.records import Columns
 from titan_integration.state import RunState, data_columns, short_contexts
 from titan_integration.tokenizer import ensure_tokenizer
-from titan_integration.trainer import ask_for_columns, refuse_unsupported
 
 COUNT = 60
 NAMES = ["score", "meta.quality", "ref_loss"]

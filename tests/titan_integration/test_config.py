@@ -11,13 +11,9 @@ import weighting as wt
 from titan_integration import config_registry, with_weighting
 from titan_integration.loss import WeightedChunkedLoss, WeightedCrossEntropyLoss
 from titan_integration.metrics import WeightedMetricsProcessor
+from titan_integration.preflight import read_spec, refuse_unsupported
 from titan_integration.resume import ResumingCheckpointManager
-from titan_integration.trainer import (
-    WeightedTrainer,
-    WeightingConfig,
-    read_spec,
-    refuse_unsupported,
-)
+from titan_integration.trainer import WeightedTrainer, WeightingConfig
 from titan_integration.validate import DomainValidator
 from weighting import registry
 from weighting.build import sketch

@@ -15,7 +15,8 @@ from torch.nn import functional
 import weighting as wt
 from titan_integration import config_registry, cpu
 from titan_integration.mixing import FILE
-from titan_integration.trainer import WeightedTrainer, ask_for_rows, refuse_unsupported
+from titan_integration.preflight import ask_for_rows, refuse_unsupported
+from titan_integration.trainer import WeightedTrainer
 from weighting.build import sketch
 
 pytestmark = [
@@ -45,6 +46,8 @@ class NotingTrainer(WeightedTrainer):
             return out
 
         self.state.weigh = note
+        if self.gradients:
+            self.gradients.weigh = self.note_products
 
     def post_dataloading_process(self, input_dict, labels):
         """Write down the batch that goes to the model."""
@@ -54,10 +57,10 @@ class NotingTrainer(WeightedTrainer):
         self.notes.append({key: x.clone() for key, x in batch.items()})
         return found
 
-    def _weigh_gradients(self, products):
+    def note_products(self, products):
         """Write down the inner products."""
         self.notes[-1]["products"] = products.clone()
-        return super()._weigh_gradients(products)
+        return self.state.weigh_gradients(products)
 
     def forward_backward_step(self, **batch):
         """Write down the gradient that a step ends with."""

@@ -12,8 +12,9 @@ from runs import drive, seed_checkpoint, torchrun
 
 import weighting as wt
 from titan_integration import config_registry, cpu
+from titan_integration.preflight import refuse_unsupported
 from titan_integration.reference import find_checkpoint, load_model, short_context
-from titan_integration.trainer import WeightedTrainer, refuse_unsupported
+from titan_integration.trainer import WeightedTrainer
 from weighting.build import sketch
 from weighting.losses import token_loss
 

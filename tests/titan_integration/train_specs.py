@@ -13,7 +13,7 @@ from torchtitan.config import ConfigManager
 from torchtitan.tools.logging import init_logger
 
 import weighting as wt
-from titan_integration.trainer import ask_for_columns
+from titan_integration.preflight import ask_for_columns
 from weighting.build import sketch
 
 STEPS = 5
