@@ -22,6 +22,10 @@ _COSTS = {
     "ref_loss": "a forward pass of the reference model, unless the loss is a data column",
     "columns.short_loss_": "a second forward pass, on the short context",
 }
+_NEWS = {
+    "gradients": "a gradient for each domain, in turns",
+    "validation": "a validation with text of every domain now and then",
+}
 
 
 def main(folder: Path) -> None:
@@ -47,6 +51,7 @@ probability is exp(-loss), the reference loss is 3 nats throughout, the short-co
 nat more than half the loss, a data column runs from 0 to 4 (one of topics through sets of them),
 and the domains follow one another from low losses to high ones.  Where a spec works inside each
 sequence, the 129 tokens are one.
+What only draws data is a flat line at 1, and so is what waits to be told of gradients.
 Schedules are shown at their last step, stages that remember after 200 such batches."""
 
 
@@ -58,7 +63,6 @@ def entry(path: Path, spec: wt.Spec) -> str:
         f"    {'' if len(spec.factors) == 1 else name + ': '}{arrow_text(pipeline)}"
         for name, pipeline in spec.factors.items()
     )
-    level = " x ".join(dict.fromkeys(steps[-1].level for steps in fn.plans.values()))
     return "\n".join(
         [
             f"## {spec.name}",
@@ -71,12 +75,38 @@ def entry(path: Path, spec: wt.Spec) -> str:
             "",
             formula,
             "",
-            f"- Weighs: per {level}.  Reads: {', '.join(sorted(fn.needs)) or 'nothing'}.",
+            f"- Weighs: per {level(fn)}.  Reads: {', '.join(sorted(fn.needs)) or 'nothing'}.",
+            *acts(fn),
             f"- Costs: {cost(fn)}.",
             f"- Paper: {paper}",
             f"- Differs{differs if differs.startswith(':') else ' ' + differs}",
         ]
     )
+
+
+def level(fn: Weighting) -> str:
+    """Return the units that are weighed, factor by factor."""
+    levels = (
+        "domain"
+        if fn.applied[name] == "sampling" or "domain_ids" in steps[0].stage.reads()
+        else steps[-1].level
+        for name, steps in fn.plans.items()
+    )
+    return " x ".join(dict.fromkeys(levels))
+
+
+def acts(fn: Weighting) -> list[str]:
+    """Return a line on what draws and what multiplies, if anything draws."""
+    if not fn.sampling:
+        return []
+    names = {name: name if len(fn.plans) > 1 else "the weights" for name in fn.plans}
+    multiplied = [
+        names[name] if where == "loss" else f"{names[name]} / share drawn"
+        for name, where in fn.applied.items()
+        if where != "sampling"
+    ]
+    drawn = " x ".join(names[name] for name in fn.sampling)
+    return [f"- Draws by: {drawn}.  Multiplies the loss by: {' x '.join(multiplied) or 'nothing'}."]
 
 
 def header(text: str) -> tuple[str, str, str, str]:
@@ -93,10 +123,10 @@ def header(text: str) -> tuple[str, str, str, str]:
 
 def cost(fn: Weighting) -> str:
     """Return what a spec costs beside plain training, in words."""
-    if fn.identity:
-        return "nothing"
-    more = [text for name, text in _COSTS.items() if any(n.startswith(name) for n in fn.needs)]
-    return "; ".join([_SIGNALS, *more])
+    found = [] if fn.identity else [_SIGNALS]
+    found += [text for name, text in _COSTS.items() if any(n.startswith(name) for n in fn.needs)]
+    found += [_NEWS[news] for news in sorted(fn.hears)]
+    return "; ".join(found) or "nothing"
 
 
 def picture(spec: wt.Spec) -> str:

@@ -14,14 +14,18 @@ CALLS = {
     "spec beyond-ll": (0, 0, 0, 0, 0, 0),
     "spec cvar": (0, 0, 10, 1176, 0, 0),
     "spec dft": (0, 0, 0, 0, 0, 0),
-    "spec doge-table-x-linupper": (1, 0, 1, 32, 0, 1),
+    "spec doge-proxy": (0, 0, 1, 8, 0, 0),
+    "spec doge-table-x-linupper": (1, 0, 1, 24, 0, 1),
+    "spec doremi-clip-by-domain": (0, 0, 3, 108, 0, 0),
     "spec doremi-proxy": (0, 0, 2, 88, 0, 0),
-    "spec doremi-table-x-linupper": (1, 0, 1, 32, 0, 1),
+    "spec doremi-table-x-linupper": (1, 0, 1, 24, 0, 1),
     "spec doremi-x-linupper-x-mile": (1, 0, 2, 112, 0, 1),
     "spec dro-kl": (1, 0, 1, 24, 0, 1),
+    "spec dynamic-loading": (0, 0, 0, 0, 0, 0),
     "spec eaft": (0, 0, 0, 0, 0, 0),
     "spec error-norm": (0, 0, 8, 1160, 0, 0),
     "spec eslm": (0, 0, 9, 1168, 0, 0),
+    "spec extremes-gpt2": (1, 0, 1, 24, 0, 1),
     "spec extremes": (1, 0, 1, 24, 0, 1),
     "spec focal": (0, 0, 1, 16, 0, 0),
     "spec group-dro": (0, 0, 3, 108, 0, 0),
@@ -30,11 +34,14 @@ CALLS = {
     "spec iwsi-column": (0, 0, 0, 0, 0, 0),
     "spec linupper-1p4b": (1, 0, 1, 24, 0, 1),
     "spec linupper-7b": (1, 0, 1, 24, 0, 1),
+    "spec linupper-gpt2": (1, 0, 1, 24, 0, 1),
     "spec linupper-x-mile": (1, 0, 1, 32, 0, 1),
     "spec linupper": (1, 0, 1, 24, 0, 1),
     "spec longce": (0, 0, 0, 0, 0, 0),
     "spec mile": (0, 0, 1, 16, 0, 0),
+    "spec odm": (0, 0, 2, 88, 0, 0),
     "spec prop1": (1, 0, 1, 24, 0, 1),
+    "spec quadratic-gpt2": (1, 0, 1, 24, 0, 1),
     "spec quadratic": (1, 0, 1, 24, 0, 1),
     "spec rgd": (1, 0, 0, 16, 0, 1),
     "spec rho-1": (0, 0, 10, 1176, 0, 0),
@@ -47,17 +54,21 @@ CALLS = {
     "spec toremi-topics": (0, 0, 1, 64, 0, 0),
     "spec toremi": (0, 0, 1, 80, 0, 0),
     "spec ukpl": (0, 0, 1, 8, 0, 1),
+    "spec uniform-domains": (0, 0, 0, 0, 0, 0),
     "spec uniform": (0, 0, 0, 0, 0, 0),
     "spec upper": (1, 0, 1, 24, 0, 1),
     "stage abs": (1, 0, 1, 24, 0, 1),
     "stage affine": (1, 0, 1, 24, 0, 1),
     "stage as_is": (0, 0, 1, 8, 0, 0),
+    "stage bandit": (0, 0, 2, 88, 0, 0),
     "stage bernoulli": (1, 0, 1, 24, 0, 1),
     "stage clamp": (1, 0, 1, 24, 0, 1),
     "stage clip": (1, 0, 1, 24, 0, 1),
     "stage column": (0, 0, 1, 16, 0, 0),
     "stage context_gain": (0, 0, 1, 8, 0, 1),
+    "stage doge": (0, 0, 1, 8, 0, 0),
     "stage doremi": (0, 0, 2, 88, 0, 0),
+    "stage dynamic_loading": (0, 0, 1, 8, 0, 0),
     "stage entropy": (0, 0, 1, 16, 0, 0),
     "stage error_norm": (1, 0, 1, 24, 0, 1),
     "stage excess_loss": (0, 0, 1, 16, 0, 0),
@@ -98,6 +109,9 @@ CALLS = {
     "extra all-levels": (2, 0, 3, 208, 1, 2),
     "extra tokens": (0, 4, 20, 1372, 0, 0),
     "extra running": (1, 0, 1, 24, 0, 1),
+    "extra both": (1, 0, 2, 104, 0, 1),
+    "extra both alone": (0, 0, 1, 16, 0, 0),
+    "extra live draw": (0, 0, 2, 96, 0, 0),
     "extra drop": (1, 0, 1, 24, 0, 1),
 }
 """Of a batch of four sequences of six tokens on two ranks.
@@ -106,6 +120,7 @@ Pooled sequences and documents take one gather of their scores; what then looks 
 Domains take one sum.  Statistics over single tokens are a call each: normalize a maximum,
 temperature a maximum and a sum, a k-th largest a count and six sums, a cap or a floor a maximum
 and nine sums.  Scaling to mean one is one sum, for all factors and their product together.
+Drawing by a table is free.
 """
 
 
@@ -183,7 +198,10 @@ def test_a_batch_takes_the_calls_of_the_table(case):
     assert summed_up(heard(case, masked)) == CALLS[case], "values must not matter"
 
 
-@pytest.mark.parametrize("name", ["uniform", "dft", "beyond-ll", "eaft", "iwsi-column", "longce"])
+@pytest.mark.parametrize(
+    "name",
+    ["uniform", "uniform-domains", "dft", "beyond-ll", "eaft", "iwsi-column", "longce"],
+)
 def test_weights_of_single_tokens_ask_nobody(name):
     """Weights that each token has by itself, unscaled, take no collective."""
     assert heard(f"spec {name}", tables.batch(4, 6)) == []
@@ -197,12 +215,20 @@ def test_weights_of_single_tokens_ask_nobody(name):
         ("linupper", ["gather", "sum"]),
         ("linupper-x-mile", ["gather", "sum"]),
         ("table-x-linupper", ["gather", "sum"]),
+        ("doge-table-x-linupper", ["gather", "sum"]),
     ],
 )
 def test_sequences_take_one_gather_and_scaling_one_sum(name, kinds):
     """The gather brings the scores of all sequences together; one sum scales all factors."""
     calls = heard(f"spec {name}", tables.batch(4, 6))
     assert [kind for kind, _ in calls if "parts" not in kind] == kinds
+
+
+@pytest.mark.parametrize("name", ["doge-table-x-linupper", "doremi-table-x-linupper"])
+def test_drawing_by_a_table_is_free(name):
+    """The calls are those of the factor that weighs the loss, kind by kind and byte by byte."""
+    signals = tables.batch(4, 6)
+    assert heard(f"spec {name}", signals) == heard("spec linupper", signals)
 
 
 def test_thousands_of_sequences_move_some_kilobytes():

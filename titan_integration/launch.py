@@ -1,6 +1,7 @@
 """Start torchtitan's trainer through torchrun with what this machine needs; say where results are.
 
-`weighting train` ends up here.  The flags a user gives come last and win.
+`weighting train` ends up here.  The flags a user gives come last and win.  `weighting score` starts
+its ranks with the same functions.
 """
 
 from __future__ import annotations
@@ -32,37 +33,109 @@ _ON_CPU = {
 def main(arguments: list[str] | None = None) -> int:
     """Run the trainer; return the exit status: 0, 2 for an error of the user's, or the ranks'."""
     args = _parse(sys.argv[1:] if arguments is None else arguments)
-    if message := _unknown_config(args.module, args.config):
-        sys.stderr.write(f"error: {message}\n")
+    try:
+        check_config(args.module, args.config)
+    except ValueError as error:
+        sys.stderr.write(f"error: {error}\n")
         return 2
-    name = resolve(args.spec, allow_plugins=args.allow_plugins).name
-    flags = _flags(args, name)
-    ranks = args.ranks or max(1, torch.accelerator.device_count())
+    flags = _flags(args, resolve(args.spec, allow_plugins=args.allow_plugins).name)
+    code = on_ranks(args.ranks, "torchtitan.train", flags)
+    folder = Path(value_of(flags, "--dump_folder") or ".")
+    if code == 0 and "--checkpoint.create_seed_checkpoint" not in flags:
+        _report(folder)
+    return code
+
+
+def common_parser(prog: str) -> argparse.ArgumentParser:
+    """Return a parser of what all runs on ranks are given: model, data and further flags."""
+    parser = argparse.ArgumentParser(prog=prog)
+    parser.add_argument("--config", default="llama3_debugmodel")
+    parser.add_argument("--module", default="titan_integration")
+    parser.add_argument("--data")
+    parser.add_argument("--ranks", type=int)
+    parser.add_argument("flags", nargs="*")
+    return parser
+
+
+def check_config(module: str, config: str) -> None:
+    """Check that there is a config function of this name, if it is to be one of ours.
+
+    Raises:
+        ValueError: There is none; says which there are.
+    """
+    if message := _unknown_config(module, config):
+        raise ValueError(message)
+
+
+def host_flags(args: argparse.Namespace, spec: str, folder: str) -> list[str]:
+    """Return torchtitan's flags for what `common_parser` has read, but for the user's own flags.
+
+    Those are to follow; where they are, defaults are left out, as `folder` for `--dump_folder`.
+    """
+    flags = ["--module", args.module, "--config", args.config, "--weighting.spec", spec]
+    defaults = {"--dump_folder": folder}
+    if not torch.accelerator.is_available() and args.config in _FOR_CPU:
+        defaults |= _ON_CPU
+    for flag, value in defaults.items():
+        if value_of(args.flags, flag) is None:
+            flags += [flag, value]
+    if not sys.stdout.isatty():
+        flags.append("--metrics.disable_color_printing")
+    if args.data:
+        is_local = Path(args.data).exists()
+        flags += ["--dataloader.dataset_path" if is_local else "--dataloader.dataset", args.data]
+    return flags
+
+
+def value_of(flags: list[str], flag: str) -> str | None:
+    """Return what a command line gives for a flag, in either spelling; the last one counts."""
+    found = None
+    names = {flag, flag.replace("_", "-")}
+    for index, word in enumerate(flags):
+        name, equals, value = word.partition("=")
+        if name in names:
+            found = value if equals else flags[index + 1] if index + 1 < len(flags) else None
+    return found
+
+
+def on_ranks(ranks: int | None, module: str, flags: list[str]) -> int:
+    """Run a module on ranks of this machine, by default one per accelerator; return the status.
+
+    The first rank's output is shown; the status is 0, or that of the rank that failed.
+    """
+    ranks = ranks or max(1, torch.accelerator.device_count())
     if not torch.accelerator.is_available():
         # Ranks share the cores; more threads than that only get in each other's way.
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     # A plugin or config module of the user's may be in the working directory.
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")])
     options = ["--standalone", f"--nproc-per-node={ranks}", "--local-ranks-filter=0"]
-    command = [*options, "--role=rank", "--tee=3", "-m", "torchtitan.train", *flags]
-    code = _torchrun(command)
-    folder = Path(_value(flags, "--dump_folder") or ".")
-    if code == 0 and "--checkpoint.create_seed_checkpoint" not in flags:
-        _report(folder)
-    return code
+    command = [*options, "--role=rank", "--tee=3", "-m", module, *flags]
+    # The ranks have said what was wrong, so torchrun adds nothing of its own.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    try:
+        torchrun(get_args_parser().parse_args(command))
+    except ChildFailedError as error:
+        codes = {failure.exitcode for failure in error.failures.values()}
+        # A rank that fails first decides; the others are stopped by a signal.
+        return max((code for code in codes if code > 0), default=1)
+    return 0
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m titan_integration.launch")
+    parser = common_parser("python -m titan_integration.launch")
     parser.add_argument("--spec", required=True)
-    parser.add_argument("--config", default="llama3_debugmodel")
-    parser.add_argument("--module", default="titan_integration")
     parser.add_argument("--mixture")
-    parser.add_argument("--data")
-    parser.add_argument("--ranks", type=int)
     parser.add_argument("--allow-plugins", action="store_true")
-    parser.add_argument("flags", nargs="*")
     return parser.parse_args(arguments)
+
+
+def _flags(args: argparse.Namespace, name: str) -> list[str]:
+    """Return torchtitan's command line: ours first, the user's after it."""
+    flags = host_flags(args, args.spec, f"outputs/{name}")
+    flags += ["--weighting.mixture", args.mixture] if args.mixture else []
+    flags += ["--weighting.allow_plugins"] if args.allow_plugins else []
+    return [*flags, *args.flags]
 
 
 def _unknown_config(module: str, config: str) -> str | None:
@@ -77,50 +150,6 @@ def _unknown_config(module: str, config: str) -> str | None:
     if config in known:
         return None
     return f"no config function {config!r}{nearest(config, known)}; there are {', '.join(known)}"
-
-
-def _flags(args: argparse.Namespace, name: str) -> list[str]:
-    """Return torchtitan's command line: ours first, the user's after it."""
-    flags = ["--module", args.module, "--config", args.config, "--weighting.spec", args.spec]
-    defaults = {"--dump_folder": f"outputs/{name}"}
-    if not torch.accelerator.is_available() and args.config in _FOR_CPU:
-        defaults |= _ON_CPU
-    for flag, value in defaults.items():
-        if _value(args.flags, flag) is None:
-            flags += [flag, value]
-    if args.mixture:
-        flags += ["--weighting.mixture", args.mixture]
-    if args.allow_plugins:
-        flags.append("--weighting.allow_plugins")
-    if not sys.stdout.isatty():
-        flags.append("--metrics.disable_color_printing")
-    if args.data:
-        is_local = Path(args.data).exists()
-        flags += ["--dataloader.dataset_path" if is_local else "--dataloader.dataset", args.data]
-    return [*flags, *args.flags]
-
-
-def _value(flags: list[str], flag: str) -> str | None:
-    """Return what a command line gives for a flag, in either spelling; the last one counts."""
-    found = None
-    names = {flag, flag.replace("_", "-")}
-    for index, word in enumerate(flags):
-        name, equals, value = word.partition("=")
-        if name in names:
-            found = value if equals else flags[index + 1] if index + 1 < len(flags) else None
-    return found
-
-
-def _torchrun(command: list[str]) -> int:
-    """Run torchrun; the ranks have said what was wrong, so it adds nothing of its own."""
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    try:
-        torchrun(get_args_parser().parse_args(command))
-    except ChildFailedError as error:
-        codes = {failure.exitcode for failure in error.failures.values()}
-        # A rank that fails first decides; the others are stopped by a signal.
-        return max((code for code in codes if code > 0), default=1)
-    return 0
 
 
 def _report(folder: Path) -> None:

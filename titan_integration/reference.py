@@ -37,15 +37,23 @@ if TYPE_CHECKING:
     from torchtitan.trainer import Trainer
 
 
-def find_checkpoint(path: str) -> Path:
+SOURCE = "--weighting.reference"
+"""What messages call the source of a reference, unless they are told."""
+
+
+def find_checkpoint(path: str, source: str = SOURCE) -> Path:
     """Return the folder of a checkpoint: the path itself, or the latest `step-N` in it.
+
+    Args:
+        path: A folder.
+        source: Where the path was given, for messages.
 
     Raises:
         ValueError: There is none; says what there is.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        msg = f"--weighting.reference {path}: no such folder{near(folder.name, siblings(path))}"
+        msg = f"{source} {path}: no such folder{near(folder.name, siblings(path))}"
         raise ValueError(msg)
     if (folder / ".metadata").is_file():
         return folder
@@ -57,7 +65,7 @@ def find_checkpoint(path: str) -> Path:
     if not steps:
         there = ", ".join(sorted(p.name for p in folder.iterdir())[:10]) or "nothing"
         msg = (
-            f"--weighting.reference {path}: no checkpoint here, neither .metadata nor a folder "
+            f"{source} {path}: no checkpoint here, neither .metadata nor a folder "
             f"step-N with one; there is: {there}. It takes a checkpoint of torchtitan's own format"
         )
         raise ValueError(msg)
@@ -90,13 +98,16 @@ def follow(reference: Decoder, model: torch.nn.Module, decay: float) -> None:
         average.mul_(decay).add_(parameter.detach(), alpha=1 - decay)
 
 
-def build_reference(config: Trainer.Config, dims: ParallelDims, folder: Path | None) -> Decoder:
+def build_reference(
+    config: Trainer.Config, dims: ParallelDims, folder: Path | None, source: str = SOURCE
+) -> Decoder:
     """Build a second model like the one that trains, load it if there is a folder, and freeze it.
 
     Args:
         config: The trainer's, as the host has completed it.
         dims: The trainer's meshes.
         folder: A checkpoint as `find_checkpoint` returns it; None for a moving average.
+        source: Where it was given, for messages.
 
     Raises:
         ValueError: The checkpoint cannot be read, or is of another architecture.
@@ -119,7 +130,7 @@ def build_reference(config: Trainer.Config, dims: ParallelDims, folder: Path | N
     with torch.no_grad():  # Buffers are in no checkpoint.
         model.init_weights(buffer_device=torch.device(utils.device_type) if offload else None)
     if folder is not None:
-        load_model(model, folder, f"{spec.name} {spec.flavor}")
+        load_model(model, folder, f"{spec.name} {spec.flavor}", source)
     model.requires_grad_(requires_grad=False)
     model.eval()
     if isinstance(config.loss, WeightedChunkedLoss.Config):
@@ -127,7 +138,7 @@ def build_reference(config: Trainer.Config, dims: ParallelDims, folder: Path | N
     return model
 
 
-def load_model(model: torch.nn.Module, folder: Path, name: str) -> None:
+def load_model(model: torch.nn.Module, folder: Path, name: str, source: str = SOURCE) -> None:
     """Load the parameters of a checkpoint, whatever else is in it; every rank must call it.
 
     Raises:
@@ -141,14 +152,14 @@ def load_model(model: torch.nn.Module, folder: Path, name: str) -> None:
         if not misfits:
             dcp.load(state, checkpoint_id=folder)
     except (Exception, CheckpointException) as error:
-        msg = f"--weighting.reference: cannot read {folder}: {type(error).__name__}: {error}"
+        msg = f"{source}: cannot read {folder}: {type(error).__name__}: {error}"
         raise ValueError(msg) from error
     if misfits:
         more = f", and {len(misfits) - 1} more" if len(misfits) > 1 else ""
         msg = (
-            f"--weighting.reference: {folder} is no checkpoint of {name}: {misfits[0]}{more}. A "
-            "reference has the architecture of the model that trains; losses of another one go "
-            "into a column 'ref_loss' of the data"
+            f"{source}: {folder} is no checkpoint of {name}: {misfits[0]}{more}. A reference has "
+            "the architecture of the model that trains; weighting score takes any, with the "
+            "--config it was trained with, and stores its losses as a column 'ref_loss'"
         )
         raise ValueError(msg)
     wrapper.load_state_dict(state)

@@ -386,7 +386,8 @@ class RunState(Stateful):
         """Return what the state belongs to; the domains only where it may be one for each."""
         spec = self.fn.spec
         record = {"spec_hash": spec.hash, "spec": str(spec)}
-        if "domain_ids" in self.fn.needs and self.fn.state_dict():
+        by_domain = "domain_ids" in self.fn.needs or self.fn.moves_domains
+        if by_domain and self.fn.state_dict():
             record["domains"] = ", ".join(self.fn.domains)
         return record
 

@@ -28,7 +28,7 @@ from weighting.contract import (
 from weighting.errors import NonFiniteSignalError, Problem, SpecError
 from weighting.levels import Groups, group
 from weighting.schedules import Constant, Schedule, ShareOfN
-from weighting.stages import Clamp, Loss, Mean, MeanOne, Uniform
+from weighting.stages import Clamp, Loss, Mean, MeanOne, Table, Uniform
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -243,7 +243,7 @@ class Weighting(nn.Module):
         read = (
             _needs(steps)
             for name, steps in self.plans.items()
-            if self.applied[name] != "sampling" or _remembers(steps)
+            if self.applied[name] != "sampling" or _follows(steps)
         )
         self.needs = frozenset(by_domain).union(*read)
         if corrected:
@@ -367,7 +367,7 @@ class Weighting(nn.Module):
         assert self.sampling, "the spec draws nothing"
         told = self.domain_weights(step)
         product = torch.stack([told[name] for name in self.sampling]).double().prod(0)
-        return product / product.sum()
+        return product / product.sum().clamp(min=torch.finfo(torch.float64).tiny)
 
     def tell(self, news: News, x: Tensor, step: int | Tensor = 0) -> None:
         """Tell the stages that listen what happened between batches; their state moves.
@@ -445,7 +445,7 @@ class Weighting(nn.Module):
 
     def _runs(self, factor: str) -> bool:
         """Tell whether a batch changes anything about a factor or by it."""
-        return self.applied[factor] != "sampling" or _remembers(self.plans[factor])
+        return self.applied[factor] != "sampling" or _follows(self.plans[factor])
 
     def _told(self, factor: str, step: int | Tensor) -> Tensor:
         """Return a factor's weight of each domain as it stands, sum one."""
@@ -788,6 +788,8 @@ def _domain_problems(spec: Spec, domains: Sequence[str] | None) -> list[Problem]
         return [
             Problem("reduction: domain_mean needs domain names; give build(spec, domains=[...])")
         ]
+    if {*applied(spec).values()} != {"loss"} and not domains:
+        return [Problem("to draw by domain needs domain names; give build(spec, domains=[...])")]
     for factor, pipeline in spec.factors.items():
         for step in plan(pipeline):
             place = spec.place(factor, step.index)
@@ -799,6 +801,12 @@ def _domain_problems(spec: Spec, domains: Sequence[str] | None) -> list[Problem]
             reason = isinstance(step.stage, Source) and step.stage.problem_with(tuple(domains))
             if reason:
                 problems.append(Problem(reason, place))
+    drawn = _sampling(applied(spec))
+    tables = [x.weights for name in drawn for x in spec.factors[name] if isinstance(x, Table)]
+    never = {name for table in tables for name, x in table.items() if x == Constant(value=0)}
+    if domains and never >= {*domains} and not problems:
+        message = f"nothing can be drawn: every domain has weight 0 in {' or '.join(drawn)}"
+        problems.append(Problem(message, spec.place(drawn[0], 0)))
     return problems
 
 
@@ -818,6 +826,12 @@ def _is_local(steps: list[Step]) -> bool:
 
 def _remembers(steps: Sequence[Step]) -> bool:
     return any(step.stage.initial_state(("",)) for step in steps)
+
+
+def _follows(steps: Sequence[Step]) -> bool:
+    """Tell whether batches move what a factor remembers, and not only what it is told between."""
+    stages = (step.stage for step in steps)
+    return any(stage.initial_state(("",)) and not stage.hears for stage in stages)
 
 
 def _moves(step: Step) -> bool:
@@ -843,14 +857,26 @@ def _apply_problems(spec: Spec) -> list[Problem]:
         by_name = isinstance(spec.apply, dict)
         if acts == "loss" or not (by_name or steps[-1].level == "domain"):
             continue
-        if not tells_domains(steps):
-            knows = "with each batch" if steps[-1].level == "domain" else f"per {steps[-1].level}"
+        if tells_domains(steps):
+            continue
+        if steps[-1].level == "domain":
             message = (
-                f"apply: {acts} draws training data by the weights of domains, and those of "
-                f"{factor} are known {knows} only; use a table, or a stage that remembers them, "
-                "such as exponentiated, or apply it to the loss"
+                f"apply: {acts} draws before a batch is seen, and {factor} knows its weights only "
+                "after; end it in a stage that remembers, such as exponentiated, or apply it to "
+                "the loss"
             )
-            problems.append(Problem(message, place))
+        else:
+            message = (
+                f"apply: {acts} draws by the weights of domains, and {factor} weighs each "
+                f"{steps[-1].level}; leave it to the loss, or name a factor that weighs domains"
+            )
+        problems.append(Problem(message, place))
+    if spec.reduction == "domain_mean" and "both" in applied(spec).values():
+        message = (
+            "reduction: domain_mean counts every domain alike whatever is drawn, so apply: both "
+            "would undo the draw twice; apply it to the loss"
+        )
+        problems.append(Problem(message, spec.place(next(iter(spec.factors)), 0)))
     told = {name for name, pipeline in spec.factors.items() if tells_domains(plan(pipeline))}
     for name, acts in asked.items():
         listening = [x.stage.name for x in plan(spec.factors[name]) if x.stage.hears == "gradients"]

@@ -81,5 +81,10 @@ def mixture_text(
     spec = Spec(name=name, apply="sampling", factors={"pipeline": (table, MeanOne())})
     notes = [f"{key}: {value}" for key, value in provenance.items()]
     comments = [title, "", "  weighting train specs/linupper.yaml --mixture FILE", "", *notes]
-    lines = [f"# {line}".rstrip() for text in comments for line in str(text).split("\n")]
+    lines = [f"# {_plain(line)}".rstrip() for text in comments for line in text.split("\n")]
     return "\n".join([*lines, dumps(spec, "yaml")])
+
+
+def _plain(line: str) -> str:
+    """Return a line without what would end a comment, or what YAML forbids in one."""
+    return "".join(x if x.isprintable() else " " for x in line)

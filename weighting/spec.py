@@ -258,8 +258,8 @@ def _read(
     if not factors:
         return None
     given = {name: value for name, value in options.items() if value is not None}
-    if isinstance(applied := given.get("apply"), dict):  # a factor that is wrong is not there
-        given["apply"] = {name: value for name, value in applied.items() if name in factors}
+    if len(factors) < len(_pipelines(source, entries, [])):
+        given.pop("apply", None)  # a factor that is wrong is not there to be judged
     spec = Spec.model_validate({"factors": factors, **given})
     spec._marks = _Marks(source, spans)  # noqa: SLF001 - its own private attribute
     return spec
@@ -320,21 +320,29 @@ def _apply(
         return node.text
     if not isinstance(node, Map) or not node.entries:
         text = node.text if isinstance(node, Scalar) else ""
-        message = f"apply is {', '.join(words[:-1])} or {words[-1]}, or a map from factors to these"
-        problems.append(source.problem(message + nearest(text, words), node.span))
+        message = f"apply is {_WORDS}, or a map from factors to these"
+        problems.append(source.problem(message + _meant(text), node.span))
         return None
     found: dict[str, str] = {}
     for key, value in node.entries:
         if key.text not in factors:
-            message = f"there is no factor {key.text!r}{nearest(key.text, factors)}"
+            message = f"apply names no factor {key.text!r}{nearest(key.text, factors)}"
             problems.append(source.problem(message, key.span))
         elif isinstance(value, Scalar) and value.text in words:
             found[key.text] = value.text
         else:
             text = value.text if isinstance(value, Scalar) else ""
-            message = f"apply is {', '.join(words[:-1])} or {words[-1]}{nearest(text, words)}"
-            problems.append(source.problem(message, value.span))
+            problems.append(source.problem(f"apply is {_WORDS}{_meant(text)}", value.span))
     return found
+
+
+_WORDS = "loss, sampling or both"
+
+
+def _meant(text: str) -> str:
+    """Return which word of `apply` was meant, if one is near."""
+    close = nearest(text, get_args(Apply))
+    return close if "did you mean" in close else ""
 
 
 def _plugins(

@@ -100,7 +100,7 @@ def test_users_flags_win_over_defaults():
     assert flags[-3:] == ["--training.steps=7", "--dump-folder", "here"]
     assert "--training.steps" not in flags
     assert "--dump_folder" not in flags
-    assert launch._value(flags, "--dump_folder") == "here"
+    assert launch.value_of(flags, "--dump_folder") == "here"
 
 
 def test_a_path_and_a_name_of_data_go_where_they_belong(tmp_path):

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import click.testing
 import datasets
@@ -20,12 +19,12 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from runs import drive, environment, seed_checkpoint
 
-from titan_integration import config_registry, cpu, score
+from titan_integration import config_registry, cpu, score, score_data, score_windows
 from titan_integration.data import DomainTextDataLoader
 from titan_integration.packing import Cut
 from titan_integration.records import Columns
 from titan_integration.reference import find_checkpoint, load_model
-from weighting.cli import main
+from weighting.cli import common, main
 from weighting.losses import token_loss
 
 pytestmark = pytest.mark.filterwarnings(
@@ -174,7 +173,7 @@ def test_per_document_is_the_mean_of_its_tokens(scored):
 @pytest.mark.processes
 def test_a_file_says_how_it_was_made(scored, seed, data):
     """Which checkpoint, at which step, and with what row length; what else it takes to redo it."""
-    made = score.provenance(scored(2, "document"))
+    made = score_data.provenance(scored(2, "document"))
     assert made["checkpoint"] == str((seed / "step-0").resolve())
     assert made["step"] == 0
     assert made["config"] == "titan_integration.llama3_debugmodel"
@@ -182,7 +181,7 @@ def test_a_file_says_how_it_was_made(scored, seed, data):
     assert (made["seq_len"], made["per"], made["data"]) == (SEQ_LEN, "document", str(data))
     assert set(made["versions"]) == {"torch", "torchtitan", "weighting"}
     assert made["documents"] == 27
-    whole = score.provenance(scored(1, "token"))
+    whole = score_data.provenance(scored(1, "token"))
     assert made["tokenizer"] == whole["tokenizer"]
     losses = pq.read_table(scored(1, "token"))["ref_loss"].combine_chunks().flatten().to_numpy()
     assert whole["tokens"] == len(losses)
@@ -227,7 +226,7 @@ def test_a_checkpoint_of_another_model_is_one_message_and_status_2(data, model, 
     assert output.count("error: ") == 1
     message = f"CHECKPOINT: {other} is no checkpoint of llama3 debugmodel: layers.0.attention_norm"
     assert f"error: {message}" in output
-    assert "and [256] here; name the config it was trained with: --config" in output
+    assert "weighting score takes any, with the --config it was trained with" in output
     assert "Traceback" not in output
     assert list(out.iterdir()) == []
 
@@ -255,16 +254,19 @@ def with_zeros(text):
 
 
 @pytest.mark.usefixtures("one_rank")
-def test_every_loss_is_put_where_its_token_is(monkeypatch):
-    """Whatever the lengths, and however many records are written at once."""
-    monkeypatch.setattr(score, "_BLOCK", (7, 1_000))
+def test_every_loss_is_put_where_its_token_is(monkeypatch, caplog):
+    """Whatever the lengths, and however many records are written at once; each time it is told."""
+    monkeypatch.setattr(score_windows, "_BLOCK", (7, 1_000))
     lengths = [0, 1, 2, SEQ_LEN, SEQ_LEN + 1, SEQ_LEN + 2, 10 * SEQ_LEN + 5]
     lengths += torch.randint(0, 3 * SEQ_LEN, (40,)).tolist()
     records = [(f"record {i}", {"text": str(length)}) for i, length in enumerate(lengths)]
-    source = score.Source("it", Columns(), pa.schema([]), len(records), lambda: iter(records))
+    source = score_data.Source("it", Columns(), pa.schema([]), len(records), lambda: iter(records))
     cut = Cut(SEQ_LEN, 3, 0, 1)
-    blocks = [*score.scored_blocks(source, with_zeros, labels_and_places, cut)]
+    with caplog.at_level("INFO"):
+        blocks = [*score_windows.scored_blocks(source, with_zeros, labels_and_places, cut)]
 
+    told = [record.message for record in caplog.records]
+    assert told == [f"Scored {done} of 47 documents" for done in (*range(7, 47, 7), 47)]
     assert [len(found) for _, found in blocks] == [7] * 6 + [5]
     assert [record for some, _ in blocks for record in some] == records
     found = [losses for _, some in blocks for losses in some]
@@ -278,33 +280,18 @@ def test_every_loss_is_put_where_its_token_is(monkeypatch):
 def test_rows_are_full_where_windows_allow_it():
     """Every window is in one row, no row is too long, and few tokens are padding."""
     lengths = torch.randint(1, 4 * SEQ_LEN, (300,)).tolist()
-    pieces = score.windows(lengths, SEQ_LEN)
-    rows = score.packed(pieces, SEQ_LEN)
-    assert sorted(piece for row in rows for piece in row) == sorted(pieces)
-    assert all(sum(piece.length for piece in row) <= SEQ_LEN for row in rows)
+    pieces = score_windows.windows(lengths, SEQ_LEN)
+    rows = score_windows.packed(pieces, SEQ_LEN)
+    assert sorted(i for row in rows for piece in row for i in piece) == [*range(sum(lengths))]
+    assert all(sum(map(len, row)) <= SEQ_LEN for row in rows)
     assert sum(lengths) > 0.95 * SEQ_LEN * len(rows)
-
-
-@pytest.mark.usefixtures("one_rank")
-def test_progress_is_told_now_and_then(monkeypatch, caplog):
-    """A line when enough time has gone by, and none before."""
-    clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(score.time, "monotonic", lambda: clock.now)
-    tell = score._progress(2_000)
-    with caplog.at_level("INFO"):
-        for clock.now, done in [(9, 100), (11, 500), (20, 900), (22, 1_500)]:
-            tell(done)
-    assert [record.message for record in caplog.records] == [
-        "Scored 500 of 2,000 documents, 25 %, 11 s",
-        "Scored 1,500 of 2,000 documents, 75 %, 22 s",
-    ]
 
 
 def opened(path, **settings):
     """Open a source as the loader's configuration would."""
     replaces = settings.pop("replaces", False)
     config = DomainTextDataLoader.Config(dataset_path=str(path), **settings)
-    return score.open_source(config, replaces=replaces)
+    return score_data.open_source(config, replaces=replaces)
 
 
 def read_back(source, tmp_path):
@@ -312,7 +299,7 @@ def read_back(source, tmp_path):
     records = [*source.records()]
     losses = [np.ones(2, np.float32)] * len(records)
     made = {"per": "document", "checkpoint": "it"}
-    score.write(tmp_path / "out.parquet", source.schema, iter([(records, losses)]), made)
+    score_data.write(tmp_path / "out.parquet", source.schema, iter([(records, losses)]), made)
     return pq.read_table(tmp_path / "out.parquet").drop_columns("ref_loss").to_pylist()
 
 
@@ -351,13 +338,15 @@ def test_files_of_a_folder_are_joined_in_order(tmp_path):
 def test_a_hugging_face_data_set_and_the_built_in_text_are_sources(tmp_path, monkeypatch):
     """By index, with all columns; a streamed one is refused."""
     rows = [{"text": f"t{i}", "kind": {"name": "x"}} for i in range(3)]
-    monkeypatch.setattr(score, "open_hub", lambda *_args, **_: datasets.Dataset.from_list(rows))
+    monkeypatch.setattr(
+        score_data, "open_hub", lambda *_args, **_: datasets.Dataset.from_list(rows)
+    )
     config = DomainTextDataLoader.Config(dataset="some/data", domain_column="kind.name")
-    assert read_back(score.open_source(config), tmp_path) == rows
+    assert read_back(score_data.open_source(config), tmp_path) == rows
     config.streaming = True
     with pytest.raises(ValueError, match=r"some/data is streamed.*--dataloader.no-streaming"):
-        score.open_source(config)
-    built_in = score.open_source(DomainTextDataLoader.Config(split="validation"))
+        score_data.open_source(config)
+    built_in = score_data.open_source(DomainTextDataLoader.Config(split="validation"))
     found = read_back(built_in, tmp_path)
     assert set(found[0]) == {"text", "domain"}
     assert len(found) == built_in.total > 10
@@ -415,7 +404,7 @@ def test_a_disk_that_is_full_leaves_nothing_behind(tmp_path):
     (tmp_path / "out.parquet.part").symlink_to("/dev/full")
     block = [("record 0", {"text": "x"})], [np.ones(3, np.float32)]
     with pytest.raises(ValueError, match=r"--out .*out.parquet: cannot write it: .*No space left"):
-        score.write(out, WRITTEN, iter([block]), {"per": "token", "checkpoint": "it"})
+        score_data.write(out, WRITTEN, iter([block]), {"per": "token", "checkpoint": "it"})
     assert [path.name for path in tmp_path.iterdir()] == ["out.parquet"]
     assert out.read_text() == "old"
 
@@ -426,7 +415,7 @@ def test_a_model_gone_wrong_leaves_nothing_behind(tmp_path):
     bad = [("record 1", {"text": "y"})], [np.array([1, np.nan], np.float32)]
     made = {"per": "token", "checkpoint": "the checkpoint"}
     with pytest.raises(ValueError, match=r"record 1: a loss is NaN or infinite under the checkp"):
-        score.write(tmp_path / "out.parquet", WRITTEN, iter([good, bad]), made)
+        score_data.write(tmp_path / "out.parquet", WRITTEN, iter([good, bad]), made)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -435,7 +424,7 @@ def test_nothing_to_predict_counts_as_no_loss(tmp_path):
     block = [("record 0", {"text": ""})], [np.ones(0, np.float32)]
     for per, expected in {"token": [], "document": 0.0}.items():
         made = {"per": per, "checkpoint": "it"}
-        score.write(tmp_path / "out.parquet", WRITTEN, iter([block]), made)
+        score_data.write(tmp_path / "out.parquet", WRITTEN, iter([block]), made)
         assert pq.read_table(tmp_path / "out.parquet")["ref_loss"].to_pylist() == [expected]
 
 
@@ -513,3 +502,28 @@ def test_wrong_usage_is_status_2(arguments, message):
     done = run(*arguments)
     assert done.exit_code == 2
     assert message in done.output
+
+
+def test_only_what_was_given_is_handed_over(monkeypatch):
+    """Options that were not given are not there, flags have no value, and Ctrl-C is status 130."""
+    called = []
+    monkeypatch.setattr(common.subprocess, "call", lambda command: called.extend(command) or 3)
+    done = run("here", "--out", "a.parquet", "--overwrite", "--config=a", "--training.seq_len=8")
+    assert done.exit_code == 3
+    at = called.index("--")
+    assert called[1:3] == ["-m", "titan_integration.score"]
+    assert sorted(called[3:at]) == [
+        "--checkpoint=here",
+        "--config=a",
+        "--module=titan_integration",
+        "--out=a.parquet",
+        "--overwrite",
+        "--per=token",
+    ]
+    assert called[at:] == ["--", "--training.seq_len=8"]
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(common.subprocess, "call", interrupted)
+    assert run("here", "--out", "a.parquet").exit_code == 130

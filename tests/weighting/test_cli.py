@@ -2,6 +2,7 @@
 
 import click.testing
 import pytest
+import torch
 
 import weighting as wt
 from weighting.build import sketch
@@ -160,6 +161,113 @@ def test_explain_takes_the_way_that_training_takes(name):
     for rows, label in ((1, "1 sequence"), (2, "2 sequences")):
         path = path_of(fn, Sizes(rows * 8192, rows, 128256, 4096, 2, 5 * 10**9))
         assert f"{label} {path} " in out
+
+
+DRAWS = {
+    "table-x-linupper": """
+domains: p_d, the share drawn, and w_d, a factor's weight
+  domain       loss      multiplies the loss by w
+  effective    p, as the data comes, x w[domain]
+    domain   drawn  effective  (if the data has as much of each)
+    code    0.2000     0.2222
+    data    0.2000     0.1111
+    docs    0.2000     0.3333
+    tables  0.2000     0.1111
+    tests   0.2000     0.2222
+""",
+    "doremi-proxy": """
+domains: p_d, the share drawn, and w_d, a factor's weight
+  draw         sampling  draws by w
+  domain       both      multiplies the loss by w / p
+  effective    w[domain]
+""",
+    "dynamic-loading": """
+domains: p_d, the share drawn, and w_d, a factor's weight
+  start        sampling  draws by w
+  catch_up     sampling  draws by w
+  effective    w[start] x w[catch_up]
+""",
+    "uniform-domains": """
+domains: p_d, the share drawn, and w_d, a factor's weight
+  pipeline     sampling  draws by w
+  effective    w[pipeline]
+""",
+    """version: 1
+apply: both
+pipeline: table(code=3, web=1) -> mean_one
+""": """
+domains: p_d, the share drawn, and w_d, a factor's weight
+  pipeline     both      multiplies the loss by w / p and draws by w
+  effective    w[pipeline]
+    domain   drawn  effective
+    code    0.7500     0.7500
+    web     0.2500     0.2500
+""",
+    """version: 1
+apply: {draw: sampling, fix: both}
+factors:
+  draw: table(code=3, web=1) -> mean_one
+  weigh: table(code=1, web=2) -> mean_one
+  fix: table(code=1, web=4) -> mean_one
+""": """
+domains: p_d, the share drawn, and w_d, a factor's weight
+  draw         sampling  draws by w
+  weigh        loss      multiplies the loss by w
+  fix          both      multiplies the loss by w / p
+  effective    w[fix] x w[weigh]
+    domain   drawn  effective
+    code    0.7500     0.1111
+    web     0.2500     0.8889
+""",
+    """version: 1
+apply: sampling
+factors:
+  domain: table(code=3, web=1) -> mean_one
+  other: table(code=1, web=1.5) -> mean_one
+  instance: normalize -> temperature(1)
+""": """
+domains: p_d, the share drawn, and w_d, a factor's weight
+  domain       sampling  draws by w
+  other        sampling  draws by w
+  effective    w[domain] x w[other]
+    domain   drawn  effective
+    code    0.6667     0.6667
+    web     0.3333     0.3333
+""",
+}
+
+
+@pytest.mark.parametrize("spec", DRAWS, ids=lambda spec: spec.replace("\n", " ")[:40])
+def test_explain_says_where_the_weights_of_domains_act(spec):
+    """It says what draws, what multiplies, what comes of both, and in numbers where it can."""
+    out = run("explain", spec).output
+    assert f"\n{DRAWS[spec]}\nloss path: " in out
+
+
+@pytest.mark.parametrize("spec", [x for x in DRAWS if "table" in x])
+def test_the_effective_shares_are_those_of_the_weights(spec):
+    """The numbers are what a batch in the shares drawn weighs, domain by domain."""
+    read = wt.load(spec) if spec in shipped() else wt.loads(spec)
+    names = sorted({x for p in read.factors.values() for s in p for x in getattr(s, "weights", {})})
+    rows = [line.split() for line in run("explain", spec).output.splitlines()]
+    shown = [row for row in rows if len(row) == 3 and row[0] in names]
+    assert [row[0] for row in shown] == names
+    drawn, effective = (torch.tensor([float(row[i]) for row in shown]) for i in (1, 2))
+    fn = wt.build(read, domains=names)
+    if hasattr(fn, "drawn"):
+        fn.drawn.copy_(fn.proportions())
+    counts = (drawn * 60).round().long()  # whole numbers of tokens, of equal losses
+    ids = torch.arange(len(names)).repeat_interleave(counts)[None]
+    token = fn(wt.Signals(loss=torch.ones(ids.shape), domain_ids=ids)).token
+    found = torch.stack([token[ids == d].sum() for d in range(len(names))])
+    # Four digits are shown.
+    torch.testing.assert_close(found / found.sum(), effective, rtol=0, atol=6e-5)
+
+
+@pytest.mark.parametrize("name", ["uniform", "linupper", "mile", "toremi-topics"])
+def test_explain_is_silent_on_domains_where_none_are_weighed(name):
+    """A spec that knows no domains has no section on them."""
+    assert "domains: " not in run("explain", name).output
 
 
 def test_list_names_every_word_of_the_language():

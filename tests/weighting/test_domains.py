@@ -13,10 +13,10 @@ MOVES = 200
 SIZES = [1, 2, 10]
 """Numbers of domains."""
 CLOSE = 1e-6
-"""How far weights in float32 may be from those in float64 after 200 moves."""
+"""How far weights in float32 may be from those in float64 after 200 moves; 0.7e-6 was seen."""
 
 
-# Slow rules, one float after the other, as the papers have them ---------------------------------
+# Slow rules, one float after the other, as the papers have them -----------------------------------
 
 
 def softmax(logs):
@@ -132,8 +132,8 @@ def told(fn, factor="pipeline"):
 
 
 def average(fn):
-    """Return the average weights the state holds."""
-    (found,) = [x for name, x in fn.state_dict().items() if name.endswith("__average")]
+    """Return the average over the run of the only factor that keeps one, sum one."""
+    (found,) = fn.average_weights().values()
     return found.tolist()
 
 

@@ -285,6 +285,35 @@ def test_doge_tells_the_proportions_of_a_later_run():
     assert told.argmax() == 2
 
 
+MOVES = {
+    # a spec: the factors whose weights of domains move; those that keep an average
+    "linupper": ((), ()),
+    "table-x-linupper": ((), ()),
+    "uniform-domains": ((), ()),
+    "doremi-proxy": (("domain",), ("domain",)),
+    "doremi-x-linupper-x-mile": (("domain",), ("domain",)),
+    "doge-proxy": (("pipeline",), ("pipeline",)),
+    "dynamic-loading": (("catch_up",), ()),
+    "odm": (("pipeline",), ()),
+    "toremi": (("pipeline",), ()),
+    "toremi-topics": ((), ()),
+    "absgd": ((), ()),
+}
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_weights_of_domains_that_move(name):
+    """Only those of factors that remember move, and some keep an average; all sum to one."""
+    fn = shipped(name)
+    live, averaged = fn.live_weights(), fn.average_weights()
+    assert (tuple(live), tuple(averaged)) == MOVES[name]
+    assert fn.moves_domains == bool(live)
+    assert fn.draws_live == any(factor in live for factor in fn.sampling)
+    for w in (*live.values(), *averaged.values(), *fn.domain_weights().values()):
+        assert w.sum().item() == pytest.approx(1, abs=1e-6)
+        assert w.shape == (len(fn.domains),)
+
+
 @pytest.mark.parametrize("case", ["spec odm", "spec doremi-proxy", "extra both", "extra live draw"])
 def test_ranks_draw_alike(case):
     """Two ranks with half the batch each have bitwise the same proportions, those of one rank."""
@@ -530,7 +559,7 @@ REFUSED = {
     "it does not stand by itself": (
         "linupper",
         "version: 1\napply: sampling\npipeline: mean(domain) -> temperature(1)",
-        "apply: sampling draws training data by the weights of domains",
+        "apply: sampling draws before a batch is seen",
     ),
     "the spec draws": (
         "odm",

@@ -29,10 +29,16 @@ def check(specs: tuple[str, ...], *, allow_plugins: bool) -> None:
             wrong += 1
             click.echo(str(error), err=True)
             continue
-        levels = " x ".join(dict.fromkeys(f"per {steps[-1].level}" for steps in fn.plans.values()))
+        levels = dict.fromkeys(
+            f"per {steps[-1].level}"
+            for name, steps in fn.plans.items()
+            if fn.applied[name] != "sampling"
+        )
+        does = [f"weighs {' x '.join(levels)}"] if levels else []
+        does += ["draws by domain"] if fn.sampling else []
         reads = ", ".join(sorted(fn.needs)) or "nothing"
         name = argument if spec.name == "unnamed" else f"{argument}: {spec.name}"
-        click.echo(f"ok  {name}, weighs {levels}, reads {reads}")
+        click.echo(f"ok  {name}, {', '.join(does)}, reads {reads}")
     if wrong:
         count = f"{wrong} of {len(specs)} specs" if len(specs) > 1 else "the spec"
         click.echo(f"{count} cannot be used", err=True)

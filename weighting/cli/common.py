@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
+import subprocess
 import sys
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
 from weighting.build import Weighting, sketch
 from weighting.errors import SpecError
 from weighting.spec import Spec, resolve
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
 
 allow_plugins = click.option(
     "--allow-plugins",
@@ -40,6 +45,30 @@ def give_up(message: str) -> NoReturn:
     """Print an error and exit with status 2."""
     click.echo(message, err=True)
     sys.exit(2)
+
+
+def hand_over(module: str, options: Mapping[str, object], flags: Iterable[str]) -> NoReturn:
+    """Run a module of the torchtitan integration and exit with its status.
+
+    Args:
+        module: Its name.
+        options: By name; one that is None or False is left out, True is given without a value.
+        flags: The user's further flags for torchtitan.
+    """
+    if importlib.util.find_spec("torchtitan") is None:
+        give_up("this needs torchtitan: pip install 'weighting-dsl[titan]'")
+    command = [sys.executable, "-m", f"titan_integration.{module}"]
+    for name, value in options.items():
+        option = f"--{name.replace('_', '-')}"
+        if value is True:
+            command.append(option)
+        elif value is not None and value is not False:
+            command.append(f"{option}={value}")
+    try:
+        code = subprocess.call([*command, "--", *flags])  # noqa: S603 - our own module
+    except KeyboardInterrupt:
+        code = 130
+    sys.exit(code)
 
 
 def one_line(text: str | None) -> str:

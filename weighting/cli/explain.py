@@ -112,7 +112,8 @@ def _row(step: PlannedStage) -> str:
 def _ending(spec: Spec, fn: Weighting) -> Iterator[str]:
     yield f"scope: {spec.scope}, statistics run over"
     yield f"  {_SCOPES[spec.scope]}"
-    product = " x ".join(fn.plans) if len(fn.plans) > 1 else "the weights"
+    multiplied = [name for name in fn.plans if fn.applied[name] != "sampling"]
+    product = " x ".join(multiplied) if len(multiplied) > 1 else "the weights"
     if fn.identity:
         yield "final: every weight is one; the loss is the trainer's own, bitwise"
     elif spec.normalize == "none":
@@ -149,8 +150,11 @@ def _domains(spec: Spec, fn: Weighting) -> Iterator[str]:
         draws = " and draws by w" if fn.sampling == (name,) and fn.applied[name] == "both" else ""
         yield f"  {name:12} {fn.applied[name]:9} {acts[fn.applied[name]]}{draws}"
     both = [name for name in weighing if fn.applied[name] == "both"]
-    drawn = [f"w[{name}]" for name in (both or fn.sampling)] or ["p, as the data comes,"]
+    drawn: list[str] = [f"w[{name}]" for name in (both or fn.sampling)]
+    drawn = drawn or ["p, as the data comes,"]
     multiplied = [f"w[{name}]" for name in weighing if fn.applied[name] == "loss"]
+    if spec.reduction == "domain_mean":  # every domain counts alike, whatever there is of it
+        drawn = ["1 / K"]
     yield f"  effective    {' x '.join([*drawn, *multiplied])}"
     yield from _shares(spec, weighing)
 
@@ -177,7 +181,7 @@ def _shares(spec: Spec, weighing: list[str]) -> Iterator[str]:
     told = fn.domain_weights(1)
     even = torch.full((len(names),), 1 / len(names))
     p = fn.proportions(1).float() if fn.sampling else even
-    effective = p
+    effective = even if spec.reduction == "domain_mean" else p
     for name in weighing:
         if fn.applied[name] == "loss":
             effective = effective * told[name]
@@ -186,6 +190,8 @@ def _shares(spec: Spec, weighing: list[str]) -> Iterator[str]:
     effective = effective / effective.sum()
     width = max(len("domain"), *map(len, names))
     note = "" if fn.sampling else "  (if the data has as much of each)"
+    moves = any(not isinstance(x, Constant) for stage in stages for _, x in numbers(stage))
+    note += "  (at step 1)" if moves else ""
     yield f"    {'domain':{width}}   drawn  effective{note}"
     for name, *values in zip(fn.domains, p.tolist(), effective.tolist(), strict=True):
         yield f"    {name:{width}}  {values[0]:6.4f}  {values[1]:9.4f}"
@@ -231,7 +237,11 @@ def _comes_late(spec: Spec, fn: Weighting) -> str:
         if scaled and all(stage.pointwise for stage in scaled):
             return "nothing"
         return "one number, which scales all weights to mean one"
-    levels = [f"{name} per {fn.plans[name][-1].level}" for name in fn.plans if name not in fn.local]
+    levels = [
+        f"{name} per {fn.plans[name][-1].level}"
+        for name in fn.plans
+        if name not in fn.local and fn.applied[name] != "sampling"
+    ]
     if spec.reduction != "token_mean":
         levels.append(f"reduction per {spec.reduction.removesuffix('_mean')}")
     return f"{', '.join(levels)}: a number for each {fn.late}"

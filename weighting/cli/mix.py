@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-import subprocess
-import sys
-
 import click
 
-from weighting.cli.common import allow_plugins, give_up
+from weighting.cli.common import allow_plugins, hand_over
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
@@ -29,22 +25,7 @@ from weighting.cli.common import allow_plugins, give_up
 @click.option("--overwrite", is_flag=True, help="Write over an existing --out.")
 @allow_plugins
 @click.argument("flags", metavar="[TORCHTITAN FLAGS]...", nargs=-1, type=click.UNPROCESSED)
-def mix(
-    method: str,
-    *,
-    out: str,
-    data: str | None,
-    steps: int,
-    reference_steps: int | None,
-    reference: str | None,
-    config: str,
-    module: str,
-    ranks: int | None,
-    folder: str | None,
-    overwrite: bool,
-    allow_plugins: bool,
-    flags: tuple[str, ...],
-) -> None:
+def mix(method: str, flags: tuple[str, ...], **options: object) -> None:
     """Search for the proportions of domains by METHOD: doremi, doge, or a spec.
 
     It trains a small reference model if the method reads one, then the proxy
@@ -57,17 +38,4 @@ def mix(
       weighting mix doge --data my.jsonl --out doge.yaml --steps 500
       weighting train linupper --data my.jsonl --mixture mixture.yaml
     """  # noqa: D301
-    if importlib.util.find_spec("torchtitan") is None:
-        give_up("training needs torchtitan: pip install 'weighting-dsl[titan]'")
-    options = {"out": out, "data": data, "steps": steps, "reference-steps": reference_steps}
-    options |= {"reference": reference, "config": config, "module": module, "ranks": ranks}
-    options["folder"] = folder
-    command = [sys.executable, "-m", "titan_integration.mixing", f"--method={method}"]
-    command += [f"--{name}={value}" for name, value in options.items() if value is not None]
-    command += ["--overwrite"] if overwrite else []
-    command += ["--allow-plugins"] if allow_plugins else []
-    try:
-        code = subprocess.call([*command, "--", *flags])  # noqa: S603 - our own module
-    except KeyboardInterrupt:
-        code = 130
-    sys.exit(code)
+    hand_over("mixing", {"method": method, **options}, flags)

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-import subprocess
-import sys
-
 import click
 
-from weighting.cli.common import give_up
+from weighting.cli.common import hand_over
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
@@ -29,18 +25,7 @@ from weighting.cli.common import give_up
 )
 @click.option("--ranks", type=click.IntRange(1), help="Processes; default one per accelerator.")
 @click.argument("flags", metavar="[TORCHTITAN FLAGS]...", nargs=-1, type=click.UNPROCESSED)
-def score(
-    checkpoint: str,
-    data: str | None,
-    out: str,
-    per: str,
-    config: str,
-    module: str,
-    ranks: int | None,
-    flags: tuple[str, ...],
-    *,
-    overwrite: bool,
-) -> None:
+def score(checkpoint: str, flags: tuple[str, ...], **options: object) -> None:
     """Store each token's loss under CHECKPOINT as a column ref_loss of the data.
 
     Specs that read a reference loss then take it from the data, and need no
@@ -56,15 +41,4 @@ def score(
       weighting score ckpt --config llama3_8b --data corpus/ --out s.parquet
       weighting train rho-1 --data s.parquet
     """  # noqa: D301
-    if importlib.util.find_spec("torchtitan") is None:
-        give_up("scoring needs torchtitan: pip install 'weighting-dsl[titan]'")
-    command = [sys.executable, "-m", "titan_integration.score", "--checkpoint", checkpoint]
-    command += ["--out", out, "--per", per, "--config", config, "--module", module]
-    command += ["--data", data] if data else []
-    command += ["--ranks", str(ranks)] if ranks else []
-    command += ["--overwrite"] if overwrite else []
-    try:
-        code = subprocess.call([*command, "--", *flags])  # noqa: S603 - our own module
-    except KeyboardInterrupt:
-        code = 130
-    sys.exit(code)
+    hand_over("score", {"checkpoint": checkpoint, **options}, flags)

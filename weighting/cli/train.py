@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-import subprocess
-import sys
-
 import click
 
-from weighting.cli.common import allow_plugins, give_up, read_or_exit
+from weighting.cli.common import allow_plugins, give_up, hand_over, read_or_exit
 from weighting.errors import SpecError
 from weighting.mixture import with_mixture
 
@@ -26,14 +22,11 @@ from weighting.mixture import with_mixture
 @click.argument("flags", metavar="[TORCHTITAN FLAGS]...", nargs=-1, type=click.UNPROCESSED)
 def train(
     spec: str,
-    config: str,
-    module: str,
     mixture: str | None,
-    data: str | None,
-    ranks: int | None,
     flags: tuple[str, ...],
     *,
     allow_plugins: bool,
+    **options: object,
 ) -> None:
     """Train with torchtitan, weighted by SPEC; further flags go to torchtitan.
 
@@ -53,16 +46,5 @@ def train(
             with_mixture(weighting, read_or_exit(mixture, plugins=allow_plugins)[0])
         except SpecError as error:
             give_up(str(error))
-    if importlib.util.find_spec("torchtitan") is None:
-        give_up("training needs torchtitan: pip install 'weighting-dsl[titan]'")
-    command = [sys.executable, "-m", "titan_integration.launch", "--spec", spec]
-    command += ["--config", config, "--module", module]
-    command += ["--mixture", mixture] if mixture else []
-    command += ["--data", data] if data else []
-    command += ["--ranks", str(ranks)] if ranks else []
-    command += ["--allow-plugins"] if allow_plugins else []
-    try:
-        code = subprocess.call([*command, "--", *flags])  # noqa: S603 - our own module
-    except KeyboardInterrupt:
-        code = 130
-    sys.exit(code)
+    options |= {"spec": spec, "mixture": mixture, "allow_plugins": allow_plugins}
+    hand_over("launch", options, flags)

@@ -46,7 +46,7 @@ class DynamicLoading(Source):
     @override
     def problem_with(self, domains: tuple[str, ...]) -> str | None:
         """Return what keeps the targets from covering these domains exactly, if anything."""
-        return misfit(self.targets, domains)
+        return misfit("dynamic_loading", self.targets, domains)
 
     @override
     def initial_state(self, domains: tuple[str, ...]) -> dict[str, Tensor]:

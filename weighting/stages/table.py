@@ -37,7 +37,7 @@ class Table(Source):
     @override
     def problem_with(self, domains: tuple[str, ...]) -> str | None:
         """Return what keeps the table from covering these domains exactly, if anything."""
-        return misfit(self.weights, domains)
+        return misfit("the table", self.weights, domains)
 
     @override
     def read(self, signals: Signals, scope: Scope) -> Tensor:
@@ -47,14 +47,14 @@ class Table(Source):
         return entries[signals.domain_ids]
 
 
-def misfit(entries: Iterable[str], domains: tuple[str, ...]) -> str | None:
-    """Return what keeps a table with these entries from covering the domains, or None."""
+def misfit(what: str, entries: Iterable[str], domains: tuple[str, ...]) -> str | None:
+    """Return what keeps something with these entries from covering the domains, or None."""
     known = [*entries]
     unknown = [f"{name!r}{nearest(name, domains)}" for name in known if name not in domains]
     missing = sorted({*domains} - {*known})
-    both = f"the table has {', '.join(known)}; the data has {', '.join(domains)}"
+    both = f"{what} has {', '.join(known)}; the data has {', '.join(domains)}"
     if unknown:
         return f"the data has no domain {', '.join(sorted(unknown))} ({both})"
     if missing:
-        return f"the table has no entry for {', '.join(missing)} ({both})"
+        return f"{what} has no entry for {', '.join(missing)} ({both})"
     return None
