@@ -106,13 +106,9 @@ def picture(folder: Path, out: Path) -> None:
 
 def domains(line: dict[str, float], kind: str) -> list[str]:
     """Return the domains a line of metrics tells a number of."""
-    parts = (key.split("/") for key in line)
-    return [
-        name
-        for first, *middle, last in parts
-        if first == "domain" and last == kind
-        for name in middle
-    ]
+    prefix, suffix = "domain/", f"/{kind}"
+    found = (key for key in line if key.startswith(prefix) and key.endswith(suffix))
+    return [key.removeprefix(prefix).removesuffix(suffix) for key in found]
 
 
 def report(args: argparse.Namespace) -> str:

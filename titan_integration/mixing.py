@@ -102,6 +102,10 @@ def _mix(args: argparse.Namespace) -> int:
     if out.exists() and not args.overwrite:
         msg = f"{out} exists; take another --out, or --overwrite"
         raise ValueError(msg)
+    out.parent.mkdir(parents=True, exist_ok=True)  # what cannot be written is said first
+    if not os.access(out.parent, os.W_OK):
+        msg = f"{out.parent} cannot be written to; take another --out"
+        raise ValueError(msg)
     _keep_orders(folder, args, spec)
     reference = args.reference
     if "ref_loss" in fn.needs and not reference:
@@ -151,10 +155,10 @@ def _keep_orders(folder: Path, args: argparse.Namespace, spec: wt.Spec) -> None:
     names = ("config", "module", "data", "ranks", "steps", "reference_steps", "reference", "flags")
     orders = {"spec": spec.hash, **{name: getattr(args, name) for name in names}}
     path = folder / ORDERS
-    if not path.exists():
+    if not any((folder / run / "checkpoint").exists() for run in (REFERENCE, PROXY)):
         write_whole(path, json.dumps(orders, indent=1) + "\n")
         return
-    before = json.loads(path.read_text(encoding="utf-8"))
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if changed := [name for name in orders if before.get(name) != orders[name]]:
         name = changed[0]
         msg = (

@@ -178,6 +178,11 @@ class WeightedTrainer(Trainer):
         logger.info(f"Weighting: {spec.name} ({spec.hash})\n{spec}")
         if domains:
             logger.info(f"Domains: {', '.join(domains)}")
+        if domains and len(domains) == 1 and (fn.moves_domains or fn.sampling):
+            logger.warning(
+                f"the data has one domain, {domains[0]}, so there is nothing to weigh it against; "
+                "name the column that tells domains: --dataloader.domain_column"
+            )
 
     def _take_turns(self, config: Config, fn: wt.Weighting) -> None:
         """Make a step of one microbatch of every domain, whose gradients are kept apart."""

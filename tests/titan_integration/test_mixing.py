@@ -168,8 +168,10 @@ def test_wrong_searches_are_refused(tmp_path, capsys):
     assert message == f"error: {out} exists; take another --out, or --overwrite\n"
     assert out.read_text() == "mine"
     assert not folder.exists()
-    folder.mkdir()
+    (folder / mixing.PROXY / "checkpoint").mkdir(parents=True)
     orders = {"spec": wt.load("doge-proxy").hash, "config": "llama3_proxy", "steps": 7}
     (folder / mixing.ORDERS).write_text(json.dumps(orders | {"module": "titan_integration"}))
+    nowhere = "/proc/none/mixture.yaml"
+    assert "/proc/none" in said(capsys, "--method=doge", f"--out={nowhere}", f"--folder={folder}")
     message = said(capsys, "--method=doge", f"--out={out}", f"--folder={folder}", "--overwrite")
     assert "holds a search with steps = 7, and now it is 200" in message
