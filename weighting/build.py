@@ -511,7 +511,8 @@ class Weighting(nn.Module):
         assert isinstance(source, Source)
         sound = flat.valid & _all_finite(flat, source.reads() | {"loss"})
         scope = Scope("token", step, sound, self.domains)
-        x, scope = _finite(source.read(flat, scope), scope)
+        around = _with_state(scope, self._state_of(factor, 0))  # batches do not move it
+        x, scope = _finite(source.read(flat, around), scope)
         for stage in rest:
             assert isinstance(stage, Shape | Weigh | Constrain)
             x = stage.raw(x) if isinstance(stage, MeanOne) else stage.apply(x, scope)

@@ -249,7 +249,8 @@ class Stage(BaseModel):
     """Which statistics over its scope it takes, for people to read."""
     pointwise: ClassVar[bool] = False
     """True promises that a unit's value depends on that unit and the step alone: no statistics, no
-    state, no position.  Token weights made of such stages are known at once, chunk by chunk."""
+    state that batches move, no position.  Token weights made of such stages are known at once,
+    chunk by chunk."""
     standing: ClassVar[bool] = False
     """True promises that the weight of each domain is in its state and the step alone, and so is
     known between batches: training data can be drawn by it."""

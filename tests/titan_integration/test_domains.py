@@ -2,21 +2,17 @@
 
 import json
 import shutil
-from dataclasses import dataclass, fields
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from runs import drive, seed_checkpoint
-from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 import weighting as wt
 from titan_integration import config_registry, cpu
 from titan_integration.mixing import FILE
 from titan_integration.preflight import ask_for_rows, refuse_unsupported
-from titan_integration.trainer import WeightedTrainer
 from weighting.build import sketch
 
 pytestmark = [
@@ -25,63 +21,6 @@ pytestmark = [
 ]
 DOMAINS = ("code", "data", "docs", "tables", "tests")
 SAVING = ("--checkpoint.enable", "--checkpoint.interval=3", "--metrics.log_freq=1")
-
-
-class NotingTrainer(WeightedTrainer):
-    """Writes down its batches with their signals, and what comes of the gradients of domains."""
-
-    @dataclass(kw_only=True, slots=True)
-    class Config(WeightedTrainer.Config):
-        """The same fields."""
-
-    def __init__(self, config: Config) -> None:
-        """Build it, and put a note-taker before the weighting."""
-        super().__init__(config)
-        weigh, self.notes = self.state.weigh, []
-
-        def note(found):
-            out = weigh(found)
-            self.notes[-1] |= {key: x.clone() for key, x in found.items()}
-            self.notes[-1]["weights"] = out.token.clone()
-            return out
-
-        self.state.weigh = note
-        if self.gradients:
-            self.gradients.weigh = self.note_products
-
-    def post_dataloading_process(self, input_dict, labels):
-        """Write down the batch that goes to the model."""
-        found = super().post_dataloading_process(input_dict, labels)
-        inputs, labels, kwargs = found
-        batch = {"input": inputs, "labels": labels, "positions": kwargs["positions"]}
-        self.notes.append({key: x.clone() for key, x in batch.items()})
-        return found
-
-    def note_products(self, products):
-        """Write down the inner products."""
-        self.notes[-1]["products"] = products.clone()
-        return self.state.weigh_gradients(products)
-
-    def forward_backward_step(self, **batch):
-        """Write down the gradient that a step ends with."""
-        loss = super().forward_backward_step(**batch)
-        if self.gradients and "products" in self.notes[-1]:
-            self.notes[-1]["gradients"] = {
-                name: (p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad).clone()
-                for name, p in self.model_parts[0].named_parameters()
-            }
-        return loss
-
-    def train(self):
-        """Train, then save the notes."""
-        super().train()
-        torch.save(self.notes, f"{self.config.dump_folder}/notes{dist.get_rank()}.pt")
-
-
-def noting() -> WeightedTrainer.Config:
-    """The proxy with the note-taker; this file is the config module of these runs."""
-    config = config_registry.llama3_proxy()
-    return NotingTrainer.Config(**{f.name: getattr(config, f.name) for f in fields(config)})
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +38,7 @@ def train(seed, tmp_path_factory):
         out = tmp_path_factory.mktemp("run")
         shutil.copytree(start or seed, out / "dump" / "checkpoint")
         flags = (f"--weighting.spec={spec}", *SAVING, *flags)
-        drive(out, ranks, "test_domains", "noting", *flags)
+        drive(out, ranks, "noting", "proxy", *flags)
         text = (out / "dump" / "weighting" / "metrics.jsonl").read_text()
         lines = [json.loads(line) for line in text.splitlines()]
         notes = [torch.load(out / "dump" / f"notes{rank}.pt") for rank in range(ranks)]

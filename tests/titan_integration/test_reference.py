@@ -2,11 +2,9 @@
 
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from runs import drive, seed_checkpoint, torchrun
 
@@ -14,7 +12,6 @@ import weighting as wt
 from titan_integration import config_registry, cpu
 from titan_integration.preflight import refuse_unsupported
 from titan_integration.reference import find_checkpoint, load_model, short_context
-from titan_integration.trainer import WeightedTrainer
 from weighting.build import sketch
 from weighting.losses import token_loss
 
@@ -28,39 +25,6 @@ factors:
   reference: excess_loss -> temperature(1)
   context: column(short_loss_{WINDOW}) -> temperature(5)
 """
-
-
-class RecordingTrainer(WeightedTrainer):
-    """Writes down every batch with its signals, below the dump folder."""
-
-    @dataclass(kw_only=True, slots=True)
-    class Config(WeightedTrainer.Config):
-        """The same fields."""
-
-    def __init__(self, config: Config) -> None:
-        """Build it, and put a note-taker before the weighting."""
-        super().__init__(config)
-        weigh, self.notes = self.state.weigh, []
-
-        def note(found):
-            self.notes[-1] |= {key: x.clone() for key, x in found.items()}
-            torch.save(self.notes, f"{config.dump_folder}/notes{dist.get_rank()}.pt")
-            return weigh(found)
-
-        self.state.weigh = note
-
-    def post_dataloading_process(self, input_dict, labels):
-        """Write down the batch; what comes in is what goes to the model but for the signals."""
-        inputs, labels, kwargs = super().post_dataloading_process(input_dict, labels)
-        batch = {"input": inputs, "labels": labels, "positions": kwargs["positions"]}
-        self.notes.append({key: x.clone() for key, x in batch.items()})
-        return inputs, labels, kwargs
-
-
-def recording() -> WeightedTrainer.Config:
-    """The debug model with the note-taker; this file is the config module of these runs."""
-    config = config_registry.llama3_debugmodel()
-    return RecordingTrainer.Config(**{f.name: getattr(config, f.name) for f in fields(config)})
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +57,7 @@ def run(seed, tmp_path_factory):
         shutil.copytree(seed, out / "dump" / "checkpoint")
         flags += (f"--weighting.spec={spec}", f"--weighting.reference={seed}")
         flags += ("--training.steps=3", "--checkpoint.enable", "--checkpoint.interval=1000")
-        done = drive(out, ranks, "test_reference", "recording", *flags)
+        done = drive(out, ranks, "noting", "debugmodel", *flags)
         return done, [torch.load(out / "dump" / f"notes{rank}.pt") for rank in range(ranks)]
 
     return run

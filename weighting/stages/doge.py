@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from typing_extensions import override
 
-from weighting.contract import Form, News, Scope, Signals, Source
+from weighting.contract import News, Scope
 from weighting.registry import stage
 from weighting.schedules import Constant, NonNegativeNumber, UnitNumber
 from weighting.stages.exponentiated import raised
+from weighting.told import Told
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 @stage("doge")
-class DoGE(Source):
+class DoGE(Told):
     """Raise domains whose gradient points where those of all domains do, step by step.
 
     x_d = min(max(g_d . sum_e g_e, 0) / mean_e |g_e|, most)
@@ -34,9 +34,6 @@ class DoGE(Source):
     Differs: the learning rate in it is constant unless step_size is a schedule.
     """
 
-    gives: ClassVar[Form] = "weight"
-    needs: ClassVar[frozenset[str]] = frozenset({"domain_ids"})
-    standing: ClassVar[bool] = True
     hears: ClassVar[News | None] = "gradients"
     step_size: NonNegativeNumber = Constant(value=0.05)
     most: NonNegativeNumber = Constant(value=5)
@@ -45,12 +42,9 @@ class DoGE(Source):
     @override
     def initial_state(self, domains: tuple[str, ...]) -> dict[str, Tensor]:
         """Return log weights, their average over moves, and how many moves it averages."""
-        count = max(len(domains), 1)
-        return {
-            "log_weights": torch.full((count,), -math.log(count)),
-            "average": torch.full((count,), 1 / count),
-            "moves": torch.zeros((), dtype=torch.int64),
-        }
+        state = super().initial_state(domains)
+        average = state["log_weights"].exp()
+        return {**state, "average": average, "moves": torch.zeros((), dtype=torch.int64)}
 
     @override
     def hear(self, news: Tensor, scope: Scope) -> dict[str, Tensor]:
@@ -67,16 +61,3 @@ class DoGE(Source):
             "average": state["average"] + (weights - state["average"]) / moves,
             "moves": moves,
         }
-
-    @override
-    def advance(self, signals: Signals, scope: Scope) -> dict[str, Tensor]:
-        """Return the state as it is: a batch does not move it."""
-        del signals
-        return dict(scope.state)
-
-    @override
-    def read(self, signals: Signals, scope: Scope) -> Tensor:
-        """Return K times the weight of each token's domain."""
-        assert signals.domain_ids is not None, "build checks what a pipeline needs"
-        weights = scope.state["log_weights"].exp()
-        return (weights * weights.numel())[signals.domain_ids]

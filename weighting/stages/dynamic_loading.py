@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import torch
 from pydantic import Field
 from typing_extensions import override
 
-from weighting.contract import Form, News, Scope, Signals, Source
+from weighting.contract import News, Scope
 from weighting.registry import stage
 from weighting.schedules import NonNegativeNumber
 from weighting.stages.exponentiated import raised
 from weighting.stages.table import misfit
+from weighting.told import Told
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +22,7 @@ _SMOOTHING = 1e-4
 
 
 @stage("dynamic_loading")
-class DynamicLoading(Source):
+class DynamicLoading(Told):
     """Raise domains whose validation loss is above a target: dynamic_loading(web=1.9, code=0.7).
 
     a <- a * exp(loss_d - targets_d) / Z;   a <- (1 - c) * a + c / K, c = 1e-4;   w = K * a
@@ -36,9 +36,6 @@ class DynamicLoading(Source):
     max(loss - target, 0).
     """
 
-    gives: ClassVar[Form] = "weight"
-    needs: ClassVar[frozenset[str]] = frozenset({"domain_ids"})
-    standing: ClassVar[bool] = True
     hears: ClassVar[News | None] = "validation"
     collects: ClassVar[str | None] = "targets"
     targets: Annotated[dict[str, NonNegativeNumber], Field(min_length=1)]
@@ -49,12 +46,6 @@ class DynamicLoading(Source):
         return misfit("dynamic_loading", self.targets, domains)
 
     @override
-    def initial_state(self, domains: tuple[str, ...]) -> dict[str, Tensor]:
-        """Return log weights."""
-        count = max(len(domains), 1)
-        return {"log_weights": torch.full((count,), -math.log(count))}
-
-    @override
     def hear(self, news: Tensor, scope: Scope) -> dict[str, Tensor]:
         """Take one step of the update."""
         targets = torch.stack([self.targets[name](scope.step) for name in scope.domains])
@@ -62,16 +53,3 @@ class DynamicLoading(Source):
         smoothing = torch.full_like(targets[0], _SMOOTHING)
         weights = raised(scope.state["log_weights"], gains, smoothing)
         return {"log_weights": weights.log()}
-
-    @override
-    def advance(self, signals: Signals, scope: Scope) -> dict[str, Tensor]:
-        """Return the state as it is: a batch does not move it."""
-        del signals
-        return dict(scope.state)
-
-    @override
-    def read(self, signals: Signals, scope: Scope) -> Tensor:
-        """Return K times the weight of each token's domain."""
-        assert signals.domain_ids is not None, "build checks what a pipeline needs"
-        weights = scope.state["log_weights"].exp()
-        return (weights * weights.numel())[signals.domain_ids]

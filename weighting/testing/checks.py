@@ -288,7 +288,8 @@ def check_pointwise(subject: Subject) -> None:
         for part in (part for part in trial.parts if part.pointwise):
             joins = isinstance(part, Pool) or part.inside() is not None
             _must(not joins, _LIES.format("it brings units together"))
-            _must(not part.initial_state(subject.domains), _LIES.format("it remembers"))
+            remembers = part.initial_state(subject.domains) and not part.hears
+            _must(not remembers, _LIES.format("it remembers"))
         for signals in _hard_flat(subject).values():
             for call in trial.run(signals):
                 if call.stage.pointwise:
@@ -606,7 +607,7 @@ def _must_be_pointwise(call: Call, signals: Signals, subject: Subject) -> None:
     units = torch.arange(number)
     for some in (units, units[number // 2 :], units[-1:], units.flip(0)):
         valid, step = call.counts[some], torch.zeros((), dtype=torch.int64)
-        scope = _Pointwise("token", step, valid, subject.domains)
+        scope = _Pointwise("token", step, valid, subject.domains, None, call.new)
         if isinstance(call.stage, Source):
             got = call.stage.read(mapped(signals, lambda x, i=some: x[i]), scope)
         else:
