@@ -26,6 +26,7 @@ from weighting.contract import (
     Weigh,
 )
 from weighting.errors import NonFiniteSignalError, Problem, SpecError
+from weighting.html import weights_html
 from weighting.levels import Groups, group
 from weighting.schedules import Constant, Schedule, ShareOfN
 from weighting.stages import Clamp, Loss, Mean, MeanOne, Table, Uniform
@@ -65,6 +66,10 @@ class Weights:
     def metrics(self) -> dict[str, Tensor]:
         """Readable statistics, 0-D; see `summarize`."""
         return summarize(self.moments, tuple(self.factors))
+
+    def _repr_html_(self) -> str:
+        """Return how a notebook shows them."""
+        return weights_html(self.token, self.metrics)
 
 
 def summarize(moments: Tensor, factors: Sequence[str]) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from weighting import arrow, calls, document
 from weighting.contract import Stage
 from weighting.document import Map, Node, Scalar, Seq
 from weighting.errors import Place, Problem, Source, Span, SpecError, nearest
+from weighting.html import spec_html
 from weighting.registry import stages
 
 Pipeline = tuple[SerializeAsAny[Stage], ...]
@@ -102,6 +103,16 @@ class Spec(BaseModel):
     @override
     def __str__(self) -> str:
         return dumps(self)
+
+    def _repr_html_(self) -> str:
+        """Return how a notebook shows it."""
+        from weighting.build import plan  # noqa: PLC0415 - build knows specs, not the reverse
+
+        rows = [
+            (name, plan(pipeline)[-1].level, arrow_text(pipeline))
+            for name, pipeline in self.factors.items()
+        ]
+        return spec_html(self.name, str(self), rows)
 
 
 def load(path: str | Path, *, allow_plugins: bool = False) -> Spec:

@@ -1,4 +1,4 @@
-"""The `weighting` command: check, explain, list, schema, new-stage, train, mix, score."""
+"""The `weighting` command; each of its own commands has a file here."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import click
 
 from weighting import __version__
 from weighting.cli.check import check
+from weighting.cli.completion import completion
+from weighting.cli.doctor import doctor
 from weighting.cli.explain import explain
 from weighting.cli.listing import list_words
 from weighting.cli.mix import mix
@@ -36,3 +38,5 @@ main.add_command(new_stage)
 main.add_command(train)
 main.add_command(mix)
 main.add_command(score)
+main.add_command(doctor)
+main.add_command(completion)

@@ -6,12 +6,12 @@ import sys
 
 import click
 
-from weighting.cli.common import allow_plugins, read
+from weighting.cli.common import allow_plugins, read, specs_named
 from weighting.errors import SpecError
 
 
 @click.command()
-@click.argument("specs", metavar="SPEC...", nargs=-1, required=True)
+@click.argument("specs", metavar="SPEC...", nargs=-1, required=True, shell_complete=specs_named)
 @allow_plugins
 def check(specs: tuple[str, ...], *, allow_plugins: bool) -> None:
     """Check specs and show every error with its place; exit 2 if there is any.

@@ -8,10 +8,11 @@ import sys
 from typing import TYPE_CHECKING, NoReturn
 
 import click
+from click.shell_completion import CompletionItem
 
 from weighting.build import Weighting, sketch
 from weighting.errors import SpecError
-from weighting.spec import Spec, resolve
+from weighting.spec import Spec, resolve, shipped
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -74,3 +75,10 @@ def hand_over(module: str, options: Mapping[str, object], flags: Iterable[str]) 
 def one_line(text: str | None) -> str:
     """Return the first line of a docstring, without its full stop."""
     return (text or "").strip().partition("\n")[0].rstrip(".")
+
+
+def specs_named(context: click.Context, param: click.Parameter, start: str) -> list[CompletionItem]:
+    """Return the shipped specs that begin so, and have the shell offer files too."""
+    del context, param
+    names = [CompletionItem(name) for name in shipped() if name.startswith(start)]
+    return [*names, CompletionItem(start, type="file")]

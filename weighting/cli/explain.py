@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from weighting import arrow, calls
 from weighting.build import build, numbers, tells_domains
-from weighting.cli.common import allow_plugins, read_or_exit
+from weighting.cli.common import allow_plugins, read_or_exit, specs_named
 from weighting.contract import Alone, Source, Weigh
 from weighting.errors import SpecError
 from weighting.linear import SHARE, Sizes, path_of
@@ -50,7 +50,7 @@ _EXAMPLE = Sizes(
 
 
 @click.command()
-@click.argument("spec", metavar="SPEC")
+@click.argument("spec", metavar="SPEC", shell_complete=specs_named)
 @click.option("--steps", type=click.IntRange(1), help="Length of the run schedules are shown for.")
 @allow_plugins
 def explain(spec: str, steps: int | None, *, allow_plugins: bool) -> None:

@@ -1,20 +1,79 @@
-"""`weighting schema`: the JSON Schema of a spec file."""
+"""`weighting schema`: the JSON Schema of a spec file, printed or put where editors look."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 
 import click
 
+from weighting.cli.common import give_up
 from weighting.schema import schema
+
+NAME = "weighting.schema.json"
+_SETTINGS = Path(".vscode") / "settings.json"
 
 
 @click.command("schema")
-def print_schema() -> None:
+@click.option(
+    "--install",
+    metavar="FOLDER",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Save it in a folder of specs and tell VS Code.",
+)
+def print_schema(install: Path | None) -> None:
     """Print the JSON Schema of a spec file, for editors.
 
-    \b
-    Save it beside your specs and begin them with
+    Any editor with a YAML language server finds it by the first line of a spec:
       # yaml-language-server: $schema=weighting.schema.json
+
+    \b
+    Examples:
+      weighting schema > weighting.schema.json
+      weighting schema --install specs
     """  # noqa: D301
-    click.echo(json.dumps(schema(), indent=1, ensure_ascii=False))
+    text = json.dumps(schema(), indent=1, ensure_ascii=False)
+    if install is None:
+        click.echo(text)
+        return
+    try:
+        for line in installed(text, install):
+            click.echo(line)
+    except OSError as error:
+        give_up(f"{error.filename}: {error.strerror}")
+
+
+def installed(text: str, folder: Path) -> list[str]:
+    """Save the schema in a folder, tell VS Code of it, and return what was done, line by line."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / NAME
+    path.write_text(text + "\n", encoding="utf-8")
+    pattern = f"{folder.as_posix()}/*.yaml"
+    said = [f"schema: {path}"]
+    settings = _read_settings()
+    if settings is None:
+        entry = json.dumps({"yaml.schemas": {f"./{path.as_posix()}": pattern}})
+        said.append(f"{_SETTINGS} is not plain JSON and is left as it is; add {entry[1:-1]}")
+    else:
+        known = settings.setdefault("yaml.schemas", {})
+        known[f"./{path.as_posix()}"] = pattern
+        _SETTINGS.parent.mkdir(exist_ok=True)
+        part = _SETTINGS.with_name(f"{_SETTINGS.name}.part")
+        part.write_text(json.dumps(settings, indent=4) + "\n", encoding="utf-8")
+        part.replace(_SETTINGS)
+        said.append(f"VS Code: {_SETTINGS}, for {pattern} (with the extension YAML)")
+    said.append(f"other editors: begin a spec with # yaml-language-server: $schema={NAME}")
+    return said
+
+
+def _read_settings() -> dict[str, Any] | None:
+    """Return VS Code's settings here, empty if there are none; None if they hold more than JSON."""
+    if not _SETTINGS.exists():
+        return {}
+    try:
+        settings = json.loads(_SETTINGS.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+    is_map = isinstance(settings, dict) and isinstance(settings.get("yaml.schemas", {}), dict)
+    return settings if is_map else None

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import click
 
-from weighting.cli.common import allow_plugins, give_up, hand_over, read_or_exit
+from weighting.cli.common import allow_plugins, give_up, hand_over, read_or_exit, specs_named
 from weighting.errors import SpecError
 from weighting.mixture import with_mixture
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
-@click.argument("spec", metavar="SPEC")
+@click.argument("spec", metavar="SPEC", shell_complete=specs_named)
 @click.option("--config", default="llama3_debugmodel", show_default=True, help="Config function.")
 @click.option(
     "--module", default="titan_integration", show_default=True, help="Module it is found in."
