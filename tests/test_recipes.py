@@ -294,7 +294,7 @@ def test_doremi_goes_on_from_a_checkpoint(host, train):
     _, second = train(names, resumed=True)
 
     moved = state(whole)
-    assert moved["pipeline__3_exponentiated__batches"] == 9  # eight steps, and the initial weights
+    assert moved["domain__3_exponentiated__batches"] == 9  # eight steps, and the initial weights
     assert any(not torch.equal(moved[name], fresh[name]) for name in fresh)
     for name, value in whole.state_dict().items():
         assert torch.equal(second.state_dict()[name], value), name

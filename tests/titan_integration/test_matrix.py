@@ -9,9 +9,11 @@ import torch
 from runs import HERE, seed_checkpoint, torchrun
 
 SPECS = Path(__file__).resolve().parents[2] / "specs"
-SHIPPED = ("uniform", "linupper", "mile", "linupper-x-mile", "doremi-proxy")
+SHIPPED = ("uniform", "linupper", "mile", "linupper-x-mile")
+DOMAINS = "version: 1\npipeline: doremi(step_size=1, smoothing=1e-3)\n"
 DOCUMENTS = "version: 1\npipeline: mean(document) -> normalize -> temperature(1) -> clamp(2/n)\n"
-TEXTS = {**{name: (SPECS / f"{name}.yaml").read_text() for name in SHIPPED}, "documents": DOCUMENTS}
+TEXTS = {name: (SPECS / f"{name}.yaml").read_text() for name in SHIPPED}
+TEXTS |= {"domains": DOMAINS, "documents": DOCUMENTS}
 ROWS = 4
 LARGEST = 1e-4
 """Losses differ by 1e-7 between layouts; a normalised spread of some 0.05 nats magnifies them."""
