@@ -45,7 +45,8 @@ def test_every_row_has_numbers_or_a_reason(tmp_path):
             continue
         time, *others = rest
         assert float(first) > 1  # products
-        assert 0 < float(time.split()[0]) < 100
+        # In hundredths of a baseline of milliseconds, which a busy machine may make long.
+        assert 0 <= float(time.split()[0]) < 100
         assert all(float(x) >= 0 for x in others), name  # so little may round to 0 MiB
     assert [*reasons] == ["rho-1 late"]
     assert "weighs every token late" in reasons["rho-1 late"]

@@ -95,6 +95,7 @@ def test_a_search_that_was_killed_goes_on_and_finds_the_same(doremi, data, tmp_p
     """Killed in the proxy's run, the same command ends with the mixture of the whole search."""
     folder, _ = doremi
     shutil.copytree(folder / "runs" / "reference", tmp_path / "runs" / "reference")
+    shutil.copy(folder / "runs" / mixing.ORDERS, tmp_path / "runs")
     arguments = mix("doremi", data, tmp_path / "mixture.yaml", tmp_path / "runs")
     started = subprocess.Popen(
         command(*arguments),

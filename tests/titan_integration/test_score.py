@@ -205,7 +205,7 @@ def test_training_reads_a_token_s_loss_at_that_token(scored, seed, tmp_path):
     flags = [f"--dataloader.dataset_path={scored(1, 'token')}", "--checkpoint.enable"]
     flags += ["--weighting.spec=excess_loss -> temperature(1)", "--checkpoint.interval=1000"]
     flags += [*SMALL, "--training.steps=2"]
-    drive(tmp_path, 1, "test_reference", "recording", *flags)
+    drive(tmp_path, 1, "noting", "debugmodel", *flags)
     first, second = torch.load(tmp_path / "dump" / "notes0.pt")
     # Rows of the first batch start with the beginning of a document; so do documents within a row.
     torch.testing.assert_close(first["loss"], first["ref_loss"], rtol=0, atol=1e-5)
