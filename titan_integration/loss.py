@@ -208,6 +208,7 @@ class _Call:
         count = plain(self.global_valid_tokens)
         self.state.add_losses(losses[0] / count, losses[1] / count)
         self.state.add_by_domain(found["loss"], token, known)
+        self._record({**found, **known}, token)
         return token
 
     def note(self, found: dict[str, Tensor]) -> None:
@@ -220,8 +221,15 @@ class _Call:
         nothing, known = torch.zeros_like(labels, dtype=torch.float32), self.part.known(labels)
         token = self.state.weigh({**known, "loss": nothing}).token
         self.state.add_by_domain(None, token, known)
+        self._record(known, token)
         self.state.add_losses(plain(loss), plain(loss))
         return loss, metrics
+
+    def _record(self, signals: dict[str, Tensor], token: Tensor) -> None:
+        """Note each sequence's signals and weight, if that was asked for."""
+        if self.state.recorder is not None:
+            assert self.part.number is not None, "set_batch numbers the calls"
+            self.state.recorder.add(self.part.number, signals, token)
 
 
 def _call(

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from titan_integration.state import RunState
     from weighting.contract import Collectives
 
-FOLDER, FILE = "weighting", "metrics.jsonl"
-"""Where a run's JSON lines are, below its dump folder."""
+FOLDER, FILE, ABOUT = "weighting", "metrics.jsonl", "run.json"
+"""Where a run's JSON lines are, below its dump folder, and beside them what the run is."""
 
 
 class WeightedMetricsProcessor(MetricsProcessor):
@@ -122,6 +122,25 @@ def append_line(path: Path, line: Mapping[str, float]) -> None:
         set_aside(path)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
+
+
+def about(path: Path, facts: Mapping[str, Any], start: Mapping[str, Any]) -> str:
+    """Return what `run.json` says from a start on: the first one's facts, and all starts.
+
+    A start at step 1, a run's first, sets the file of another aside.
+
+    Args:
+        path: The file; nothing is written to it.
+        facts: What the run is, if this is its first start.
+        start: When, where and at which `step` it began.
+    """
+    before: dict[str, Any] = {}
+    if path.exists() and start["step"] == 1:
+        set_aside(path)
+    elif path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+    told = {**(before or facts), "starts": [*before.get("starts", []), start]}
+    return json.dumps(told, indent=1, default=repr, skipkeys=True) + "\n"
 
 
 def set_aside(path: Path) -> Path:

@@ -21,9 +21,11 @@ import re
 import sys
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
+import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 from torchtitan.config import ConfigManager
 from torchtitan.config.override import apply_overrides
 from torchtitan.distributed import utils as dist_utils
@@ -44,6 +46,7 @@ from titan_integration.reference import build_reference, find_checkpoint, token_
 from titan_integration.score_data import open_source, provenance, write
 from titan_integration.score_windows import scored_blocks
 from titan_integration.trainer import exit_on_user_error
+from titan_integration.vocabulary import signals
 
 if TYPE_CHECKING:
     import argparse
@@ -124,15 +127,20 @@ def score(args: argparse.Namespace) -> None:
     dist.destroy_process_group()
 
 
+_GIVEN = "CHECKPOINT"
+"""What messages call the checkpoint."""
+
+
 class FrozenModel(Trainer):
     """As much of a trainer as it takes to run a model that does not change."""
 
-    def __init__(self, config: Trainer.Config, folder: Path) -> None:
+    def __init__(self, config: Trainer.Config, folder: Path, source: str = _GIVEN) -> None:
         """Join the ranks and load the model.
 
         Args:
             config: A trainer's; its parallelism, precision and compilation are kept.
             folder: A checkpoint as `find_checkpoint` returns it.
+            source: Where it was given, for messages.
 
         Raises:
             ValueError: The checkpoint cannot be read, or is of another architecture.
@@ -152,17 +160,40 @@ class FrozenModel(Trainer):
         if config.override.imports:
             apply_overrides(config.override, config)
         self.loss_fn = config.loss.build(compile_config=config.compile)
-        self.model = build_reference(config, self.parallel_dims, folder, _GIVEN)
+        self.model = build_reference(config, self.parallel_dims, folder, source)
         self.model_parts = [self.model]
         self.ntokens_seen = 0
 
     def losses(self, inputs: Tensor, positions: Tensor, labels: Tensor) -> Tensor:
         """Return the loss of every label in nats, float32; all are [B, L]."""
-        given = {"input": inputs.to(self.device), "positions": positions.to(self.device)}
-        batch = self.post_dataloading_process(given, labels.to(self.device))
+        batch = self._batch(inputs, positions, labels)
         assert isinstance(self.loss_fn, WeightedChunkedLoss | WeightedCrossEntropyLoss)
         with self.train_context():
             return token_losses(self.model, self.loss_fn, *batch).float().cpu()
+
+    @torch.no_grad()
+    def signals(
+        self, inputs: Tensor, positions: Tensor, labels: Tensor, needs: frozenset[str]
+    ) -> dict[str, Tensor]:
+        """Return `loss` and what else of `needs` the logits tell; all are [B, L].
+
+        The logits of all tokens are there at once.
+        """
+        inputs, labels, kwargs = self._batch(inputs, positions, labels)
+        with self.train_context():
+            logits = self.model(inputs, **kwargs)
+            if isinstance(self.loss_fn, WeightedChunkedLoss):
+                logits = self.model.lm_head(logits)
+            found = signals(logits, labels, None, needs)
+        if isinstance(self.model, FSDPModule):
+            self.model.reset_iter_state()  # as `token_losses` does
+        return {name: x.float().cpu() for name, x in found.items()}
+
+    def _batch(
+        self, inputs: Tensor, positions: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        given = {"input": inputs.to(self.device), "positions": positions.to(self.device)}
+        return self.post_dataloading_process(given, labels.to(self.device))
 
 
 def fingerprint(tokenizer: BaseTokenizer) -> str:
@@ -171,10 +202,6 @@ def fingerprint(tokenizer: BaseTokenizer) -> str:
     text = inner.to_str() if inner is not None else type(tokenizer).__qualname__
     parts = [text, tokenizer.get_vocab_size(), tokenizer.encode("", add_bos=True, add_eos=True)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-
-
-_GIVEN = "CHECKPOINT"
-"""What messages call the checkpoint."""
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:

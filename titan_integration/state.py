@@ -26,6 +26,7 @@ from weighting.losses import signals_of
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from titan_integration.record import Recorder
     from weighting import Weighting, Weights
 
 _ADDED = MOMENTS.index("min")
@@ -68,11 +69,13 @@ class Part:
         given: Signals that came with the batch, by name, [B, L].
         found: All of its signals, once the loss has taken them.
         token: Its weights, [B, L], where they are known before the call or come with others'.
+        number: Which call of its step it is, 0-D, where that is recorded.
     """
 
     given: dict[str, Tensor] = field(default_factory=dict)
     found: dict[str, Tensor] = field(default_factory=dict)
     token: Tensor | None = None
+    number: Tensor | None = None
 
     def known(self, labels: Tensor) -> dict[str, Tensor]:
         """Return the signals that predictions do not tell, [B, L]; weights if they are known."""
@@ -110,6 +113,7 @@ class RunState(Stateful):
         together: Whether these are noted in their forward passes, to be weighed together.
         ahead: Whether they are noted in forward passes without gradient, before the others.
         pipeline: The stages, where losses and state are known on the last one only.
+        recorder: Notes what single sequences lost and weighed, if that was asked for.
     """
 
     def __init__(self, fn: Weighting, device: torch.device, *, allow_changed_spec: bool) -> None:
@@ -119,6 +123,7 @@ class RunState(Stateful):
         self._allow_changed_spec = allow_changed_spec
         self.calls, self.together, self.ahead = 1, False, False
         self.pipeline: Pipeline | None = None
+        self.recorder: Recorder | None = None
         self._current = Part()
         self._by_labels: dict[int, tuple[Tensor, Part]] = {}
         self._noted: list[Part] = []
@@ -143,6 +148,8 @@ class RunState(Stateful):
         self._shares.zero_()
         self._by_domain.zero_()
         self._weighed.clear()
+        if self.recorder is not None:
+            self.recorder.begin_step(step)
 
     def set_batch(self, given: Mapping[str, Tensor], labels: Tensor | None = None) -> None:
         """Take what the weighting reads of the next call and the loss cannot find, each [B, L].
@@ -165,6 +172,8 @@ class RunState(Stateful):
             token = self._weighed.pop(0).token
             assert token is not None
             part.token = _copied(token, part.token)
+        if self.recorder is not None:
+            part.number = self.recorder.next_call(part.number)
         if labels is not None:
             self._by_labels[id(labels)] = labels, part
 
@@ -343,6 +352,8 @@ class RunState(Stateful):
     @override
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the stages, and what it belongs to."""
+        if self.recorder is not None:  # what a checkpoint is past is not recorded again
+            self.recorder.flush()
         state = self.fn.state_dict()
         if self.pipeline:
             state = {name: self.pipeline.from_last(x) for name, x in state.items()}

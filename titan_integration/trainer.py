@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import sys
 import time
 from dataclasses import dataclass, field, fields
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
@@ -32,14 +35,15 @@ from titan_integration.loss import (
     WeightedCrossEntropyLoss,
     weighted_loss_config,
 )
-from titan_integration.metrics import WeightedMetricsProcessor
-from titan_integration.mixing import write_mixture
+from titan_integration.metrics import ABOUT, FOLDER, WeightedMetricsProcessor, about
+from titan_integration.mixing import write_mixture, write_whole
 from titan_integration.preflight import (
     ask_for_columns,
     ask_for_rows,
     read_spec,
     refuse_unsupported,
 )
+from titan_integration.record import asked, recorder_of
 from titan_integration.reference import (
     average_decay,
     build_reference,
@@ -57,7 +61,6 @@ from weighting.logits import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from torchtitan.distributed import ParallelDims
     from torchtitan.models.common.decoder import Decoder
@@ -89,6 +92,12 @@ class WeightingConfig:
     allow_changed_spec: bool = False
     """Resume a checkpoint of another spec, starting the weighting's state afresh."""
 
+    record: str = ""
+    """What to write down of single sequences, below the dump folder in weighting/record.
+    `every=10`: of each sequence of every tenth step its domain, valid tokens, and the means of its
+    losses, of the other signals that the spec reads, and of its weights. `every=10,tokens=64`: of
+    64 tokens drawn from each of these steps as well. `weighting replay` reads it."""
+
 
 class WeightedTrainer(Trainer):
     """The host's trainer: weighs the training loss, logs what it did, saves the state it keeps.
@@ -111,6 +120,8 @@ class WeightedTrainer(Trainer):
     """Of the average the reference is; None when it is fixed."""
     gradients: DomainGradients | None = None
     """Of the domains, where the weighting compares them."""
+    begun: bool = False
+    """Whether a step was taken since this start."""
 
     @override
     # A Config builds the trainer it belongs to, so this one never gets the parent's.
@@ -126,6 +137,8 @@ class WeightedTrainer(Trainer):
             if on_cpu:
                 cpu.prepare_config(config)
             spec = read_spec(config.weighting)
+            if config.weighting.record:
+                asked(config.weighting.record)  # what is wrong with it is said first
             refuse_unsupported(config, sketch(spec))
             ask_for_columns(config, sketch(spec).needs)
             ask_for_rows(config, sketch(spec))
@@ -169,6 +182,7 @@ class WeightedTrainer(Trainer):
         self.metrics_processor.state = self.state
         self.metrics_processor.collectives = ranks
         self.metrics_processor.dump_folder = config.dump_folder
+        self.state.recorder = recorder_of(self, ranks)
         if config.checkpoint.enable:
             # pyrefly: ignore[missing-attribute]
             states = self.checkpointer.states
@@ -272,6 +286,11 @@ class WeightedTrainer(Trainer):
         parts, _ = cp_shard(mesh, tuple(given.values()), None, balancer)
         return dict(zip(given, parts, strict=True))
 
+    def places(self, rows: int, length: int) -> Tensor:
+        """Return where in its sequence each token of a row is that is on this rank, [L]."""
+        places = torch.arange(length, device=self.device).repeat(rows, 1)
+        return self._sharded({"places": places})["places"][0]
+
     def _further_losses(
         self, inputs: Tensor, labels: Tensor, kwargs: dict[str, Any]
     ) -> dict[str, Tensor]:
@@ -295,6 +314,8 @@ class WeightedTrainer(Trainer):
     @override
     def train_step(self, data_iterator: Iterator[tuple[dict[str, Tensor], Tensor]]) -> None:
         """Run one optimizer step of the host at the weighting's own step."""
+        if not self.begun:
+            self._say_what_runs()
         self.state.begin_step(self.step)
         self._draw()
         if self.gradients is not None:
@@ -307,8 +328,33 @@ class WeightedTrainer(Trainer):
             self._look_ahead(batches)
             data_iterator = iter(batches)
         super().train_step(data_iterator)
+        if self.state.recorder is not None:
+            self.state.recorder.end_step()
         if average is not None and self.decay is not None:
             follow(average, model, self.decay)
+
+    def _say_what_runs(self) -> None:
+        """Leave beside the metrics what the run is and that it starts; the first rank writes."""
+        self.begun = True
+        if dist.get_rank() != 0:
+            return
+        spec = self.state.fn.spec
+        facts = {
+            "spec": {"name": spec.name, "hash": spec.hash, "text": str(spec)},
+            "domains": list(self.state.fn.domains),
+            "config": self.config.to_dict(),
+        }
+        ours = {"python": platform.python_version(), "weighting-dsl": wt.__version__}
+        start = {
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "step": self.step,
+            "spec": spec.hash,
+            "ranks": dist.get_world_size(),
+            "device": self.metrics_processor.device_memory_monitor.device_name,
+            "versions": {**ours, **versions.found()},
+        }
+        path = Path(self.config.dump_folder) / FOLDER / ABOUT
+        write_whole(path, about(path, facts, start))
 
     @override
     def pp_forward_backward_step(self, **batch: Any) -> Tensor:
@@ -369,6 +415,8 @@ class WeightedTrainer(Trainer):
         """Train; errors of the user's making end the run with one message and status 2."""
         with exit_on_user_error():
             super().train()
+            if self.state.recorder is not None:
+                self.state.recorder.flush()
             write_mixture(self)
 
 

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from weighting.build import build
-from weighting.contract import Signals
+from weighting.build import Weighting, Weights, build, numbers
+from weighting.losses import signals_of
+from weighting.schedules import Constant, Piecewise, Schedule, ShareOfN, Step
 from weighting.spec import Spec, resolve
+from weighting.stages import Clamp
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from weighting.contract import Stage
+    from weighting.recorded import Recorded
 
     Values = Sequence[float] | Tensor
 
@@ -52,20 +58,198 @@ def simulate(
         "error_norm": error_norm,
         "ref_loss": ref_loss,
     }
+    known = {name: value for name, value in given.items() if value is not None}
+    return simulate_units(spec, known, step, domain=domain).weight
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """What a spec made of units.
+
+    Attributes:
+        fn: The built spec, whose state is that after them.
+        out: Their weights.
+    """
+
+    fn: Weighting
+    out: Weights
+
+    @property
+    def weight(self) -> Tensor:
+        """The final weight of each unit, [n]."""
+        return self.out.token.flatten()
+
+    @property
+    def ess_frac(self) -> float:
+        """Effective sample size over n: (sum w)^2 / (n * sum w^2)."""
+        return self.out.metrics["weight/ess_frac"].item()
+
+    @property
+    def capped_frac(self) -> float | None:
+        """Share of units at their cap, of the factor with most; None where nothing is capped."""
+        metrics = self.out.metrics
+        shares = (metrics[f"{name}/capped_frac"].item() for name in capped_factors(self.fn))
+        return max(shares, default=None)
+
+
+def simulate_units(
+    spec: Spec,
+    given: Mapping[str, Values],
+    step: int = 0,
+    *,
+    domain: Sequence[str] | None = None,
+    domains: Sequence[str] | None = None,
+    one_sequence: bool = False,
+) -> Simulated:
+    """Return what a spec makes of units given by any signals.
+
+    Args:
+        spec: The spec.
+        given: Values of each unit by signal, columns as "columns.name".
+        step: Optimizer step at which schedules are read.
+        domain: Domain name of each unit.
+        domains: Names of all domains; those of the units when None.
+        one_sequence: Take the units as the tokens of one sequence; each is a sequence of one
+            token otherwise.
+
+    Raises:
+        SpecError: The spec does not fit the domains.
+        ValueError: No units, lengths that differ, or a missing or non-finite signal.
+    """
+    shape = (1, -1) if one_sequence else (-1, 1)
     tensors: dict[str, Any] = {
-        name: torch.as_tensor(value, dtype=torch.float32).reshape(-1, 1)
+        name: torch.as_tensor(value, dtype=torch.float32).reshape(shape)
         for name, value in given.items()
-        if value is not None
     }
-    lengths = {len(value) for value in tensors.values()} | ({len(domain)} if domain else set())
+    lengths = {value.numel() for value in tensors.values()} | ({len(domain)} if domain else set())
     if len(lengths) != 1 or 0 in lengths:
         msg = f"give one value per unit, equally many of each signal; got lengths {sorted(lengths)}"
         raise ValueError(msg)
-    names = sorted(set(domain or ()))
-    like = tensors.setdefault("loss", torch.zeros(lengths.pop(), 1))
+    names = sorted(set(domain or ())) if domains is None else [*domains]
+    like = tensors.setdefault("loss", torch.zeros(lengths.pop()).reshape(shape))
     fn = build(spec, domains=names)
-    ids = torch.tensor([[names.index(name)] for name in domain]) if domain else None
-    one_document = torch.zeros_like(like, dtype=torch.long)
-    out = fn(Signals(**tensors, domain_ids=ids, segment_ids=one_document), step)
+    if domain:
+        index = {name: i for i, name in enumerate(names)}
+        tensors["domain_ids"] = torch.tensor([index[name] for name in domain]).reshape(shape)
+    tensors["segment_ids"] = torch.zeros_like(like, dtype=torch.long)  # one document
+    out = fn(signals_of(tensors), step)
     fn.check(out)
-    return out.token[:, 0]
+    return Simulated(fn, out)
+
+
+def simulate_recorded(
+    spec: Spec, fn: Weighting, losses: Recorded, step: int, *, one_sequence: bool = False
+) -> Simulated:
+    """Return what a spec makes of recorded units, of those of the step where steps were recorded.
+
+    Args:
+        spec: The spec.
+        fn: What it builds to; a sketch will do.
+        losses: The units, with the columns of `columns_of`.
+        step: Optimizer step.
+        one_sequence: As for `simulate_units`.
+
+    Raises:
+        SpecError: The spec does not fit the domains.
+        ValueError: A column is missing or holds something else, or nothing was recorded then.
+    """
+    here = losses.at(step)
+    given: dict[str, Values] = {"loss": here.numbers("loss")}
+    for signal, column in columns_of(fn).items():
+        derived = signal == "target_prob" and column not in here.has
+        if signal != "domain_ids" and not derived:
+            given[signal] = here.numbers(column)
+    written = written_domains(spec)
+    # Whoever only draws by a table of its own weighs any data alike.
+    asks = "domain_ids" in fn.needs or (fn.sampling and not written)
+    domain = here.words(DOMAIN) if asks and DOMAIN in here.has else None
+    # A batch may lack some of the spec's domains; that it has others is the spec's to tell.
+    known = domain is None or {*domain} <= {*written}
+    names = sorted(written if known else {*(domain or ())}) or ["all"]
+    return simulate_units(
+        spec, given, step, domain=domain, domains=names, one_sequence=one_sequence
+    )
+
+
+DOMAIN = "domain"
+"""The column of domain names."""
+
+
+def columns_of(fn: Weighting) -> dict[str, str]:
+    """Return the column of a file for each signal that a spec reads."""
+    units = {"segment_ids", "sequence_ids"}
+    named = {"domain_ids": DOMAIN}
+    return {
+        name: named.get(name, name.removeprefix("columns.")) for name in sorted(fn.needs - units)
+    }
+
+
+def missing(label: str, fn: Weighting, losses: Recorded) -> str | None:
+    """Return which columns a spec reads that were not recorded, in a message, or None."""
+    lacking = [
+        column
+        for signal, column in columns_of(fn).items()
+        if column not in losses.has and signal != "target_prob"  # which the loss tells
+    ]
+    if not lacking:
+        return None
+    what, has = ", ".join(lacking), ", ".join(losses.has)
+    give = f"give a file with {'it' if len(lacking) == 1 else 'them'}, a value for each unit"
+    return f"{label} reads {what}, and {losses.name} has {has}; {give}"
+
+
+def written_domains(spec: Spec) -> tuple[str, ...]:
+    """Return the names of domains that a spec itself tells, in their order."""
+    stages = [stage for pipeline in spec.factors.values() for stage in pipeline if stage.collects]
+    named = (getattr(stage, stage.collects or "") for stage in stages)
+    return tuple(dict.fromkeys(name for names in named for name in names))
+
+
+def capped_factors(fn: Weighting) -> list[str]:
+    """Return the factors that cap their weights and multiply the loss by them."""
+    return [
+        name
+        for name, steps in fn.plans.items()
+        if fn.applied[name] != "sampling" and any(isinstance(step.stage, Clamp) for step in steps)
+    ]
+
+
+class Changing(NamedTuple):
+    """A number that changes over a run.
+
+    Attributes:
+        label: "factor.stage.argument".
+        stage: The stage it belongs to.
+        argument: Its name there.
+        schedule: Its value at every step.
+    """
+
+    label: str
+    stage: Stage
+    argument: str
+    schedule: Schedule
+
+
+def changing(fn: Weighting) -> Iterator[Changing]:
+    """Yield the numbers of a built spec that change over a run."""
+    for name, steps in fn.plans.items():
+        for step in steps:
+            for argument, value in numbers(step.stage):
+                if not isinstance(value, Constant | ShareOfN):
+                    label = f"{name}.{step.stage.name}.{argument}"
+                    yield Changing(label, step.stage, argument, value)
+
+
+def last_turn(schedule: Schedule) -> int:
+    """Return the step from which a schedule no longer changes."""
+    return max(turns(schedule))
+
+
+def turns(schedule: Schedule) -> list[int]:
+    """Return the steps at which a schedule starts, jumps or ends."""
+    if isinstance(schedule, Step):
+        return [max(schedule.at - 1, 0), schedule.at]
+    if isinstance(schedule, Piecewise):
+        return [turn for at in schedule.values for turn in (max(at - 1, 0), at)]
+    begin = getattr(schedule, "begin", 0)
+    return [begin, begin + getattr(schedule, "over", 0)]

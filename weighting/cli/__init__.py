@@ -12,8 +12,13 @@ from weighting.cli.explain import explain
 from weighting.cli.listing import list_words
 from weighting.cli.mix import mix
 from weighting.cli.new_stage import new_stage
+from weighting.cli.plot import plot
+from weighting.cli.replay import replay_command
+from weighting.cli.report import report
 from weighting.cli.schema import print_schema
 from weighting.cli.score import score
+from weighting.cli.simulate import simulate
+from weighting.cli.tokens import tokens
 from weighting.cli.train import train
 
 
@@ -34,9 +39,14 @@ main.add_command(check)
 main.add_command(explain)
 main.add_command(list_words)
 main.add_command(print_schema)
+main.add_command(simulate)
+main.add_command(plot)
 main.add_command(new_stage)
 main.add_command(train)
 main.add_command(mix)
 main.add_command(score)
+main.add_command(report)
+main.add_command(tokens)
+main.add_command(replay_command)
 main.add_command(doctor)
 main.add_command(completion)

@@ -17,7 +17,8 @@ from weighting.cli.common import allow_plugins, read_or_exit, specs_named
 from weighting.contract import Alone, Source, Weigh
 from weighting.errors import SpecError
 from weighting.linear import SHARE, Sizes, path_of
-from weighting.schedules import Constant, Piecewise, Schedule, ShareOfN, Step
+from weighting.schedules import Constant
+from weighting.simulate import changing, turns
 from weighting.spec import arrow_text, dumps
 from weighting.stages import Table
 from weighting.testing.subject import as_subject
@@ -307,34 +308,18 @@ def _in_words(calls: Counter[str]) -> str:
 
 def _schedules(fn: Weighting, steps: int | None) -> list[str]:
     """Return a table of every number that changes, at telling steps of the run."""
-    moving = [
-        (f"{name}.{step.stage.name}.{field}", value)
-        for name, planned in fn.plans.items()
-        for step in planned
-        for field, value in numbers(step.stage)
-        if not isinstance(value, Constant | ShareOfN)
-    ]
+    moving = [(found.label, found.schedule) for found in changing(fn)]
     if not moving:
         return ["schedules: none, every number is constant", ""]
-    turns = sorted({turn for _, schedule in moving for turn in _turns(schedule)})
-    last = steps or max(2 * turns[-1], 10)
-    between = [(a + b) // 2 for a, b in pairwise([1, *(t for t in turns if 1 < t < last), last])]
-    shown = sorted({1, last, *between, *(t for t in turns if 1 <= t <= last)})[:12]
+    moments = sorted({turn for _, schedule in moving for turn in turns(schedule)})
+    last = steps or max(2 * moments[-1], 10)
+    between = [(a + b) // 2 for a, b in pairwise([1, *(t for t in moments if 1 < t < last), last])]
+    shown = sorted({1, last, *between, *(t for t in moments if 1 <= t <= last)})[:12]
     lines = [f"schedules over {last} steps:", "", f"  {'step':32} value"]
     for label, schedule in moving:
         lines.append(f"  {label}")
         lines += [f"  {step:>32} {schedule(torch.tensor(step)).item():g}" for step in shown]
     return [*lines, ""]
-
-
-def _turns(schedule: Schedule) -> list[int]:
-    """Return the steps at which a schedule starts, jumps or ends."""
-    if isinstance(schedule, Step):
-        return [max(schedule.at - 1, 0), schedule.at]
-    if isinstance(schedule, Piecewise):
-        return [turn for at in schedule.values for turn in (max(at - 1, 0), at)]
-    begin = getattr(schedule, "begin", 0)
-    return [begin, begin + getattr(schedule, "over", 0)]
 
 
 def _wrapped(label: str, stages: list[str]) -> list[str]:

@@ -1,0 +1,362 @@
+"""The recorder: what it writes, on any layout, through a kill, and how much of it."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from runs import drive, environment, seed_checkpoint
+from test_resume import kill_at_step_10
+
+import weighting as wt
+from titan_integration.metrics import read_lines
+from titan_integration.record import POSITION, ROOM, Layout, Recorder, asked
+from weighting.replay import DOMAIN, FOLDER, ROW, STEP, TOKENS, WEIGHT, read_record, replay
+
+DOMAINS = ("code", "docs")
+CPU = torch.device("cpu")
+
+
+# What is asked for.
+
+
+def test_words_say_what_to_record():
+    """Steps are needed, tokens may be left out, in any order."""
+    assert asked("every=10") == (10, 0)
+    assert asked("tokens=64, every=1") == (1, 64)
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        ("evry=10", "unknown word 'evry'; did you mean 'every'?; write every=10, or "),
+        ("every=10,documents", "unknown word 'documents'; known: every, tokens; write "),
+        ("every=0", "every=0 is no whole number from 1 on; write every=10, or "),
+        ("every=ten", "every=ten is no whole number from 1 on; write every=10, or "),
+        ("every=5,tokens=-1", "tokens=-1 is no whole number from 1 on; write every=10, or "),
+        ("every=5,every=6", "every twice; write every=10, or "),
+        ("tokens=64", "it does not say when; write every=10,tokens=64"),
+    ],
+)
+def test_wrong_words_are_refused_with_place_and_fix(text, wrong):
+    """The message names the flag as it was given, what is wrong, and what to write."""
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - the whole message is compared
+        asked(text)
+    assert str(error.value).startswith(f"--weighting.record {text}: {wrong}")
+
+
+@pytest.mark.processes
+def test_a_run_refuses_wrong_words_at_once(tmp_path):
+    """One message and status 2, before anything is built or written."""
+    flags = ["--weighting.spec=linupper", "--weighting.record=every", f"--dump_folder={tmp_path}"]
+    entry = ["--module=titan_integration", "--config=llama3_debugmodel", *flags]
+    done = subprocess.run(
+        [sys.executable, "-m", "torchtitan.train", *entry],
+        env={**environment(), "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert "error: --weighting.record every: every= is no whole number from 1 on" in done.stderr
+    assert not (tmp_path / FOLDER).exists()
+
+
+# The recorder alone.
+
+
+def recorder(folder, text, spec="linupper", calls=1):
+    """Return a recorder on a single rank, of steps of some calls."""
+    fn = wt.build(wt.spec.resolve(spec), domains=DOMAINS)
+    return Recorder(asked(text), fn, Layout(calls, 3, 8, 1), folder / FOLDER, device=CPU)
+
+
+def call_of(seed, rows=3, length=8):
+    """Return the signals and the weights of a call."""
+    of = torch.Generator().manual_seed(seed)
+    loss, token, entropy = (torch.rand(rows, length, generator=of) * 4 for _ in range(3))
+    valid = torch.rand(rows, length, generator=of) < 0.7
+    valid[:, 0] = True
+    ids = torch.where(valid, torch.randint(2, valid.shape, generator=of), 99)  # ignored: anything
+    loss, token = torch.where(valid, loss, torch.nan), torch.where(valid, token, 0)
+    return {"loss": loss, "entropy": entropy, "valid": valid, "domain_ids": ids}, token
+
+
+def take(noting, step, calls):
+    """Take a step of some calls."""
+    noting.begin_step(step)
+    for signals, token in calls:
+        noting.add(noting.next_call(None), signals, token)
+    noting.end_step()
+
+
+def test_a_sequence_is_the_mean_over_its_valid_tokens(tmp_path):
+    """Losses, entropies and weights at ignored tokens mean nothing; the domain is that of most."""
+    noting = recorder(tmp_path, "every=2", "linupper-x-mile", calls=2)
+    data = {step: [call_of(10 * step + call) for call in (1, 2)] for step in (1, 2, 3, 4)}
+    for step, calls in data.items():
+        take(noting, step, calls)
+    noting.begin_step(6)  # and then the data ends
+    noting.add(noting.next_call(None), *call_of(1))
+    noting.flush()
+    record = read_record(tmp_path)
+    assert [step.step for step in record.steps] == [2, 4], "the last one was not taken"
+    assert record.signals == {"loss", "entropy"}
+    assert record.about["name"] == "linupper-x-mile"
+    for found in record.steps:
+        assert found.row.tolist() == [*range(6)]
+        for row in found.row:
+            signals, token = data[found.step][row // 3]
+            valid = signals["valid"][row % 3]
+            assert found.tokens[row] == valid.sum()
+            # Recorded with 16 significant bits.
+            for name, x in {**signals, WEIGHT: token}.items():
+                if name in {"loss", "entropy", WEIGHT}:
+                    recorded = found.weight if name == WEIGHT else found.signals[name]
+                    assert recorded[row] == pytest.approx(x[row % 3][valid].mean(), rel=2**-16)
+            ids = signals["domain_ids"][row % 3][valid]
+            assert (ids == found.domain[row]).sum() >= (ids != found.domain[row]).sum()
+
+
+def test_sampled_tokens_are_those_of_the_batch(tmp_path):
+    """Each has its row, position, domain, loss and weight; ignored ones are left out."""
+    noting = recorder(tmp_path, "every=1,tokens=40", calls=2)
+    data = {step: [call_of(10 * step + call) for call in (1, 2)] for step in (1, 2)}
+    for step, calls in data.items():
+        take(noting, step, calls)
+    noting.flush()
+    (file,) = (tmp_path / FOLDER).glob(f"{TOKENS}-*.parquet")
+    tokens = pq.read_table(file).to_pylist()
+    assert 20 <= len(tokens) < 80
+    assert len({(x[STEP], x[ROW], x[POSITION]) for x in tokens}) > 20
+    for token in tokens:
+        signals, weights = data[token[STEP]][token[ROW] // 3]
+        at = token[ROW] % 3, token[POSITION]
+        assert signals["valid"][at]
+        assert token["loss"] == pytest.approx(signals["loss"][at].item(), rel=2**-16)
+        assert token[WEIGHT] == pytest.approx(weights[at].item(), rel=2**-16)
+        assert token[DOMAIN] == DOMAINS[signals["domain_ids"][at]]
+
+
+def test_target_probability_is_taken_from_the_loss(tmp_path):
+    """The mean of the tokens' probabilities, which the loss does not bring along."""
+    noting = recorder(tmp_path, "every=1", "dft")
+    signals, token = call_of(1)
+    take(noting, 1, [(signals, token)])
+    noting.flush()
+    (step,) = read_record(tmp_path).steps
+    rows = zip(signals["loss"], signals["valid"], strict=True)
+    expected = [(-loss[valid]).exp().mean() for loss, valid in rows]
+    torch.testing.assert_close(
+        step.signals["target_prob"], torch.stack(expected), rtol=2**-16, atol=0
+    )
+
+
+def test_without_token_losses_the_loss_is_nan_and_the_weight_one(tmp_path):
+    """So it is with uniform weights, whose loss is the host's own."""
+    noting = recorder(tmp_path, "every=1", "uniform")
+    signals, _ = call_of(1)
+    del signals["loss"]
+    take(noting, 1, [(signals, signals["valid"].float())])
+    noting.flush()
+    (step,) = read_record(tmp_path).steps
+    assert step.signals["loss"].isnan().all()
+    assert step.weight.tolist() == [1, 1, 1]
+    assert step.tokens.tolist() == signals["valid"].sum(1).tolist()
+
+
+def test_a_captured_step_records_like_any_other(tmp_path):
+    """Whether and where a call is noted is a matter of tensors: one graph serves all steps."""
+    noting = recorder(tmp_path, "every=2,tokens=8")
+    # fullgraph refuses whatever would wait for the device.
+    add = torch.compile(noting.add, fullgraph=True, backend="eager")
+    number, data = None, {step: call_of(step) for step in range(1, 7)}
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for step, (signals, token) in data.items():
+            noting.begin_step(step)
+            before, number = number, noting.next_call(number)
+            assert before is None or before.data_ptr() == number.data_ptr()
+            add(number, signals, token)
+            noting.end_step()
+    noting.flush()
+    record = read_record(tmp_path)
+    assert [step.step for step in record.steps] == [2, 4, 6]
+    for found in record.steps:
+        signals, _ = data[found.step]
+        means = torch.where(signals["valid"], signals["loss"], 0).sum(1) / signals["valid"].sum(1)
+        torch.testing.assert_close(found.signals["loss"], means, rtol=2**-16, atol=0)
+
+
+def test_files_are_whole_and_old_ones_stay(tmp_path):
+    """Each flush adds a file, at the latest when there is no more room; a fresh run begins anew."""
+    noting = recorder(tmp_path, "every=1")
+    for step in range(1, ROOM + 3):
+        take(noting, step, [call_of(step)])
+    folder = tmp_path / FOLDER
+    first = folder / "sequences-000001.parquet"
+    assert [*folder.iterdir()] == [first]
+    content = first.read_bytes()
+    (folder / "sequences-000002.parquet.part").write_bytes(b"what a kill left")
+
+    resumed = recorder(tmp_path, "every=1")
+    for step in range(ROOM, ROOM + 6):
+        take(resumed, step, [call_of(1000 + step)])
+    resumed.flush()
+    assert first.read_bytes() == content
+    record = read_record(tmp_path)
+    assert [step.step for step in record.steps] == [*range(1, ROOM + 6)]
+    (signals, _), found = call_of(1000 + ROOM), record.steps[ROOM - 1]
+    assert found.tokens.tolist() == signals["valid"].sum(1).tolist(), "the later record counts"
+
+    fresh = recorder(tmp_path, "every=1")
+    take(fresh, 1, [call_of(1)])
+    fresh.flush()
+    assert len(read_record(tmp_path).steps) == 1
+    assert (folder.with_name("record.1") / first.name).read_bytes() == content
+
+
+def test_a_disk_that_is_full_ends_no_training(tmp_path, caplog):
+    """It is a warning that says which steps are missing."""
+    noting = recorder(tmp_path, "every=1")
+    take(noting, 3, [call_of(1)])
+    (tmp_path / "weighting").write_text("no folder can be here")
+    noting.flush()
+    (message,) = (text for text in caplog.messages if "not recorded" in text)
+    assert "steps 3 to 3 are not recorded: " in message
+
+
+def test_twenty_thousand_steps_of_128_sequences_take_less_than_20_megabytes(tmp_path):
+    """Recorded at every step, with a second signal, and ten domains without any order."""
+    layout = Layout(1, 128, 2048, 1)
+    fn = wt.build(wt.load("linupper-x-mile"), domains=[f"domain-{i}" for i in range(10)])
+    noting = Recorder(asked("every=1"), fn, layout, tmp_path / FOLDER, device=CPU)
+    of = torch.Generator().manual_seed(0)
+    for first in range(1, 20_001, ROOM):
+        steps = [*range(first, min(first + ROOM, 20_001))]
+        shape = len(steps), 128, 1
+        # Losses that fall from 11 to 3 nats over the run, spread by half a nat.
+        centre = 3 + 8 * torch.exp(-torch.tensor(steps) / 3000).view(-1, 1, 1)
+        loss = centre + 0.5 * torch.randn(shape, generator=of)
+        entropy = 0.9 * loss + 0.2 * torch.randn(shape, generator=of)
+        weight = (loss - centre).exp().clamp(max=2)
+        domain = torch.randint(10, shape[:2], generator=of)
+        sums = torch.cat([torch.ones(shape), weight, loss, entropy], dim=2)
+        counts = torch.nn.functional.one_hot(domain, 10)
+        noting._rows[: len(steps)] = 2048 * torch.cat([sums, counts], dim=2)
+        noting._steps = steps
+        noting.flush()
+    files = [*(tmp_path / FOLDER).iterdir()]
+    assert len(files) == -(-20_000 // ROOM)
+    assert sum(pq.read_metadata(file).num_rows for file in files) == 20_000 * 128
+    size = sum(file.stat().st_size for file in files)
+    assert size <= 20e6, f"{size / 1e6:.1f} MB, {size / 20_000 / 128:.2f} bytes a sequence"
+
+
+# Real runs.
+
+STEPWISE = """
+version: 1
+name: stepwise
+scope: step
+factors:
+  instance: normalize -> linupper(alpha=1) -> temperature(0.4) -> clamp(1.5/n)
+  token: entropy(gamma=1) -> token_scale
+"""
+LENGTH = "--training.seq_len=256"  # the least that two context-parallel ranks can share
+LAYOUTS = {
+    "FSDP2 x 2, accumulation x 2": ["--training.local_batch_size=2"],
+    "CP x 2": ["--training.local_batch_size=8", "--parallelism.context_parallel_degree=2"],
+    "PP x 2": [
+        "--training.local_batch_size=8",
+        "--parallelism.pipeline_parallel_degree=2",
+        "--parallelism.pipeline_parallel_schedule=1F1B",
+        "--parallelism.pipeline_parallel_microbatch_size=2",
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Return a function that trains from one seed checkpoint, and the run on one rank."""
+    folder = tmp_path_factory.mktemp("record")
+    seed = seed_checkpoint(folder / "seed") / "step-0"
+    spec = folder / "spec.yaml"
+    spec.write_text(STEPWISE)
+
+    def train(name, ranks, *flags):
+        common = [f"--weighting.spec={spec}", "--weighting.record=every=2,tokens=16", LENGTH]
+        common += ["--checkpoint.enable", f"--checkpoint.initial_load_path={seed}"]
+        common += ["--training.steps=4", "--training.global_batch_size=8", *flags]
+        drive(folder / name, ranks, "titan_integration", "llama3_debugmodel", *common)
+        return folder / name / "dump"
+
+    return train, train("one", 1, "--training.local_batch_size=8")
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_records_the_same(name, runs):
+    """Same rows, domains, losses, entropies and weights, and the same sampled tokens."""
+    train, one = runs
+    other = train(name.partition(",")[0].replace(" ", ""), 2, *LAYOUTS[name])
+    ours, theirs = read_record(one), read_record(other)
+    assert [step.step for step in theirs.steps] == [step.step for step in ours.steps] == [2, 4]
+    assert theirs.domains == ours.domains
+    for a, b in zip(ours.steps, theirs.steps, strict=True):
+        assert torch.equal(a.row, b.row)
+        assert torch.equal(a.domain, b.domain)
+        assert torch.equal(a.tokens, b.tokens)
+        assert a.signals.keys() == b.signals.keys() == {"loss", "entropy"}
+        # Other orders of sums; weights magnify them, as losses are normalised.
+        for x, y in [(a.signals[name], b.signals[name]) for name in a.signals]:
+            torch.testing.assert_close(x, y, rtol=5e-4, atol=0)
+        torch.testing.assert_close(a.weight, b.weight, rtol=2e-3, atol=2e-3)
+    sampled = []
+    for run in (one, other):
+        # One rank writes, once: of several files with a step none is the whole of it.
+        assert len([*(run / FOLDER).iterdir()]) == 2
+        (file,) = (run / FOLDER).glob(f"{TOKENS}-*.parquet")
+        sampled.append(pq.read_table(file).to_pydict())
+    a, b = sampled
+    assert len(a[STEP]) == 32
+    for column in (STEP, ROW, POSITION, DOMAIN):
+        assert a[column] == b[column]
+    np.testing.assert_allclose(a["loss"], b["loss"], rtol=5e-4)
+
+
+@pytest.mark.processes
+def test_a_killed_run_completes_its_record(tmp_path):
+    """What was written before a kill -9 stays, the rest is recorded again, as the metrics say."""
+    size = ["--training.local_batch_size=8", "--training.steps=20", "--debug.seed=1"]
+    keep = ["--checkpoint.enable", "--checkpoint.interval=10"]
+    flags = ["--weighting.spec=linupper", "--weighting.record=every=1", *size, *keep]
+    kill_at_step_10(tmp_path, *flags)
+    run = tmp_path / "dump"
+    written = {file: file.read_bytes() for file in (run / FOLDER).iterdir()}
+    assert [step.step for step in read_record(run).steps] == [*range(1, 11)]
+    (run / FOLDER / "sequences-000002.parquet.part").write_bytes(b"PAR1, and then a kill")
+
+    drive(tmp_path, 1, "titan_integration", "llama3_debugmodel", *flags)
+    for file, content in written.items():
+        assert file.read_bytes() == content
+    record = read_record(run)
+    assert [step.step for step in record.steps] == [*range(1, 21)]
+
+    lines = read_lines(run / "weighting" / "metrics.jsonl")
+    by_step = replay(wt.load("linupper"), record).weight.split(8)
+    for step, line, weight in zip(record.steps, lines, by_step, strict=True):
+        count = step.tokens.sum()
+        loss = step.signals["loss"]
+        # Each number was rounded to 16 significant bits, and the sums are of float32.
+        for name, found in {
+            "weight/max": step.weight.max(),
+            "weight/min": step.weight.min(),
+            "unweighted_loss": (loss * step.tokens).sum() / count,
+            "weighted_loss": (step.weight * loss * step.tokens).sum() / count,
+        }.items():
+            assert found.item() == pytest.approx(line[name], rel=3e-5), (step.step, name)
+        # Losses of 8 nats that were rounded by 6e-5 differ by half a nat, and r is 0.4.
+        torch.testing.assert_close(weight, step.weight, rtol=2e-3, atol=2e-3)

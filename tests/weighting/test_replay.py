@@ -1,0 +1,334 @@
+"""Replaying specs on what a run recorded: the numbers, what is refused, what is printed."""
+
+import json
+
+import click.testing
+import pytest
+import torch
+
+import weighting as wt
+from weighting.build import sketch
+from weighting.cli import main
+from weighting.replay import ABOUT, FOLDER, obstacle, read_record, replay, summary
+
+pa = pytest.importorskip("pyarrow")
+pq = pytest.importorskip("pyarrow.parquet")
+
+DOMAINS = ("code", "docs", "data")
+N, LENGTH = 24, 16
+PLAIN = "normalize -> linupper(alpha=1) -> temperature(0.4) -> clamp(1.2/n)"
+
+
+def about(spec=PLAIN, *, batch=N, rank=N, ranks=1, domains=DOMAINS):
+    """Return what a file says of its run."""
+    spec = wt.loads(spec)
+    named = {"name": spec.name, "hash": spec.hash, "spec": str(spec), "domains": list(domains)}
+    return {**named, "every": 1, "ranks": ranks, "rank_rows": rank, "batch_rows": batch}
+
+
+def write(run, steps, said, number=1):
+    """Write a file of a record: for each step a dict of columns."""
+    columns = {name: [x for step in steps.values() for x in step[name]] for name in DATA[1]}
+    columns["step"] = [step for step, found in steps.items() for _ in found["row"]]
+    folder = run / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    with pq.ParquetWriter(
+        folder / f"sequences-{number:06}.parquet", pa.table(columns).schema
+    ) as to:
+        to.write_table(pa.table(columns))
+        to.add_key_value_metadata({ABOUT: json.dumps(said)})
+    return run
+
+
+def step_of(seed, *, ragged=False):
+    """Return the sequences of a step; all of the same length unless ragged."""
+    of = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(3, LENGTH, (N,), generator=of) if ragged else torch.full((N,), LENGTH)
+    loss, ref, weight = (torch.rand(N, generator=of) * 4 for _ in range(3))
+    domain = torch.randint(len(DOMAINS), (N,), generator=of)
+    return {
+        "row": [*range(N)],
+        "domain": [DOMAINS[i] for i in domain],
+        "tokens": tokens.tolist(),
+        "mean_weight": (weight / weight.mean()).tolist(),
+        "loss": loss.tolist(),
+        "ref_loss": ref.tolist(),
+    }
+
+
+DATA = {step: step_of(step) for step in (1, 2, 5)}
+RAGGED = {step: step_of(step, ragged=True) for step in (1, 2, 5)}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Return the folder of a run that recorded three steps."""
+    return write(tmp_path / "run", DATA, about())
+
+
+# The numbers.
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        PLAIN,
+        "prop1",
+        "irdro-rank",
+        "rho-loss",
+        "linupper-1p4b",
+        "quadratic",
+        "group-dro",
+        "table(code=1, docs=2, data=0.5) -> mean_one",
+        "excess_loss -> mean(sequence) -> temperature(linear(2, 0.5, over=4))",
+    ],
+)
+def test_a_replay_is_a_simulation_of_each_step(spec, run):
+    """Where all sequences are as long, each step weighs as wt.simulate does at that step."""
+    spec = wt.spec.resolve(spec)
+    record = read_record(run)
+    found = [*zip(record.steps, replay(spec, record).weight.split(N), strict=True)]
+    # A simulation has no memory: with one, only the first step is the same.
+    for step, weight in found[:1] if sketch(spec).state_dict() else found:
+        data = DATA[step.step]
+        signals = {"ref_loss": data["ref_loss"]} if "ref_loss" in sketch(spec).needs else {}
+        domain = data["domain"] if "domain_ids" in sketch(spec).needs else None
+        expected = wt.simulate(spec, data["loss"], step.step, domain=domain, **signals)
+        # Sums in another order.
+        torch.testing.assert_close(weight, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("normalize", ["mean_one", "none"])
+@pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean", "domain_mean"])
+@pytest.mark.parametrize(
+    "pipeline",
+    [
+        "normalize -> temperature(0.5) -> clamp(2/n)",
+        "table(code=1, docs=2, data=0.5) -> as_is",
+        "mean(domain) -> exponentiated(step_size=0.5, smoothing=0)",
+    ],
+)
+def test_tokens_count_as_they_did_in_the_run(pipeline, reduction, normalize, tmp_path):
+    """Sequences of unequal length weigh, on average over their tokens, what the tokens did."""
+    spec = wt.loads(
+        f"version: 1\nreduction: {reduction}\nnormalize: {normalize}\npipeline: {pipeline}\n"
+    )
+    # A domain's mean is over tokens, which a record tells where sequences are as long.
+    steps = {1: DATA[1]} if "domain)" in pipeline else RAGGED
+    record = read_record(write(tmp_path, steps, about()))
+    fn, found = wt.build(spec, domains=DOMAINS), replay(spec, record).weight.split(N)
+    for weight, (step, data) in zip(found, steps.items(), strict=True):
+        tokens = torch.tensor(data["tokens"])
+        signals = wt.Signals(
+            loss=torch.tensor(data["loss"])[:, None].expand(-1, LENGTH),
+            valid=torch.arange(LENGTH) < tokens[:, None],
+            domain_ids=torch.tensor([[DOMAINS.index(x)] * LENGTH for x in data["domain"]]),
+        )
+        expected = fn(signals, step).token.sum(1) / tokens
+        torch.testing.assert_close(weight, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("scope", "together"),
+    [
+        ("step", [range(24)]),
+        ("microbatch", [range(12), range(12, 24)]),
+        ("rank", [range(6), range(6, 12), range(12, 18), range(18, 24)]),
+    ],
+)
+def test_a_scope_weighs_together_what_the_run_did(scope, together, tmp_path):
+    """Two microbatches on two ranks: statistics run over the step, each of them, or a rank's."""
+    spec = wt.loads(f"version: 1\nscope: {scope}\npipeline: temperature(0.5)\n")
+    record = read_record(write(tmp_path, DATA, about(batch=12, rank=6, ranks=2)))
+    weight = replay(spec, record).weight[:N]
+    for rows in together:
+        losses = [DATA[1]["loss"][i] for i in rows]
+        expected = wt.simulate("temperature(0.5)", losses)
+        torch.testing.assert_close(weight[list(rows)], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_sequences_of_a_pipelines_rank_are_told_by_their_rows(tmp_path):
+    """Calls of two microbatches that are weighed together alternate between ranks."""
+    record = read_record(write(tmp_path, DATA, about(batch=24, rank=6, ranks=2)))
+    own = [found.tolist() for found in record.steps[0].batches("rank")]
+    assert own == [[*range(6), *range(12, 18)], [*range(6, 12), *range(18, 24)]]
+
+
+def test_a_memory_moves_with_the_recorded_steps(run):
+    """A spec that remembers is built once, and sees one step after the other."""
+    spec = wt.loads("mean(domain) -> exponentiated(step_size=0.5, smoothing=0)")
+    fn = wt.build(spec, domains=DOMAINS)
+    for step, weight in zip(DATA, replay(spec, read_record(run)).weight.split(N), strict=True):
+        ids = torch.tensor([[DOMAINS.index(name)] for name in DATA[step]["domain"]])
+        loss = torch.tensor(DATA[step]["loss"])[:, None]
+        expected = fn(wt.Signals(loss=loss, domain_ids=ids), step).token[:, 0]
+        torch.testing.assert_close(weight, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_what_weights_come_to(tmp_path):
+    """ESS, the largest, domain shares by tokens, and the tenth in common, computed by hand."""
+    step = {**DATA[1], "tokens": [10] * 12 + [20] * 12, "domain": ["code"] * 12 + ["docs"] * 12}
+    step["mean_weight"] = [3.0, 2.0, 1.0, *[0.5] * 21]
+    record = read_record(write(tmp_path, {7: step}, about()))
+    found = summary(record, torch.tensor([0.5, 2.0, 1.0, 1.0, *[0.25] * 20]))
+    total, squares = 4.5 + 5, 0.25 + 4 + 2 + 20 / 16
+    assert found.ess == pytest.approx(total**2 / (24 * squares))
+    assert found.largest == 2
+    code, docs = (4.5 + 8 * 0.25) * 10, 12 * 0.25 * 20
+    assert found.shares == pytest.approx([code / (code + docs), docs / (code + docs), 0])
+    # The tenth of 24 is 3: rows 0, 1, 2 as recorded; here 1, and 2 and 3 tie for two places.
+    assert found.top == pytest.approx(2 / 3)
+    level = [1.0] * 24
+    assert summary(record, torch.tensor(level)).top == pytest.approx(3 * (3 / 24) / 3)
+    assert summary(record, record.flat("weight")).top == 1
+
+
+def test_the_share_at_the_cap_is_that_of_units(run):
+    """It is what the spec's own statistics say, over all steps."""
+    found = replay(wt.loads(PLAIN), read_record(run))
+    fn = wt.build(wt.loads(PLAIN))
+    shares = [
+        fn(wt.Signals(loss=torch.tensor(data["loss"])[:, None])).metrics["pipeline/capped_frac"]
+        for data in DATA.values()
+    ]
+    assert found.capped == pytest.approx(torch.stack(shares).mean().item())
+    assert found.capped > 0
+    assert replay(wt.loads("temperature(1)"), read_record(run)).capped is None
+
+
+# What is read, and what is refused.
+
+
+def test_the_later_record_of_a_step_counts(tmp_path):
+    """What a resumed run records again takes the place of what was lost with it."""
+    again = {step: step_of(10 + step) for step in (5, 6)}
+    write(tmp_path, DATA, about())
+    record = read_record(write(tmp_path, again, about(), number=2))
+    assert [step.step for step in record.steps] == [1, 2, 5, 6]
+    expected = [DATA[1], DATA[2], again[5], again[6]]
+    for step, data in zip(record.steps, expected, strict=True):
+        assert step.signals["loss"].tolist() == pytest.approx(data["loss"])
+
+
+def test_domains_of_all_files_have_one_index(tmp_path):
+    """The order is that of the last file; a domain that only an older one knows comes after."""
+    few = {2: {**DATA[2], "domain": ["docs", "data"] * 12}}
+    write(tmp_path, {1: DATA[1]}, about())
+    record = read_record(write(tmp_path, few, about(domains=("docs", "data")), number=2))
+    assert record.domains == ("docs", "data", "code")
+    for step, data in zip(record.steps, (DATA[1], few[2]), strict=True):
+        assert [record.domains[i] for i in step.domain] == data["domain"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        ("mile", "it weighs per token, and sequences were recorded"),
+        ("linupper-x-mile", "token weighs per token, and sequences were recorded"),
+        ("mean(document) -> temperature(1)", "it weighs per document, and sequences were"),
+        ("max(sequence) -> temperature(1)", "takes the max over tokens, and their mean was recor"),
+        (
+            "loss -> pow(2) -> mean(sequence) -> temperature(1)",
+            "takes pow of each token, and the means",
+        ),
+        ("focal -> mean(sequence) -> temperature(1)", "takes focal of each token, and the means"),
+        ("importance", "it reads error_norm, which the run's own spec did not"),
+        ("column(quality) -> mean(sequence) -> temperature(1)", "it reads quality, which the run"),
+        ("doge-proxy", "it waits for gradients, and only batches were recorded"),
+    ],
+)
+def test_what_was_not_recorded_is_said_in_a_line(spec, reason, run):
+    """Specs that ask for more than the means over sequences are refused, with what that is."""
+    found = obstacle(sketch(wt.spec.resolve(spec)), read_record(run))
+    assert reason in found
+    assert "\n" not in found
+
+
+def test_a_record_without_losses_says_how_to_get_them(tmp_path):
+    """A run with uniform weights records NaN; what reads no loss can be replayed all the same."""
+    blank = {1: {**DATA[1], "loss": [float("nan")] * N}}
+    record = read_record(write(tmp_path, blank, about("uniform")))
+    refused = obstacle(sketch(wt.spec.resolve("linupper")), record)
+    assert refused == "it reads loss, which uniform records only with --loss.memory late"
+    table = wt.loads("table(code=1, docs=2, data=0.5) -> mean_one")
+    assert obstacle(sketch(table), record) is None
+    assert replay(table, record).weight.unique().numel() == 3
+
+
+def test_a_folder_without_a_record_and_a_damaged_file_are_named(tmp_path, run):
+    """Each message has the place and what to do."""
+    with pytest.raises(ValueError, match=r"absent: no such folder; give the --dump_folder of a ru"):
+        read_record(tmp_path / "absent")
+    with pytest.raises(ValueError, match=r"no record in weighting/record; give the --dump_folder"):
+        read_record(tmp_path)
+    (run / FOLDER / "sequences-000002.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(ValueError, match=r"sequences-000002.parquet: no file of a record, or a da"):
+        read_record(run)
+
+
+# What is printed.
+
+
+def printed(*arguments):
+    """Return what the command prints; it must end well."""
+    done = click.testing.CliRunner().invoke(main, ["replay", *map(str, arguments)])
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def test_the_report_fits_a_terminal_and_a_pipe(run):
+    """Many specs go below each other, the recorded weights first; no colours, no wide lines."""
+    many = ["prop1", "upper", "extremes", "linupper-gpt2", "loss -> mean(sequence) -> mean_one"]
+    text = printed(run, "--spec", *many)
+    assert max(map(len, text.splitlines()[1:])) <= 80  # the first line is the user's own path
+    assert "\x1b" not in text
+    headings = [line.split() for line in text.splitlines() if line.split()[:1] == ["recorded"]]
+    assert [line[0] for line in headings] == ["recorded"] * len(headings)
+    assert [word for line in headings for word in line[1:5] if word in many] == many[:4]
+    assert len(headings) > 1
+
+
+def test_the_report_says_what_the_numbers_are(run):
+    """Numbers stand in the row and column of their name."""
+    text = printed(run, "--spec", "prop1", "--spec", "mile", "temperature(2)")
+    record = read_record(run)
+    found = summary(record, replay(wt.spec.resolve("prop1"), record).weight)
+    lines = {line[:26].strip(): line[26:].split() for line in text.splitlines()}
+    recorded = summary(record, record.flat("weight"))
+    assert lines["largest weight"][:2] == [f"{recorded.largest:.4f}", f"{found.largest:.4f}"]
+    assert lines["ESS / n, mean over steps"][1] == f"{found.ess:.4f}"
+    assert lines["top tenth in common"][0] == "1.0000"
+    assert lines["share at the cap"][2] == "-"
+    (code,) = (line for line in text.splitlines() if line.startswith("code "))
+    assert code.split()[2:4] == [f"{x.shares[0]:.4f}" for x in (recorded, found)]
+    assert "mile is not replayed: it weighs per token, and sequences were recorded" in text
+    assert "the text is not recorded" in " ".join(text.split())
+
+
+def test_the_sequences_most_moved_are_shown(run):
+    """They are those of all steps whose weight a spec raises, or lowers, by the most."""
+    record = read_record(run)
+    change = replay(wt.spec.resolve("prop1"), record).weight - record.flat("weight")
+    text = printed(run, "--spec", "prop1")
+    raised, lowered = text.partition("most raised by prop1")[2].split("most lowered by prop1")
+    for part, order in ((raised, change.argsort(descending=True)), (lowered, change.argsort())):
+        shown = [line.split() for line in part.splitlines()[2:5]]
+        for cells, i in zip(shown, order[:3].tolist(), strict=True):
+            step, row = list(DATA)[i // N], i % N
+            loss, domain = DATA[step]["loss"][row], DATA[step]["domain"][row]
+            assert cells[:4] == [str(step), str(row), domain, f"{loss:.4f}"]
+
+
+def test_a_wrong_spec_or_folder_ends_with_status_2(run, tmp_path):
+    """Nothing is printed but the message."""
+    for arguments in ([run, "--spec", "linuper.yaml"], [tmp_path / "absent"]):
+        done = click.testing.CliRunner().invoke(main, ["replay", *map(str, arguments)])
+        assert done.exit_code == 2
+        assert len(done.output.splitlines()) == 1
+
+
+def test_the_runs_own_weights_need_no_spec(run):
+    """Without a spec there is one column, and nobody is raised or lowered."""
+    text = printed(run)
+    assert "recorded" in text
+    assert "raised" not in text

@@ -1,0 +1,394 @@
+"""The report of runs: what is on the page, that it holds together, and that it fits a browser."""
+
+import html
+import html.parser
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+
+import click.testing
+import pytest
+
+import weighting as wt
+from weighting.cli import main
+from weighting.report.charts import POINTS, Line, line_chart, number, thinned, ticks
+from weighting.report.figures import bound_term, domain_mass, paired
+from weighting.report.read import read_runs
+
+DOMAINS = ("code", "prose")
+CHARTS = {
+    "Unweighted loss": "loss (nats)",
+    "Weighted loss": "loss (nats)",
+    "Maximum weight": "largest weight (mean = 1)",
+    "Effective sample size": "ESS (share of tokens)",
+    "Share at the cap": "share of units",
+    "Bound term": "weighted − unweighted (nats)",
+    "Throughput": "tokens/s",
+    "Validation": "perplexity",
+    "Validation, mean over domains": "log-perplexity (nats)",
+    "Domain mass, one": "share, mean over steps",
+    "Mixture as it stands, one": "share",
+}
+
+
+class Page(html.parser.HTMLParser):
+    """What a page holds; fails on a tag that is closed wrongly."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.figures, self.words = [], [], [], ""
+        self.feed(text)
+        self.close()
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, tag, attrs):
+        """Note a tag that opens."""
+        self.tags.append((tag, dict(attrs)))
+        if tag == "figure":
+            self.figures.append("")
+        if tag != "meta":  # the only one here that HTML never closes
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        """Note a tag that is closed at once."""
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        """Close the tag that was opened last, and no other."""
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        """Note the words, those in figures also by figure."""
+        self.words += data
+        if "figure" in self.open and self.open[-1] != "title":
+            self.figures[-1] += f"{data}\n"
+
+
+def line(step, shift=0.0, domains=DOMAINS, factor="instance"):
+    """Return a line of metrics as the trainer writes it; the second domain now and then lacks."""
+    loss = 3 + 5 / (1 + step) + shift + 0.1 * math.sin(step)
+    weights = {"min": 0.2, "max": 1.5 + 0.5 * math.sin(step), "ess_frac": 0.8, "capped_frac": 0.1}
+    told = {"step": step, "unweighted_loss": loss, "weighted_loss": loss + 0.25}
+    told |= {f"{name}/{key}": x for name in (factor, "weight") for key, x in weights.items()}
+    first, *others = domains
+    told |= {f"domain/{first}/share": 0.75, f"domain/{first}/weight": 0.8}
+    told |= {f"domain/{name}/share": 0.25 / len(others) for name in others}
+    told |= {f"domain/{name}/weight": 1.6 for name in others if step % 3}
+    told |= {f"domain/{name}/mixture": (0.5 + 0.1 * math.sin(step)) for name in domains}
+    return {**told, "grad_norm": 1.0, "tps": 1000.0 + step}
+
+
+def validation(step, shift=0.0, domains=DOMAINS):
+    """Return a line of a validation."""
+    losses = {name: 3 + i + shift + 1 / step for i, name in enumerate(domains)}
+    told = {"step": step, "loss": 3.3 + shift, "domain_mean_loss": 3.5 + shift + 1 / step}
+    told["domain_mean_perplexity"] = 40.0
+    for name, loss in losses.items():
+        told |= {f"{name}/tokens": 1000, f"{name}/loss": loss, f"{name}/perplexity": math.exp(loss)}
+    return told
+
+
+def write_run(folder, lines, validations=(), about=None):
+    """Write what a run leaves, and return its folder."""
+    (folder / "weighting").mkdir(parents=True)
+    for name, told in {"metrics.jsonl": lines, "validation.jsonl": validations}.items():
+        if told or name == "metrics.jsonl":
+            text = "".join(json.dumps(x) + "\n" for x in told)
+            (folder / "weighting" / name).write_text(text, encoding="utf-8")
+    if about is not None:
+        (folder / "weighting" / "run.json").write_text(json.dumps(about), encoding="utf-8")
+    return folder
+
+
+def about(spec, **config):
+    """Return what a run says of itself."""
+    spec = wt.loads(spec)
+    start = {"time": "2026-11-20T10:00:00+00:00", "step": 1, "ranks": 2, "device": "a device"}
+    start["versions"] = {"torch": "2.15.0"}
+    told = {"name": spec.name, "hash": spec.hash, "text": str(spec)}
+    return {"spec": told, "domains": DOMAINS, "config": config, "starts": [start]}
+
+
+def report(out, *folders):
+    """Return what the command did."""
+    return click.testing.CliRunner().invoke(main, ["report", *map(str, folders), "--out", str(out)])
+
+
+@pytest.fixture
+def two(tmp_path):
+    """Two runs: `one` with all there can be, `two` as an older version left it."""
+    spec = "version: 1\nname: lin\npipeline: normalize -> temperature(0.4) -> clamp(1.5/n)\n"
+    told = about(spec, training={"steps": 30, "dtype": "float32"})
+    one = write_run(
+        tmp_path / "one",
+        [line(s) for s in range(1, 31)],
+        [validation(s) for s in (10, 30)],
+        told,
+    )
+    two = write_run(
+        tmp_path / "two",
+        [line(s, 0.5) for s in range(2, 31, 2)],
+        [validation(s, 0.2) for s in (10, 20)],
+    )
+    return one, two
+
+
+def test_every_chart_has_title_axes_units_and_legend(two, tmp_path):
+    """Each chart is there with what it takes to read it, and tells values on hover."""
+    done = report(tmp_path / "r.html", *two)
+    assert done.exit_code == 0, done.output
+    text = (tmp_path / "r.html").read_text(encoding="utf-8")
+    page = Page(text)
+
+    found = {words.strip().splitlines()[0]: words.splitlines() for words in page.figures}
+    for title, y_label in {
+        **CHARTS,
+        "Unweighted loss, difference to one": "difference (nats)",
+    }.items():
+        words = found[title]
+        assert y_label in words, title
+        assert ("step" in words) != (title == "Validation" or title.startswith("Domain mass"))
+        legend = {"two"} if "difference" in title else {"one"}
+        legend = {"tokens", "tokens × weight"} if title.startswith("Domain mass") else legend
+        legend = set(DOMAINS) if title.startswith("Mixture") else legend
+        assert legend <= {word.strip() for word in words}, title
+    drawings = [attrs for tag, attrs in page.tags if tag == "svg" and "role" in attrs]
+    assert len(drawings) == len(page.figures)
+    assert all(x["role"] == "img" and x["aria-label"] for x in drawings)
+    assert f"step 2\none: {number(line(2)['unweighted_loss'])}\ntwo: " in page.words
+
+
+def test_the_page_holds_numbers_spec_settings_and_what_is_missing(two, tmp_path):
+    """Tables have the numbers of the files; what an older run does not say is named."""
+    assert report(tmp_path / "r.html", *two).exit_code == 0
+    page = Page((tmp_path / "r.html").read_text(encoding="utf-8"))
+
+    spec = wt.loads(json.loads((two[0] / "weighting/run.json").read_text())["spec"]["text"])
+    assert f"lin {spec.hash}" in page.words
+    assert "clamp(max=1.5/n)" in page.words or "clamp(1.5/n)" in page.words
+    assert "one weight per sequence" in page.words
+    assert "2/n, twice the mean" in page.words
+    assert "one: cap of pipeline" in page.words
+    for setting in ("training.dtype", "float32", "torch 2.15.0", "a device"):
+        assert setting in page.words
+    assert f"{line(30)['unweighted_loss']:.4f}" in page.words
+    # Both were validated at step 10, where the second is worse by 0.2 nats.
+    assert "Perplexity by domain at step 10" in page.words
+    assert f"{math.exp(3.3):.2f} (+0.200)" in page.words
+    assert page.words.count("No run.json: spec, configuration and versions are unknown.") == 1
+    assert [tag for tag, _ in page.tags if tag in {"h1", "h2", "h3"}][:2] == ["h1", "h2"]
+
+
+def test_the_page_is_whole_in_itself(two, tmp_path):
+    """No script, nothing to fetch, no handler; the policy forbids all three."""
+    assert report(tmp_path / "r.html", *two).exit_code == 0
+    text = (tmp_path / "r.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert not {tag for tag, _ in page.tags} & {"script", "link", "img", "iframe", "object", "base"}
+    named = {name for _, attrs in page.tags for name in attrs}
+    assert not named & {"src", "href", "xlink:href", "srcset", "action"}
+    assert not [name for name in named if name.startswith("on")]
+    style = re.search(r"<style>(.*?)</style>", text, re.DOTALL)[1]
+    assert "url(" not in style
+    assert "@import" not in style
+    policy = next(a["content"] for t, a in page.tags if t == "meta" and "http-equiv" in a)
+    assert policy.startswith("default-src 'none'")
+
+
+def test_numbers_that_are_compared(two):
+    """Differences are taken at steps of both, the bound term of one line, masses over all."""
+    one, other = read_runs(two)
+    assert paired(other, one) == [(s, pytest.approx(0.5)) for s in range(2, 31, 2)]
+    assert bound_term(one) == [(s, pytest.approx(0.25)) for s in range(1, 31)]
+    assert domain_mass(one, "code") == (pytest.approx(0.75), pytest.approx(0.6))
+    # Two steps of three had a weight of 1.6 on a quarter of the tokens.
+    assert domain_mass(one, "prose") == (pytest.approx(0.25), pytest.approx(0.4 * 2 / 3))
+
+
+def test_names_are_escaped(tmp_path):
+    """Names of specs, folders, domains and settings cannot become tags or attributes."""
+    bad = "<b title='x'>&\"quoted\"</b>"
+    names = (bad, "plain")
+    told = about("version: 1\npipeline: uniform\n", note=bad)
+    told["spec"]["name"] = bad
+    folder = write_run(
+        tmp_path / 'a <i>&"b"',
+        [line(s, domains=names, factor=bad.replace("/", "|")) for s in (1, 2, 3)],
+        [validation(3, domains=names)],
+        told,
+    )
+    assert report(tmp_path / "r.html", folder).exit_code == 0
+    page = Page((tmp_path / "r.html").read_text(encoding="utf-8"))
+    assert not {tag for tag, _ in page.tags} & {"b", "i"}
+    assert bad in page.words
+    assert 'a <i>&"b"' in page.words
+
+
+def test_a_run_with_next_to_nothing(tmp_path):
+    """One line of two losses is a report, which says what there is not."""
+    lines = [{"step": 1, "unweighted_loss": 2.0, "weighted_loss": math.nan}]
+    folder = write_run(tmp_path / "run", lines)
+    assert report(tmp_path / "r.html", folder).exit_code == 0
+    page = Page((tmp_path / "r.html").read_text(encoding="utf-8"))
+    assert len(page.figures) == 1
+    for sentence in ("None of the runs was validated.", "No weights were logged."):
+        assert sentence in page.words
+    assert "No validation.jsonl" in page.words
+    assert "nan" not in page.words.lower()
+
+
+def test_a_spec_that_cannot_be_read_here_is_shown_as_text(tmp_path):
+    """A plugin's stage may be missing: the report says so and shows what was written."""
+    told = about("version: 1\npipeline: uniform\n")
+    told["spec"]["text"] = "version: 1\npipeline: no_such_stage_here\n"
+    folder = write_run(tmp_path / "run", [line(1), line(2)], about=told)
+    assert report(tmp_path / "r.html", folder).exit_code == 0
+    words = Page((tmp_path / "r.html").read_text(encoding="utf-8")).words
+    assert "unknown stage 'no_such_stage_here'" in words
+    assert "pipeline: no_such_stage_here" in words
+
+
+def test_user_errors_are_one_message_and_leave_no_file(two, tmp_path):
+    """What is no run, damaged or empty ends with status 2 and leaves an earlier report alone."""
+    out = tmp_path / "r.html"
+    out.write_text("before")
+    none, damaged, empty, odd = (tmp_path / name for name in ("none", "damaged", "empty", "odd"))
+    write_run(damaged, [line(1), line(2), line(3)])
+    path = damaged / "weighting" / "metrics.jsonl"
+    texts = path.read_text().splitlines()
+    path.write_text("\n".join([texts[0], texts[1][:40], texts[2]]))
+    write_run(empty, [])
+    write_run(odd, [line(1)], about={"spec": "linupper"})
+    for folder, message in {
+        none: "not the folder of a run",
+        damaged: "metrics.jsonl:2: not a line of metrics",
+        empty: "nothing was logged",
+        odd: "run.json: does not say what the run is",
+        two[0]: "given twice",
+    }.items():
+        done = report(out, two[0], folder)
+        assert done.exit_code == 2, done.output
+        assert done.output.startswith("error: ")
+        assert message in done.output
+        assert len(done.output.strip().splitlines()) == 1
+    assert out.read_text() == "before"
+    assert report(tmp_path / "no" / "r.html", two[0]).exit_code == 2
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_what_the_trainer_says_of_a_run_is_understood(tmp_path):
+    """A first start sets another run's file aside; a resumed run keeps its facts and adds one."""
+    from titan_integration import metrics  # noqa: PLC0415 - only this test is about a trainer
+
+    folder = write_run(
+        tmp_path / "run", [line(1), line(2)], about=about("version: 1\npipeline: abs")
+    )
+    path = folder / "weighting" / metrics.ABOUT
+    facts = about("version: 1\nname: mine\npipeline: uniform", odd=object())
+    first, *_ = facts.pop("starts")
+    path.write_text(metrics.about(path, facts, first))
+    again = {"name": "another", **facts["spec"], "hash": "0"}
+    text = metrics.about(path, {**facts, "spec": again}, {**first, "step": 20, "ranks": 7})
+    path.write_text(text)
+
+    assert path.with_name("run.json.1").exists()
+    (run,) = read_runs([folder])
+    assert run.spec == wt.loads("version: 1\nname: mine\npipeline: uniform")
+    assert run.about["spec"]["hash"] == run.spec.hash
+    assert [(x["step"], x["ranks"]) for x in run.about["starts"]] == [(1, 2), (20, 7)]
+
+
+def test_a_torn_last_line_is_left_out(tmp_path):
+    """A run that is being written, or was killed, can be reported."""
+    folder = write_run(tmp_path / "run", [line(1), line(2)])
+    with (folder / "weighting" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "unwei')
+    (run,) = read_runs([folder])
+    assert [x["step"] for x in run.lines] == [1, 2]
+
+
+def test_long_runs_stay_small(tmp_path):
+    """Four runs of 20,000 logged steps make less than 2 MB."""
+    names = [f"domain-{i}" for i in range(10)]
+    lines = [json.dumps(line(s, domains=names)) for s in range(1, 20_001)]
+    folders = [write_run(tmp_path / f"run-{i}", []) for i in range(4)]
+    for folder in folders:
+        (folder / "weighting" / "metrics.jsonl").write_text("\n".join(lines))
+    assert report(tmp_path / "r.html", *folders).exit_code == 0
+    assert (tmp_path / "r.html").stat().st_size < 2_000_000
+
+
+def test_thinning_keeps_ends_and_extremes():
+    """A peak of one step among thousands stays in the line."""
+    points = [(float(i), float(i == 7777)) for i in range(20_000)]
+    kept = thinned(points)
+    assert len(kept) <= POINTS
+    assert kept == sorted(kept)
+    assert (kept[0], kept[-1]) == (points[0], points[-1])
+    assert (7777.0, 1.0) in kept
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (3.2, 8.1), (-0.5, 0.3), (1, 20_000), (0, 1e-5)])
+def test_ticks_are_a_few_inside(low, high):
+    """Ticks lie in the range, evenly, and are neither one nor many."""
+    found = ticks(low, high)
+    assert 3 <= len(found) <= 8
+    room = (high - low) * 1e-6  # rounding
+    assert all(low - room <= x <= high + room for x in found)
+
+
+def test_lines_differ_without_their_colours():
+    """Twelve lines of one chart look all different, and neighbours have other dashes."""
+    chart = line_chart("t", "y", [Line(str(i), [(0, i), (1, i)], i) for i in range(12)])
+    looks = re.findall(r"class='line (c\d d\d)'", chart.svg)
+    assert len(set(looks)) == 12
+    assert all(a[-2:] != b[-2:] for a, b in itertools.pairwise(looks))
+
+
+def chromium():
+    """Return the browser; without one the test is skipped on a user's machine, and fails in CI."""
+    found = shutil.which("chromium") or shutil.which("chromium-browser")
+    if found is None and "CI" not in os.environ:
+        pytest.skip("there is no chromium here")
+    assert found, "CI needs chromium"
+    return found
+
+
+def test_in_a_browser(two, tmp_path):
+    """At 1280 and 390 pixels nothing is wider than the page, and nothing is complained about."""
+    assert report(tmp_path / "r.html", *two).exit_code == 0
+    # A page of ours around the report measures it: it has no script itself.
+    text = html.escape((tmp_path / "r.html").read_text(encoding="utf-8"))
+    frame = '<iframe width="{}" height="900" srcdoc="{}"></iframe>'
+    frames = "".join(frame.format(width, text) for width in (1280, 390))
+    measure = (
+        "onload = () => { document.title = [...document.querySelectorAll('iframe')].map((f) => {"
+        " const d = f.contentDocument; const e = d.documentElement;"
+        " return [e.scrollWidth, e.clientWidth, d.querySelectorAll('svg.chart').length].join(' ')"
+        " }).join(';') }"
+    )
+    around = tmp_path / "around.html"
+    around.write_text(f"<!DOCTYPE html><title></title><script>{measure}</script>{frames}")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
+    options += [f"--user-data-dir={tmp_path}/profile", "--virtual-time-budget=3000", "--dump-dom"]
+    for page in (tmp_path / "r.html", around):
+        done = subprocess.run(
+            [chromium(), *options, page.as_uri()],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=True,
+        )
+        assert ":CONSOLE" not in done.stderr, done.stderr
+    measured = re.search(r"<title>([^<]+)</title>", done.stdout)[1].split(";")
+    assert len(measured) == 2
+    for found in measured:
+        wide, there, charts = map(int, found.split())
+        assert charts >= len(CHARTS)
+        assert there > 300, "the frame was laid out"
+        assert wide <= there, f"{wide} pixels on {there}"

@@ -1,0 +1,192 @@
+"""`weighting replay`: what other specs would have done to the sequences that a run recorded."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import click
+import torch
+
+from weighting.build import sketch
+from weighting.cli.common import allow_plugins, give_up, specs_named
+from weighting.cli.simulate import WIDTH, Named, cut, number, read_named, say
+from weighting.errors import SpecError
+from weighting.replay import Record, Replayed, Summary, obstacle, read_record, replay, summary
+from weighting.spec import loads
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from torch import Tensor
+
+_LABEL, _CELL, _LONGEST = 26, 9, 20
+"""Columns of the terminal: what a row is, a number, and at most a name."""
+_ROUNDING = 1e-3
+"""A change of a weight that is none."""
+_SHOWN = 3
+"""Sequences that are shown of those most raised, and of those most lowered."""
+
+
+class _Column(NamedTuple):
+    """A spec's name, what it made of the record, and what that comes to."""
+
+    label: str
+    found: Replayed
+    total: Summary
+
+
+@click.command("replay")
+@click.argument("run", metavar="RUN_FOLDER", type=click.Path(path_type=Path))
+@click.option(
+    "--spec",
+    "specs",
+    metavar="SPEC",
+    multiple=True,
+    help="What to replay; more may follow.",
+    shell_complete=specs_named,
+)
+@click.argument("more", metavar="[SPEC]...", nargs=-1, shell_complete=specs_named)
+@allow_plugins
+def replay_command(
+    run: Path, specs: tuple[str, ...], more: tuple[str, ...], *, allow_plugins: bool
+) -> None:
+    """Print what other specs would have done to the sequences that a run recorded.
+
+    RUN_FOLDER is the --dump_folder of a run with --weighting.record every=10.
+    The first column is what the run itself did.  Losses stay what they were: a
+    run with another spec would soon have had others.
+
+    \b
+    Examples:
+      weighting replay outputs/linupper
+      weighting replay outputs/linupper --spec prop1 upper extremes
+      weighting replay outputs/linupper --spec "temperature(0.5)"
+    """  # noqa: D301
+    named = read_named([*specs, *more], plugins=allow_plugins)
+    try:
+        record = read_record(run)
+    except ValueError as error:
+        give_up(str(error))
+    say([*_report(run, record, named, plugins=allow_plugins)])
+
+
+def _report(run: Path, record: Record, named: list[Named], *, plugins: bool) -> Iterator[str]:
+    """Yield what is printed."""
+    steps, about = [step.step for step in record.steps], record.about
+    sizes = sorted({len(step.row) for step in record.steps})
+    each = f"{sizes[0]} sequences" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]} sequences"
+    yield f"{run}"
+    yield f"{len(steps)} steps from {steps[0]} to {steps[-1]}, {each} each,"
+    yield f"recorded under {about['name']} ({about['hash']})"
+    own = Replayed(record.flat("weight"), _own_cap(record, plugins=plugins))
+    columns, remarks = [_Column("recorded", own, summary(record, own.weight))], list[str]()
+    for spec in named:
+        found = _column(spec, record)
+        if isinstance(found, str):
+            remarks.append(f"{cut(spec.label, _LONGEST)} is not replayed: {found}")
+            continue
+        columns.append(found)
+        if spec.fn.state_dict():
+            remarks.append(f"{found.label} remembers: its state saw the recorded steps alone")
+        if spec.fn.sampling:
+            remarks.append(f"{found.label} draws data, which is as it was: only weights are shown")
+    for block in _blocks(columns):
+        yield ""
+        yield from _numbers(block)
+        if record.domains:
+            yield ""
+            yield from _domains(record, block)
+    for column in columns[1:]:
+        yield ""
+        yield from _moved(record, own.weight, column)
+    remarks.append(
+        "row is the sequence's place in the step's batch, domain that of most of its tokens; "
+        "the text is not recorded"
+    )
+    yield ""
+    for remark in remarks:
+        yield from textwrap.wrap(remark, WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+
+
+def _column(named: Named, record: Record) -> _Column | str:
+    """Return what a spec makes of a record, or why nothing."""
+    if reason := obstacle(named.fn, record):
+        return reason
+    try:
+        found = replay(named.spec, record)
+    except SpecError as error:
+        return str(error).partition(";")[0]
+    return _Column(cut(named.label, _LONGEST), found, summary(record, found.weight))
+
+
+def _own_cap(record: Record, *, plugins: bool) -> float | None:
+    """Return the share of units at a cap of the run's own spec, as far as a replay can tell."""
+    try:
+        spec = loads(record.about["spec"], allow_plugins=plugins)
+        return None if obstacle(sketch(spec), record) else replay(spec, record).capped
+    except SpecError:  # plugins that may not be imported, or are not there
+        return None
+
+
+def _blocks(columns: Sequence[_Column]) -> Iterator[list[_Column]]:
+    """Yield columns as many as fit side by side, the first always among them."""
+    first, *rest = columns
+    block, room = [first], WIDTH - _LABEL - _width(first)
+    for column in rest:
+        if _width(column) > room:
+            yield block
+            block, room = [first], WIDTH - _LABEL - _width(first)
+        block.append(column)
+        room -= _width(column)
+    yield block
+
+
+def _width(column: _Column) -> int:
+    return 2 + max(_CELL, len(column.label))
+
+
+def _line(label: str, block: Sequence[_Column], cells: Sequence[str]) -> str:
+    return f"{label:{_LABEL}}" + "".join(
+        f"{cell:>{_width(column)}}" for column, cell in zip(block, cells, strict=True)
+    )
+
+
+def _numbers(block: list[_Column]) -> Iterator[str]:
+    yield _line("", block, [column.label for column in block])
+    yield _line("ESS / n, mean over steps", block, [number(x.total.ess) for x in block])
+    yield _line("largest weight", block, [number(x.total.largest) for x in block])
+    capped = ["-" if x.found.capped is None else number(x.found.capped) for x in block]
+    yield _line("share at the cap", block, capped)
+    yield _line("top tenth in common", block, [number(x.total.top) for x in block])
+
+
+def _domains(record: Record, block: list[_Column]) -> Iterator[str]:
+    tokens = torch.zeros(len(record.domains)).double()
+    tokens.index_add_(0, record.flat("domain"), record.flat("tokens").double())
+    shares = (tokens / tokens.sum().clamp(min=1)).tolist()
+    yield _line(f"{'share of weight':16} {'of tokens':>9}", block, ["" for _ in block]).rstrip()
+    for i, name in enumerate(record.domains):
+        label = f"{cut(name, 16):16} {number(shares[i])}"
+        yield _line(label, block, [number(x.total.shares[i]) for x in block])
+
+
+def _moved(record: Record, recorded: Tensor, column: _Column) -> Iterator[str]:
+    """Yield the sequences whose weights a spec would have changed most."""
+    change = column.found.weight - recorded
+    sizes = torch.tensor([len(step.row) for step in record.steps])
+    steps = torch.tensor([step.step for step in record.steps]).repeat_interleave(sizes)
+    losses = torch.cat([step.signals["loss"] for step in record.steps])
+    rows, domains = record.flat("row"), record.flat("domain")
+    heading = f"{'step':>8} {'row':>7}  {'domain':16} {'loss':>9} {'recorded':>9} {'now':>9}"
+    for what, sign in (("raised", 1), ("lowered", -1)):
+        moved = (sign * change).topk(min(_SHOWN, len(change)))
+        found = moved.indices[moved.values > _ROUNDING].tolist()
+        yield f"most {what} by {column.label}" if found else f"none {what} by {column.label}"
+        yield from [heading] if found else []
+        for i in found:
+            domain = record.domains[domains[i]] if record.domains else "-"
+            numbers = (losses[i], recorded[i], column.found.weight[i])
+            cells = " ".join(number(x.item()) for x in numbers)
+            yield f"{steps[i]:8} {rows[i]:7}  {cut(domain, 16):16} {cells}"

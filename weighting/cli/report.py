@@ -1,0 +1,35 @@
+"""`weighting report`: what runs did, as one page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from weighting.cli.common import give_up
+from weighting.cli.explain import explanation
+from weighting.report.page import write_report
+
+
+@click.command()
+@click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="HTML file to write, or replace."
+)
+def report(runs: tuple[Path, ...], out: Path) -> None:
+    """Make one page of what runs did: RUN is the folder a run left, its --dump_folder.
+
+    Losses, weights, domains, validation and throughput as charts, what weighed
+    and with which settings; several runs are compared with the first, step by
+    step. The page needs nothing else: no network, no script.
+
+    \b
+    Examples:
+      weighting report outputs/linupper --out report.html
+      weighting report outputs/uniform outputs/linupper --out report.html
+    """  # noqa: D301
+    try:
+        write_report(runs, out, explanation)
+    except (ValueError, OSError) as error:
+        give_up(f"error: {error}")
+    click.echo(str(out))

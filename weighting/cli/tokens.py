@@ -1,0 +1,87 @@
+"""`weighting tokens`: check the specs, then hand over to the torchtitan integration."""
+
+from __future__ import annotations
+
+import json
+from itertools import takewhile
+from typing import TYPE_CHECKING
+
+import click
+
+from weighting.build import build
+from weighting.cli.common import allow_plugins, give_up, hand_over, read_or_exit
+from weighting.errors import SpecError
+from weighting.logits import TOPK
+
+if TYPE_CHECKING:
+    from weighting.build import Weighting
+    from weighting.spec import Spec
+
+_MOST = 3
+"""So many weights fit in a line of a terminal."""
+_FROM_LOGITS = {"loss", "entropy", "target_prob", "error_norm", "domain_ids"}
+
+
+@click.command(context_settings={"ignore_unknown_options": True})
+@click.argument(
+    "words",
+    metavar="SPEC [SPEC]... [TORCHTITAN FLAGS]...",
+    nargs=-1,
+    required=True,
+    type=click.UNPROCESSED,
+)
+@click.option("--checkpoint", required=True, help="A folder step-N of torchtitan, or of several.")
+@click.option(
+    "--text", required=True, type=click.Path(exists=True, dir_okay=False), help="A file in UTF-8."
+)
+@click.option("--html", help="Write a page as well, with the numbers of each token.")
+@click.option("--step", type=click.IntRange(0), help="Optimizer step; default the checkpoint's.")
+@click.option("--config", default="llama3_debugmodel", show_default=True, help="Config function.")
+@click.option(
+    "--module", default="titan_integration", show_default=True, help="Module it is found in."
+)
+@allow_plugins
+def tokens(words: tuple[str, ...], *, allow_plugins: bool, **options: object) -> None:
+    """Print a text with each token shaded by its weight under a checkpoint.
+
+    With two or three SPECs, one view for each.  The text is encoded as in
+    training and cut into windows of --training.seq_len, which are the sequences
+    of one batch.  Without colours, in a pipe or with NO_COLOR, it is a table.
+    CHECKPOINT is what weighting score takes, --config what it was trained with;
+    further flags go to torchtitan, after the specs.
+
+    \b
+    Examples:
+      weighting tokens mile --checkpoint outputs/mile/checkpoint --text a.txt
+      weighting tokens mile focal --checkpoint ckpt --text a.txt --html a.html
+      weighting tokens linupper --checkpoint ckpt --text a.txt \\
+          --config llama3_8b --training.seq_len 512
+    """  # noqa: D301
+    specs = [*takewhile(lambda word: not word.startswith("-"), words)]
+    if not 1 <= len(specs) <= _MOST:
+        give_up(f"one to {_MOST} specs, before torchtitan's flags; there are {len(specs)}")
+    for text in specs:
+        spec, fn = read_or_exit(text, plugins=allow_plugins)
+        if why := refusal(spec, fn):
+            give_up(f"{text}: {why}")
+    options |= {"specs": json.dumps(specs), "allow_plugins": allow_plugins}
+    hand_over("tokens", options, words[len(specs) :])
+
+
+def refusal(spec: Spec, fn: Weighting) -> str | None:
+    """Return why a text and a model alone do not tell the weights of a spec, or None."""
+    lacking = sorted(x for x in fn.needs - _FROM_LOGITS if not x.startswith(TOPK))
+    if {*fn.applied.values()} == {"sampling"}:
+        return "it draws data and leaves the loss alone: every token of a text weighs one"
+    if "ref_loss" in lacking:
+        return "it reads the loss of a reference model; weights here are from one model alone"
+    if lacking:
+        name = lacking[0].removeprefix("columns.")
+        return f"it reads the column {name!r}, which a plain text does not have"
+    if fn.hears:
+        return "it is told between batches how training goes, and here nothing trains"
+    try:
+        build(spec, domains=["text"])
+    except SpecError as error:
+        return f"it weighs domains by name, and a text is of none of them: {error}"
+    return None

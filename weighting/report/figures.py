@@ -1,0 +1,198 @@
+"""Which charts there are of some runs, and the numbers that are compared."""
+
+from __future__ import annotations
+
+import math
+from statistics import median
+from typing import TYPE_CHECKING
+
+import torch
+
+from weighting.build import sketch
+from weighting.errors import SpecError
+from weighting.report.charts import Chart, Line, bar_chart, line_chart
+from weighting.stages.clamp import Clamp
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from weighting.report.read import Point, Run
+
+_SHOWN = 12
+"""The most domains drawn as lines in one chart."""
+_BOUND = (2.0, "2/n, twice the mean: the theorem's bound")
+
+
+def losses(runs: Sequence[Run]) -> list[Chart]:
+    """Return both losses over steps, and how far the unweighted ones are from the first run's."""
+    plain, weighted = "unweighted_loss", "weighted_loss"
+    charts = [
+        _of_runs("Unweighted loss", "loss (nats)", runs, plain, "What runs are compared by."),
+        _of_runs("Weighted loss", "loss (nats)", runs, weighted, "What the gradient is taken of."),
+        line_chart(
+            f"Unweighted loss, difference to {runs[0].name}",
+            "difference (nats)",
+            [
+                Line(run.name, paired(run, runs[0]), i)
+                for i, run in enumerate(runs)
+                if run is not runs[0]
+            ],
+            level=(0.0, runs[0].name),
+            note="Step by step, at the steps that both logged; below zero is better. "
+            "The same step is the same text only if data, seed and mixture are the same.",
+        ),
+    ]
+    return _there(charts)
+
+
+def weights(runs: Sequence[Run]) -> list[Chart]:
+    """Return the largest weight against the bound, ESS and the share at the cap."""
+    tops = [
+        (_label(run, name, f"{run.name}: {name}"), run.series(f"{name}/max"))
+        for run in runs
+        for name in _weighing(run)
+    ]
+    caps = [cap for run in runs for cap in _caps(run)]
+    highest = [Line(label, points, i) for i, (label, points) in enumerate([*tops, *caps])]
+    capped = [
+        Line(_label(run, name, f"{run.name}: {name}"), run.series(f"{name}/capped_frac"), i)
+        for i, (run, name) in enumerate((run, name) for run in runs for name in _weighing(run))
+    ]
+    charts = [
+        line_chart(
+            "Maximum weight",
+            "largest weight (mean = 1)",
+            highest,
+            level=_BOUND,
+            note="The largest weight of a unit of each factor, 1 being the mean of its n units. "
+            "The convergence theorem asks that no weight exceed 2/n of the total.",
+        ),
+        _of_runs(
+            "Effective sample size",
+            "ESS (share of tokens)",
+            runs,
+            "weight/ess_frac",
+            "(sum w)² / (n sum w²) of the final token weights: 1 when all weigh alike.",
+            zero=True,
+        ),
+        line_chart("Share at the cap", "share of units", capped, zero=True),
+    ]
+    return _there(charts)
+
+
+def bound(runs: Sequence[Run]) -> list[Chart]:
+    """Return the term of the convergence bound that the weights add."""
+    lines = [Line(run.name, bound_term(run), i) for i, run in enumerate(runs)]
+    note = (
+        "Σ (wᵢ − 1/n) × loss gapᵢ, the wᵢ adding up to one, is the weighted minus the unweighted "
+        "loss where all samples can reach the same lowest loss. The bound on convergence holds it "
+        "with a minus sign: above zero it is better than that of uniform weights, below zero worse."
+    )
+    label = "weighted − unweighted (nats)"
+    return _there([line_chart("Bound term", label, lines, level=(0.0, "equal weights"), note=note)])
+
+
+def throughput(runs: Sequence[Run]) -> list[Chart]:
+    """Return tokens per second."""
+    note = "Of the first rank, between two log steps."
+    return _there([_of_runs("Throughput", "tokens/s", runs, "tps", note, zero=True)])
+
+
+def domains(run: Run) -> list[Chart]:
+    """Return what the domains of a run had of tokens and of weight, and their moving shares."""
+    mass = [(name, domain_mass(run, name)) for name in run.domains()]
+    names = ("tokens", "tokens × weight")
+    charts = [bar_chart(f"Domain mass, {run.name}", "share, mean over steps", mass, names)]
+    kinds = {
+        "mixture": "Mixture as it stands",
+        "average": "Mixture, averaged so far",
+        "drawn": "Drawn by",
+    }
+    for kind, title in kinds.items():
+        told = {name: run.series(f"domain/{name}/{kind}") for name in run.domains(kind)}
+        if kind == "drawn" and not any(_moves(points) for points in told.values()):
+            continue  # fixed proportions are in the table
+        most = sorted(told, key=lambda name: -max((y for _, y in told[name]), default=0.0))
+        shown = [name for name in told if name in most[:_SHOWN]]
+        lines = [Line(name, told[name], i) for i, name in enumerate(shown)]
+        left = f"The {_SHOWN} largest of {len(told)} domains." if len(told) > _SHOWN else ""
+        level = (1 / len(told), "equal shares") if told else None
+        charts.append(
+            line_chart(f"{title}, {run.name}", "share", lines, zero=True, level=level, note=left)
+        )
+    return _there(charts)
+
+
+def domain_mass(run: Run, name: str) -> tuple[float, float]:
+    """Return a domain's share of the tokens, and share x weight, each a mean over the lines."""
+    share, weight = f"domain/{name}/share", f"domain/{name}/weight"
+    told = [(x.get(share, 0.0), x.get(weight, 0.0)) for x in run.lines if share in x]
+    if not told:
+        return math.nan, math.nan
+    return sum(s for s, _ in told) / len(told), sum(s * w for s, w in told) / len(told)
+
+
+def bound_term(run: Run) -> list[Point]:
+    """Return the weighted minus the unweighted loss by step, nats."""
+    return _minus(run.series("weighted_loss"), run.series("unweighted_loss"))
+
+
+def paired(run: Run, first: Run) -> list[Point]:
+    """Return how far a run's unweighted loss is from another's at the steps of both, nats."""
+    return _minus(run.series("unweighted_loss"), first.series("unweighted_loss"))
+
+
+def speed(run: Run) -> float:
+    """Return the median of the tokens per second; NaN if none were logged."""
+    told = [y for _, y in run.series("tps")]
+    return median(told) if told else math.nan
+
+
+def _minus(points: list[Point], others: list[Point]) -> list[Point]:
+    known = dict(others)
+    return [(x, y - known[x]) for x, y in points if x in known]
+
+
+def _weighing(run: Run) -> list[str]:
+    """Return the factors that do not weigh all units alike; the final weights where none is."""
+    factors = [n for n in run.factors() if any(y != 1 for _, y in run.series(f"{n}/max"))]
+    return factors or ["weight"]
+
+
+def _label(run: Run, name: str, label: str) -> str:
+    """Return a shorter label where a run has only one factor that weighs."""
+    return run.name if _weighing(run) == [name] else label
+
+
+def _caps(run: Run) -> list[tuple[str, list[Point]]]:
+    """Return what the spec's clamps allow at most by step, where that is not just 2/n."""
+    if run.spec is None:
+        return []
+    try:
+        plans = sketch(run.spec).plans
+    except SpecError:
+        return []
+    found: list[tuple[str, list[Point]]] = []
+    for name, steps in plans.items():
+        for stage in (step.stage for step in steps if isinstance(step.stage, Clamp)):
+            assert isinstance(stage, Clamp)
+            times = [line["step"] for line in run.lines]
+            points = [(x, stage.max(torch.tensor(x)).item()) for x in times]
+            if any(y != _BOUND[0] for _, y in points):
+                found.append((f"{run.name}: cap of {name}", points))
+    return found
+
+
+def _of_runs(
+    title: str, y_label: str, runs: Sequence[Run], key: str, note: str = "", *, zero: bool = False
+) -> Chart | None:
+    lines = [Line(run.name, run.series(key), i) for i, run in enumerate(runs)]
+    return line_chart(title, y_label, lines, note=note, zero=zero)
+
+
+def _moves(points: list[Point]) -> bool:
+    return len({y for _, y in points}) > 1
+
+
+def _there(charts: Sequence[Chart | None]) -> list[Chart]:
+    return [chart for chart in charts if chart]

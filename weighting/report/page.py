@@ -1,0 +1,109 @@
+"""A report of runs: one HTML file with everything in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jinja2
+from markupsafe import Markup
+
+from weighting import __version__
+from weighting.build import sketch
+from weighting.errors import SpecError
+from weighting.report import figures, tables
+from weighting.report.read import read_runs
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from weighting.build import Weighting
+    from weighting.report.charts import Chart
+    from weighting.report.read import Run
+    from weighting.spec import Spec
+
+    Explain = Callable[[Spec, Weighting], list[str]]
+
+_PAGE = "page.html.j2"
+
+
+def write_report(folders: Sequence[Path], out: Path, explain: Explain) -> None:
+    """Write the report of some runs; the file is there whole or not at all.
+
+    Args:
+        folders: Dump folders of runs; the others are compared with the first.
+        out: File to write.
+        explain: Returns lines that tell what a spec means.
+
+    Raises:
+        ValueError: As `read_runs`.
+        OSError: `out` cannot be written.
+    """
+    text = page(read_runs(folders), explain)
+    part = out.with_name(f"{out.name}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(out)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def page(runs: Sequence[Run], explain: Explain) -> str:
+    """Return the report as HTML."""
+    told = tables.validation(runs)
+    by_domain = [(figures.domains(run), tables.masses(run)) for run in runs]
+    mass = [table for _, table in by_domain if table]
+    compared = tables.differences(runs)
+    sections = [
+        _section("Loss", figures.losses(runs), [compared] if compared else []),
+        _section(
+            "Validation",
+            told[1] if told else [],
+            [told[0]] if told else [],
+            "None of the runs was validated.",
+        ),
+        _section("Weights", figures.weights(runs), [], "No weights were logged."),
+        _section("Convergence bound", figures.bound(runs), [], "No weighted loss was logged."),
+        _section(
+            "Domains",
+            [chart for charts, _ in by_domain for chart in charts],
+            mass,
+            "The data had no domains.",
+        ),
+        _section("Throughput", figures.throughput(runs), [], "No tokens/s were logged."),
+    ]
+    about = [
+        {"run": run, "expansion": _expansion(run, explain), "tables": tables.settings(run)}
+        for run in runs
+    ]
+    folder = jinja2.FileSystemLoader(Path(__file__).parent)
+    strict = jinja2.StrictUndefined
+    environment = jinja2.Environment(
+        loader=folder, autoescape=True, undefined=strict, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["drawn"] = _drawn
+    return environment.get_template(_PAGE).render(
+        overview=tables.overview(runs), sections=sections, about=about, version=__version__
+    )
+
+
+def _section(
+    title: str, charts: list[Chart], found: list[tables.Table], without: str = ""
+) -> dict[str, object]:
+    lacking = without if not charts and not found else ""
+    return {"title": title, "charts": charts, "tables": found, "without": lacking}
+
+
+def _expansion(run: Run, explain: Explain) -> str:
+    """Return what the run's spec means, as far as it can be read here."""
+    if run.spec is None:
+        return str(run.about["spec"]["text"]) if run.about else ""
+    try:
+        return "\n".join(explain(run.spec, sketch(run.spec)))
+    except SpecError:
+        return str(run.about["spec"]["text"])
+
+
+def _drawn(svg: str) -> Markup:
+    """Mark a drawing of ours, whose words are escaped already."""
+    return Markup(svg)  # noqa: S704

@@ -1,0 +1,152 @@
+"""The folders that runs leave: metrics, validations, and what the run says of itself."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from weighting.errors import SpecError
+from weighting.spec import loads
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from weighting.spec import Spec
+
+FOLDER, METRICS, VALIDATION, ABOUT = "weighting", "metrics.jsonl", "validation.jsonl", "run.json"
+"""What a run leaves below its dump folder."""
+
+Line = dict[str, float]
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run.
+
+    Attributes:
+        name: Its folder's name, longer where two are called alike.
+        folder: Its dump folder.
+        lines: What was logged, in step order; at least one line has a loss.
+        validations: Likewise; empty when there were none.
+        about: What `run.json` says; empty without one.
+        spec: What weighed, where it is known and can be read.
+        missing: Sentences about what is not there.
+    """
+
+    name: str
+    folder: Path
+    lines: list[Line]
+    validations: list[Line]
+    about: dict[str, Any]
+    spec: Spec | None
+    missing: tuple[str, ...]
+
+    def series(self, key: str) -> list[Point]:
+        """Return a number's finite values by step."""
+        return [
+            (line["step"], line[key])
+            for line in self.lines
+            if key in line and math.isfinite(line[key])
+        ]
+
+    def factors(self) -> list[str]:
+        """Return the names of the factors, `weight`, the final token weights, being none."""
+        found = (key.removesuffix("/ess_frac") for key in self.lines[-1] if _is_ess(key))
+        return [name for name in found if name != "weight"]
+
+    def domains(self, kind: str = "share") -> list[str]:
+        """Return the domains of which a number was logged."""
+        keys = dict.fromkeys(key for line in (self.lines[0], self.lines[-1]) for key in line)
+        prefix, suffix = "domain/", f"/{kind}"
+        found = (k for k in keys if k.startswith(prefix) and k.endswith(suffix))
+        return [key.removeprefix(prefix).removesuffix(suffix) for key in found]
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """Return the runs in some folders.
+
+    Raises:
+        ValueError: A folder is no run's, a file is damaged, or nothing was logged.
+    """
+    names = [folder.resolve().name for folder in folders]
+    if len(set(names)) < len(names):
+        names = [str(folder) for folder in folders]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        msg = f"{twice} is given twice; name every run once"
+        raise ValueError(msg)
+    return [_read_run(name, folder) for name, folder in zip(names, folders, strict=True)]
+
+
+def _read_run(name: str, folder: Path) -> Run:
+    path = folder / FOLDER / METRICS
+    if not path.is_file():
+        msg = f"{folder}: not the folder of a run, {path} is not there; give its --dump_folder"
+        raise ValueError(msg)
+    lines = _read_lines(path)
+    if not any("unweighted_loss" in line for line in lines):
+        msg = f"{path}: nothing was logged; the run ended before its first log step"
+        raise ValueError(msg)
+    told = folder / FOLDER / VALIDATION
+    validations = _read_lines(told) if told.is_file() else []
+    about = _read_about(folder / FOLDER / ABOUT)
+    spec, missing = None, list[str]()
+    if not validations:
+        missing.append(f"No {VALIDATION}: the run was not validated (--validator.enable).")
+    if about:
+        try:
+            spec = loads(about["spec"]["text"], source=f"{folder / FOLDER / ABOUT}")
+        except SpecError as error:
+            missing.append(f"The spec cannot be read here: {error}")
+    else:
+        missing.append(f"No {ABOUT}: spec, configuration and versions are unknown.")
+    return Run(name, folder, lines, validations, about, spec, tuple(missing))
+
+
+def _read_lines(path: Path) -> list[Line]:
+    """Return the lines of a file of numbers, the last one of each step, in step order.
+
+    Raises:
+        ValueError: The file holds something else; a torn last line is left out.
+    """
+    lines: dict[int, Line] = {}
+    texts = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, text in enumerate(texts, 1):
+        try:
+            line = json.loads(text)
+            lines[int(line["step"])] = {key: float(value) for key, value in line.items()}
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+            if number == len(texts):
+                break
+            msg = f"{path}:{number}: not a line of metrics"
+            raise ValueError(msg) from error
+    return [lines[step] for step in sorted(lines)]
+
+
+def _read_about(path: Path) -> dict[str, Any]:
+    """Return what a run says of itself; nothing where it says nothing.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        texts = (about["spec"]["name"], about["spec"]["hash"], about["spec"]["text"])
+        starts = about["starts"]
+        if starts and all(isinstance(text, str) for text in texts):
+            return {**about, "starts": [dict(start) for start in starts]}
+    except (ValueError, KeyError, TypeError) as error:
+        msg = f"{path}: does not say what the run is; remove it to do without"
+        raise ValueError(msg) from error
+    msg = f"{path}: does not say what the run is; remove it to do without"
+    raise ValueError(msg)
+
+
+def _is_ess(key: str) -> bool:
+    return key.endswith("/ess_frac")
