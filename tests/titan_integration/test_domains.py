@@ -5,12 +5,12 @@ import shutil
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from runs import drive, seed_checkpoint
 from torch.nn import functional
+from whole import whole_model
 
 import weighting as wt
-from titan_integration import config_registry, cpu
+from titan_integration import config_registry
 from titan_integration.mixing import FILE
 from titan_integration.preflight import ask_for_rows, refuse_unsupported
 from weighting.build import sketch
@@ -215,17 +215,7 @@ def doge(train):
 @pytest.fixture(scope="module")
 def start(seed):
     """Return the model of the seed, whole and without a trainer."""
-    config = config_registry.llama3_proxy()
-    cpu.prepare_config(config)
-    config.training.seq_len = 64
-    config.model_spec.model.update_from_config(config=config)
-    model = config.model_spec.model.build()
-    with torch.no_grad():
-        model.init_weights()
-    state = model.state_dict()
-    dcp.load(state, checkpoint_id=seed / "step-0")
-    model.load_state_dict(state)
-    return model
+    return whole_model(config_registry.llama3_proxy(), 64, seed)
 
 
 def slow_gradient(model, batch):

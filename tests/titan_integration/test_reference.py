@@ -7,9 +7,10 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from runs import drive, seed_checkpoint, torchrun
+from whole import whole_model
 
 import weighting as wt
-from titan_integration import config_registry, cpu
+from titan_integration import config_registry
 from titan_integration.preflight import refuse_unsupported
 from titan_integration.reference import find_checkpoint, load_model, short_context
 from weighting.build import sketch
@@ -36,14 +37,7 @@ def seed(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model():
     """Build the debug model here, whole and without any parallelism."""
-    config = config_registry.llama3_debugmodel()
-    cpu.prepare_config(config)
-    config.training.seq_len = 64
-    config.model_spec.model.update_from_config(config=config)
-    model = config.model_spec.model.build()
-    with torch.no_grad():
-        model.init_weights()
-    return model.eval()
+    return whole_model(config_registry.llama3_debugmodel(), 64).eval()
 
 
 @pytest.fixture(scope="module")

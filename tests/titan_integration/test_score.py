@@ -18,12 +18,12 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from runs import drive, environment, seed_checkpoint
+from whole import whole_model
 
 from titan_integration import config_registry, cpu, score, score_data, score_windows
 from titan_integration.data import DomainTextDataLoader
 from titan_integration.packing import Cut
 from titan_integration.records import Columns
-from titan_integration.reference import find_checkpoint, load_model
 from weighting.cli import common, main
 from weighting.losses import token_loss
 
@@ -107,15 +107,7 @@ def encode():
 @pytest.fixture(scope="module")
 def model(seed):
     """Build the debug model here, whole and without any parallelism, with the seed's parameters."""
-    config = config_registry.llama3_debugmodel()
-    cpu.prepare_config(config)
-    config.training.seq_len = SEQ_LEN
-    config.model_spec.model.update_from_config(config=config)
-    model = config.model_spec.model.build()
-    with torch.no_grad():
-        model.init_weights()
-    load_model(model, find_checkpoint(str(seed)), "the debug model")
-    return model.eval()
+    return whole_model(config_registry.llama3_debugmodel(), SEQ_LEN, seed).eval()
 
 
 @torch.no_grad()

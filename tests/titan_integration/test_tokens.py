@@ -12,10 +12,10 @@ import torch.distributed.checkpoint as dcp
 from hypothesis import example, given
 from hypothesis import strategies as st
 from runs import environment, seed_checkpoint
+from whole import whole_model
 
 import weighting as wt
-from titan_integration import config_registry, cpu, tokens
-from titan_integration.reference import find_checkpoint, load_model
+from titan_integration import config_registry, tokens
 from weighting.cli import common, main
 from weighting.shading import Shaded, Token, Weighed
 
@@ -66,15 +66,7 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def model(seed):
     """Build the debug model here with the seed's parameters; it returns logits."""
-    config = config_registry.llama3_debugmodel()
-    cpu.prepare_config(config)
-    config.training.seq_len = SEQ_LEN
-    config.model_spec.model.update_from_config(config=config)
-    model = config.model_spec.model.build()
-    with torch.no_grad():
-        model.init_weights()
-    load_model(model, find_checkpoint(str(seed)), "the debug model")
-    return model.eval()
+    return whole_model(config_registry.llama3_debugmodel(), SEQ_LEN, seed).eval()
 
 
 class Spans(HTMLParser):
