@@ -19,6 +19,7 @@ from torch.distributed.run import get_args_parser
 from torch.distributed.run import run as torchrun
 
 from weighting.errors import nearest
+from weighting.files import read_lines
 from weighting.spec import resolve
 
 _FOR_CPU = {"llama3_debugmodel", "llama3_proxy"}
@@ -153,7 +154,7 @@ def _unknown_config(module: str, config: str) -> str | None:
 
 
 def _report(folder: Path) -> None:
-    from titan_integration.metrics import FILE, FOLDER, read_lines, table  # noqa: PLC0415
+    from titan_integration.metrics import FILE, FOLDER, table  # noqa: PLC0415
 
     path = folder / FOLDER / FILE
     if path.exists():

@@ -80,26 +80,6 @@ def capped(found: dict[str, float]) -> float:
     return max(shares, default=0.0)
 
 
-def read_lines(path: Path) -> list[dict[str, float]]:
-    """Return the lines of a metrics file, the last one of each step, in step order.
-
-    Raises:
-        ValueError: The file holds something else; a torn last line is left out.
-    """
-    lines: dict[int, dict[str, float]] = {}
-    texts = path.read_text(encoding="utf-8").splitlines()
-    for number, text in enumerate(texts, 1):
-        try:
-            line = json.loads(text)
-            lines[int(line["step"])] = line
-        except (ValueError, KeyError, TypeError) as error:
-            if number == len(texts):
-                break
-            msg = f"{path}:{number}: not a line of metrics"
-            raise ValueError(msg) from error
-    return [lines[step] for step in sorted(lines)]
-
-
 def table(lines: list[dict[str, float]], rows: int = 8) -> str:
     """Return a small table of a run: step, losses, largest weight, ESS and share at the cap."""
     if not lines:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from titan_integration.metrics import FOLDER
 from weighting.build import sketch
+from weighting.files import write_whole
 from weighting.mixture import mixture_text
 from weighting.spec import resolve
 
@@ -63,20 +64,13 @@ def write_mixture(trainer: WeightedTrainer) -> None:
     title = f"Proportions of domains found by {spec.name}."
     text = mixture_text(f"{spec.name}-mixture", found[kind], title, provenance)
     path = Path(config.dump_folder) / FOLDER / FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, text)
 
 
 def shown(shares: Mapping[str, float]) -> str:
     """Return proportions in one line."""
     return ", ".join(f"{name} {share:.4f}" for name, share in shares.items())
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that there never is a part of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -90,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _mix(args: argparse.Namespace) -> int:
-    spec = resolve(METHODS.get(args.method, args.method), allow_plugins=args.allow_plugins)
+    spec = resolve(args.spec, allow_plugins=args.allow_plugins)
     fn = sketch(spec)
     if not fn.moves_domains:
         msg = (
@@ -156,6 +150,7 @@ def _keep_orders(folder: Path, args: argparse.Namespace, spec: wt.Spec) -> None:
     orders = {"spec": spec.hash, **{name: getattr(args, name) for name in names}}
     path = folder / ORDERS
     if not any((folder / run / "checkpoint").exists() for run in (REFERENCE, PROXY)):
+        folder.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(orders, indent=1) + "\n")
         return
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

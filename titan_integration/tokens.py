@@ -28,6 +28,7 @@ from titan_integration.reference import find_checkpoint
 from titan_integration.score import FrozenModel
 from titan_integration.score_windows import laid_out, windows
 from weighting import shading
+from weighting.files import write_whole
 from weighting.losses import signals_of
 from weighting.spec import Spec, resolve
 
@@ -281,12 +282,9 @@ def _check_page(html: str | None, text: Path) -> None:
 
 def _write(path: Path, page: str) -> None:
     """Put the page in place in one step."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        part.write_bytes(page.encode())
-        part.replace(path)
+        write_whole(path, page)
     except OSError as error:
-        part.unlink(missing_ok=True)
         msg = f"--html {path}: cannot write it: {error.strerror}"
         raise ValueError(msg) from error
 

@@ -36,7 +36,7 @@ from titan_integration.loss import (
     weighted_loss_config,
 )
 from titan_integration.metrics import ABOUT, FOLDER, WeightedMetricsProcessor, about
-from titan_integration.mixing import write_mixture, write_whole
+from titan_integration.mixing import write_mixture
 from titan_integration.preflight import (
     ask_for_columns,
     ask_for_rows,
@@ -56,6 +56,7 @@ from titan_integration.resume import REFERENCE, WEIGHTING, ResumingCheckpointMan
 from titan_integration.state import Pipeline, RunState, short_contexts
 from titan_integration.validate import DomainValidator
 from weighting.build import sketch
+from weighting.files import write_whole
 from weighting.levels import documents
 from weighting.logits import IGNORE_INDEX
 
@@ -354,6 +355,7 @@ class WeightedTrainer(Trainer):
             "versions": {**ours, **versions.found()},
         }
         path = Path(self.config.dump_folder) / FOLDER / ABOUT
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, about(path, facts, start))
 
     @override

@@ -678,8 +678,7 @@ class Weighting(nn.Module):
 
     def _correction(self, domain_ids: Tensor) -> Tensor:
         """Return what undoes the draw for factors that act on both, [T]."""
-        count = [*self.applied.values()].count("both")
-        if not count:
+        if "both" not in self.applied.values():
             return torch.ones_like(domain_ids, dtype=torch.float32)
         drawn = self.get_buffer("drawn") * len(self.domains)
         return (1 / drawn.clamp(min=1e-30)).index_select(0, domain_ids)

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import weighting as wt
-from titan_integration.metrics import read_lines, set_aside, table
+from titan_integration.metrics import set_aside, table
 from titan_integration.state import RunState
+from weighting.files import read_lines
 
 
 def line(step, **more):

@@ -11,8 +11,8 @@ from runs import drive, environment, seed_checkpoint
 from test_resume import kill_at_step_10
 
 import weighting as wt
-from titan_integration.metrics import read_lines
 from titan_integration.record import POSITION, ROOM, Layout, Recorder, asked
+from weighting.files import read_lines
 from weighting.replay import DOMAIN, FOLDER, ROW, STEP, TOKENS, WEIGHT, read_record, replay
 
 DOMAINS = ("code", "docs")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +26,7 @@ from weighting.cli.simulate import (
     read_named,
     remarks,
 )
+from weighting.files import write_whole
 from weighting.simulate import changing
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def plot(
             title, panels = _schedules(named, steps, losses)
         else:
             title, panels = _weights(named, steps, losses, kind=kind, per=per)
-        _write(path, picture(title, panels, path.suffix.lower()))
+        write_whole(path, picture(title, panels, path.suffix.lower()))
     except ValueError as error:
         give_up(str(error))
     except OSError as error:
@@ -126,16 +126,6 @@ def _writable(out: str) -> Path:
     if path.is_dir():
         give_up(f"{out}: is a directory")
     return path
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        part.write_bytes(data)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _schedules(named: list[Named], steps: list[int], losses: str | None) -> tuple[str, list[Panel]]:

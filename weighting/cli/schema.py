@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from weighting.cli.common import give_up
+from weighting.files import write_whole
 from weighting.schema import schema
 
 NAME = "weighting.schema.json"
@@ -59,9 +60,7 @@ def installed(text: str, folder: Path) -> list[str]:
         known = settings.setdefault("yaml.schemas", {})
         known[f"./{path.as_posix()}"] = pattern
         _SETTINGS.parent.mkdir(exist_ok=True)
-        part = _SETTINGS.with_name(f"{_SETTINGS.name}.part")
-        part.write_text(json.dumps(settings, indent=4) + "\n", encoding="utf-8")
-        part.replace(_SETTINGS)
+        write_whole(_SETTINGS, json.dumps(settings, indent=4) + "\n")
         said.append(f"VS Code: {_SETTINGS}, for {pattern} (with the extension YAML)")
     said.append(f"other editors: begin a spec with # yaml-language-server: $schema={NAME}")
     return said

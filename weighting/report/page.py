@@ -11,6 +11,7 @@ from markupsafe import Markup
 from weighting import __version__
 from weighting.build import sketch
 from weighting.errors import SpecError
+from weighting.files import write_whole
 from weighting.report import figures, tables
 from weighting.report.read import read_runs
 
@@ -39,13 +40,7 @@ def write_report(folders: Sequence[Path], out: Path, explain: Explain) -> None:
         ValueError: As `read_runs`.
         OSError: `out` cannot be written.
     """
-    text = page(read_runs(folders), explain)
-    part = out.with_name(f"{out.name}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(out)
-    finally:
-        part.unlink(missing_ok=True)
+    write_whole(out, page(read_runs(folders), explain))
 
 
 def page(runs: Sequence[Run], explain: Explain) -> str:

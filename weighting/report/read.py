@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from weighting.errors import SpecError
+from weighting.files import read_lines
 from weighting.spec import loads
 
 if TYPE_CHECKING:
@@ -87,12 +88,12 @@ def _read_run(name: str, folder: Path) -> Run:
     if not path.is_file():
         msg = f"{folder}: not the folder of a run, {path} is not there; give its --dump_folder"
         raise ValueError(msg)
-    lines = _read_lines(path)
+    lines = read_lines(path)
     if not any("unweighted_loss" in line for line in lines):
         msg = f"{path}: nothing was logged; the run ended before its first log step"
         raise ValueError(msg)
     told = folder / FOLDER / VALIDATION
-    validations = _read_lines(told) if told.is_file() else []
+    validations = read_lines(told) if told.is_file() else []
     about = _read_about(folder / FOLDER / ABOUT)
     spec, missing = None, list[str]()
     if not validations:
@@ -105,26 +106,6 @@ def _read_run(name: str, folder: Path) -> Run:
     else:
         missing.append(f"No {ABOUT}: spec, configuration and versions are unknown.")
     return Run(name, folder, lines, validations, about, spec, tuple(missing))
-
-
-def _read_lines(path: Path) -> list[Line]:
-    """Return the lines of a file of numbers, the last one of each step, in step order.
-
-    Raises:
-        ValueError: The file holds something else; a torn last line is left out.
-    """
-    lines: dict[int, Line] = {}
-    texts = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    for number, text in enumerate(texts, 1):
-        try:
-            line = json.loads(text)
-            lines[int(line["step"])] = {key: float(value) for key, value in line.items()}
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-            if number == len(texts):
-                break
-            msg = f"{path}:{number}: not a line of metrics"
-            raise ValueError(msg) from error
-    return [lines[step] for step in sorted(lines)]
 
 
 def _read_about(path: Path) -> dict[str, Any]:
