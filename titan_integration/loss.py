@@ -175,11 +175,8 @@ class WeightedChunkedLoss(ChunkedLossWrapper):
             return Path("late", 1, chunk, None, 0)
         if self._path is None:
             parts = state.calls if call.waits else 1
-            whole = sizes._replace(tokens=sizes.tokens * parts, rows=sizes.rows * parts)
-            path = path_of(state.fn, whole, self.memory, chunks=self.num_chunks * parts)
-            logger.info(f"Weighted loss: {path}")
-            most = None if path.most is None else min(path.most, sizes.tokens)
-            self._path = path._replace(units=max(1, path.units // parts), most=most)
+            self._path = path_of(state.fn, sizes, self.memory, chunks=self.num_chunks, parts=parts)
+            logger.info(f"Weighted loss: {self._path}")
         return self._path
 
 

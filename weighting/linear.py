@@ -198,8 +198,10 @@ class Path(NamedTuple):
     def __str__(self) -> str:
         """Say what is done, and what it costs."""
         if self.memory == "late":
-            accumulators = f"{self.units} gradients of the output layer" if self.units > 1 else ""
-            what = f"one pass, {accumulators or 'nothing kept'}"
+            kept = "nothing kept" if self.extra == 0 else "a gradient of the output layer a call"
+            what = f"one pass, {kept}"
+            if self.units > 1:
+                what = f"one pass, {self.units} gradients of the output layer"
         elif self.memory == "keep":
             what = "logits kept until the weights are known"
         else:
@@ -209,8 +211,10 @@ class Path(NamedTuple):
         return f"{self.memory} ({what}; {self.extra / 2**20:.1f} MiB beside a chunk)"
 
 
-def path_of(fn: Weighting, sizes: Sizes, memory: Memory = "auto", *, chunks: int = CHUNKS) -> Path:
-    """Return the way through the output layer for a spec.
+def path_of(
+    fn: Weighting, sizes: Sizes, memory: Memory = "auto", *, chunks: int = CHUNKS, parts: int = 1
+) -> Path:
+    """Return the way through the output layer for a spec, given the sizes of a call.
 
         late       3 matrix products; a gradient of the layer for each further sequence
         keep       3 matrix products; all logits, in the dtype they come in
@@ -218,6 +222,7 @@ def path_of(fn: Weighting, sizes: Sizes, memory: Memory = "auto", *, chunks: int
 
     The last two skip the gradient of tokens that a selection drops.  `auto` takes the one of the
     first two that needs less memory, if that is within the budget, and recompute otherwise.
+    Where weights wait for `parts` calls, what each keeps is there at once, and counted.
 
     Raises:
         ValueError: `late` is asked for, but the weights come late for every token.
@@ -225,8 +230,8 @@ def path_of(fn: Weighting, sizes: Sizes, memory: Memory = "auto", *, chunks: int
     late = "token" if fn.late == "sequence" and not sizes.rows else fn.late
     units = sizes.rows if late == "sequence" else 1
     extra = {
-        "late": (units - 1) * sizes.vocabulary * sizes.width * sizes.itemsize,
-        "keep": sizes.tokens * sizes.vocabulary * sizes.itemsize,
+        "late": (units * parts - 1) * sizes.vocabulary * sizes.width * sizes.itemsize,
+        "keep": parts * sizes.tokens * sizes.vocabulary * sizes.itemsize,
         "recompute": 0,
     }
     if late == "token":
@@ -243,7 +248,7 @@ def path_of(fn: Weighting, sizes: Sizes, memory: Memory = "auto", *, chunks: int
     share = fn.most()
     most = None
     if taken != "late" and share < 1 and sizes.rows:
-        most = min(sizes.tokens, math.ceil(share * sizes.tokens) + sizes.rows)
+        most = min(sizes.tokens, math.ceil(share * sizes.tokens * parts) + sizes.rows * parts)
     return Path(taken, units if taken == "late" else 1, chunk, most, extra[taken])
 
 

@@ -286,6 +286,19 @@ def test_the_way_is_the_cheapest_within_the_budget(name, rows, memory, expected)
     assert path.memory in str(path)
 
 
+def test_calls_that_wait_each_keep_what_they_take():
+    """In a pipeline even one scalar that comes late keeps a gradient of the layer a microbatch."""
+    fn = tables.built(tables.SPEC_TEXTS["mile"])
+    sizes = Sizes(64, 1, 8192, 80, 4, 256 * MIB)
+    layer, logits = 8192 * 80 * 4, 64 * 8192 * 4
+
+    late = path_of(fn, sizes, "late", parts=8)
+    assert (late.units, late.extra) == (1, 7 * layer)
+    assert "a gradient of the output layer a call" in str(late)
+    auto = path_of(fn, sizes, parts=8)
+    assert (auto.memory, auto.extra) == ("keep", 8 * logits)
+
+
 def test_late_is_refused_for_weights_of_single_tokens():
     """A selection of tokens cannot be late-bound; the message says what can."""
     fn = tables.built(tables.SPEC_TEXTS["rho-1"])
