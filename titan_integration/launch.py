@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -102,7 +103,8 @@ def value_of(flags: list[str], flag: str) -> str | None:
 def on_ranks(ranks: int | None, module: str, flags: list[str]) -> int:
     """Run a module on ranks of this machine, by default one per accelerator; return the status.
 
-    The first rank's output is shown; the status is 0, or that of the rank that failed.
+    The first rank's output is shown, and what ended another one alone; the status is 0, or that of
+    the rank that failed.
     """
     ranks = ranks or max(1, torch.accelerator.device_count())
     if not torch.accelerator.is_available():
@@ -111,16 +113,32 @@ def on_ranks(ranks: int | None, module: str, flags: list[str]) -> int:
     # A plugin or config module of the user's may be in the working directory.
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")])
     options = ["--standalone", f"--nproc-per-node={ranks}", "--local-ranks-filter=0"]
-    command = [*options, "--role=rank", "--tee=3", "-m", module, *flags]
     # The ranks have said what was wrong, so torchrun adds nothing of its own.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    try:
-        torchrun(get_args_parser().parse_args(command))
-    except ChildFailedError as error:
-        codes = {failure.exitcode for failure in error.failures.values()}
-        # A rank that fails first decides; the others are stopped by a signal.
-        return max((code for code in codes if code > 0), default=1)
+    with tempfile.TemporaryDirectory() as logs:
+        options += ["--role=rank", "--tee=3", f"--log-dir={logs}"]
+        try:
+            torchrun(get_args_parser().parse_args([*options, "-m", module, *flags]))
+        except ChildFailedError as error:
+            # A rank that fails first decides; the others are stopped by a signal.
+            codes = {x.local_rank: x.exitcode for x in error.failures.values() if x.exitcode > 0}
+            if codes and 0 not in codes:
+                sys.stderr.write(_last_words(Path(logs), min(codes)))
+            return max(codes.values(), default=1)
     return 0
+
+
+def _last_words(logs: Path, rank: int) -> str:
+    """Return the error that ended a rank which is not shown, or its last lines."""
+    files = logs.glob(f"*/attempt_*/{rank}/stderr.log")
+    text = "".join(file.read_text(encoding="utf-8", errors="replace") for file in files)
+    _, error, message = text.rpartition("\nerror: ")
+    lines = (error + message).strip().splitlines() if error else text.splitlines()[-_TAIL:]
+    return "".join(f"[rank{rank}]:{line}\n" for line in lines)
+
+
+_TAIL = 30
+"""Lines of a traceback that say where it comes from."""
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+
+_WRONG = (
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+)
+"""What a line that is no map of numbers raises when it is read."""
 
 
 def write_whole(path: Path, data: str | bytes) -> None:
@@ -18,10 +30,13 @@ def write_whole(path: Path, data: str | bytes) -> None:
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        part.write_bytes(data.encode() if isinstance(data, str) else data)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+        try:
+            part.write_bytes(data.encode() if isinstance(data, str) else data)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:  # nobody asked for a file of the name above
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def read_lines(path: Path) -> list[dict[str, float]]:
@@ -36,11 +51,11 @@ def read_lines(path: Path) -> list[dict[str, float]]:
         try:
             line = json.loads(text)
             for value in line.values():
-                float(value)
+                math.isfinite(value)  # a TypeError where it is no number
             lines[int(line["step"])] = line
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        except _WRONG as error:
             if number == len(texts):
                 break
-            msg = f"{path}:{number}: not a line of metrics"
+            msg = f"{path}:{number}: not a line of metrics; take it out"
             raise ValueError(msg) from error
     return [lines[step] for step in sorted(lines)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 SUFFIXES = (".jsonl", ".parquet")
 _LARGEST = 3.4028234663852886e38
 """The largest float32, which is what signals are."""
+LAST_STEP = 10**9
+"""No run is longer."""
 _FEW = 8
 """More steps would bury a message."""
 
@@ -110,8 +113,9 @@ class Recorded:
         return float(value)
 
     def _step(self, value: object, place: str) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            msg = f"{place}: step is {_shown(value)}; it must be a whole number from 0"
+        is_step = isinstance(value, int) and not isinstance(value, bool)
+        if not is_step or not 0 <= value <= LAST_STEP:
+            msg = f"{place}: step is {_shown(value)}; it must be a whole number from 0 to 1e9"
             raise ValueError(msg)
         return value
 
@@ -132,8 +136,8 @@ def recorded(text: str, columns: Collection[str] = ()) -> Recorded:
     path = Path(text)
     if path.suffix not in SUFFIXES and _is_number(text.partition(",")[0]):
         found = _written(text)
-    elif not path.is_file():
-        what = "is a directory" if path.is_dir() else "no such file"
+    elif not os.path.isfile(text):  # noqa: PTH113 - Path.is_file raises on a name that is too long
+        what = "is a directory" if os.path.isdir(text) else "no such file"  # noqa: PTH112
         msg = f'{text}: {what}; give a .jsonl or .parquet file, or numbers such as "1,2,3,5"'
         raise ValueError(msg)
     elif path.suffix == ".jsonl":
@@ -141,7 +145,7 @@ def recorded(text: str, columns: Collection[str] = ()) -> Recorded:
     elif path.suffix == ".parquet":
         found = _rows(path, text, wanted)
     else:
-        suffix = path.suffix or "a file without suffix"
+        suffix = path.suffix or "it, a name without suffix"
         msg = f"{text}: cannot read {suffix}; give a file that ends in {' or '.join(SUFFIXES)}"
         raise ValueError(msg)
     if not len(found):
@@ -152,7 +156,8 @@ def recorded(text: str, columns: Collection[str] = ()) -> Recorded:
     }
     found = replace(found, has=tuple(name for name in found.has if name not in empty))
     if "loss" not in found.has:
-        msg = f"{text}: no column loss; it has {', '.join(found.has) or 'none'}"
+        has = f"it has {', '.join(found.has)}" if found.has else "it has none"
+        msg = f"{text}: no column loss, in nats; {has}"
         raise ValueError(msg)
     return found
 
@@ -191,7 +196,9 @@ def _lines(path: Path, name: str, wanted: list[str]) -> Recorded:
         try:
             unit: Any = json.loads(line)
         except (ValueError, RecursionError) as error:
-            msg = f"{place}: not JSON ({error})"
+            # Of numbers that are too long Python speaks at length.
+            reason = str(error).partition(" for integer")[0]
+            msg = f"{place}: not JSON ({reason}); write an object such as {_EXAMPLE}"
             raise ValueError(msg) from None
         if not isinstance(unit, dict):
             msg = f"{place}: {_shown(unit)} is no unit; write an object such as {_EXAMPLE}"
@@ -207,7 +214,7 @@ def _text(path: Path, name: str) -> str:
     try:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        msg = f"{name}: not UTF-8 text (byte {error.start})"
+        msg = f"{name}: not UTF-8 text (byte {error.start}); save it as UTF-8"
         raise ValueError(msg) from None
     except OSError as error:
         msg = f"{name}: {error.strerror or error}"
@@ -228,7 +235,8 @@ def _rows(path: Path, name: str, wanted: list[str]) -> Recorded:
         has = {name.removeprefix("columns."): name for name in file.schema_arrow.names}
         table = file.read([has[column] for column in wanted if column in has])
     except (pa.ArrowException, OSError) as error:
-        msg = f"{name}: cannot be read as parquet ({str(error).splitlines()[0]})"
+        reason = str(error).partition("\n")[0].partition(". ")[0]
+        msg = f"{name}: cannot be read as parquet ({reason}); write it anew"
         raise ValueError(msg) from None
     columns = {column: table[has[column]].to_pylist() for column in wanted if column in has}
     places = [f"{name}: row {row}" for row in range(1, file.metadata.num_rows + 1)]

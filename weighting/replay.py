@@ -9,6 +9,7 @@ mean over a domain is that of its sequences, alike however long they are.
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
+    import pyarrow as pa
     from torch import Tensor
 
     from weighting.build import Step as PlannedStage
@@ -141,7 +143,9 @@ def read_record(run: Path) -> Record:
     """
     files = sorted((run / FOLDER).glob(f"{SEQUENCES}-*.parquet"))
     if not files:
-        what = "no record in weighting/record" if run.is_dir() else "no such folder"
+        what = "no such folder"
+        if os.path.exists(run):  # noqa: PTH110 - Path.exists raises on a name that is too long
+            what = f"no record in {FOLDER}" if run.is_dir() else "is a file"
         msg = f"{run}: {what}; give the --dump_folder of a run with --weighting.record every=10"
         raise ValueError(msg)
     parts = [_read(file) for file in files]
@@ -173,7 +177,8 @@ def obstacle(fn: Weighting, record: Record) -> str | None:
     if lacking:
         if lacking[0] == "loss":
             return "it reads loss, which uniform records only with --loss.memory late"
-        return f"it reads {' and '.join(lacking)}, which the run's own spec did not"
+        names = " and ".join(lacking)
+        return f"it reads {names}, which the run's own spec did not; record one that does"
     return None
 
 
@@ -323,17 +328,57 @@ def _read(file: Path) -> _Part:
         raise ValueError(msg) from None
     try:
         with pq.ParquetFile(file) as parquet:
-            about = json.loads((parquet.metadata.metadata or {})[ABOUT.encode()])
+            about = json.loads((parquet.metadata.metadata or {}).get(ABOUT.encode(), "null"))
             table = parquet.read()
-    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        msg = f"{file}: no file of a record, or a damaged one ({reason}); take it away"
-        raise ValueError(msg) from error
+    except (pa.ArrowException, OSError, ValueError, RecursionError) as error:
+        raise _damaged(file, str(error).partition("\n")[0].partition(". ")[0]) from error
+    if wrong := _wrong_about(about) or _wrong_columns(table, about["domains"]):
+        raise _damaged(file, wrong)
     domain = table[DOMAIN].combine_chunks().dictionary_encode()
     columns = {name: table[name] for name in table.column_names if name != DOMAIN}
     columns[DOMAIN] = domain.indices.fill_null(0)
     tensors = {name: torch.from_numpy(x.to_numpy().copy()) for name, x in columns.items()}
     return _Part(tensors, domain.dictionary.to_pylist(), about)
+
+
+def _damaged(file: Path, reason: str) -> ValueError:
+    return ValueError(f"{file}: no file of a record, or a damaged one ({reason}); take it away")
+
+
+def _wrong_about(about: object) -> str | None:
+    """Return what is wrong with what a file says of its run, or None."""
+    texts, counts = ("name", "hash", "spec"), ("ranks", "rank_rows", "batch_rows")
+    if not isinstance(about, dict):
+        return "it does not say of which run it is"
+    said = {str(key): value for key, value in about.items()}
+    names = said.get("domains")
+    sound = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    sound = sound and all(isinstance(said.get(key), str) for key in texts)
+    sound = sound and all(isinstance(x := said.get(key), int) and x > 0 for key in counts)
+    return None if sound else "what it says of its run is not complete"
+
+
+def _wrong_columns(table: pa.Table, domains: list[str]) -> str | None:
+    """Return what is wrong with a file's columns, or None."""
+    import pyarrow as pa  # noqa: PLC0415 - the core does without it
+
+    columns = (STEP, ROW, DOMAIN, VALID, WEIGHT)
+    if lacking := [name for name in columns if name not in table.column_names]:
+        return f"no column {lacking[0]}"
+    if not table.num_rows:
+        return "no rows"
+    for name in table.column_names:
+        if name == DOMAIN:
+            continue
+        kind, whole = table.schema.field(name).type, name in {STEP, ROW, VALID}
+        if not pa.types.is_integer(kind) and (whole or not pa.types.is_floating(kind)):
+            return f"column {name} has no {'whole ' * whole}numbers"
+        if table[name].null_count:
+            return f"column {name} has gaps"
+    named = set(table[DOMAIN].unique().to_pylist()) - ({None} if not domains else set())
+    if unknown := sorted(map(str, named - {*domains})):
+        return f"a domain {unknown[0]} that its run did not have"
+    return None
 
 
 def _steps(part: _Part, domains: tuple[str, ...]) -> Iterator[Step]:

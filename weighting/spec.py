@@ -221,7 +221,8 @@ def find(path: str | Path) -> Path:
     if is_bare and name in known:
         return known[name]
     what = "is a directory" if os.path.isdir(path) else "no such file"  # noqa: PTH112 - see _is_file
-    raise SpecError([Problem(f"{path}: {what}{nearest(name, known)}")])
+    fix = nearest(name, known) or "; `weighting list` shows the specs there are"
+    raise SpecError([Problem(f"{path}: {what}{fix}")])
 
 
 def _is_file(text: str) -> bool:

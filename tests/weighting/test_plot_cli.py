@@ -217,9 +217,9 @@ def test_schedules_are_drawn_with_their_jumps():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["linupper", "--out", "w.jpg"], "w.jpg: pictures are .png or .svg, not .jpg"),
-        (["linupper", "--out", "w"], "w: pictures are .png or .svg, and this name has no suffix"),
-        (["linupper", "--out", "no/w.svg"], "no/w.svg: there is no folder no"),
+        (["linupper", "--out", "w.jpg"], "--out w.jpg: give it a name that ends in .png or .svg"),
+        (["linupper", "--out", "w"], "--out w: give it a name that ends in .png or .svg"),
+        (["linupper", "--out", "no/w.svg"], "--out no/w.svg: no folder no; make it first"),
         (
             ["linupper", "uniform", "--out", "w.svg", "--kind", "schedules"],
             "linupper, uniform: every number is constant, there is no schedule to draw",
@@ -264,6 +264,9 @@ def test_without_matplotlib_it_says_what_to_install(tmp_path, monkeypatch):
     assert not [*tmp_path.iterdir()]
 
 
+FULL = "No space left on device; choose another place"
+
+
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     """When writing fails, what was there before is still there, and nothing else."""
     path = tmp_path / "w.svg"
@@ -275,7 +278,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "write_bytes", full)
     done = run("linupper", "--out", path)
-    assert (done.exit_code, done.output) == (2, f"{path}: No space left on device\n")
+    assert (done.exit_code, done.output) == (2, f"--out {path}: {FULL}\n")
     assert path.read_text() == "before"
     assert [*tmp_path.iterdir()] == [path]
     monkeypatch.undo()

@@ -273,7 +273,6 @@ def test_user_errors_are_one_message_and_leave_no_file(two, tmp_path):
     }.items():
         done = report(out, two[0], folder)
         assert done.exit_code == 2, done.output
-        assert done.output.startswith("error: ")
         assert message in done.output
         assert len(done.output.strip().splitlines()) == 1
     assert out.read_text() == "before"

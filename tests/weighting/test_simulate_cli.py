@@ -417,13 +417,17 @@ def test_a_file_says_where_it_is_wrong(suffix, tmp_path):
         assert (done.exit_code, done.output) == (2, f"{place}: {words}\n")
 
 
+EXAMPLE = 'write an object such as {"loss": 2.5}'
 WRONG = {
     "none.jsonl": ("\n\n", ': no losses in it; every line is a unit, such as {"loss": 2.5}'),
-    "other.jsonl": ('{"nll": 1.0, "domain": "a"}\n', ": no column loss; it has nll, domain"),
+    "other.jsonl": (
+        '{"nll": 1.0, "domain": "a"}\n',
+        ": no column loss, in nats; it has nll, domain",
+    ),
     "bare.jsonl": ("1.5\n", ':1: 1.5 is no unit; write an object such as {"loss": 2.5}'),
     "cut.jsonl": (
         '{"loss": 1.0}\n{"loss": 2',
-        ":2: not JSON (Expecting ',' delimiter: line 1 column 11 (char 10))",
+        ":2: not JSON (Expecting ',' delimiter: line 1 column 11 (char 10)); " + EXAMPLE,
     ),
     "junk.parquet": ("junk", ": cannot be read as parquet ("),  # the rest is pyarrow's
     "units.csv": ("loss\n1\n", ": cannot read .csv; give a file that ends in .jsonl or .parquet"),

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-
 import click
 
-from weighting.cli.common import allow_plugins, read, specs_named
+from weighting.cli.common import allow_plugins, complain, give_up, read, specs_named, wrapped
 from weighting.errors import SpecError
 
 
@@ -27,7 +25,7 @@ def check(specs: tuple[str, ...], *, allow_plugins: bool) -> None:
             spec, fn = read(argument, plugins=allow_plugins)
         except SpecError as error:
             wrong += 1
-            click.echo(str(error), err=True)
+            complain(str(error))
             continue
         levels = dict.fromkeys(
             f"per {steps[-1].level}"
@@ -37,9 +35,9 @@ def check(specs: tuple[str, ...], *, allow_plugins: bool) -> None:
         does = [f"weighs {' x '.join(levels)}"] if levels else []
         does += ["draws by domain"] if fn.sampling else []
         reads = ", ".join(sorted(fn.needs)) or "nothing"
-        name = argument if spec.name == "unnamed" else f"{argument}: {spec.name}"
-        click.echo(f"ok  {name}, {', '.join(does)}, reads {reads}")
+        name = argument if spec.name in {"unnamed", argument} else f"{argument}: {spec.name}"
+        name = spec.name if "\n" in argument else name
+        click.echo("\n".join(wrapped(f"ok  {name}, {', '.join(does)}, reads {reads}")))
     if wrong:
         count = f"{wrong} of {len(specs)} specs" if len(specs) > 1 else "the spec"
-        click.echo(f"{count} cannot be used", err=True)
-        sys.exit(2)
+        give_up(f"{count} cannot be used")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
+import textwrap
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import click
@@ -12,10 +15,14 @@ from click.shell_completion import CompletionItem
 
 from weighting.build import Weighting, sketch
 from weighting.errors import SpecError
+from weighting.recorded import LAST_STEP
 from weighting.spec import Spec, resolve, shipped
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
+
+WIDTH = 80
+"""Columns of a terminal, and of what is written into a pipe."""
 
 allow_plugins = click.option(
     "--allow-plugins",
@@ -44,8 +51,49 @@ def read_or_exit(argument: str, *, plugins: bool) -> tuple[Spec, Weighting]:
 
 def give_up(message: str) -> NoReturn:
     """Print an error and exit with status 2."""
-    click.echo(message, err=True)
+    complain(message)
     sys.exit(2)
+
+
+def complain(message: str) -> None:
+    """Print an error, question marks for what would move the cursor or change colours."""
+    plain = "".join(c if c.isprintable() or c == "\n" else "?" for c in message)
+    click.echo(plain, err=True)
+
+
+def check_out(out: str | Path, suffixes: Sequence[str] = ()) -> None:
+    """Exit with status 2 if no file can be written under a name that was given as --out.
+
+    Args:
+        out: The name.
+        suffixes: How it may end; in any way where there are none.
+    """
+    path = Path(out)
+    if os.path.isdir(path):  # noqa: PTH112 - Path.is_dir raises on a name that is too long
+        give_up(f"--out {out}: is a folder; give the name of a file")
+    if suffixes and path.suffix.lower() not in suffixes:
+        give_up(f"--out {out}: give it a name that ends in {' or '.join(suffixes)}")
+    if not os.path.isdir(path.parent):  # noqa: PTH112
+        give_up(f"--out {out}: no folder {path.parent}; make it first")
+
+
+def check_data(data: object) -> None:
+    """Exit with status 2 if --data is the name of a file by its ending, and no such file is there.
+
+    Any other name may be one of Hugging Face's.
+    """
+    name = str(data)
+    if name.endswith(_DATA) and not os.path.exists(name):  # noqa: PTH110 - as above
+        give_up(f"--data {name}: no such file; give one, or its folder")
+
+
+_DATA = (".jsonl", ".json", ".parquet")
+
+
+def reason(error: OSError) -> str:
+    """Return where the system refused and why, without its number."""
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror or error}"
 
 
 def hand_over(module: str, options: Mapping[str, object], flags: Iterable[str]) -> NoReturn:
@@ -70,6 +118,18 @@ def hand_over(module: str, options: Mapping[str, object], flags: Iterable[str]) 
     except KeyboardInterrupt:
         code = 130
     sys.exit(code)
+
+
+def is_step(text: str) -> bool:
+    """Tell whether a text is an optimizer step."""
+    return text.isdecimal() and len(text) <= len(str(LAST_STEP)) and int(text) <= LAST_STEP
+
+
+def wrapped(note: str) -> list[str]:
+    """Return a remark as lines that fit a terminal."""
+    return textwrap.wrap(
+        note, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+    )
 
 
 def one_line(text: str | None) -> str:

@@ -36,7 +36,7 @@ def doctor() -> None:
     """Look at this machine: versions, accelerator, imports, folders; exit 2 if training cannot run.
 
     \b
-    Example:
+    Examples:
       weighting doctor
     """  # noqa: D301
     failed = False
@@ -91,7 +91,7 @@ def _device() -> str:
     if torch.accelerator.is_available():
         count = torch.accelerator.device_count()
         return f"{count} x {torch.accelerator.current_accelerator()}, one process each"
-    return f"the CPU, {cores} cores; no accelerator, and models are small by default"
+    return f"the CPU, {cores} cores; without an accelerator models are small"
 
 
 def _training() -> Iterator[Finding]:
@@ -102,7 +102,7 @@ def _training() -> Iterator[Finding]:
     code = (
         "from titan_integration import versions, config_registry\n"
         "from titan_integration.tokenizer import ensure_tokenizer\n"
-        "print(versions.found() == versions.TESTED, versions.TESTED)\n"
+        "print(versions.found() == versions.TESTED, *map(' '.join, versions.TESTED.items()))\n"
         "print(ensure_tokenizer())"
     )
     done = subprocess.run(  # noqa: S603 - our own code
@@ -113,7 +113,7 @@ def _training() -> Iterator[Finding]:
         return
     tested, folder = done.stdout.strip().splitlines()[-2:]
     is_tested, _, pair = tested.partition(" ")
-    note = "the tested versions" if is_tested == "True" else f"other versions than tested: {pair}"
+    note = "the tested versions" if is_tested == "True" else f"but was tested with {pair}"
     yield Finding("integration", f"imports; {note}")
     yield Finding("tokenizer", folder)
     here = os.access(".", os.W_OK)

@@ -13,10 +13,11 @@ from typing_extensions import override
 
 from weighting import arrow, calls
 from weighting.build import build, numbers, tells_domains
-from weighting.cli.common import allow_plugins, read_or_exit, specs_named
+from weighting.cli.common import WIDTH, allow_plugins, read_or_exit, specs_named
 from weighting.contract import Alone, Source, Weigh
 from weighting.errors import SpecError
 from weighting.linear import SHARE, Sizes, path_of
+from weighting.recorded import LAST_STEP
 from weighting.schedules import Constant
 from weighting.simulate import changing, turns
 from weighting.spec import arrow_text, dumps
@@ -52,7 +53,11 @@ _EXAMPLE = Sizes(
 
 @click.command()
 @click.argument("spec", metavar="SPEC", shell_complete=specs_named)
-@click.option("--steps", type=click.IntRange(1), help="Length of the run schedules are shown for.")
+@click.option(
+    "--steps",
+    type=click.IntRange(1, LAST_STEP),
+    help="Length of the run schedules are shown for.",
+)
 @allow_plugins
 def explain(spec: str, steps: int | None, *, allow_plugins: bool) -> None:
     """Print what a spec means: sugar expanded, defaults filled in, scopes, schedules, signals.
@@ -88,8 +93,21 @@ def explanation(spec: Spec, fn: Weighting, steps: int | None = None) -> list[str
     ]
     lines += _schedules(fn, steps)
     lines += ["as a YAML list:", ""]
-    lines += [f"  {line}" for line in dumps(spec, "yaml").splitlines()]
+    lines += [piece for line in dumps(spec, "yaml").splitlines() for piece in _yaml(line)]
     return lines
+
+
+def _yaml(line: str) -> list[str]:
+    """Return a line of YAML over as many as it takes; what goes on is indented further."""
+    before = len(line) - len(line.lstrip())
+    return textwrap.wrap(
+        line,
+        WIDTH,
+        initial_indent="  ",
+        subsequent_indent=" " * (before + 6),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _in_full(step: PlannedStage) -> str:

@@ -28,7 +28,13 @@ _KINDS = {
 
 @click.command("list")
 def list_words() -> None:
-    """List the stages, schedules and shipped specs, a line each."""
+    """List the stages, schedules and shipped specs, a line each.
+
+    \b
+    Examples:
+      weighting list
+      weighting list | grep domain
+    """  # noqa: D301
     for kind, title in _KINDS.items():
         click.echo(title)
         for name, cls in sorted(stages().items()):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from weighting.cli.common import allow_plugins, hand_over
+from weighting.cli.common import allow_plugins, check_data, check_out, hand_over
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
@@ -25,7 +25,7 @@ from weighting.cli.common import allow_plugins, hand_over
 @click.option("--overwrite", is_flag=True, help="Write over an existing --out.")
 @allow_plugins
 @click.argument("flags", metavar="[TORCHTITAN FLAGS]...", nargs=-1, type=click.UNPROCESSED)
-def mix(method: str, flags: tuple[str, ...], **options: object) -> None:
+def mix(method: str, out: str, flags: tuple[str, ...], **options: object) -> None:
     """Search for the proportions of domains by METHOD: doremi, doge, or a spec.
 
     It trains a small reference model if the method reads one, then the proxy
@@ -38,4 +38,6 @@ def mix(method: str, flags: tuple[str, ...], **options: object) -> None:
       weighting mix doge --data my.jsonl --out doge.yaml --steps 500
       weighting train linupper --data my.jsonl --mixture mixture.yaml
     """  # noqa: D301
-    hand_over("mixing", {"method": method, **options}, flags)
+    check_out(out)
+    check_data(options["data"])
+    hand_over("mixing", {"method": method, "out": out, **options}, flags)

@@ -17,6 +17,8 @@ from weighting.cli.common import give_up
 from weighting.registry import stages
 from weighting.schedules import SCHEDULES
 
+_LONGEST = 64
+
 
 @click.command("new-stage")
 @click.argument("name")
@@ -57,7 +59,7 @@ def new_stage(name: str, *, kind: str, folder: Path) -> None:
     try:
         _write(texts)
     except OSError as error:
-        give_up(f"{error.filename or folder}: {error.strerror or error}")
+        give_up(f"--dir {folder}: nothing was written: {error.strerror or error}; choose another")
     use = Template(body.use).substitute(words)
     click.echo(f"wrote {module} and {test}; next, {_from(folder)}")
     click.echo(f"  test it        python -m pytest {test.name}")
@@ -81,6 +83,7 @@ def _problem_with(name: str, module: Path, test: Path) -> str | None:
     if not re.fullmatch(r"[a-z_][a-z0-9_]*", name):
         words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|\W+", "_", name).strip("_").lower()
         hint = f"; write {words}" if re.fullmatch(r"[a-z_][a-z0-9_]*", words) else ""
+        hint = hint or "; write one such as soft_cap"
         return f"a stage name is a lower-case identifier, not {name!r}{hint}"
     if name in stages():
         return f"there is a stage {name!r} already; see weighting list"
@@ -88,6 +91,8 @@ def _problem_with(name: str, module: Path, test: Path) -> str | None:
         return f"{name!r} is a schedule of the language; choose another name"
     if keyword.iskeyword(name) or not name.strip("_0123456789"):
         return f"{name!r} cannot name a Python module; choose another name"
+    if len(name) > _LONGEST:
+        return f"a stage name has at most {_LONGEST} characters, not {len(name)}; shorten it"
     for path in (module, test):
         if path.exists():
             return f"{path} exists already, and nothing was written; choose another name"

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from weighting.cli.common import allow_plugins, give_up, specs_named
+from weighting.cli.common import (
+    allow_plugins,
+    check_out,
+    give_up,
+    is_step,
+    reason,
+    specs_named,
+    wrapped,
+)
 from weighting.cli.panels import (
     UNITS,
     against_recorded,
@@ -16,7 +24,6 @@ from weighting.cli.panels import (
     schedules,
 )
 from weighting.cli.simulate import (
-    LAST_STEP,
     Named,
     chosen_step,
     cut,
@@ -40,7 +47,7 @@ _LONGEST = 48
 def _steps(_: click.Context, __: click.Parameter, text: str | None) -> list[int]:
     """Return the steps of a text."""
     parts = [part.strip() for part in text.split(",")] if text is not None else []
-    if not all(part.isdecimal() and int(part) <= LAST_STEP for part in parts):
+    if not all(map(is_step, parts)):
         message = f"{text!r} are no steps; write whole numbers, as in 1,500,2000"
         raise click.BadParameter(message)
     return sorted({int(part) for part in parts})
@@ -92,7 +99,8 @@ def plot(
       weighting plot linupper-gpt2 toremi --out schedules.svg --kind schedules
       weighting plot mile --out mile.svg --kind histogram --losses batch.jsonl
     """  # noqa: D301
-    path = _writable(out)
+    check_out(out, SUFFIXES)
+    path = Path(out)
     try:
         from weighting.cli.figures import picture  # noqa: PLC0415 - the core needs no matplotlib
     except ImportError:
@@ -108,24 +116,11 @@ def plot(
     except ValueError as error:
         give_up(str(error))
     except OSError as error:
-        give_up(f"{out}: {error.strerror or error}")
+        give_up(f"--out {reason(error)}; choose another place")
     click.echo(f"wrote {out}")
-    notes = [] if kind == "schedules" else [note for each in named for note in remarks(each, per)]
-    for note in notes:
-        click.echo(note)
-
-
-def _writable(out: str) -> Path:
-    """Return where to write; on a name that cannot be written to, exit with status 2."""
-    path = Path(out)
-    if path.suffix.lower() not in SUFFIXES:
-        what = f"not {path.suffix}" if path.suffix else "and this name has no suffix"
-        give_up(f"{out}: pictures are {' or '.join(SUFFIXES)}, {what}")
-    if not path.parent.is_dir():
-        give_up(f"{out}: there is no folder {path.parent}")
-    if path.is_dir():
-        give_up(f"{out}: is a directory")
-    return path
+    for each in named if kind != "schedules" else ():
+        for note in remarks(each, per):
+            click.echo("\n".join(wrapped(note)))
 
 
 def _schedules(named: list[Named], steps: list[int], losses: str | None) -> tuple[str, list[Panel]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -10,8 +9,8 @@ import click
 import torch
 
 from weighting.build import sketch
-from weighting.cli.common import allow_plugins, give_up, specs_named
-from weighting.cli.simulate import WIDTH, Named, cut, number, read_named, say
+from weighting.cli.common import WIDTH, allow_plugins, give_up, specs_named, wrapped
+from weighting.cli.simulate import Named, cut, number, read_named, say
 from weighting.errors import SpecError
 from weighting.replay import Record, Replayed, Summary, obstacle, read_record, replay, summary
 from weighting.spec import loads
@@ -23,6 +22,10 @@ if TYPE_CHECKING:
 
 _LABEL, _CELL, _LONGEST = 26, 9, 20
 """Columns of the terminal: what a row is, a number, and at most a name."""
+_ELSEWHERE = (
+    "nothing is left to replay; weighting simulate reads the tokens that "
+    "--weighting.record every=10,tokens=64 writes"
+)
 _ROUNDING = 1e-3
 """A change of a weight that is none."""
 _SHOWN = 3
@@ -56,7 +59,8 @@ def replay_command(
 
     RUN_FOLDER is the --dump_folder of a run with --weighting.record every=10.
     The first column is what the run itself did.  Losses stay what they were: a
-    run with another spec would soon have had others.
+    run with another spec would soon have had others.  A spec that asks for more
+    than was recorded is left out, which is said; exit 2 if every one is.
 
     \b
     Examples:
@@ -69,10 +73,20 @@ def replay_command(
         record = read_record(run)
     except ValueError as error:
         give_up(str(error))
-    say([*_report(run, record, named, plugins=allow_plugins)])
+    done = [(spec, _column(spec, record)) for spec in named]
+    refused = [_refusal(spec, found) for spec, found in done if isinstance(found, str)]
+    if refused and len(refused) == len(done):
+        give_up("\n".join([*refused, _ELSEWHERE]))
+    say([*_report(run, record, done, plugins=allow_plugins)])
 
 
-def _report(run: Path, record: Record, named: list[Named], *, plugins: bool) -> Iterator[str]:
+def _refusal(spec: Named, why: str) -> str:
+    return f"{cut(spec.label, _LONGEST)} is not replayed: {why}"
+
+
+def _report(
+    run: Path, record: Record, done: list[tuple[Named, _Column | str]], *, plugins: bool
+) -> Iterator[str]:
     """Yield what is printed."""
     steps, about = [step.step for step in record.steps], record.about
     sizes = sorted({len(step.row) for step in record.steps})
@@ -82,10 +96,9 @@ def _report(run: Path, record: Record, named: list[Named], *, plugins: bool) -> 
     yield f"recorded under {about['name']} ({about['hash']})"
     own = Replayed(record.flat("weight"), _own_cap(record, plugins=plugins))
     columns, remarks = [_Column("recorded", own, summary(record, own.weight))], list[str]()
-    for spec in named:
-        found = _column(spec, record)
+    for spec, found in done:
         if isinstance(found, str):
-            remarks.append(f"{cut(spec.label, _LONGEST)} is not replayed: {found}")
+            remarks.append(_refusal(spec, found))
             continue
         columns.append(found)
         if spec.fn.state_dict():
@@ -107,7 +120,7 @@ def _report(run: Path, record: Record, named: list[Named], *, plugins: bool) -> 
     )
     yield ""
     for remark in remarks:
-        yield from textwrap.wrap(remark, WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+        yield from wrapped(remark)
 
 
 def _column(named: Named, record: Record) -> _Column | str:

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import click
 
-from weighting.cli.common import give_up
+from weighting.cli.common import check_out, give_up, reason
 from weighting.cli.explain import explanation
 from weighting.report.page import write_report
+
+SUFFIXES = (".html", ".htm")
 
 
 @click.command()
@@ -28,8 +30,11 @@ def report(runs: tuple[Path, ...], out: Path) -> None:
       weighting report outputs/linupper --out report.html
       weighting report outputs/uniform outputs/linupper --out report.html
     """  # noqa: D301
+    check_out(out, SUFFIXES)
     try:
         write_report(runs, out, explanation)
-    except (ValueError, OSError) as error:
-        give_up(f"error: {error}")
+    except ValueError as error:
+        give_up(str(error))
+    except OSError as error:
+        give_up(f"--out {reason(error)}; choose another place")
     click.echo(str(out))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+from errno import ENOTDIR
 from pathlib import Path
 from typing import Any
 
 import click
 
-from weighting.cli.common import give_up
+from weighting.cli.common import give_up, reason
 from weighting.files import write_whole
 from weighting.schema import schema
 
@@ -42,17 +44,21 @@ def print_schema(install: Path | None) -> None:
         for line in installed(text, install):
             click.echo(line)
     except OSError as error:
-        give_up(f"{error.filename}: {error.strerror}")
+        give_up(f"{reason(error)}; to save it alone: weighting schema > {NAME}")
 
 
 def installed(text: str, folder: Path) -> list[str]:
-    """Save the schema in a folder, tell VS Code of it, and return what was done, line by line."""
+    """Save the schema in a folder, tell VS Code of it, and return what was done, line by line.
+
+    Raises:
+        OSError: One of the two cannot be.
+    """
+    settings = _read_settings()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / NAME
-    path.write_text(text + "\n", encoding="utf-8")
+    write_whole(path, text + "\n")
     pattern = f"{folder.as_posix()}/*.yaml"
     said = [f"schema: {path}"]
-    settings = _read_settings()
     if settings is None:
         entry = json.dumps({"yaml.schemas": {f"./{path.as_posix()}": pattern}})
         said.append(f"{_SETTINGS} is not plain JSON and is left as it is; add {entry[1:-1]}")
@@ -61,14 +67,20 @@ def installed(text: str, folder: Path) -> list[str]:
         known[f"./{path.as_posix()}"] = pattern
         _SETTINGS.parent.mkdir(exist_ok=True)
         write_whole(_SETTINGS, json.dumps(settings, indent=4) + "\n")
-        said.append(f"VS Code: {_SETTINGS}, for {pattern} (with the extension YAML)")
-    said.append(f"other editors: begin a spec with # yaml-language-server: $schema={NAME}")
+        said += [f"VS Code: {_SETTINGS}, for {pattern}", "  (with the extension YAML)"]
+    said.append(f"other editors: first line # yaml-language-server: $schema={NAME}")
     return said
 
 
 def _read_settings() -> dict[str, Any] | None:
-    """Return VS Code's settings here, empty if there are none; None if they hold more than JSON."""
+    """Return VS Code's settings here, empty if there are none; None if they hold more than JSON.
+
+    Raises:
+        OSError: They cannot be there, or cannot be read.
+    """
     if not _SETTINGS.exists():
+        if _SETTINGS.parent.exists() and not _SETTINGS.parent.is_dir():
+            raise NotADirectoryError(ENOTDIR, os.strerror(ENOTDIR), str(_SETTINGS.parent))
         return {}
     try:
         settings = json.loads(_SETTINGS.read_text(encoding="utf-8"))

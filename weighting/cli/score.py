@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from weighting.cli.common import hand_over
+from weighting.cli.common import check_data, check_out, hand_over
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
@@ -25,7 +25,7 @@ from weighting.cli.common import hand_over
 )
 @click.option("--ranks", type=click.IntRange(1), help="Processes; default one per accelerator.")
 @click.argument("flags", metavar="[TORCHTITAN FLAGS]...", nargs=-1, type=click.UNPROCESSED)
-def score(checkpoint: str, flags: tuple[str, ...], **options: object) -> None:
+def score(checkpoint: str, out: str, flags: tuple[str, ...], **options: object) -> None:
     """Store each token's loss under CHECKPOINT as a column ref_loss of the data.
 
     Specs that read a reference loss then take it from the data, and need no
@@ -41,4 +41,6 @@ def score(checkpoint: str, flags: tuple[str, ...], **options: object) -> None:
       weighting score ckpt --config llama3_8b --data corpus/ --out s.parquet
       weighting train rho-1 --data s.parquet
     """  # noqa: D301
-    hand_over("score", {"checkpoint": checkpoint, **options}, flags)
+    check_out(out, (".parquet",))
+    check_data(options["data"])
+    hand_over("score", {"checkpoint": checkpoint, "out": out, **options}, flags)

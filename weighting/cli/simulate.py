@@ -5,14 +5,21 @@ from __future__ import annotations
 import math
 import re
 import sys
-import textwrap
 from typing import TYPE_CHECKING, NamedTuple
 
 import click
 import torch
 
-from weighting.cli.common import allow_plugins, give_up, read_or_exit, specs_named
-from weighting.recorded import recorded
+from weighting.cli.common import (
+    WIDTH,
+    allow_plugins,
+    give_up,
+    is_step,
+    read_or_exit,
+    specs_named,
+    wrapped,
+)
+from weighting.recorded import LAST_STEP, recorded
 from weighting.simulate import (
     DOMAIN,
     changing,
@@ -33,7 +40,6 @@ if TYPE_CHECKING:
     from weighting.recorded import Recorded
     from weighting.simulate import Simulated
 
-WIDTH = 80
 _ALL = 20
 """So many units are shown one by one, more in so many groups."""
 _SIDE_BY_SIDE = 4
@@ -62,14 +68,10 @@ def _run(_: click.Context, __: click.Parameter, text: str | None) -> tuple[int, 
     if text is None:
         return None
     first, _colon, last = text.partition(":")
-    if not (first.isdecimal() and last.isdecimal() and int(first) < int(last) <= LAST_STEP):
+    if not (is_step(first) and is_step(last) and int(first) < int(last)):
         message = f"{text!r} is no run; write its first and last step, as in 0:20000"
         raise click.BadParameter(message)
     return int(first), int(last)
-
-
-LAST_STEP = 10**9
-"""No run is longer."""
 
 
 @click.command()
@@ -237,9 +239,7 @@ def _report(named: list[Named], given: Recorded, step: int, why: str, per: str) 
     notes = [note for each in named for note in remarks(each, per)]
     yield from [""] * bool(notes)
     for note in notes:
-        yield from textwrap.wrap(
-            note, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
-        )
+        yield from wrapped(note)
 
 
 def only_draws(fn: Weighting) -> bool:

@@ -12,6 +12,7 @@ from weighting.build import build
 from weighting.cli.common import allow_plugins, give_up, hand_over, read_or_exit
 from weighting.errors import SpecError
 from weighting.logits import TOPK
+from weighting.recorded import LAST_STEP
 
 if TYPE_CHECKING:
     from weighting.build import Weighting
@@ -35,7 +36,9 @@ _FROM_LOGITS = {"loss", "entropy", "target_prob", "error_norm", "domain_ids"}
     "--text", required=True, type=click.Path(exists=True, dir_okay=False), help="A file in UTF-8."
 )
 @click.option("--html", help="Write a page as well, with the numbers of each token.")
-@click.option("--step", type=click.IntRange(0), help="Optimizer step; default the checkpoint's.")
+@click.option(
+    "--step", type=click.IntRange(0, LAST_STEP), help="Optimizer step; default the checkpoint's."
+)
 @click.option("--config", default="llama3_debugmodel", show_default=True, help="Config function.")
 @click.option(
     "--module", default="titan_integration", show_default=True, help="Module it is found in."

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import click
 
-from weighting.cli.common import allow_plugins, give_up, hand_over, read_or_exit, specs_named
+from weighting.cli.common import (
+    allow_plugins,
+    check_data,
+    give_up,
+    hand_over,
+    read_or_exit,
+    specs_named,
+)
 from weighting.errors import SpecError
 from weighting.mixture import with_mixture
 
@@ -47,4 +54,5 @@ def train(
         except SpecError as error:
             give_up(str(error))
     options |= {"spec": spec, "mixture": mixture, "allow_plugins": allow_plugins}
+    check_data(options["data"])
     hand_over("launch", options, flags)

@@ -80,7 +80,11 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
         twice = next(name for name in names if names.count(name) > 1)
         msg = f"{twice} is given twice; name every run once"
         raise ValueError(msg)
-    return [_read_run(name, folder) for name, folder in zip(names, folders, strict=True)]
+    try:
+        return [_read_run(name, folder) for name, folder in zip(names, folders, strict=True)]
+    except OSError as error:
+        msg = f"{error.filename}: {error.strerror}; a report reads all of a run's metrics"
+        raise ValueError(msg) from error
 
 
 def _read_run(name: str, folder: Path) -> Run:
@@ -90,7 +94,7 @@ def _read_run(name: str, folder: Path) -> Run:
         raise ValueError(msg)
     lines = read_lines(path)
     if not any("unweighted_loss" in line for line in lines):
-        msg = f"{path}: nothing was logged; the run ended before its first log step"
+        msg = f"{path}: nothing was logged; a run logs every --metrics.log_freq steps"
         raise ValueError(msg)
     told = folder / FOLDER / VALIDATION
     validations = read_lines(told) if told.is_file() else []
@@ -119,10 +123,12 @@ def _read_about(path: Path) -> dict[str, Any]:
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
         texts = (about["spec"]["name"], about["spec"]["hash"], about["spec"]["text"])
-        starts = about["starts"]
+        starts = [
+            {**start, "versions": dict(start.get("versions") or {})} for start in about["starts"]
+        ]
         if starts and all(isinstance(text, str) for text in texts):
-            return {**about, "starts": [dict(start) for start in starts]}
-    except (ValueError, KeyError, TypeError) as error:
+            return {**about, "starts": starts}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         msg = f"{path}: does not say what the run is; remove it to do without"
         raise ValueError(msg) from error
     msg = f"{path}: does not say what the run is; remove it to do without"

@@ -50,7 +50,9 @@ class Table(Source):
 def misfit(what: str, entries: Iterable[str], domains: tuple[str, ...]) -> str | None:
     """Return what keeps something with these entries from covering the domains, or None."""
     known = [*entries]
-    unknown = [f"{name!r}{nearest(name, domains)}" for name in known if name not in domains]
+    # What is known is said once, for all of them.
+    hints = {name: nearest(name, domains).partition("; known")[0] for name in known}
+    unknown = [f"{name!r}{hint}" for name, hint in hints.items() if name not in domains]
     missing = sorted({*domains} - {*known})
     both = f"{what} has {', '.join(known)}; the data has {', '.join(domains)}"
     if unknown:
