@@ -1,14 +1,15 @@
-# make train   install what it takes, then train a small Llama with LinUpper on this machine
-# make test    install what it takes, then run every test
-# make lint    ruff and pyrefly, both quiet
-# make bench   what the weighting costs, of the loss and of a whole step, against torchtitan's own
+# make train      install what it takes, then train a small Llama with LinUpper on this machine
+# make test       install what it takes, then run every test
+# make lint       ruff and pyrefly, both quiet
+# make evidence   does it help? two experiments with regression, and a language model in ten minutes
+# make bench      what the weighting costs, of the loss and of a whole step, against torchtitan's own
 
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: train test lint bench clean
+.PHONY: train test lint evidence bench clean
 
 train: $(STAMP)
 	$(BIN)/weighting train specs/linupper.yaml
@@ -20,6 +21,11 @@ lint: $(STAMP)
 	$(BIN)/ruff check --quiet .
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/pyrefly check --summary=none
+
+evidence: $(STAMP)
+	$(BIN)/python benchmarks/regression.py
+	$(BIN)/python benchmarks/theory.py
+	$(BIN)/python benchmarks/evidence.py --budget-minutes 10
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/loss_path.py

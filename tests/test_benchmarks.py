@@ -1,14 +1,16 @@
-"""The benchmark of the loss path runs, and gives no number to what is wrong."""
+"""Benchmarks run, and give no number to what is wrong."""
 
 import importlib
 import os
 import subprocess
 import sys
+import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - the usual name
+from runs import environment, seed_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -111,3 +113,36 @@ def test_a_wrong_way_gets_no_number(loss_path, way, reason):
     assert not first[1].startswith("no number")
     assert second[1].startswith(reason)
     assert not any(second[2:])
+
+
+@pytest.mark.processes
+def test_the_picture_of_tokens_has_every_character(tmp_path):
+    """Twice, as text, each line as wide as its shades; under a checkpoint of the debug model."""
+    pytest.importorskip("torchtitan")
+    text, out = "def f(x):\n\tif x < 1 & é:\n\n    return 'a  b'", tmp_path / "tokens.svg"
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    seed = seed_checkpoint(tmp_path / "seed", "--training.seq_len=64")
+    given = ["--checkpoint", seed, "--text", tmp_path / "text.txt", "--training.seq_len=64"]
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "tokens.py", out, *given],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    svg, root = "{http://www.w3.org/2000/svg}", ET.parse(out).getroot()
+    lines = [node for node in root.iter(f"{svg}text") if node.get("class") == "code"]
+    shown = "".join("".join(node.itertext()) for node in lines)
+    # The second of the two bytes of é is a token of its own.
+    wanted = text.replace("\n", "↵").replace("\t", "    ").replace("é", "é▪") + "‹end›"
+    assert shown == 2 * wanted
+    words = ["".join(node.itertext()) for node in root.iter(f"{svg}text")]
+    assert "weight (mean one)" in words
+    for name in ("mile", "focal"):
+        assert any(word.startswith(f"{name}: ") for word in words)
+    told = [box for box in root.iter(f"{svg}rect") if box.find(f"{svg}title") is not None]
+    wide = sum(float(box.get("width")) for box in told)
+    # Two decimals each.
+    assert wide == pytest.approx(sum(float(node.get("textLength")) for node in lines), abs=1)

@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import get_args_parser
 from torch.distributed.run import run as torchrun
@@ -103,8 +104,8 @@ def value_of(flags: list[str], flag: str) -> str | None:
 def on_ranks(ranks: int | None, module: str, flags: list[str]) -> int:
     """Run a module on ranks of this machine, by default one per accelerator; return the status.
 
-    The first rank's output is shown, and what ended another one alone; the status is 0, or that of
-    the rank that failed.
+    The first rank's output is shown, and what ended another one alone; the status is 0, that of the
+    rank that failed, or 128 + n for signal n.
     """
     ranks = ranks or max(1, torch.accelerator.device_count())
     if not torch.accelerator.is_available():
@@ -125,6 +126,9 @@ def on_ranks(ranks: int | None, module: str, flags: list[str]) -> int:
             if codes and 0 not in codes:
                 sys.stderr.write(_last_words(Path(logs), min(codes)))
             return max(codes.values(), default=1)
+        except SignalException as stopped:  # the ranks have been ended
+            sys.stderr.write(f"stopped by {stopped.sigval.name}\n")
+            return 128 + stopped.sigval
     return 0
 
 

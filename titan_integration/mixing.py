@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from titan_integration import series
 from titan_integration.metrics import FOLDER
 from weighting.build import sketch
 from weighting.files import write_whole
@@ -148,19 +149,9 @@ def _keep_orders(folder: Path, args: argparse.Namespace, spec: wt.Spec) -> None:
     """
     names = ("config", "module", "data", "ranks", "steps", "reference_steps", "reference", "flags")
     orders = {"spec": spec.hash, **{name: getattr(args, name) for name in names}}
-    path = folder / ORDERS
-    if not any((folder / run / "checkpoint").exists() for run in (REFERENCE, PROXY)):
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(orders, indent=1) + "\n")
-        return
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if changed := [name for name in orders if before.get(name) != orders[name]]:
-        name = changed[0]
-        msg = (
-            f"{folder} holds a search with {name} = {before.get(name)!r}, and now it is "
-            f"{orders[name]!r}; take another --folder, or remove that one"
-        )
-        raise ValueError(msg)
+    if any(series.begun(folder / run) for run in (REFERENCE, PROXY)):
+        series.refuse_changed(folder / ORDERS, orders, "a search")
+    series.note(folder / ORDERS, orders)
 
 
 def _train(
@@ -171,15 +162,8 @@ def _train(
         print(f"{folder}: trained already")  # noqa: T201 - progress
         return 0
     print(f"{folder}: training {steps} steps with {spec}", flush=True)  # noqa: T201
-    command = [sys.executable, "-m", "titan_integration.launch", "--spec", spec]
-    command += ["--config", args.config, "--module", args.module]
-    command += ["--data", args.data] if args.data else []
-    command += ["--ranks", args.ranks] if args.ranks else []
-    command += ["--allow-plugins"] if args.allow_plugins else []
-    flags = ["--dump_folder", str(folder), "--training.steps", str(steps), "--checkpoint.enable"]
-    flags += ["--checkpoint.interval", str(max(steps // 4, 1)), "--debug.seed", "0"]
-    flags += [*more, *args.flags]
-    return subprocess.call([*command, "--", *flags])  # noqa: S603 - our own module
+    more = ["--checkpoint.interval", str(max(steps // 4, 1)), "--debug.seed", "0", *more]
+    return subprocess.call(series.command(args, spec, folder, steps, more))  # noqa: S603 - our own
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
@@ -313,5 +314,6 @@ def _be_the_only_rank() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` may have seen enough
     logging.getLogger().setLevel(logging.ERROR)  # The host's warnings are about training.
     sys.exit(main())

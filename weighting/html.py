@@ -64,7 +64,7 @@ def _histogram(token: Tensor) -> str:
         f"<rect x='{i * step:.1f}' y='{_HEIGHT - h:.1f}' width='{step - 1:.1f}' height='{h:.1f}'/>"
         for i, h in enumerate((counts / tallest * _HEIGHT).tolist())
     )
-    title = f"{len(weights)} tokens by weight, from 0 to {top:.3g}"
+    title = f"{len(weights):,} tokens by weight, from 0 to {top:.3g}"
     return (
         f"<svg width='{_WIDTH}' height='{_HEIGHT}' fill='#0072B2' role='img'>"
         f"<title>{title}</title>{bars}</svg><div>{title}</div>"

@@ -51,10 +51,10 @@ def here(tmp_path, monkeypatch):
     """Work in an empty folder, where nothing is handed over."""
     monkeypatch.chdir(tmp_path)
 
-    def never(command):
+    def never(_, command):
         pytest.fail(f"started {command}")
 
-    monkeypatch.setattr(common.subprocess, "call", never)
+    monkeypatch.setattr(common.os, "execv", never)
     return tmp_path
 
 
@@ -95,6 +95,7 @@ SPEC_WANTED = {
     "train": "train {}",
     "mixture": "train linupper --mixture {}",
     "tokens": "tokens {} --checkpoint c --text text",
+    "compare": "compare uniform {}",
 }
 WRONG_SPECS = {
     "linuper": "linuper: no such file; did you mean 'linupper'?",
@@ -134,6 +135,7 @@ OUT_WANTED = {
     "report run": ".html",
     "mix doremi": ".yaml",
     "score checkpoint": ".parquet",
+    "compare uniform linupper": ".html",
 }
 ENDINGS = {".svg": ".png or .svg", ".html": ".html or .htm", ".parquet": ".parquet"}
 

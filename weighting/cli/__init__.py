@@ -6,6 +6,7 @@ import click
 
 from weighting import __version__
 from weighting.cli.check import check
+from weighting.cli.compare import compare
 from weighting.cli.completion import completion
 from weighting.cli.doctor import doctor
 from weighting.cli.explain import explain
@@ -32,6 +33,12 @@ def main() -> None:
       a file           specs/linupper.yaml
       a shipped spec   linupper
       arrow text       "normalize -> linupper(alpha=1) -> temperature(0.4)"
+
+    \b
+    Examples:
+      weighting check linupper
+      weighting simulate linupper --losses 1,2,3,5
+      weighting train linupper
     """  # noqa: D301 - \b is click's, for text it must not rewrap
 
 
@@ -43,6 +50,7 @@ main.add_command(simulate)
 main.add_command(plot)
 main.add_command(new_stage)
 main.add_command(train)
+main.add_command(compare)
 main.add_command(mix)
 main.add_command(score)
 main.add_command(report)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -97,7 +96,7 @@ def reason(error: OSError) -> str:
 
 
 def hand_over(module: str, options: Mapping[str, object], flags: Iterable[str]) -> NoReturn:
-    """Run a module of the torchtitan integration and exit with its status.
+    """Go on as a module of the torchtitan integration.
 
     Args:
         module: Its name.
@@ -113,11 +112,10 @@ def hand_over(module: str, options: Mapping[str, object], flags: Iterable[str]) 
             command.append(option)
         elif value is not None and value is not False:
             command.append(f"{option}={value}")
-    try:
-        code = subprocess.call([*command, "--", *flags])  # noqa: S603 - our own module
-    except KeyboardInterrupt:
-        code = 130
-    sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # In place of this process: signals and exit status are the other's own.
+    os.execv(sys.executable, [*command, "--", *flags])  # noqa: S606 - our own module
 
 
 def is_step(text: str) -> bool:

@@ -72,7 +72,7 @@ def _draw(axes: Axes, panel: Panel) -> dict[str, Artist]:
     if panel.at is not None:
         axes.axhline(panel.at, color="#bbbbbb", linewidth=0.8)
     handles: dict[str, Artist] = {}
-    widths = (2.6 - 1.4 * i / max(1, len(panel.lines) - 1) for i in range(len(panel.lines)))
+    widths = (2.8 - 1.2 * i / max(1, len(panel.lines) - 1) for i in range(len(panel.lines)))
     # A line over another that is the same is thinner, and leaves that to be seen.
     for line, width in zip(panel.lines, widths, strict=True):
         colour = COLOURS[line.colour % len(COLOURS)]

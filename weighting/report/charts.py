@@ -16,8 +16,8 @@ POINTS = 400
 """The most points of a line."""
 _WIDTH, _HEIGHT = 400, 260
 _LEFT, _RIGHT, _TOP, _BOTTOM = 54, 374, 12, 216
-_LABEL, _BAR, _ROW = 112, 8, 6
-"""Width of the names beside bars, height of a bar, and the gap between rows of them."""
+_LABEL, _NAME, _BAR, _ROW = 112, 14, 8, 6
+"""Beside bars: width of names, and characters that fit; height of a bar, gap between rows."""
 _HOVERS = 60
 _COLOURS, _DASHES = 8, 4
 
@@ -120,7 +120,7 @@ def bar_chart(
         parts.append(_text(number(x), x_of(x), bottom + 16, "middle"))
     for i, (label, row) in enumerate(rows):
         y = _TOP + i * (tall + _ROW)
-        short = label if len(label) <= 16 else f"{label[:15]}…"  # noqa: PLR2004 - what fits
+        short = label if len(label) <= _NAME else f"{label[: _NAME - 1]}…"
         parts.append(_text(short, _LABEL - 5, y + tall / 2 + 4, "end", hover=label))
         for j, (name, value) in enumerate(zip(names, row, strict=True)):
             if math.isfinite(value):

@@ -75,7 +75,13 @@ def weights(runs: Sequence[Run]) -> list[Chart]:
             "(sum w)² / (n sum w²) of the final token weights: 1 when all weigh alike.",
             zero=True,
         ),
-        line_chart("Share at the cap", "share of units", capped, zero=True),
+        line_chart(
+            "Share at the cap",
+            "share of units",
+            capped,
+            note="Of each factor's units, those whose weight its clamp holds down.",
+            zero=True,
+        ),
     ]
     return _there(charts)
 

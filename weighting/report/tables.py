@@ -44,8 +44,8 @@ def overview(runs: Sequence[Run]) -> Table:
         )
         for run in runs
     ]
-    head = ("run", "spec", "steps", "tokens/s (median)", "unweighted loss (nats), last step")
-    head += ("mean of the last tenth", "weighted loss (nats), last step")
+    head = ("run", "spec", "steps", "tokens/s, median", "last unweighted loss (nats)")
+    head += ("mean of its last tenth (nats)", "last weighted loss (nats)")
     return Table("What every run came to", head, rows, words=2)
 
 
@@ -71,12 +71,14 @@ def masses(run: Run) -> Table | None:
     """Return the domains of a run: share of the tokens, share x weight, and what was drawn."""
     last = run.lines[-1]
     rows: list[tuple[str, ...]] = []
+    drawn = run.domains("drawn")
     for name in run.domains():
         share, mass = domain_mass(run, name)
         told = (share, mass, mass / share if share else math.nan)
-        told += (last.get(f"domain/{name}/drawn", math.nan),)
+        told += (last.get(f"domain/{name}/drawn", math.nan),) if drawn else ()
         rows.append((name, *map(_or_dash, told)))
-    head = ("domain", "tokens", "tokens × weight", "mean weight", "drawn, last step")
+    head = ("domain", "tokens", "tokens × weight", "mean weight")
+    head += ("drawn, last step",) if drawn else ()
     return Table(f"Domain mass, {run.name}: means over steps", head, rows) if rows else None
 
 
@@ -108,7 +110,8 @@ def validation(runs: Sequence[Run]) -> tuple[Table, list[Chart]] | None:
         losses = [line.get(key, math.nan) for line in lines]
         rows.append((label, "", *_compared(losses, alike=bool(common) and len(same) == 1)))
     at = f"step {max(common):,}" if common else "the last step of each, which differ"
-    caption = f"Perplexity by domain at {at}; the loss minus that of {told[0].name}, in nats"
+    caption = f"Perplexity by domain at {at}; in brackets the loss minus that of {told[0].name}"
+    caption += ", in nats"
     caption = caption if len(told) > 1 else f"Perplexity by domain at {at}"
     table = Table(caption, ("domain", "tokens", *(run.name for run in told)), rows)
     charts = [bar_chart("Validation", "perplexity", bars, [run.name for run in told])]
@@ -124,17 +127,17 @@ def settings(run: Run) -> list[Table]:
         return []
     rows = [
         (
-            str(start.get("time", _UNKNOWN)),
-            str(start.get("step", _UNKNOWN)),
+            str(start.get("time", _UNKNOWN)).removesuffix("+00:00").replace("T", " "),
             str(start.get("spec", _UNKNOWN)),
-            str(start.get("ranks", _UNKNOWN)),
             str(start.get("device", _UNKNOWN)),
             ", ".join(f"{k} {v}" for k, v in dict(start.get("versions") or {}).items()),
+            str(start.get("ranks", _UNKNOWN)),
+            str(start.get("step", _UNKNOWN)),
         )
         for start in run.about["starts"]
     ]
-    head = ("time (UTC)", "at step", "spec", "ranks", "device", "versions")
-    found = [Table(f"Starts of {run.name}", head, rows, words=len(head))]
+    head = ("time (UTC)", "spec", "device", "versions", "ranks", "first step")
+    found = [Table(f"Starts of {run.name}", head, rows, words=4)]
     flat = list(_flat(run.about.get("config") or {}))
     if flat:
         found.append(Table(f"Configuration of {run.name}", ("setting", "value"), flat, words=2))

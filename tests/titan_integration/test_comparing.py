@@ -1,0 +1,375 @@
+"""`weighting compare`: specs trained alike, cut off and gone on with, and its messages."""
+
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from runs import ROOT, environment
+
+from titan_integration import comparing, progress, series
+
+SPECS = ("uniform", "group-dro")
+"""The second keeps a state, which is to start afresh and to be resumed."""
+STEPS = 8
+FLAGS = ("--training.seq_len=32", "--training.local_batch_size=4", "--metrics.log_freq=1")
+FLAGS += ("--validator.enable", f"--validator.freq={STEPS}", "--validator.steps=1")
+COMMAND = [sys.executable, "-m", "weighting", "compare", *SPECS, "--config", "llama3_proxy"]
+COMMAND += ["--steps", str(STEPS), "--folder", "runs", "--seed", "1", "--", *FLAGS]
+
+
+def lines(folder, name):
+    """Return what a run logged, the last line of each step."""
+    texts = (folder / "runs" / name / "weighting" / "metrics.jsonl").read_text().splitlines()
+    return {line["step"]: line for line in map(json.loads, texts)}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Return where two specs were compared, and what was printed into a pipe."""
+    folder = tmp_path_factory.mktemp("whole")
+    done = subprocess.run(
+        COMMAND,
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return folder, done.stdout
+
+
+@pytest.mark.processes
+def test_two_specs_start_alike_and_are_reported(whole):
+    """The first step sees the same weights and data; each run has its folder, log and report."""
+    folder, _ = whole
+    first, second = (lines(folder, name) for name in SPECS)
+    assert [*first] == [*second] == [*range(1, STEPS + 1)]
+    # Two ways to the same cross entropy: rounding.
+    assert first[1]["unweighted_loss"] == pytest.approx(second[1]["unweighted_loss"], rel=1e-5)
+    assert first[STEPS]["unweighted_loss"] != second[STEPS]["unweighted_loss"]
+    for name in SPECS:
+        assert f"Training completed{os.linesep}" in (folder / "runs" / f"{name}.log").read_text()
+        about = json.loads((folder / "runs" / name / "weighting" / "run.json").read_text())
+        assert about["spec"]["name"] == name
+        assert about["config"]["debug"]["seed"] == 1
+    page = (folder / "runs" / "report.html").read_text()
+    assert "that of uniform" in page
+    assert "group-dro" in page
+
+
+@pytest.mark.processes
+def test_a_pipe_gets_plain_short_lines(whole):
+    """A line as a run begins and one as it ends, then a table: no colours, no overwriting."""
+    folder, printed = whole
+    assert "\r" not in printed
+    assert "\x1b" not in printed
+    assert max(map(len, printed.splitlines())) <= 80
+    ends, told = [], []
+    for name in SPECS:
+        line = lines(folder, name)[STEPS]
+        text = (folder / "runs" / name / "weighting" / "validation.jsonl").read_text()
+        validation = json.loads(text.splitlines()[-1])["domain_mean_loss"]
+        ends.append(line["unweighted_loss"])
+        told.append(validation)
+    shown = re.sub(r"\d+ s$", "N s", printed, flags=re.MULTILINE)
+    assert shown == (
+        "seed: makes the first weights, the same for all runs\n"
+        "uniform: trains 8 steps\n"
+        f"uniform: unweighted loss {ends[0]:.4f}, N s\n"
+        "group-dro: trains 8 steps\n"
+        f"group-dro: unweighted loss {ends[1]:.4f}, N s\n"
+        "\n"
+        "           unweighted  difference  validation  difference\n"
+        f"uniform    {ends[0]:10.4f}              {told[0]:10.4f}\n"
+        f"group-dro  {ends[1]:10.4f}  {ends[1] - ends[0]:+10.4f}"
+        f"  {told[1]:10.4f}  {told[1] - told[0]:+10.4f}\n"
+        "\n"
+        "last losses in nats, differences to uniform; validation: mean over domains\n"
+        "\n"
+        "report: runs/report.html\n"
+    )
+
+
+def started(folder, step):
+    """Start the comparison, wait until its second run has saved a step, and return the process."""
+    process = subprocess.Popen(
+        COMMAND,
+        cwd=folder,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    saved = folder / "runs" / SPECS[1] / "checkpoint" / f"step-{step}" / ".metadata"
+    until = time.monotonic() + 600
+    while not saved.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    return process
+
+
+def descendants(pid):
+    """Return all processes that came of one, with their command lines."""
+    listing = subprocess.run(
+        ["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True
+    ).stdout
+    rows = [line.split(None, 2) for line in listing.splitlines()]
+    found = [str(pid)]
+    for one in found:
+        found += [child for child, parent, _ in rows if parent == one]
+    return {int(child): words for child, _, words in rows if child in found[1:]}
+
+
+@pytest.mark.processes
+def test_a_comparison_that_was_cut_off_goes_on(whole, tmp_path):
+    """Interrupted, then with its trainer killed, it ends in the numbers of the whole one."""
+    folder, _ = whole
+    for name in ("seed", SPECS[0], comparing.ORDERS):
+        copy = shutil.copytree if (folder / "runs" / name).is_dir() else shutil.copy
+        (tmp_path / "runs").mkdir(exist_ok=True)
+        copy(folder / "runs" / name, tmp_path / "runs" / name)
+
+    process = started(tmp_path, 2)
+    left = descendants(process.pid)
+    assert any("titan_integration.launch" in words for words in left.values())
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 130, err
+    assert err == "interrupted; the same command goes on\n"
+    assert "uniform: trained already\ngroup-dro: trains 8 steps\n" in out
+    assert not [pid for pid in left if alive(pid)]
+
+    process = started(tmp_path, 5)
+    pids = descendants(process.pid)
+    trainer = min(pid for pid, words in pids.items() if "-m torchtitan.train" in words)
+    os.kill(trainer, signal.SIGKILL)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert re.search(r"^group-dro: goes on after step [2-7] of 8 steps$", out, re.MULTILINE)
+    assert err.startswith("error: group-dro ended with status 1; its log, runs/group-dro.log, ")
+    assert err.endswith("\nwhen that is mended, the same command goes on\n")
+
+    process = started(tmp_path, 5)
+    out, err = process.communicate(timeout=900)
+    assert process.returncode == 0, err
+    assert re.search(r"^group-dro: goes on after step [5-7] of 8 steps$", out, re.MULTILINE)
+    there, here = (lines(x, SPECS[1]) for x in (folder, tmp_path))
+    # One rank resumes bit for bit; only the clock differs.
+    assert [{**x, "tps": 0} for x in here.values()] == [{**x, "tps": 0} for x in there.values()]
+    assert "report: runs/report.html" in out
+
+
+def alive(pid):
+    """Tell whether a process is there and not just waiting to be collected."""
+    state = subprocess.run(
+        ["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False
+    ).stdout
+    return bool(state.strip()) and not state.startswith("Z")
+
+
+# What is refused ----------------------------------------------------------------------------------
+
+
+def said(capsys, *arguments, specs=SPECS):
+    """Return what is said of a comparison that cannot be made."""
+    given = [f"--specs={json.dumps([str(spec) for spec in specs])}", "--config=llama3_proxy"]
+    assert comparing.main([*given, *map(str, arguments)]) == 2
+    found = capsys.readouterr()
+    assert found.out == ""
+    assert found.err.startswith("error: ")
+    return found.err.removeprefix("error: ")
+
+
+def test_wrong_comparisons_are_refused(tmp_path, capsys, monkeypatch):
+    """Each is one message, and nothing is left behind."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "runs"
+    where = f"--folder={folder}"
+    other = "version: 1\nname: mine\npipeline: uniform\n"
+    (tmp_path / "mine.yaml").write_text(other)
+    before = sorted(tmp_path.rglob("*"))
+
+    message = said(capsys, where, specs=["uniform", "linuper"])
+    assert message == "linuper: no such file; did you mean 'linupper'?\n"
+    message = said(capsys, where, specs=["uniform"])
+    assert message == "a comparison takes two specs or more; given: uniform\n"
+    message = said(capsys, where, specs=["uniform", "mile", "uniform"])
+    assert message == "uniform and uniform are the same weighting; give it once\n"
+    message = said(capsys, where, specs=["uniform", "mine.yaml"])
+    assert message == "mine.yaml and uniform are the same weighting; give it once\n"
+    message = said(capsys, where, "--config=llama3_prox")
+    assert "no config function 'llama3_prox'; did you mean 'llama3_proxy'?" in message
+    message = said(capsys, where, "--reference=ema:0.9")
+    assert message == "none of the specs reads ref_loss; leave out --reference ema:0.9\n"
+    message = said(capsys, where, "--", "--training.steps=7")
+    assert message == "--training.steps is set for every run; leave it out, and use --steps\n"
+    message = said(capsys, where, f"--out={tmp_path / 'mine.yaml' / 'report.html'}")
+    assert message == f"--out: {tmp_path}/mine.yaml/report.html cannot be written; take another\n"
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_a_later_run_would_refuse_is_said_first(tmp_path, capsys, monkeypatch):
+    """Data, columns, references and flags are looked at before the first run."""
+    monkeypatch.chdir(tmp_path)
+    where = f"--folder={tmp_path / 'runs'}"
+    data = tmp_path / "text.jsonl"
+    data.write_text('{"text": "a", "domain": "b"}\n')
+    before = sorted(tmp_path.rglob("*"))
+    needy = ["uniform", "rho-1"]
+
+    message = said(capsys, where, "--data=./nothing")
+    assert message == "uniform: nothing: no such file or directory\n"
+    message = said(capsys, where, f"--data={data}", specs=needy)
+    assert message.startswith(f"rho-1: {data}:1: no column 'ref_loss'; there are: text, domain.")
+    message = said(capsys, where, specs=needy)
+    assert message.startswith("rho-1: 'stdlib': no column 'ref_loss'")
+    message = said(capsys, where, "--reference=nowhere", specs=needy)
+    assert message.startswith("--weighting.reference nowhere: no such folder")
+    with pytest.raises(SystemExit, match="2"):
+        said(capsys, where, "--", "--training.lenght=3")
+    assert "Unrecognized options: --training.lenght" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_changed_orders_are_refused_and_more_specs_are_not(tmp_path, capsys):
+    """Runs that have begun keep to what they were asked for; says what is another now."""
+    folder = tmp_path / "runs"
+    (folder / "seed" / "checkpoint").mkdir(parents=True)
+    (folder / "uniform" / "checkpoint").mkdir(parents=True)
+    orders = dict.fromkeys(comparing._COMMON) | {"steps": 60, "seed": 0, "flags": []}
+    orders |= {"config": "llama3_proxy", "module": "titan_integration"}
+    orders |= {"the spec of uniform": "another", "the spec of group-dro": "another"}
+    (folder / comparing.ORDERS).write_text(json.dumps(orders))
+    before = sorted(tmp_path.rglob("*"))
+
+    where = f"--folder={folder}"
+    end = "take another --folder, or remove that one\n"
+    message = said(capsys, where, "--steps=61")
+    assert message == f"{folder} holds a comparison with steps = 60, and now it is 61; {end}"
+    message = said(capsys, where, "--seed=2")
+    assert message == f"{folder} holds a comparison with seed = 0, and now it is 2; {end}"
+    message = said(capsys, where)  # group-dro has not begun, and may be another
+    assert f"comparison with the spec of uniform = 'another', and now it is '{'c'}" in message
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_specs_of_one_name_get_folders_of_their_own():
+    """By their order on the command line; the seed's folder is nobody else's."""
+    texts = ["temperature(0.4)", "mile", "temperature(0.5)"]
+    runs = comparing._runs(comparing._parse([f"--specs={json.dumps(texts)}"]))
+    assert [run.name for run in runs] == ["unnamed", "mile", "unnamed-2"]
+    assert comparing._free("seed", ["seed"]) == "seed-2"
+    assert comparing._free("a", ["a", "a-2"]) == "a-3"
+
+
+# What is seen -------------------------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    """What is written to a terminal."""
+
+    def isatty(self):
+        """Say that it is one."""
+        return True
+
+
+def test_a_terminal_has_one_live_line(monkeypatch):
+    """Spec, step, loss and, once a pace is known, the time that is left; never a second line."""
+    clock = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    with progress.View(100, [100, 20, 0]) as view:
+        assert view.left() is None
+        assert view.text() == ""
+        view.seed()
+        assert view.text() == "seed starts"
+        view.begin("linupper", 20)
+        assert view.text() == "linupper starts"
+        clock[0] += 10
+        view.look([{"step": 30, "unweighted_loss": 4.5}])
+        assert view.text() == "linupper 30/100  loss 4.5000"
+        clock[0] += 20
+        view.look([{"step": 35, "unweighted_loss": 4.6}, {"step": 40, "unweighted_loss": 4.25}])
+        # 160 steps of 2 s are left, and one start of 10 s.
+        assert view.left() == 330
+        assert view.text() == "linupper 40/100  loss 4.2500  0:05:30 left"
+        view.end(4.25)
+    written = sys.stdout.getvalue()
+    assert written.count("\n") == 1
+    assert written.endswith("\n")
+    assert "linupper 40/100  loss 4.2500  0:05:30 left" in written
+    assert max(map(len, re.sub(r"\x1b\[[?0-9]*[a-z]", "", written).split("\r"))) <= 80
+
+
+def test_a_log_tells_why_a_run_ended():
+    """The last error of a user's, without the rank before it; else the last lines."""
+    log = "[rank0]:fine\n\n[rank0]:error: no such thing\n[rank0]:  at all\n"
+    assert comparing.telling(log) == ["error: no such thing", "  at all"]
+    many = "\n".join(f"[rank0]:[titan] {i}" for i in range(40))
+    assert comparing.telling(many)[-1] == "[titan] 39"
+    assert len(comparing.telling(many)) == 12
+
+
+def test_new_lines_are_read_once_and_a_new_file_from_its_start(tmp_path):
+    """A torn line waits for its end; what a run set aside does not count."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n')
+    found = series.new_lines(path)
+    assert next(found) == []
+    with path.open("a") as file:
+        file.write('{"step": 2}\n{"st')
+    assert next(found) == [{"step": 2}]
+    with path.open("a") as file:
+        file.write('ep": 3}\n')
+    assert next(found) == [{"step": 3}]
+    path.rename(tmp_path / "metrics.jsonl.1")
+    assert next(found) == []
+    path.write_text('{"step": 1}\n')
+    assert next(found) == [{"step": 1}]
+
+
+def test_a_trainer_that_outlives_its_command_keeps_the_folder(tmp_path):
+    """Killed for good, a command leaves what it started; until that ends, others are refused."""
+    script = (
+        "import sys, pathlib; from titan_integration import series\n"
+        "folder = pathlib.Path(sys.argv[1])\n"
+        "with series.alone(folder) as lock:\n"
+        "    series.logged(['sleep', '300'], folder / 'log', lock, lambda: None)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, env=environment()
+    )
+    lock, until = tmp_path / series.LOCK, time.monotonic() + 300
+    while not lock.exists() or len(lock.read_text().split()) < 2:
+        assert process.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    command, sleeper = map(int, lock.read_text().split())
+    assert command == process.pid
+    with pytest.raises(ValueError, match=f"process {command} is at work there"), folder_of(lock):
+        pass
+    process.kill()
+    process.wait()
+    with pytest.raises(ValueError, match=rf"process {sleeper} .* kill {sleeper}$"), folder_of(lock):
+        pass
+    os.kill(sleeper, signal.SIGKILL)
+    while alive(sleeper):
+        time.sleep(0.02)
+    with folder_of(lock):
+        pass
+
+
+def folder_of(lock):
+    """Return the folder of a lock, to be kept."""
+    return series.alone(lock.parent)

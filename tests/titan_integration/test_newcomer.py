@@ -1,0 +1,220 @@
+"""A newcomer's ten minutes: the README's commands, as they stand, in an empty folder."""
+
+import html.parser
+import json
+import re
+import shlex
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torchtitan")
+
+import torch
+from matplotlib import image
+from runs import environment
+
+from weighting.replay import read_record
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SVG = "{http://www.w3.org/2000/svg}"
+
+pytestmark = pytest.mark.processes
+
+
+def commands():
+    """Return the lines of the README's section as words; what follows a # is for the reader."""
+    section = README.split("\n## Ten minutes\n")[1].split("\n## ")[0]
+    [block] = re.findall(r"^```sh\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
+    return [shlex.split(line, comments=True) for line in block.splitlines()]
+
+
+def after(command, flag):
+    """Return the words that follow a flag of a command, up to the next one."""
+    rest = command[command.index(flag) + 1 :]
+    end = next((i for i, word in enumerate(rest) if word.startswith("--")), len(rest))
+    return rest[:end]
+
+
+def named(verb):
+    """Return the commands of the README with this verb, of which there must be one at least."""
+    found = [command for command in commands() if command[1] == verb]
+    assert found, f"no {verb} in the README's ten minutes"
+    return found
+
+
+@pytest.fixture(scope="module")
+def ten(tmp_path_factory):
+    """Run every line in an empty folder; return that, and what each line printed."""
+    folder, said = tmp_path_factory.mktemp("newcomer"), {}
+    for command in commands():
+        assert command[0] == "weighting"
+        done = subprocess.run(
+            [sys.executable, "-m", *command],
+            cwd=folder,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=900,  # 90 s of work, on a machine that others may use
+            check=False,
+        )
+        line = shlex.join(command)
+        assert done.returncode == 0, line + done.stdout[-3000:] + done.stderr[-3000:]
+        assert "Traceback" not in done.stdout + done.stderr, line
+        said[line] = done.stdout
+    return folder, said
+
+
+def test_the_way_is_whole():
+    """From the first look to the report; it names no file that it has not made."""
+    verbs = [command[1] for command in commands()]
+    assert [*dict.fromkeys(verbs)] == [
+        "check",
+        "explain",
+        "simulate",
+        "plot",
+        "train",
+        "replay",
+        "report",
+    ]
+    [train], [replay], [report] = map(named, ("train", "replay", "report"))
+    assert replay[2] == report[2] == f"outputs/{train[2]}"
+
+
+def test_what_is_printed_before_training(ten):
+    """The spec is right, its stages are told, every spec has weights of mean one."""
+    _, said = ten
+    [check], [explain], [simulate] = map(named, ("check", "explain", "simulate"))
+    assert said[shlex.join(check)].startswith("ok  ")
+    assert re.search(r"^  stage +gives +statistics$", said[shlex.join(explain)], re.MULTILINE)
+    lines = said[shlex.join(simulate)].splitlines()
+    specs = [simulate[2], *after(simulate, "--compare")]
+    [head] = [line.split() for line in lines if line.split()[:1] == ["loss"]]
+    assert head == ["loss", *specs]
+    [mean] = [line.split() for line in lines if line.split()[:1] == ["mean"]]
+    assert mean == ["mean", *["1.0000"] * len(specs)]
+
+
+def test_pictures_show_what_was_asked_for(ten):
+    """Text that is text: title, axes with units, every spec's name; and lines of many points."""
+    folder, _ = ten
+    for command in named("plot"):
+        [name] = after(command, "--out")
+        if name.endswith(".png"):
+            pixels = torch.from_numpy(image.imread(folder / name).copy())[..., :3]
+            assert min(pixels.shape[:2]) > 400
+            dark = (pixels.amax(-1) < 0.1).float().mean()
+            # Words, axes and a line are ink; most of a picture is paper.
+            assert 0.001 < dark < 0.2, name
+            continue
+        root = ET.fromstring((folder / name).read_bytes())
+        words = {"".join(node.itertext()) for node in root.iter(f"{SVG}text")}
+        specs = command[2 : command.index("--out")]
+        assert {"loss (nats)", "weight (mean one)", *specs} <= words
+        assert any(word.startswith("Weights of ") for word in words)
+        paths = [path.get("d", "") for path in root.iter(f"{SVG}path")]
+        assert sum(d.count("L") > 20 for d in paths) == len(specs)
+
+
+def test_training_ends_with_a_table_and_leaves_its_metrics(ten):
+    """The last row of the table is the last line of the metrics; every step was recorded."""
+    folder, said = ten
+    [train] = named("train")
+    text = said[shlex.join(train)]
+    head, *rows = re.search(r"^ +step +loss .*?(?=\n\n)", text, re.MULTILINE | re.DOTALL)[
+        0
+    ].splitlines()
+    assert head.split() == ["step", "loss", "weighted", "weight", "max", "ESS", "capped"]
+    run = folder / "outputs" / train[2]
+    path = run / "weighting" / "metrics.jsonl"
+    assert f"metrics: {path.relative_to(folder)}" in text
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [*range(1, 61)]
+    last = lines[-1]
+    shown = ("step", "unweighted_loss", "weighted_loss", "weight/max", "weight/ess_frac")
+    wanted = [last[name] for name in shown]
+    # The table rounds to three or four digits after the point.
+    assert [float(x) for x in rows[-1].split()[:5]] == pytest.approx(wanted, abs=6e-4)
+    assert last["unweighted_loss"] < lines[0]["unweighted_loss"] - 1, "it learns"
+    assert [step.step for step in read_record(run).steps] == [*range(1, 61)]
+
+
+def test_replay_has_a_column_for_each_spec(ten):
+    """Beside what was recorded; each with an effective sample size, and shares that add up."""
+    _, said = ten
+    [replay] = named("replay")
+    text, specs = said[shlex.join(replay)], after(replay, "--spec")
+    assert len(specs) == 2
+    assert re.search(rf"^ +recorded +{' +'.join(specs)}$", text, re.MULTILINE)
+    sizes = re.search(r"^ESS / n, mean over steps +(.*)$", text, re.MULTILINE)[1].split()
+    assert len(sizes) == 3
+    assert all(0 < float(size) <= 1 for size in sizes)
+    shares = re.search(r"^share of weight.*?\n\n", text, re.MULTILINE | re.DOTALL)[0]
+    rows = [line.split()[1:] for line in shares.strip().splitlines()[1:]]
+    # Four decimals each.
+    columns = [sum(map(float, column)) for column in zip(*rows, strict=True)]
+    assert columns == pytest.approx([1] * len(columns), abs=5e-4)
+    for spec in specs:
+        assert f"most raised by {spec}" in text
+
+
+class Charts(html.parser.HTMLParser):
+    """Notes what figures and tables of a page say, and every attribute of its tags."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.figures, self.attributes, self.tags, self.heads = [], [], [], []
+        self.inside = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        """Note a tag; a figure and a cell of a table's head begin anew."""
+        self.tags.append(tag)
+        self.attributes += attrs
+        self.inside.append(tag)
+        if tag == "figure":
+            self.figures.append({"strong": [], "text": [], "li": [], "path": 0})
+        if tag in {"path", "rect", "circle"} and "figure" in self.inside:
+            self.figures[-1]["path"] += 1
+
+    def handle_endtag(self, tag):
+        """Leave a tag, and those inside that need no end."""
+        while self.inside and self.inside.pop() != tag:
+            pass
+
+    def handle_data(self, data):
+        """Note words by the tag they stand in."""
+        if "figure" in self.inside and self.inside[-1] in {"strong", "text", "li"}:
+            self.figures[-1][self.inside[-1]].append(data)
+
+
+def test_the_report_is_a_page_of_charts(ten):
+    """Each has a title, labelled axes and a legend, and nothing is fetched from elsewhere."""
+    folder, said = ten
+    [report] = named("report")
+    [name] = after(report, "--out")
+    text = (folder / name).read_text(encoding="utf-8")
+    page = Charts(text)
+    titles = ["".join(figure["strong"]) for figure in page.figures]
+    for title in ("Unweighted loss", "Weighted loss", "Maximum weight", "Effective sample size"):
+        assert title in titles
+    labels = ("nats", "mean", "share", "tokens/s")
+    for title, figure in zip(titles, page.figures, strict=True):
+        assert title
+        assert any(label in word for word in figure["text"] for label in labels), title
+        assert "step" in figure["text"] or "mean over steps" in " ".join(figure["text"]), title
+        ticks = [word for word in figure["text"] if re.fullmatch(r"[-\d.,]+", word)]
+        assert len(ticks) >= 4, title
+        assert figure["li"], title
+        assert figure["path"] > 0, title
+    assert not {"script", "link", "img", "iframe", "object"} & {*page.tags}
+    assert not {"src", "href", "xlink:href"} & {key for key, _ in page.attributes}
+    assert not re.search(r"https?://|url\(|@import", text)
+    [train] = named("train")
+    assert f"{train[2]} " in text
+    assert name in said[shlex.join(report)]

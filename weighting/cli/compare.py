@@ -1,0 +1,69 @@
+"""`weighting compare`: train several specs alike, with the torchtitan integration."""
+
+from __future__ import annotations
+
+import json
+from itertools import takewhile
+
+import click
+
+from weighting.cli.common import (
+    allow_plugins,
+    check_data,
+    check_out,
+    hand_over,
+    read_or_exit,
+    specs_named,
+)
+from weighting.cli.report import SUFFIXES
+
+
+@click.command(context_settings={"ignore_unknown_options": True})
+@click.argument(
+    "words",
+    metavar="SPEC SPEC [SPEC]... [TORCHTITAN FLAGS]...",
+    nargs=-1,
+    required=True,
+    type=click.UNPROCESSED,
+    shell_complete=specs_named,
+)
+@click.option("--out", help="HTML file of the report; default report.html in --folder.")
+@click.option("--data", help="A .jsonl/.parquet file or folder, or a Hugging Face name.")
+@click.option("--steps", type=click.IntRange(1), help="Of each run; default as in train.")
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the first weights."
+)
+@click.option("--mixture", help="A spec by whose domain weights training data is drawn.")
+@click.option("--reference", help="Checkpoint whose loss is ref_loss, for specs that read it.")
+@click.option("--config", default="llama3_debugmodel", show_default=True, help="Config function.")
+@click.option(
+    "--module", default="titan_integration", show_default=True, help="Module it is found in."
+)
+@click.option("--ranks", type=click.IntRange(1), help="Processes; default one per accelerator.")
+@click.option("--folder", default="outputs/compare", show_default=True, help="Where the runs go.")
+@allow_plugins
+def compare(
+    words: tuple[str, ...], out: str | None, *, allow_plugins: bool, **options: object
+) -> None:
+    """Train each SPEC from the same weights on the same data.
+
+    The runs follow one another, each in a folder of its spec's name below
+    --folder, with its output in NAME.log, and end in a report that compares
+    them with the first.  Cut off, the same command goes on; with one more SPEC
+    it trains that.  Further flags go to torchtitan, after the specs.
+
+    \b
+    Examples:
+      weighting compare uniform linupper
+      weighting compare uniform linupper mile --data my.jsonl --steps 500
+      weighting compare uniform mine.yaml --config llama3_8b --folder outputs/8b \\
+          -- --training.local_batch_size 2 --validator.enable
+    """  # noqa: D301
+    if out is not None:
+        check_out(out, SUFFIXES)
+    check_data(options["data"])
+    specs = [*takewhile(lambda word: not word.startswith("-"), words)]
+    for text in specs:
+        read_or_exit(text, plugins=allow_plugins)
+    options |= {"specs": json.dumps(specs), "out": out, "allow_plugins": allow_plugins}
+    hand_over("comparing", options, words[len(specs) :])
