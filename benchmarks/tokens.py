@@ -20,7 +20,7 @@ from titan_integration.tokens import shaded_text
 from weighting.shading import Shaded, Token, reach, shade
 from weighting.spec import arrow_text
 
-WIDTH, MARGIN, TOP, LINE = 860, 20, 128, 20
+WIDTH, MARGIN, TOP, LINE = 860, 20, 140, 20
 HALF = (WIDTH - 3 * MARGIN) / 2
 EM = 0.6
 """Width of a monospaced character in font sizes; texts are stretched to it, whatever the font."""
@@ -59,7 +59,7 @@ def picture(shaded: Shaded) -> str:
     count = 1 + max(line for line, _, _, _ in rows)
     columns = max(column + len(text) for _, column, text, _ in rows)
     size = min(13.0, HALF / columns / EM)
-    notes = textwrap.wrap(f"{'; '.join(shaded.facts)}.", 140)
+    notes = textwrap.wrap(f"{'; '.join(shaded.facts)}.", 110)
     height = TOP + count * LINE + 20 + 18 * len(notes)
     names = " and ".join(spec.name for spec in shaded.specs)
     title = f"What each token of a text weighs under {names}"
@@ -107,7 +107,8 @@ def panel(
     pipelines = " × ".join(map(arrow_text, wt.spec.resolve(name).factors.values()))
     weights = [token.weights[index] for token in shaded.tokens if token.weights]
     span = f"{min(weights):.2f} to {max(weights):.2f}"
-    yield words(f"{name}: {pipelines}, weights from {span}", left, TOP - 16)
+    yield words(f"{name}: {pipelines}", left, TOP - 32)
+    yield words(f"weights from {span}", left, TOP - 14, "soft", 12)
     yield (
         f"<rect class='frame' x='{left - 5:g}' y='{TOP - 5}' width='{HALF + 10:g}' "
         f"height='{count * LINE + 10}' rx='4'/>"
