@@ -23,6 +23,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
@@ -407,6 +408,7 @@ class Validation:
             self.config.model_spec.model.update_from_config(config=self.config)
             self.model = self.config.model_spec.model.build().eval()
             self.model.init_weights()
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process reads it
         load_model(self.model, checkpoint, "the plan's model", "evidence")
         lengths = [len(tokens) - 1 for _, _, tokens in self.documents]
         inputs = torch.tensor([x for *_, tokens in self.documents for x in tokens[:-1]] + [0])

@@ -145,8 +145,7 @@ def page(found: Found, picture: str) -> str:
         (
             "Each number is a mean over seeds; beside it stands how far it is from that of "
             f"`{BASE}` (below zero is better), in brackets the {LEVEL} % interval of a bootstrap "
-            f"over seeds and documents. {found.nats.shape[1]} seeds are few: such intervals are "
-            "rather too narrow."
+            "over seeds and documents. With few seeds such intervals are rather too narrow."
         ),
         overall(found, diffs),
         (
@@ -184,9 +183,10 @@ def made(found: Found) -> str:
     about, plan = found.about, found.about["plan"]
     tokens = plan["steps"] * tokens_a_step(plan["flags"])
     versions = ", ".join(f"{name} {x}" for name, x in about["versions"].items())
+    seeds = "1 seed" if plan["seeds"] == 1 else f"{plan['seeds']} seeds"
     return (
-        f"{plan['config']}, {plan['steps']} steps ({tokens:,} tokens) a run, {plan['seeds']} "
-        "seeds, each with one seed checkpoint and one order of the data for all methods; "
+        f"{plan['config']}, {plan['steps']} steps ({tokens:,} tokens) a run, {seeds}, each with "
+        "one seed checkpoint and one order of the data for all methods; "
         f"{len(found.domain)} validation documents, {int(found.tokens.sum()):,} tokens. "
         f"Machine: {about['machine']}; {versions}; {about['minutes']} minutes."
     )

@@ -299,7 +299,7 @@ def key_of(cell: dict[str, Any]) -> tuple[Data, float]:
 def report(found: dict[str, Any]) -> str:
     """Return the report in Markdown, made from the numbers alone."""
     cells = Cells(found["cells"])
-    lines = [*_introduction(found), *_in_short(found, cells)]
+    lines = [*_introduction(found), "In short:", "", *in_short(found), ""]
     lines += [*_experiment_a(found, cells), *_experiment_b(found, cells)]
     return "\n".join([*lines, *_over_the_grid(found, cells), *_own_rates(cells), ""])
 
@@ -356,7 +356,9 @@ def _introduction(found: dict[str, Any]) -> list[str]:
     ]
 
 
-def _in_short(found: dict[str, Any], cells: Cells) -> list[str]:
+def in_short(found: dict[str, Any]) -> list[str]:
+    """Return what was found, a line each."""
+    cells = Cells(found["cells"])
     data, rate, _ = FIGURE_8
     steps = cells.less("linupper", "uniform", FIGURE_7, "to_tenth")
     ends = cells.ratio("linupper", "uniform", FIGURE_7, "after_200")
@@ -369,10 +371,8 @@ def _in_short(found: dict[str, Any], cells: Cells) -> list[str]:
     ahead = sum(faster(cells, "linupper", "uniform", cell) for cell in every)
     behind = sum(faster(cells, "uniform", "linupper", cell) for cell in every)
     return [
-        "In short:",
-        "",
         (
-            "- **Figure 7** repeats at one rate for all and modest outliers (A below):"
+            "- **Figure 7** repeats at one rate for all and modest outliers:"
             f" LinUpper's steps to a tenth of the loss, less uniform's, are {words(steps)}."
             f"  The loss where it settles is {times(ends)} times uniform's."
         ),
@@ -385,11 +385,10 @@ def _in_short(found: dict[str, Any], cells: Cells) -> list[str]:
             f" higher than uniform's in {worse} of {len(own)} comparisons and lower in {better}."
         ),
         (
-            f"- **Figure 8** repeats (B below): at rate {rate:g} DRO-KL diverges for {gone} of"
+            f"- **Figure 8** repeats: at rate {rate:g} DRO-KL diverges for {gone} of"
             f" {found['seeds']} seeds and LinUpper for none; the largest stable rates are"
             f" {stable[0]} and {stable[1]}."
         ),
-        "",
     ]
 
 

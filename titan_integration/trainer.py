@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import platform
 import sys
@@ -29,6 +30,7 @@ from typing_extensions import override
 import weighting as wt
 from titan_integration import cpu, versions
 from titan_integration.collectives import OverRanks
+from titan_integration.data import DomainTextDataLoader
 from titan_integration.gradients import DomainGradients
 from titan_integration.loss import (
     WeightedChunkedLoss,
@@ -65,8 +67,6 @@ if TYPE_CHECKING:
 
     from torchtitan.distributed import ParallelDims
     from torchtitan.models.common.decoder import Decoder
-
-    from titan_integration.data import DomainTextDataLoader
 
 C = TypeVar("C", bound=Configurable.Config)
 
@@ -351,12 +351,20 @@ class WeightedTrainer(Trainer):
             "step": self.step,
             "spec": spec.hash,
             "ranks": dist.get_world_size(),
+            "data": self._data(),
             "device": self.metrics_processor.device_memory_monitor.device_name,
             "versions": {**ours, **versions.found()},
         }
         path = Path(self.config.dump_folder) / FOLDER / ABOUT
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, about(path, facts, start))
+
+    def _data(self) -> dict[str, Any] | None:
+        """Return what rows are made from and which is next; None of another loader than ours."""
+        if not isinstance(self.dataloader, DomainTextDataLoader):
+            return None
+        state = self.dataloader.state_dict()
+        return {"made_from": json.loads(state["made_from"]), "next_row": state["row"]}
 
     @override
     def pp_forward_backward_step(self, **batch: Any) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 import weighting as wt
 from weighting.build import sketch
 from weighting.cli import main
+from weighting.cli.replay import report
 from weighting.replay import ABOUT, FOLDER, obstacle, read_record, replay, summary
 
 pa = pytest.importorskip("pyarrow")
@@ -302,7 +303,7 @@ def test_the_report_says_what_the_numbers_are(run):
     (code,) = (line for line in text.splitlines() if line.startswith("code "))
     assert code.split()[2:4] == [f"{x.shares[0]:.4f}" for x in (recorded, found)]
     assert "mile is not replayed: it weighs per token, and sequences were recorded" in text
-    assert "the text is not recorded" in " ".join(text.split())
+    assert "the text is not recorded; --text reads the data again" in " ".join(text.split())
 
 
 def test_the_sequences_most_moved_are_shown(run):
@@ -325,6 +326,49 @@ def test_a_wrong_spec_or_folder_ends_with_status_2(run, tmp_path):
         done = click.testing.CliRunner().invoke(main, ["replay", *map(str, arguments)])
         assert done.exit_code == 2
         assert len(done.output.splitlines()) == 1
+
+
+def test_texts_take_torchtitan_which_goes_on_with_the_same_words(run, monkeypatch):
+    """`--text` hands over run and specs; where torchtitan is missing that is said."""
+    called = []
+
+    def execv(_, command):
+        called.extend(command)
+        raise SystemExit
+
+    monkeypatch.setattr("os.execv", execv)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: True)
+    arguments = ["replay", str(run), "--spec", "prop1", "upper", "--text", "--allow-plugins"]
+    click.testing.CliRunner().invoke(main, arguments)
+    assert called[1:] == [
+        *["-m", "titan_integration.retell", "--allow-plugins"],
+        *["--", str(run), "prop1", "upper"],
+    ]
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    done = click.testing.CliRunner().invoke(main, arguments)
+    assert done.exit_code == 2
+    assert done.output == "this needs torchtitan: pip install 'weighting-dsl[titan]'\n"
+
+
+def test_the_beginning_of_a_text_fits_a_line_and_moves_no_cursor(run, capsys):
+    """White space is collapsed, control characters are question marks, wide letters are two."""
+    odd = {0: "a\n\n  b\x1b[31m \x07c", 1: "重み" * 50, 2: "x" * 200, 3: "y" * 68, 4: ""}
+    shown = {
+        0: "a b?[31m ?c",
+        1: "重み" * 16 + "重…",
+        2: "x" * 67 + "…",
+        3: "y" * 68,
+        4: "",
+    }
+
+    def texts(wanted):
+        return {place: odd[i] for i, place in enumerate(wanted) if i in odd}
+
+    report(run, ["prop1"], plugins=False, texts=texts)
+    out = capsys.readouterr().out
+    found = [line for line in out.splitlines() if line.startswith(" " * 10 + '"')]
+    assert found == [f'          "{shown[i]}"' for i in range(5)]
+    assert "the text is read again" in " ".join(out.split())
 
 
 def test_the_runs_own_weights_need_no_spec(run):

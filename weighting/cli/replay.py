@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -9,16 +10,19 @@ import click
 import torch
 
 from weighting.build import sketch
-from weighting.cli.common import WIDTH, allow_plugins, give_up, specs_named, wrapped
+from weighting.cli.common import WIDTH, allow_plugins, give_up, hand_over, specs_named, wrapped
 from weighting.cli.simulate import Named, cut, number, read_named, say
 from weighting.errors import SpecError
 from weighting.replay import Record, Replayed, Summary, obstacle, read_record, replay, summary
 from weighting.spec import loads
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torch import Tensor
+
+    Texts = Callable[[Sequence[tuple[int, int]]], Mapping[tuple[int, int], str]]
+    """The texts of sequences, by step and row."""
 
 _LABEL, _CELL, _LONGEST = 26, 9, 20
 """Columns of the terminal: what a row is, a number, and at most a name."""
@@ -30,6 +34,8 @@ _ROUNDING = 1e-3
 """A change of a weight that is none."""
 _SHOWN = 3
 """Sequences that are shown of those most raised, and of those most lowered."""
+_INDENT = " " * 10
+"""Before how a sequence begins."""
 
 
 class _Column(NamedTuple):
@@ -51,9 +57,12 @@ class _Column(NamedTuple):
     shell_complete=specs_named,
 )
 @click.argument("more", metavar="[SPEC]...", nargs=-1, shell_complete=specs_named)
+@click.option(
+    "--text", is_flag=True, help="Read the data again and show how these sequences begin."
+)
 @allow_plugins
 def replay_command(
-    run: Path, specs: tuple[str, ...], more: tuple[str, ...], *, allow_plugins: bool
+    run: Path, specs: tuple[str, ...], more: tuple[str, ...], *, text: bool, allow_plugins: bool
 ) -> None:
     """Print what other specs would have done to the sequences that a run recorded.
 
@@ -67,8 +76,23 @@ def replay_command(
       weighting replay outputs/linupper
       weighting replay outputs/linupper --spec prop1 upper extremes
       weighting replay outputs/linupper --spec "temperature(0.5)"
+      weighting replay outputs/linupper --spec prop1 --text
     """  # noqa: D301
-    named = read_named([*specs, *more], plugins=allow_plugins)
+    if text:
+        hand_over("retell", {"allow_plugins": allow_plugins}, [str(run), *specs, *more])
+    report(run, [*specs, *more], plugins=allow_plugins)
+
+
+def report(run: Path, specs: Sequence[str], *, plugins: bool, texts: Texts | None = None) -> None:
+    """Print what the command does; on an error print it and exit with status 2.
+
+    Args:
+        run: The dump folder of a run.
+        specs: What to replay.
+        plugins: Whether to import the modules that specs name.
+        texts: Finds the texts of sequences; without it they are not shown.
+    """
+    named = read_named(specs, plugins=plugins)
     try:
         record = read_record(run)
     except ValueError as error:
@@ -77,7 +101,7 @@ def replay_command(
     refused = [_refusal(spec, found) for spec, found in done if isinstance(found, str)]
     if refused and len(refused) == len(done):
         give_up("\n".join([*refused, _ELSEWHERE]))
-    say([*_report(run, record, done, plugins=allow_plugins)])
+    say([*_report(run, record, done, plugins=plugins, texts=texts)])
 
 
 def _refusal(spec: Named, why: str) -> str:
@@ -85,7 +109,12 @@ def _refusal(spec: Named, why: str) -> str:
 
 
 def _report(
-    run: Path, record: Record, done: list[tuple[Named, _Column | str]], *, plugins: bool
+    run: Path,
+    record: Record,
+    done: list[tuple[Named, _Column | str]],
+    *,
+    plugins: bool,
+    texts: Texts | None,
 ) -> Iterator[str]:
     """Yield what is printed."""
     steps, about = [step.step for step in record.steps], record.about
@@ -111,12 +140,16 @@ def _report(
         if record.domains:
             yield ""
             yield from _domains(record, block)
-    for column in columns[1:]:
+    moved = [_most_moved(own.weight, column) for column in columns[1:]]
+    listed = [i for most in moved for found in most.values() for i in found]
+    begins = texts([*map(_place, _places(record)[listed])]) if texts else {}
+    for column, most in zip(columns[1:], moved, strict=True):
         yield ""
-        yield from _moved(record, own.weight, column)
+        yield from _moved(record, own.weight, column, most, begins)
     remarks.append(
         "row is the sequence's place in the step's batch, domain that of most of its tokens; "
-        "the text is not recorded"
+        f"the text is {'read again' if begins else 'not recorded'}"
+        f"{'' if texts else '; --text reads the data again'}"
     )
     yield ""
     for remark in remarks:
@@ -185,21 +218,56 @@ def _domains(record: Record, block: list[_Column]) -> Iterator[str]:
         yield _line(label, block, [number(x.total.shares[i]) for x in block])
 
 
-def _moved(record: Record, recorded: Tensor, column: _Column) -> Iterator[str]:
-    """Yield the sequences whose weights a spec would have changed most."""
+def _most_moved(recorded: Tensor, column: _Column) -> dict[str, list[int]]:
+    """Return the sequences whose weights a spec would have raised, and lowered, most."""
     change = column.found.weight - recorded
+    found: dict[str, list[int]] = {}
+    for what, sign in (("raised", 1), ("lowered", -1)):
+        most = (sign * change).topk(min(_SHOWN, len(change)))
+        found[what] = most.indices[most.values > _ROUNDING].tolist()
+    return found
+
+
+def _places(record: Record) -> Tensor:
+    """Return step and row of every sequence, [n, 2]."""
     sizes = torch.tensor([len(step.row) for step in record.steps])
     steps = torch.tensor([step.step for step in record.steps]).repeat_interleave(sizes)
+    return torch.stack([steps, record.flat("row")], dim=1)
+
+
+def _place(of: Tensor) -> tuple[int, int]:
+    step, row = of.tolist()
+    return step, row
+
+
+def _moved(
+    record: Record,
+    recorded: Tensor,
+    column: _Column,
+    most: Mapping[str, list[int]],
+    begins: Mapping[tuple[int, int], str],
+) -> Iterator[str]:
+    """Yield the sequences that a spec moves most, and below each how it begins, where known."""
     losses = torch.cat([step.signals["loss"] for step in record.steps])
-    rows, domains = record.flat("row"), record.flat("domain")
+    places, domains = _places(record), record.flat("domain")
     heading = f"{'step':>8} {'row':>7}  {'domain':16} {'loss':>9} {'recorded':>9} {'now':>9}"
-    for what, sign in (("raised", 1), ("lowered", -1)):
-        moved = (sign * change).topk(min(_SHOWN, len(change)))
-        found = moved.indices[moved.values > _ROUNDING].tolist()
+    for what, found in most.items():
         yield f"most {what} by {column.label}" if found else f"none {what} by {column.label}"
         yield from [heading] if found else []
         for i in found:
+            step, row = _place(places[i])
             domain = record.domains[domains[i]] if record.domains else "-"
             numbers = (losses[i], recorded[i], column.found.weight[i])
             cells = " ".join(number(x.item()) for x in numbers)
-            yield f"{steps[i]:8} {rows[i]:7}  {cut(domain, 16):16} {cells}"
+            yield f"{step:8} {row:7}  {cut(domain, 16):16} {cells}"
+            if (step, row) in begins:
+                yield f'{_INDENT}"{_beginning(begins[step, row])}"'
+
+
+def _beginning(text: str) -> str:
+    """Return as much of a text as fits a line, white space collapsed; wide letters take two."""
+    room = WIDTH - len(_INDENT) - len('""')
+    shown = cut(" ".join(text.split()), room)
+    while sum(1 + (unicodedata.east_asian_width(c) in "WF") for c in shown) > room:
+        shown = cut(shown, len(shown) - 1)
+    return shown
