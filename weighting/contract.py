@@ -235,8 +235,9 @@ class Stage(BaseModel):
     called with `scope.step` to get their value.
     """
 
+    # Strict: "yes" is no truth value, and true no number.
     model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True
+        frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True, strict=True
     )
     name: ClassVar[str]
     """Its name in the language; set by `@stage(name)`."""

@@ -62,16 +62,18 @@ class Map:
 Node = Scalar | Seq | Map
 
 
+def too_long(size: str) -> str:
+    """Return what is wrong with a text of that size."""
+    return f"a spec is at most {MAX_CHARACTERS:,} characters; this has {size}"
+
+
 def parse(source: Source) -> Node:
     """Return the tree of a YAML text.
 
     Raises:
         SpecError: The text is not YAML, holds tabs as indentation, tags, aliases or several
-            documents, repeats a key, is nested too deeply or is too large.
+            documents, repeats a key or is nested too deeply.
     """
-    if len(source.text) > MAX_CHARACTERS:
-        msg = f"a spec is at most {MAX_CHARACTERS:,} characters; this has {len(source.text):,}"
-        raise SpecError([Problem(f"{source.name}: {msg}")])
     try:
         _refuse_machinery(source)
         root = yaml.compose(source.text, Loader=yaml.SafeLoader)

@@ -127,7 +127,12 @@ def load(path: str | Path, *, allow_plugins: bool = False) -> Spec:
     """
     found = find(path)
     try:
-        text = found.read_bytes().decode("utf-8-sig")
+        with found.open("rb") as file:
+            data = file.read(_MOST_BYTES + 1)
+        if len(data) > _MOST_BYTES:
+            size = f"{found.stat().st_size:,} bytes"
+            raise SpecError([Problem(f"{path}: {document.too_long(size)}")])
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         msg = f"{path}: not UTF-8 text (byte {error.start}); save the spec as UTF-8"
         raise SpecError([Problem(msg)]) from None
@@ -149,6 +154,8 @@ def loads(text: str, source: str = "<spec>", *, allow_plugins: bool = False) -> 
     """
     from weighting.build import order_problems  # noqa: PLC0415 - build knows specs, not the reverse
 
+    if len(text) > document.MAX_CHARACTERS:
+        raise SpecError([Problem(f"{source}: {document.too_long(f'{len(text):,}')}")])
     origin = Source(source, text.replace("\r\n", "\n"))
     problems: list[Problem] = []
     if re.match(r"\s*[^\W\d]\w*\s*(\(|->|→|$)", text):  # no YAML map begins like this
@@ -223,6 +230,10 @@ def find(path: str | Path) -> Path:
     what = "is a directory" if os.path.isdir(path) else "no such file"  # noqa: PTH112 - see _is_file
     fix = nearest(name, known) or "; `weighting list` shows the specs there are"
     raise SpecError([Problem(f"{path}: {what}{fix}")])
+
+
+_MOST_BYTES = 4 * document.MAX_CHARACTERS
+"""A character of UTF-8 takes no more than four."""
 
 
 def _is_file(text: str) -> bool:
