@@ -20,12 +20,55 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("weighting")
 
 
+FILES = {
+    "laws": ("test_laws.py", "test_properties.py", "test_identities.py"),
+    "specs": ("test_specs.py", "test_specs_train.py"),
+    "golden": ("test_golden.py", "test_errors.py", "test_bad_input.py", "test_hostile.py"),
+    "faults": ("test_resume.py", "test_launch.py"),
+}
+"""Families of tests by the files they are in."""
+MARKS = {"distributed": "processes", "fuzz": "hypothesis"}
+"""Families by a mark, wherever they are."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session):
+    """Fail a run of all tests in which a family has none that passed."""
+    config = session.config
+    if session.exitstatus or hasattr(config, "workerinput") or not is_whole(config):
+        return
+    counts = families(config.pluginmanager.get_plugin("terminalreporter"))
+    if not all(counts.values()):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def is_whole(config):
+    """Tell whether all tests were asked for."""
+    option = config.option
+    chosen = option.keyword or option.markexpr or option.collectonly
+    return config.args_source == pytest.Config.ArgsSource.TESTPATHS and not chosen
+
+
+def families(reporter):
+    """Return how many tests of each family have passed."""
+    passed = reporter.stats.get("passed", [])
+    names = [report.nodeid.partition("::")[0].rpartition("/")[2] for report in passed]
+    by_file = {family: sum(name in files for name in names) for family, files in FILES.items()}
+    return by_file | {
+        family: sum(mark in report.keywords for report in passed) for family, mark in MARKS.items()
+    }
+
+
 def pytest_terminal_summary(terminalreporter):
-    """Say over how many stages and specs the laws were checked."""
+    """Say how many tests of each family passed, and over how many stages and specs the laws."""
     from weighting.registry import stages  # noqa: PLC0415 - only when there is something to say
     from weighting.spec import shipped  # noqa: PLC0415
 
     passed = terminalreporter.stats.get("passed", [])
+    counts = families(terminalreporter)
+    if is_whole(terminalreporter.config):
+        told = ", ".join(f"{family} {count or 'NONE'}" for family, count in counts.items())
+        terminalreporter.line(f"passed by family: {told}")
     laws = sum("test_laws.py" in report.nodeid for report in passed)
     if laws:
         own = sum(cls.__module__.startswith("weighting.stages.") for cls in stages().values())
