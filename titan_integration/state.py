@@ -114,6 +114,7 @@ class RunState(Stateful):
         ahead: Whether they are noted in forward passes without gradient, before the others.
         pipeline: The stages, where losses and state are known on the last one only.
         recorder: Notes what single sequences lost and weighed, if that was asked for.
+        moments: Of the step's weights, of this rank's tokens, as `Weights.moments`.
     """
 
     def __init__(self, fn: Weighting, device: torch.device, *, allow_changed_spec: bool) -> None:
@@ -133,7 +134,7 @@ class RunState(Stateful):
         self._empty[:, _ADDED], self._empty[:, _ADDED + 1] = torch.inf, -torch.inf
         self._given = sorted(filter(_is_given, fn.needs))
         self._by_domain = torch.zeros(len(_BY_DOMAIN), len(fn.domains), device=device)
-        self._moments = self._empty.clone()
+        self.moments = self._empty.clone()
         self._shares = torch.zeros(2, device=device)
         self._nonfinite = torch.zeros((), device=device)
 
@@ -144,7 +145,7 @@ class RunState(Stateful):
     def begin_step(self, step: int) -> None:
         """Set the optimizer step and forget the statistics of the last one."""
         self.step.fill_(step)
-        self._moments.copy_(self._empty)
+        self.moments.copy_(self._empty)
         self._shares.zero_()
         self._by_domain.zero_()
         self._weighed.clear()
@@ -223,10 +224,10 @@ class RunState(Stateful):
         """
         signals = signals_of(found)
         out = self._weigh(signals, self.step)
-        self._moments[:, :_ADDED] += out.moments[:, :_ADDED]
+        self.moments[:, :_ADDED] += out.moments[:, :_ADDED]
         low, high = out.moments[:, _ADDED:].unbind(1)
-        self._moments[:, _ADDED].copy_(torch.minimum(self._moments[:, _ADDED], low))
-        self._moments[:, _ADDED + 1].copy_(torch.maximum(self._moments[:, _ADDED + 1], high))
+        self.moments[:, _ADDED].copy_(torch.minimum(self.moments[:, _ADDED], low))
+        self.moments[:, _ADDED + 1].copy_(torch.maximum(self.moments[:, _ADDED + 1], high))
         self._nonfinite += out.moments[-1, MOMENTS.index("nonfinite")]
         return out
 
@@ -290,12 +291,12 @@ class RunState(Stateful):
                 `on_nonfinite: error`.
         """
         ranks = collectives or Alone()
-        added = [self._moments[:, :_ADDED].flatten(), self._shares, self._nonfinite[None]]
+        added = [self.moments[:, :_ADDED].flatten(), self._shares, self._nonfinite[None]]
         added.append(self._by_domain.flatten())
         counts, shares, nonfinite, by_domain = ranks.sum(torch.cat(added)).split(
             [len(x) for x in added]
         )
-        low, high = self._moments[:, _ADDED:].unbind(1)
+        low, high = self.moments[:, _ADDED:].unbind(1)
         lowest, highest = ranks.max(torch.stack([-low, high]))
         edges = torch.stack([-lowest, highest], dim=1)
         moments = torch.cat([counts.view(-1, _ADDED), edges], dim=1)

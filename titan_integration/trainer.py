@@ -29,6 +29,7 @@ from typing_extensions import override
 
 import weighting as wt
 from titan_integration import cpu, versions
+from titan_integration.agreement import check_agreement
 from titan_integration.collectives import OverRanks
 from titan_integration.data import DomainTextDataLoader
 from titan_integration.gradients import DomainGradients
@@ -58,6 +59,7 @@ from titan_integration.resume import REFERENCE, WEIGHTING, ResumingCheckpointMan
 from titan_integration.state import Pipeline, RunState, short_contexts
 from titan_integration.validate import DomainValidator
 from weighting.build import sketch
+from weighting.contract import Alone
 from weighting.files import write_whole
 from weighting.levels import documents
 from weighting.logits import IGNORE_INDEX
@@ -98,6 +100,10 @@ class WeightingConfig:
     `every=10`: of each sequence of every tenth step its domain, valid tokens, and the means of its
     losses, of the other signals that the spec reads, and of its weights. `every=10,tokens=64`: of
     64 tokens drawn from each of these steps as well. `weighting replay` reads it."""
+
+    agree_every: int = 0
+    """Check every so many steps that all ranks weigh as one, and end the run if they do not: the
+    same spec, step and state, each its own sequences, weights of mean one. 0: at the start only."""
 
 
 class WeightedTrainer(Trainer):
@@ -173,6 +179,7 @@ class WeightedTrainer(Trainer):
             self.state.pipeline = pipeline_of(self.parallel_dims, last=self.pp_has_last_stage)
         if config.compile.enable and "loss" in config.compile.components:
             self.state.compile(config.compile.backend)
+        self._agree_every = config.weighting.agree_every
         self._draws = bool(fn.sampling)
         if "gradients" in fn.hears:
             self._take_turns(config, fn)
@@ -316,6 +323,7 @@ class WeightedTrainer(Trainer):
     def train_step(self, data_iterator: Iterator[tuple[dict[str, Tensor], Tensor]]) -> None:
         """Run one optimizer step of the host at the weighting's own step."""
         if not self.begun:
+            self._check_agreement()
             self._say_what_runs()
         self.state.begin_step(self.step)
         self._draw()
@@ -329,10 +337,18 @@ class WeightedTrainer(Trainer):
             self._look_ahead(batches)
             data_iterator = iter(batches)
         super().train_step(data_iterator)
+        if self._agree_every and self.step % self._agree_every == 0:
+            self._check_agreement(self.state.moments)
         if self.state.recorder is not None:
             self.state.recorder.end_step()
         if average is not None and self.decay is not None:
             follow(average, model, self.decay)
+
+    def _check_agreement(self, moments: Tensor | None = None) -> None:
+        assert isinstance(self.metrics_processor, WeightedMetricsProcessor)
+        ranks = self.metrics_processor.collectives or Alone()
+        step = torch.tensor(self.step, device=self.device)
+        check_agreement(self.state.fn, step, ranks, moments)
 
     def _say_what_runs(self) -> None:
         """Leave beside the metrics what the run is and that it starts; the first rank writes."""

@@ -172,7 +172,7 @@ def test_state_and_statistics_stay_where_they_are():
     loss_fn, count = chunked(state, head), (labels != IGNORED).sum()
     tensors = {
         "step": state.step,
-        "moments": state._moments,
+        "moments": state.moments,
         "shares": state._shares,
         **state._current.given,
         **dict(state.fn.named_buffers()),
@@ -185,7 +185,7 @@ def test_state_and_statistics_stay_where_they_are():
         loss_fn(hidden, labels, count)[0].backward()
     after = {
         "step": state.step,
-        "moments": state._moments,
+        "moments": state.moments,
         "shares": state._shares,
         **state._current.given,
         **dict(state.fn.named_buffers()),

@@ -83,6 +83,7 @@ def weighed(seed, out, ranks, rows, flags, texts):
         "--module=titan_integration",
         "--config=llama3_debugmodel",
         "--weighting.spec=uniform",
+        "--weighting.agree_every=1",
     ]
     common += ["--training.seq_len=256", "--training.steps=5", "--training.max_norm=1e9"]
     common += ["--checkpoint.enable", f"--checkpoint.initial_load_path={seed}"]
