@@ -1,5 +1,6 @@
 """Make every run alike: the helpers importable, one thread, fixed seeds, no clock in hypothesis."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 
 hypothesis.settings.register_profile(
     "weighting",

@@ -122,7 +122,7 @@ def started(folder, step):
 def descendants(pid):
     """Return all processes that came of one, with their command lines."""
     listing = subprocess.run(
-        ["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True
+        ["ps", "-wweo", "pid=,ppid=,args="], capture_output=True, text=True, check=True
     ).stdout
     rows = [line.split(None, 2) for line in listing.splitlines()]
     found = [str(pid)]
