@@ -101,12 +101,10 @@ def main() -> None:
     torch.set_num_threads(1)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        began = time.monotonic()
         plan = planned(args, given_flags(args))
         train_all(args.folder, plan)
         rows = look_at_all(args, plan)
         about = {
-            "minutes": round((time.monotonic() - began) / 60, 1),
             "command": shown_command(args, plan),
             "machine": f"{platform.machine()}, {os.cpu_count()} cores, no accelerator used",
             "versions": {x: version(x) for x in ("torch", "torchtitan")},

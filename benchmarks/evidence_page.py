@@ -175,7 +175,7 @@ def summary(found: Found) -> str:
     for verdict, words in (("better", "Better"), ("worse", "Worse"), ("neither", "Undecided")):
         names = [x for x, diff in diffs.items() if x != BASE and diff[0].verdict == verdict]
         told += [f"{words}: {', '.join(names)}."] if names else []
-    return f"{made(found)}\n\n{table_of(head, rows)}\n\n{' '.join(told)}\n"
+    return f"{table_of(head, rows)}\n\n{' '.join(told)}\n"
 
 
 def made(found: Found) -> str:
@@ -188,7 +188,7 @@ def made(found: Found) -> str:
         f"{plan['config']}, {plan['steps']} steps ({tokens:,} tokens) a run, {seeds}, each with "
         "one seed checkpoint and one order of the data for all methods; "
         f"{len(found.domain)} validation documents, {int(found.tokens.sum()):,} tokens. "
-        f"Machine: {about['machine']}; {versions}; {about['minutes']} minutes."
+        f"Machine: {about['machine']}; {versions}."
     )
 
 
@@ -266,7 +266,7 @@ def figure(found: Found, path: Path) -> None:
     left.axvline(0, color="#888888", linewidth=0.8)
     left.set_yticks(range(len(shown)), [found.methods[i] for i in shown])
     left.invert_yaxis()
-    left.set(xlabel=f"log-perplexity minus that of {BASE} (nats)", title="mean over domains")
+    left.set(xlabel=f"less that of {BASE} (nats)", title="log-perplexity, mean over domains")
     values = np.array(
         [[diffs[i][first + d].value for d in range(len(found.domains))] for i in shown]
     )

@@ -49,7 +49,7 @@ def stored(folder, shifts, seeds=3):
                 rows.append(row)
     flags = ["--training.seq_len=8", "--training.local_batch_size=2"]
     plan = {"config": "llama3_proxy", "steps": 10, "seeds": seeds, "flags": flags}
-    about = {"command": "python it", "machine": "one", "versions": {"torch": "1"}, "minutes": 1}
+    about = {"command": "python it", "machine": "one", "versions": {"torch": "1"}}
     table = pa.Table.from_pylist(rows)
     table = table.replace_schema_metadata({"about": json.dumps(about | {"plan": plan})})
     pq.write_table(table, folder / "found.parquet")
@@ -107,7 +107,7 @@ def test_the_page_has_every_method_and_domain(page, tmp_path):
     assert sum(row[0].strip() == "better" for row in rows) == 2
     assert {row[0].strip() for row in rows} >= set(DOMAINS)
     drawn = path.with_suffix(".svg").read_text()
-    for word in ("better", "worse", *DOMAINS, "minus that of uniform (nats)", "mean over domains"):
+    for word in ("better", "worse", *DOMAINS, "less that of uniform (nats)", "mean over domains"):
         assert word in drawn
 
 
