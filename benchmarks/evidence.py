@@ -38,7 +38,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the usual name
 from evidence_page import BUCKETS, write_page
 
+import weighting as wt
+from titan_integration import series
 from weighting.files import read_lines, write_whole
+from weighting.spec import resolve
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -222,16 +225,13 @@ def train_all(folder: Path, plan: Plan) -> None:
 
 def spec_text(name: str) -> str:
     """Return a spec of this name: a shipped one's pipeline, or a pipeline."""
-    import weighting as wt  # noqa: PLC0415 - the fast way to an error of the command line
-    from weighting.spec import resolve  # noqa: PLC0415
-
     return wt.dumps(resolve(METHODS[name]).model_copy(update={"name": name}))
 
 
 def train(folder: Path, plan: Plan, name: str, seed: int) -> None:
     """Train one model to the end."""
     run = run_of(folder, name, seed)
-    if finished(run, plan.steps):
+    if series.last_saved(run) == plan.steps:
         return
     spec = "uniform" if name == "reference" else str(folder / "specs" / f"{name}.yaml")
     flags = [f"--config={plan.config}", f"--training.steps={plan.steps}", *plan.flags]
@@ -248,11 +248,12 @@ def train(folder: Path, plan: Plan, name: str, seed: int) -> None:
 
 def seed_checkpoint(folder: Path, plan: Plan, seed: int) -> None:
     """Write the parameters that all runs of a seed start from."""
-    if (seeded(folder, seed) / ".metadata").exists():
+    start = folder / f"seed-{seed}" / "start"
+    if series.last_saved(start) == 0:
         return
     flags = [f"--config={plan.config}", "--training.steps=1", f"--debug.seed={seed}", *plan.flags]
     flags += ["--checkpoint.enable", "--checkpoint.create_seed_checkpoint"]
-    weighting(folder / f"seed-{seed}" / "start", "train", "uniform", *flags)
+    weighting(start, "train", "uniform", *flags)
 
 
 def seeded(folder: Path, seed: int) -> Path:
@@ -263,11 +264,6 @@ def seeded(folder: Path, seed: int) -> Path:
 def run_of(folder: Path, name: str, seed: int) -> Path:
     """Return a run's folder."""
     return folder / f"seed-{seed}" / name
-
-
-def finished(run: Path, steps: int) -> bool:
-    """Return whether a run has come to its end."""
-    return (run / "checkpoint" / f"step-{steps}" / ".metadata").exists()
 
 
 def steps_done(run: Path) -> int:

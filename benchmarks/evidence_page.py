@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -108,6 +109,7 @@ def all_of(found: Found, weight: np.ndarray | float = 1.0) -> np.ndarray:
     return np.concatenate([*first, found.by_bucket(weight), domains], axis=-1)
 
 
+@cache
 def differences(found: Found) -> list[list[Interval]]:
     """Return each method's numbers minus the baseline's, with intervals.
 
