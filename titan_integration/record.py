@@ -1,4 +1,4 @@
-"""What single sequences lost and weighed, noted on the device and written as Parquet now and then.
+"""What single sequences and documents lost and weighed, noted on the device and written as Parquet.
 
 Notes are taken in tensors at fixed addresses, as in `state`, and where a batch is noted is a number
 on the device too: a captured step records like any other, and no step waits for the device.  One
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,11 +20,24 @@ import pyarrow.parquet as pq
 import torch
 from torchtitan.tools.logging import logger
 
+from titan_integration.folder import writing
 from titan_integration.metrics import set_aside
 from weighting.chance import uniform
 from weighting.contract import Alone
 from weighting.errors import nearest
-from weighting.replay import ABOUT, DOMAIN, FOLDER, ROW, SEQUENCES, STEP, TOKENS, VALID, WEIGHT
+from weighting.replay import (
+    ABOUT,
+    DOCUMENT,
+    DOCUMENTS,
+    DOMAIN,
+    FOLDER,
+    ROW,
+    SEQUENCES,
+    STEP,
+    TOKENS,
+    VALID,
+    WEIGHT,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -41,10 +55,14 @@ POSITION = "position"
 
 
 class Asked(NamedTuple):
-    """What to record: every so many steps, and so many tokens of each of these."""
+    """What to record: every so many steps, and of each of these so many tokens.
+
+    And so many documents of each sequence, the first ones.
+    """
 
     every: int
     tokens: int = 0
+    documents: int = 0
 
 
 def asked(text: str) -> Asked:
@@ -64,7 +82,8 @@ def asked(text: str) -> Asked:
         elif not value.isdecimal() or int(value) == 0:
             wrong = f"{name}={value} is no whole number from 1 on"
         if wrong:
-            msg = f"--weighting.record {text}: {wrong}; write every=10, or every=10,tokens=64"
+            example = "every=10, or every=10,documents=8,tokens=64"
+            msg = f"--weighting.record {text}: {wrong}; write {example}"
             raise ValueError(msg)
         found[name] = int(value)
     if "every" not in found:
@@ -90,7 +109,7 @@ class Layout(NamedTuple):
 
 
 class Recorder:
-    """Notes, of every N-th step, each sequence's mean signals and weight, and some tokens.
+    """Notes, of every N-th step, mean signals and weight of sequences and documents, and tokens.
 
     Attributes:
         asked: What to record.
@@ -133,6 +152,7 @@ class Recorder:
             "ranks": self._ranks.size,
             "rank_rows": layout.rows,
             "batch_rows": layout.rows * layout.together * self._ranks.size,
+            "documents": min(asked.documents, layout.length),
         }
         self._steps: list[int] = []
         self._seen, self._now = 0, 0
@@ -140,8 +160,12 @@ class Recorder:
         self._place = torch.zeros(1, dtype=torch.int64, device=device)
         self._step = torch.zeros((), dtype=torch.int64, device=device)
         columns = 2 + len(self._signals)
-        shape = ((ROOM + 1) * layout.calls, layout.rows, columns + len(fn.domains))
-        self._rows = torch.zeros(shape, device=device)
+        shape = ((ROOM + 1) * layout.calls, layout.rows)
+        # Sums over the first documents of each row, and over all that comes after them.
+        self._kept = self._about["documents"]
+        parts = (self._kept + 1, columns + len(fn.domains))
+        self._rows = torch.zeros(*shape, *parts, device=device)
+        self._documents = torch.zeros(*shape, dtype=torch.int64, device=device)
         self._tokens = torch.zeros(ROOM + 1, columns + 1, asked.tokens, device=device)
         # Where a token of a sequence is on this rank, -1 where it is not.
         self._here = torch.full((layout.length,), -1, device=device)
@@ -176,13 +200,16 @@ class Recorder:
         channels = [valid, token, *(_signal(name, signals) for name in self._signals)]
         # What is said of ignored tokens means nothing.
         x = torch.where(valid, torch.stack([channel.float() for channel in channels]), 0)
-        sums = x.sum(-1).T
         ids = torch.zeros_like(valid, dtype=torch.int64)
         if self._domains:
             ids = torch.where(valid, signals["domain_ids"], 0)
-            counts = sums.new_zeros(len(sums), len(self._domains))
-            sums = torch.cat([sums, counts.scatter_add_(1, ids, x[0])], dim=1)
-        self._rows.index_copy_(0, self._place * self._layout.calls + number, sums[None])
+        at = self._place * self._layout.calls + number
+        document = torch.zeros_like(ids)
+        if self._kept:  # of an ignored token nothing is known, not even that there is a document
+            document = torch.where(valid, signals["segment_ids"], -1)
+            self._documents.index_copy_(0, at, (document.amax(1) + 1)[None])
+            document = document.clamp(0, self._kept)
+        self._rows.index_copy_(0, at, self._sums(x, ids, document)[None])
         if self.asked.tokens:
             picked = self._picked(number, torch.cat([x, ids.float()[None]]))
             self._tokens.index_add_(0, self._place, picked[None])
@@ -202,15 +229,45 @@ class Recorder:
         count = len(self._steps)
         if not count:
             return
-        noted = self._rows[: count * self._layout.calls].unflatten(0, (count, -1))
-        rows = self._ranks.gather(self._ranks.parts.sum(noted))
+        parts = self._ranks.parts
+        sums = self._gathered(parts.sum(self._noted(self._rows))).double()
+        documents = self._gathered(parts.max(self._noted(self._documents)))
         tokens = self._tokens[:count]
         tokens = self._ranks.sum(tokens) if self.asked.tokens else tokens
         if self._folder is not None:
-            # [ranks, steps, calls, B, columns] to [steps, sequences in the data's order, columns]
-            sums = rows.permute(1, 2, 0, 3, 4).flatten(1, 3).double().cpu().numpy()
-            self._write(self._folder, sums, tokens.cpu().numpy())
+            given = (x.cpu().numpy() for x in (sums, documents, tokens))
+            self._write(self._folder, *given)
         self._steps.clear()
+
+    def _noted(self, x: Tensor) -> Tensor:
+        """Return what was noted of the steps that were recorded, [steps, calls, B, ...]."""
+        count = len(self._steps)
+        return x[: count * self._layout.calls].unflatten(0, (count, -1))
+
+    def _gathered(self, x: Tensor) -> Tensor:
+        """Return notes of all ranks, [steps, sequences in the data's order, ...]."""
+        return self._ranks.gather(x).movedim(0, 2).flatten(1, 3)
+
+    def _sums(self, x: Tensor, ids: Tensor, document: Tensor) -> Tensor:
+        """Return the sums of [C, B, L] over the parts of each row, and tokens by domain, [B, P, .].
+
+        Args:
+            x: What is added up; the first channel tells which tokens count.
+            ids: Domain of each token, [B, L].
+            document: Part of the row that each token is in, [B, L].
+        """
+        rows, parts = len(document), self._kept + 1
+        part = torch.arange(rows, device=x.device)[:, None] * parts + document
+        sums = x.sum(-1)  # faster than adding one token after the other
+        if self._kept:
+            sums = x.new_zeros(len(x), rows * parts).index_add(1, part.flatten(), x.flatten(1))
+        sums = sums.T
+        if self._domains:
+            number = len(self._domains)
+            of = (part * number + ids).flatten()
+            counts = x.new_zeros(rows * parts * number).index_add(0, of, x[0].flatten())
+            sums = torch.cat([sums, counts.view(-1, number)], dim=1)
+        return sums.unflatten(0, (rows, parts))
 
     def _picked(self, number: Tensor, x: Tensor) -> Tensor:
         """Return of [C, B, L] this rank's tokens of the sample, [C, K]; 0 for those of others."""
@@ -231,36 +288,60 @@ class Recorder:
         )
         return row, position
 
-    def _write(self, folder: Path, sums: np.ndarray, tokens: np.ndarray) -> None:
-        """Write sums [steps, sequences, columns] and tokens [steps, columns, K] as a pair of files.
+    def _write(
+        self, folder: Path, sums: np.ndarray, documents: np.ndarray, tokens: np.ndarray
+    ) -> None:
+        """Write a file of each kind.
 
-        A disk that is full ends no training.
+        Args:
+            folder: Where to.
+            sums: [steps, sequences, parts, columns].
+            documents: How many each sequence has, [steps, sequences].
+            tokens: [steps, columns, K].
+
+        Raises:
+            ValueError: They cannot be written.  No checkpoint is past them yet, so a run that goes
+                on notes them again.
         """
         steps = np.array(self._steps, np.int32)
-        try:
+        # Sequences come last: without a file of them its companions do not count.
+        kinds = {
+            TOKENS: partial(self._of_tokens, steps, tokens) if self.asked.tokens else None,
+            DOCUMENTS: partial(self._of_documents, steps, sums, documents) if self._kept else None,
+            SEQUENCES: partial(self._of_sequences, steps, sums.sum(2)),
+        }
+        with writing(f"{folder}, steps {steps[0]} to {steps[-1]}"):
             folder.mkdir(parents=True, exist_ok=True)
             names = {path.name.partition(".")[0].rpartition("-")[2] for path in folder.iterdir()}
             number = 1 + max((int(name) for name in names if name.isdecimal()), default=0)
-            if self.asked.tokens:
-                path = folder / f"{TOKENS}-{number:06}.parquet"
-                write_part(path, self._of_tokens(steps, tokens), self._about)
-            path = folder / f"{SEQUENCES}-{number:06}.parquet"
-            write_part(path, self._of_sequences(steps, sums), self._about)
-        except OSError as error:
-            at = f"{steps[0]} to {steps[-1]}"
-            logger.warning(f"{folder}: steps {at} are not recorded: {error.strerror or error}")
+            for kind, columns in kinds.items():
+                if columns is not None:
+                    write_part(folder / f"{kind}-{number:06}.parquet", columns(), self._about)
 
     def _of_sequences(self, steps: np.ndarray, sums: np.ndarray) -> dict[str, Any]:
-        width = 2 + len(self._signals)
-        count, total = sums[..., 0], sums[..., 1:width]
-        means = (total / np.maximum(count, 1)[..., None]).reshape(-1, width - 1)
         rows = np.arange(sums.shape[1], dtype=np.int32)
+        where = {STEP: np.repeat(steps, len(rows)), ROW: np.tile(rows, len(steps))}
+        return where | self._means(sums.reshape(-1, sums.shape[-1]))
+
+    def _of_documents(
+        self, steps: np.ndarray, sums: np.ndarray, documents: np.ndarray
+    ) -> dict[str, Any]:
+        kept = sums[:, :, : self._kept]
+        there = kept[..., 0] > 0
+        step, row, document = (x.astype(np.int32) for x in there.nonzero())
+        count = documents[step, row].astype(np.int32)
+        where = {STEP: steps[step], ROW: row, DOCUMENT: document, DOCUMENTS: count}
+        return where | self._means(kept[there])
+
+    def _means(self, sums: np.ndarray) -> dict[str, Any]:
+        """Return what sums say of each sequence or document, [n, columns]."""
+        width = 2 + len(self._signals)
+        count, total = sums[:, 0], sums[:, 1:width]
+        means = (total / np.maximum(count, 1)[:, None]).T.astype(np.float32)
         return {
-            STEP: np.repeat(steps, len(rows)),
-            ROW: np.tile(rows, len(steps)),
-            DOMAIN: self._named(sums[..., width:].argmax(-1) if self._domains else count),
-            VALID: count.astype(np.int32).ravel(),
-            **dict(zip((WEIGHT, *self._signals), means.T.astype(np.float32), strict=True)),
+            DOMAIN: self._named(sums[:, width:].argmax(-1) if self._domains else count),
+            VALID: count.astype(np.int32),
+            **dict(zip((WEIGHT, *self._signals), means, strict=True)),
         }
 
     def _of_tokens(self, steps: np.ndarray, tokens: np.ndarray) -> dict[str, Any]:
@@ -333,7 +414,7 @@ def write_part(path: Path, columns: Mapping[str, Any], about: Mapping[str, Any])
     kept = {name: _rounded(x) if name in floats else x for name, x in columns.items()}
     part = path.with_name(f"{path.name}.part")
     ascending = dict.fromkeys({STEP, ROW} & columns.keys(), "DELTA_BINARY_PACKED")
-    dictionaries = [name for name in (DOMAIN, VALID) if name in columns]
+    dictionaries = [name for name in (DOMAIN, VALID, DOCUMENT, DOCUMENTS) if name in columns]
     with pq.ParquetWriter(
         part,
         pa.table(kept).schema,

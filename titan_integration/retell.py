@@ -1,4 +1,4 @@
-"""How the sequences of a record began: the run's data, read again.
+"""How the sequences and documents of a record began: the run's data, read again.
 
 `weighting replay --text` ends up here.  A record holds no text, and need not: the stream of rows is
 the same for any number of ranks, and row `r` of step `s` is row `(s - 1) n + r` of it, if a step
@@ -27,6 +27,7 @@ from titan_integration.metrics import ABOUT, FOLDER
 from titan_integration.packing import Cut, PackedRows
 from weighting.cli.common import give_up
 from weighting.cli.replay import report
+from weighting.levels import documents
 from weighting.replay import read_record
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("specs", nargs="*")
     args = parser.parse_args(arguments)
 
-    def found(wanted: Sequence[tuple[int, int]]) -> dict[tuple[int, int], str]:
+    def found(wanted: Sequence[tuple[int, int]]) -> dict[tuple[int, int], list[str]]:
         try:
             return texts(args.run, wanted, plugins=args.allow_plugins)
         except ValueError as error:
@@ -57,8 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def texts(
     run: Path, wanted: Sequence[tuple[int, int]], *, plugins: bool = False
-) -> dict[tuple[int, int], str]:
-    """Return the texts of sequences of a run, a line break where a document ends.
+) -> dict[tuple[int, int], list[str]]:
+    """Return the texts of the documents of sequences of a run, which may begin or end in one.
 
     Args:
         run: Its dump folder.
@@ -80,13 +81,13 @@ def texts(
     tokenizer = _tokenizer(run, told.assets)
     proportions = _proportions(run, told, about, plugins=plugins)
     _check_same(run, told, _made_from(told, tokenizer, size))
-    documents = load_documents(told.loader)
+    loaded = load_documents(told.loader)
     encode = partial(tokenizer.encode, add_bos=True, add_eos=True)
     places = {divmod((step - 1) * rows + row, size): (step, row) for step, row in wanted}
-    found: dict[tuple[int, int], str] = {}
+    found: dict[tuple[int, int], list[str]] = {}
     for rank in sorted({rank for _, rank in places}):
         packed = PackedRows(
-            documents,
+            loaded,
             encode,
             Cut(told.seq_len, 1, rank, size),
             rows=told.loader.rows,
@@ -98,16 +99,15 @@ def texts(
         last = max(batch for batch, other in places if other == rank)
         for batch, (inputs, _, _) in enumerate(islice(packed, last + 1)):
             if (batch, rank) in places:
-                found[places[batch, rank]] = _text(inputs, tokenizer)
+                found[places[batch, rank]] = _texts(inputs, tokenizer)
     return found
 
 
-def _text(inputs: dict[str, Tensor], tokenizer: HuggingFaceTokenizer) -> str:
-    """Return the text of a row, a line break between documents."""
-    (ids,), (positions,) = inputs["input"], inputs["positions"]
-    documents = ids.tensor_split((positions == 0).nonzero().flatten())
-    parts = [tokenizer.decode(part.tolist(), skip_special_tokens=True) for part in documents]
-    return "\n".join(filter(None, parts))
+def _texts(inputs: dict[str, Tensor], tokenizer: HuggingFaceTokenizer) -> list[str]:
+    """Return the texts of the documents of a row."""
+    (ids,), (of,) = inputs["input"], documents(inputs["positions"])
+    parts = ids.split(of.bincount().tolist())
+    return [tokenizer.decode(part.tolist(), skip_special_tokens=True) for part in parts]
 
 
 _LEAVE = "or leave out --text"

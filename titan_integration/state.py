@@ -138,6 +138,12 @@ class RunState(Stateful):
         self._shares = torch.zeros(2, device=device)
         self._nonfinite = torch.zeros((), device=device)
 
+    @property
+    def reads_documents(self) -> bool:
+        """Whether the weighting or the recorder asks which document each token is in."""
+        noted = self.recorder is not None and self.recorder.asked.documents > 0
+        return noted or "segment_ids" in self.fn.needs
+
     def compile(self, backend: str) -> None:
         """Run the weighting as one compiled graph from now on."""
         self._weigh = torch.compile(self.fn, fullgraph=True, dynamic=False, backend=backend)
@@ -164,8 +170,8 @@ class RunState(Stateful):
             ValueError: One that it reads is missing.
         """
         part = self._current if labels is None else Part()
-        known = {"domain_ids"} & given.keys() if self.fn.domains else set[str]()  # to report by
-        for name in sorted({*self._given} | known):
+        reported = {"segment_ids", "domain_ids"} if self.fn.domains else {"segment_ids"}
+        for name in sorted({*self._given} | (reported & given.keys())):
             if name not in given:
                 raise ValueError(_missing(name))
             part.given[name] = _copied(given[name].to(self.step.device), part.given.get(name))

@@ -98,8 +98,9 @@ class WeightingConfig:
     record: str = ""
     """What to write down of single sequences, below the dump folder in weighting/record.
     `every=10`: of each sequence of every tenth step its domain, valid tokens, and the means of its
-    losses, of the other signals that the spec reads, and of its weights. `every=10,tokens=64`: of
-    64 tokens drawn from each of these steps as well. `weighting replay` reads it."""
+    losses, of the other signals that the spec reads, and of its weights. `every=10,documents=8`:
+    of the first 8 documents of each sequence as well. `every=10,tokens=64`: of 64 tokens drawn
+    from each of these steps as well. `weighting replay` reads it."""
 
     agree_every: int = 0
     """Check every so many steps that all ranks weigh as one, and end the run if they do not: the
@@ -272,7 +273,7 @@ class WeightedTrainer(Trainer):
         """Keep what is for the loss, which the host would hand to the model, and add to it."""
         inputs = {key: x for key, x in input_dict.items() if not _is_signal(key)}
         given = {key: x for key, x in input_dict.items() if _is_signal(key)}
-        if "segment_ids" in self.state.fn.needs:
+        if self.state.reads_documents:
             positions = inputs.get("positions")
             given["segment_ids"] = (
                 torch.zeros_like(labels) if positions is None else documents(positions)

@@ -1,9 +1,9 @@
-"""What specs would have done to the sequences that a run recorded.
+"""What specs would have done to the sequences, or documents, that a run recorded.
 
-A record has the mean of each signal over the tokens of a sequence, so a spec can be replayed as far
-as it asks for no more than that.  Sequences then weigh as if each were one token; what tokens count
-for in the run, in scaling to mean one and in `reduction`, is put right by their number.  Only the
-mean over a domain is that of its sequences, alike however long they are.
+A record has the mean of each signal over the tokens of a unit, a sequence or a document, so a spec
+can be replayed as far as it asks for no more than that.  Units then weigh as if each were one
+token; what tokens count for in the run, in scaling to mean one and in `reduction`, is put right by
+their number.  Only the mean over a domain is that of its units, alike however long they are.
 """
 
 from __future__ import annotations
@@ -41,17 +41,23 @@ if TYPE_CHECKING:
 
     from weighting.build import Step as PlannedStage
     from weighting.build import Weighting
+    from weighting.contract import Level
     from weighting.spec import Spec
 
 FOLDER = "weighting/record"
 """Where a run's record is, below its dump folder."""
-SEQUENCES, TOKENS = "sequences", "tokens"
+SEQUENCES, DOCUMENTS, TOKENS = "sequences", "documents", "tokens"
 """What the names of its files begin with."""
 STEP, ROW, DOMAIN, VALID, WEIGHT = "step", "row", "domain", "tokens", "mean_weight"
 """Columns that every file has; all others are signals.
 
 `row` is the sequence's place in the step's batch, `domain` that of most of its tokens, `tokens`
 how many labels count.
+"""
+DOCUMENT = "document"
+"""Column of the files of documents: its place in its sequence, from 0.
+
+A column named as the files says how many its sequence has, recorded or not.
 """
 ABOUT = "weighting.record"
 """Key in a file's metadata of what is said of the run, as JSON."""
@@ -71,11 +77,13 @@ _MEANS = (
 
 @dataclass(frozen=True)
 class Step:
-    """The sequences of one step, in the order of the data.
+    """The sequences, or documents, of one step, in the order of the data.
 
     Attributes:
         step: The optimizer step.
-        row: Each sequence's place in the step's batch, [n].
+        row: Place in the step's batch of each, or of its sequence, [n].
+        document: Its place in its sequence, [n]; 0 for sequences.
+        documents: How many its sequence has, [n]; 1 for sequences.
         domain: Index of the domain of most of its tokens, [n].
         tokens: Its valid tokens, float, [n].
         weight: Mean weight of these, [n].
@@ -85,6 +93,8 @@ class Step:
 
     step: int
     row: Tensor
+    document: Tensor
+    documents: Tensor
     domain: Tensor
     tokens: Tensor
     weight: Tensor
@@ -92,7 +102,7 @@ class Step:
     about: dict[str, Any]
 
     def batches(self, scope: str) -> Iterator[Tensor]:
-        """Yield the places of the sequences that a scope weighs together."""
+        """Yield the places of the units that a scope weighs together."""
         if scope == "step":
             yield torch.arange(len(self.row))
             return
@@ -113,11 +123,13 @@ class Record:
             its `domains`.
         domains: Names of the domains, in the order of their indices.
         steps: Its recorded steps, ascending.
+        level: What a unit is, "sequence" or "document".
     """
 
     about: dict[str, Any]
     domains: tuple[str, ...]
     steps: tuple[Step, ...]
+    level: Level = "sequence"
 
     @property
     def signals(self) -> frozenset[str]:
@@ -128,15 +140,16 @@ class Record:
         return frozenset.intersection(*map(frozenset, found))
 
     def flat(self, name: str) -> Tensor:
-        """Return an attribute of all steps' sequences, one after the other."""
+        """Return an attribute of all steps' units, one after the other."""
         return torch.cat([getattr(step, name) for step in self.steps])
 
 
-def read_record(run: Path) -> Record:
+def read_record(run: Path, level: Level = "sequence") -> Record:
     """Return what a run recorded; of a step that was trained twice, the later record.
 
     Args:
         run: Its dump folder.
+        level: What of, "sequence" or "document"; without recorded documents there are no steps.
 
     Raises:
         ValueError: There is no record, or a file of it cannot be read.
@@ -152,8 +165,33 @@ def read_record(run: Path) -> Record:
     about = parts[-1].about
     named = (name for part in [parts[-1], *parts] for name in part.about["domains"])
     domains = tuple(dict.fromkeys(named))
-    found = {step.step: step for part in parts for step in _steps(part, domains)}
-    return Record(about, domains, tuple(found[at] for at in sorted(found)))
+    found: dict[int, Step | None] = {}
+    for file, part in zip(files, parts, strict=True):
+        own: _Part | None = part
+        if level == "document":
+            # Those count that were written beside the step's sequences.
+            found |= dict.fromkeys(part.columns[STEP].tolist())
+            beside = file.with_name(file.name.replace(SEQUENCES, DOCUMENTS))
+            own = _read(beside, DOCUMENT, DOCUMENTS) if beside.exists() else None
+        if own is not None:
+            found |= {step.step: step for step in _steps(own, domains)}
+    there = (found[at] for at in sorted(found))
+    return Record(about, domains, tuple(step for step in there if step), level)
+
+
+def unit_of(fn: Weighting) -> Level:
+    """Return of what a record must be for a spec, "document" if a factor weighs per document."""
+    levels = {steps[-1].level for name, steps in fn.plans.items() if fn.applied[name] != "sampling"}
+    return "document" if "document" in levels else "sequence"
+
+
+def left_out(record: Record) -> tuple[int, int]:
+    """Return how many documents were not recorded, and of how many."""
+    there = 0
+    for step in record.steps:
+        begins = step.row.diff(prepend=torch.tensor([-1])) != 0
+        there += int(step.documents[begins].sum())
+    return there - sum(len(step.row) for step in record.steps), there
 
 
 def obstacle(fn: Weighting, record: Record) -> str | None:
@@ -170,7 +208,7 @@ def obstacle(fn: Weighting, record: Record) -> str | None:
         news = [step.stage.hears for step in steps if step.stage.hears]
         if news:
             return f"{who} waits for {news[0]}, and only batches were recorded"
-        if reason := _too_fine(steps):
+        if reason := _too_fine(steps, record.level):
             return f"{who} {reason}"
     needed = {name for name in fn.needs if not name.endswith("_ids")}
     lacking = sorted(name.removeprefix("columns.") for name in needed - record.signals)
@@ -183,14 +221,14 @@ def obstacle(fn: Weighting, record: Record) -> str | None:
 
 
 class Replayed(NamedTuple):
-    """What a spec made of a record: weights of all sequences, and the share of units at a cap."""
+    """What a spec made of a record: weights of all its units, and the share of units at a cap."""
 
     weight: Tensor
     capped: float | None
 
 
 def replay(spec: Spec, record: Record) -> Replayed:
-    """Return the weight that a spec gives to each recorded sequence, step by step.
+    """Return the weight that a spec gives to each recorded unit, step by step.
 
     What it remembers moves with the recorded steps alone.
 
@@ -216,8 +254,7 @@ def replay(spec: Spec, record: Record) -> Replayed:
             signals["valid"], signals["domain_ids"] = step.tokens[chosen] > 0, step.domain[chosen]
             signals["segment_ids"] = torch.zeros_like(chosen)
             out = fn(signals_of({name: x[:, None] for name, x in signals.items()}), step.step)
-            own = out.token[:, 0]
-            weight[chosen] = own * _scale(spec, own, step.tokens[chosen], step.domain[chosen])
+            weight[chosen] = _scaled(spec, out.token[:, 0], step, chosen)
             moments += out.moments
         found.append(weight)
     count, at_cap = (moments[capping, MOMENTS.index(name)] for name in ("count", "capped"))
@@ -232,7 +269,7 @@ class Summary(NamedTuple):
         ess: Effective sample size over n, (sum w)^2 / (n * sum w^2), the mean over steps.
         largest: The largest weight.
         top: Share of each step's tenth of highest weight that the recorded weights put there too.
-        shares: Of each domain, the part of all weight, that of a sequence counted for its tokens.
+        shares: Of each domain, the part of all weight, that of a unit counted for its tokens.
     """
 
     ess: float
@@ -242,7 +279,7 @@ class Summary(NamedTuple):
 
 
 def summary(record: Record, weight: Tensor) -> Summary:
-    """Return what weights of all recorded sequences, [n], come to."""
+    """Return what weights of all recorded units, [n], come to."""
     ess: list[Tensor] = []
     top: list[Tensor] = []
     by_step = weight.split([len(step.row) for step in record.steps])
@@ -260,40 +297,47 @@ def summary(record: Record, weight: Tensor) -> Summary:
     return Summary(next(means), weight.max().item(), next(means), shares.tolist())
 
 
-def _too_fine(steps: Sequence[PlannedStage]) -> str | None:
-    """Return what a factor asks of tokens beyond the mean over each sequence, or None."""
+def _too_fine(steps: Sequence[PlannedStage], unit: Level) -> str | None:
+    """Return what a factor asks of tokens beyond the mean over each unit, or None."""
     source, *rest = [step.stage for step in steps]
     assert isinstance(source, Source)
     level = steps[-1].level
     if source.reads() <= {"domain_ids"} and level == "token" and not any(x.inside() for x in rest):
         return None
-    if level in {"token", "document"}:
-        return f"weighs per {level}, and sequences were recorded"
+    if level == "document" and unit == "sequence":
+        fix = "record documents too: --weighting.record every=10,documents=8"
+        return f"weighs per document, and sequences were recorded; {fix}"
+    if level == "sequence" and unit == "document":
+        return "weighs per sequence and another factor per document, and a replay is of one"
+    if level == "token":
+        return f"weighs per token, and {unit}s were recorded"
     pool = next(i for i, stage in enumerate(rest) if isinstance(stage, Pool))
     if not isinstance(rest[pool], Mean):
         return f"takes the {rest[pool].name} over tokens, and their mean was recorded"
     if pool or not isinstance(source, _MEANS):
         shaped = rest[0].name if pool else source.name
-        return f"takes {shaped} of each token, and the means over sequences were recorded"
+        return f"takes {shaped} of each token, and the means over {unit}s were recorded"
     return None
 
 
-def _scale(spec: Spec, weight: Tensor, tokens: Tensor, domain: Tensor) -> Tensor:
-    """Return what weights of sequences of one token become where they have more, [n]."""
+def _scaled(spec: Spec, weight: Tensor, step: Step, chosen: Tensor) -> Tensor:
+    """Return what weights of units of one token become where they have more, [n]."""
+    tokens, domain = step.tokens[chosen], step.domain[chosen]
     all_tokens, there = tokens.sum(), (tokens > 0).float()
-    scale = torch.ones_like(weight)
     if spec.reduction == "sequence_mean":
-        scale = all_tokens / there.sum() / tokens.clamp(min=1)
+        of = step.row[chosen].unique(return_inverse=True)[1]
+        counted = weight.new_zeros(len(of)).index_add(0, of, tokens)
+        weight = weight * all_tokens / (counted > 0).sum() / counted[of].clamp(min=1)
     elif spec.reduction == "domain_mean":
         number = int(domain.max()) + 1
-        sequences, counted = (
+        units, counted = (
             weight.new_zeros(number).index_add(0, domain, x)[domain] for x in (there, tokens)
         )
-        scale = all_tokens / there.sum() * sequences / counted.clamp(min=1)
+        weight = weight * all_tokens / there.sum() * units / counted.clamp(min=1)
     if spec.normalize == "mean_one" and spec.scope != "running":
-        total = (scale * weight * tokens).sum()
-        scale = scale * all_tokens / total if total > 0 else scale
-    return scale
+        total = (weight * tokens).sum()
+        weight = weight * all_tokens / total if total > 0 else weight
+    return weight
 
 
 def _tenth(x: Tensor) -> int:
@@ -319,7 +363,8 @@ class _Part(NamedTuple):
     about: dict[str, Any]
 
 
-def _read(file: Path) -> _Part:
+def _read(file: Path, *further: str) -> _Part:
+    """Return a file that has some further columns of whole numbers."""
     try:
         import pyarrow as pa  # noqa: PLC0415 - the core does without it
         import pyarrow.parquet as pq  # noqa: PLC0415
@@ -332,7 +377,7 @@ def _read(file: Path) -> _Part:
             table = parquet.read()
     except (pa.ArrowException, OSError, ValueError, RecursionError) as error:
         raise _damaged(file, str(error).partition("\n")[0].partition(". ")[0]) from error
-    if wrong := _wrong_about(about) or _wrong_columns(table, about["domains"]):
+    if wrong := _wrong_about(about) or _wrong_columns(table, about["domains"], further):
         raise _damaged(file, wrong)
     domain = table[DOMAIN].combine_chunks().dictionary_encode()
     columns = {name: table[name] for name in table.column_names if name != DOMAIN}
@@ -358,11 +403,12 @@ def _wrong_about(about: object) -> str | None:
     return None if sound else "what it says of its run is not complete"
 
 
-def _wrong_columns(table: pa.Table, domains: list[str]) -> str | None:
+def _wrong_columns(table: pa.Table, domains: list[str], further: Sequence[str]) -> str | None:
     """Return what is wrong with a file's columns, or None."""
     import pyarrow as pa  # noqa: PLC0415 - the core does without it
 
-    columns = (STEP, ROW, DOMAIN, VALID, WEIGHT)
+    counts = {STEP, ROW, VALID, *further}
+    columns = (*sorted(counts), DOMAIN, WEIGHT)
     if lacking := [name for name in columns if name not in table.column_names]:
         return f"no column {lacking[0]}"
     if not table.num_rows:
@@ -370,7 +416,7 @@ def _wrong_columns(table: pa.Table, domains: list[str]) -> str | None:
     for name in table.column_names:
         if name == DOMAIN:
             continue
-        kind, whole = table.schema.field(name).type, name in {STEP, ROW, VALID}
+        kind, whole = table.schema.field(name).type, name in counts
         if not pa.types.is_integer(kind) and (whole or not pa.types.is_floating(kind)):
             return f"column {name} has no {'whole ' * whole}numbers"
         if table[name].null_count:
@@ -393,6 +439,8 @@ def _steps(part: _Part, domains: tuple[str, ...]) -> Iterator[Step]:
     for i, step in enumerate(steps.tolist()):
         own = {name: pieces[i] for name, pieces in cut.items()}
         row, domain = own.pop(ROW).long(), own.pop(DOMAIN).long()
+        document = own.pop(DOCUMENT, torch.zeros_like(row)).long()
+        documents = own.pop(DOCUMENTS, torch.ones_like(row)).long()
         tokens, weight = own.pop(VALID).float(), own.pop(WEIGHT).float()
         signals = {name: x.float() for name, x in own.items()}
-        yield Step(step, row, domain, tokens, weight, signals, part.about)
+        yield Step(step, row, document, documents, domain, tokens, weight, signals, part.about)

@@ -9,11 +9,22 @@ import pytest
 import torch
 from runs import drive, environment, seed_checkpoint
 from test_resume import kill_at_step_10
+from test_retell import write_data
 
 import weighting as wt
 from titan_integration.record import POSITION, ROOM, Layout, Recorder, asked
 from weighting.files import read_lines
-from weighting.replay import DOMAIN, FOLDER, ROW, STEP, TOKENS, WEIGHT, read_record, replay
+from weighting.replay import (
+    DOMAIN,
+    FOLDER,
+    ROW,
+    STEP,
+    TOKENS,
+    WEIGHT,
+    left_out,
+    read_record,
+    replay,
+)
 
 DOMAINS = ("code", "docs")
 CPU = torch.device("cpu")
@@ -23,16 +34,17 @@ CPU = torch.device("cpu")
 
 
 def test_words_say_what_to_record():
-    """Steps are needed, tokens may be left out, in any order."""
-    assert asked("every=10") == (10, 0)
-    assert asked("tokens=64, every=1") == (1, 64)
+    """Steps are needed, tokens and documents may be left out, in any order."""
+    assert asked("every=10") == (10, 0, 0)
+    assert asked("tokens=64, every=1,documents=8") == (1, 64, 8)
 
 
 @pytest.mark.parametrize(
     ("text", "wrong"),
     [
         ("evry=10", "unknown word 'evry'; did you mean 'every'?; write every=10, or "),
-        ("every=10,documents", "unknown word 'documents'; known: every, tokens; write "),
+        ("every=10,rows", "unknown word 'rows'; known: documents, every, tokens; write "),
+        ("every=10,documents", "documents= is no whole number from 1 on; write every=10, or "),
         ("every=0", "every=0 is no whole number from 1 on; write every=10, or "),
         ("every=ten", "every=ten is no whole number from 1 on; write every=10, or "),
         ("every=5,tokens=-1", "tokens=-1 is no whole number from 1 on; write every=10, or "),
@@ -82,7 +94,10 @@ def call_of(seed, rows=3, length=8):
     valid[:, 0] = True
     ids = torch.where(valid, torch.randint(2, valid.shape, generator=of), 99)  # ignored: anything
     loss, token = torch.where(valid, loss, torch.nan), torch.where(valid, token, 0)
-    return {"loss": loss, "entropy": entropy, "valid": valid, "domain_ids": ids}, token
+    document = (torch.rand(rows, length, generator=of) < 0.4).cumsum(1)
+    document -= document[:, :1].clone()
+    given = {"domain_ids": ids, "segment_ids": torch.where(valid, document, 99)}
+    return {"loss": loss, "entropy": entropy, "valid": valid, **given}, token
 
 
 def take(noting, step, calls):
@@ -119,6 +134,74 @@ def test_a_sequence_is_the_mean_over_its_valid_tokens(tmp_path):
                     assert recorded[row] == pytest.approx(x[row % 3][valid].mean(), rel=2**-16)
             ids = signals["domain_ids"][row % 3][valid]
             assert (ids == found.domain[row]).sum() >= (ids != found.domain[row]).sum()
+
+
+def test_a_document_is_the_mean_over_its_valid_tokens(tmp_path):
+    """So many of each sequence are kept, each with its place; how many there are is said."""
+    noting = recorder(tmp_path, "every=1,documents=2", "linupper-x-mile", calls=2)
+    data = {step: [call_of(10 * step + call) for call in (1, 2)] for step in (1, 2, 3, 4)}
+    for step, calls in data.items():
+        take(noting, step, calls)
+    noting.flush()
+    record = read_record(tmp_path, "document")
+    expected, there, longest = {}, 0, 0
+    for step, calls in data.items():
+        for row in range(6):
+            signals, token = calls[row // 3]
+            valid, document = (signals[name][row % 3] for name in ("valid", "segment_ids"))
+            number = int(document[valid].max()) + 1
+            there, longest = there + number, max(longest, number)
+            for one in range(2):
+                own = valid & (document == one)
+                if own.any():
+                    of = (signals["loss"], signals["entropy"], token)
+                    means = [x[row % 3][own].mean().item() for x in of]
+                    ids = signals["domain_ids"][row % 3][own]
+                    expected[step, row, one] = (number, own.sum().item(), *means), ids
+    assert longest > 2, "some are left out"
+    found = {}
+    for step in record.steps:
+        for i, (row, one) in enumerate(zip(step.row.tolist(), step.document.tolist(), strict=True)):
+            means = (*(step.signals[name][i] for name in ("loss", "entropy")), step.weight[i])
+            found[step.step, row, one] = (
+                step.documents[i].item(),
+                step.tokens[i].item(),
+                *(x.item() for x in means),
+            )
+            ids = expected[step.step, row, one][1]
+            assert (ids == step.domain[i]).sum() >= (ids != step.domain[i]).sum()
+    assert [*found] == [*expected], "in the order of the data"
+    for place, numbers in found.items():
+        # Recorded with 16 significant bits.
+        assert numbers == pytest.approx(expected[place][0], rel=2**-16)
+    assert left_out(record) == (there - len(expected), there)
+
+
+def test_with_and_without_documents_sequences_are_the_same(tmp_path):
+    """They are put together from their documents, those left out among them."""
+    for text in ("every=1", "every=1,documents=2"):
+        noting = recorder(tmp_path / text, text)
+        take(noting, 1, [call_of(1)])
+        noting.flush()
+    (a,), (b,) = (read_record(folder).steps for folder in sorted(tmp_path.iterdir()))
+    for name in ("row", "domain", "tokens"):
+        assert torch.equal(getattr(a, name), getattr(b, name))
+    # Other orders of sums, and 16 significant bits.
+    torch.testing.assert_close(a.signals["loss"], b.signals["loss"], rtol=2**-15, atol=0)
+    torch.testing.assert_close(a.weight, b.weight, rtol=2**-15, atol=0)
+
+
+def test_documents_count_beside_the_sequences_of_their_step(tmp_path):
+    """What was trained again without them has none; nor do those count whose file stands alone."""
+    for text, steps in (("every=1,documents=2", (1, 2, 3)), ("every=1", (3, 4))):
+        noting = recorder(tmp_path, text)
+        for step in steps:
+            take(noting, step, [call_of(step)])
+        noting.flush()
+    alone = tmp_path / FOLDER / "documents-000003.parquet"
+    alone.write_bytes(b"of a run that was killed before it wrote the sequences")
+    assert [step.step for step in read_record(tmp_path, "document").steps] == [1, 2]
+    assert [step.step for step in read_record(tmp_path).steps] == [1, 2, 3, 4]
 
 
 def test_sampled_tokens_are_those_of_the_batch(tmp_path):
@@ -170,7 +253,7 @@ def test_without_token_losses_the_loss_is_nan_and_the_weight_one(tmp_path):
 
 def test_a_captured_step_records_like_any_other(tmp_path):
     """Whether and where a call is noted is a matter of tensors: one graph serves all steps."""
-    noting = recorder(tmp_path, "every=2,tokens=8")
+    noting = recorder(tmp_path, "every=2,tokens=8,documents=2")
     # fullgraph refuses whatever would wait for the device.
     add = torch.compile(noting.add, fullgraph=True, backend="eager")
     number, data = None, {step: call_of(step) for step in range(1, 7)}
@@ -218,14 +301,13 @@ def test_files_are_whole_and_old_ones_stay(tmp_path):
     assert (folder.with_name("record.1") / first.name).read_bytes() == content
 
 
-def test_a_disk_that_is_full_ends_no_training(tmp_path, caplog):
-    """It is a warning that says which steps are missing."""
+def test_what_cannot_be_written_ends_the_run(tmp_path):
+    """The message says which steps and where; a run that goes on notes them again."""
     noting = recorder(tmp_path, "every=1")
     take(noting, 3, [call_of(1)])
     (tmp_path / "weighting").write_text("no folder can be here")
-    noting.flush()
-    (message,) = (text for text in caplog.messages if "not recorded" in text)
-    assert "steps 3 to 3 are not recorded: " in message
+    with pytest.raises(ValueError, match=r"cannot write \S*/weighting/record, steps 3 to 3: "):
+        noting.flush()
 
 
 def test_twenty_thousand_steps_of_128_sequences_take_less_than_20_megabytes(tmp_path):
@@ -245,7 +327,7 @@ def test_twenty_thousand_steps_of_128_sequences_take_less_than_20_megabytes(tmp_
         domain = torch.randint(10, shape[:2], generator=of)
         sums = torch.cat([torch.ones(shape), weight, loss, entropy], dim=2)
         counts = torch.nn.functional.one_hot(domain, 10)
-        noting._rows[: len(steps)] = 2048 * torch.cat([sums, counts], dim=2)
+        noting._rows[: len(steps), :, 0] = 2048 * torch.cat([sums, counts], dim=2)
         noting._steps = steps
         noting.flush()
     files = [*(tmp_path / FOLDER).iterdir()]
@@ -282,12 +364,15 @@ LAYOUTS = {
 def runs(tmp_path_factory):
     """Return a function that trains from one seed checkpoint, and the run on one rank."""
     folder = tmp_path_factory.mktemp("record")
+    data = write_data(folder / "data.jsonl")  # of many documents in a row
     seed = seed_checkpoint(folder / "seed") / "step-0"
     spec = folder / "spec.yaml"
     spec.write_text(STEPWISE)
 
     def train(name, ranks, *flags):
-        common = [f"--weighting.spec={spec}", "--weighting.record=every=2,tokens=16", LENGTH]
+        record = "every=2,tokens=16,documents=3"
+        common = [f"--weighting.spec={spec}", f"--weighting.record={record}", LENGTH]
+        common += [f"--dataloader.dataset_path={data}"]
         common += ["--checkpoint.enable", f"--checkpoint.initial_load_path={seed}"]
         common += ["--training.steps=4", "--training.global_batch_size=8", *flags]
         drive(folder / name, ranks, "titan_integration", "llama3_debugmodel", *common)
@@ -299,16 +384,18 @@ def runs(tmp_path_factory):
 @pytest.mark.processes
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_layout_records_the_same(name, runs):
-    """Same rows, domains, losses, entropies and weights, and the same sampled tokens."""
+    """Same rows, documents, domains, losses, entropies and weights, and the same tokens."""
     train, one = runs
     other = train(name.partition(",")[0].replace(" ", ""), 2, *LAYOUTS[name])
-    ours, theirs = read_record(one), read_record(other)
+    both = [[read_record(run, of) for of in ("sequence", "document")] for run in (one, other)]
+    (ours, our_documents), (theirs, their_documents) = both
     assert [step.step for step in theirs.steps] == [step.step for step in ours.steps] == [2, 4]
     assert theirs.domains == ours.domains
-    for a, b in zip(ours.steps, theirs.steps, strict=True):
-        assert torch.equal(a.row, b.row)
-        assert torch.equal(a.domain, b.domain)
-        assert torch.equal(a.tokens, b.tokens)
+    assert left_out(our_documents)[0] > 0
+    pairs = zip(our_documents.steps, their_documents.steps, strict=True)
+    for a, b in [*zip(ours.steps, theirs.steps, strict=True), *pairs]:
+        for x in ("row", "document", "documents", "domain", "tokens"):
+            assert torch.equal(getattr(a, x), getattr(b, x)), x
         assert a.signals.keys() == b.signals.keys() == {"loss", "entropy"}
         # Other orders of sums; weights magnify them, as losses are normalised.
         for x, y in [(a.signals[name], b.signals[name]) for name in a.signals]:
@@ -317,7 +404,7 @@ def test_every_layout_records_the_same(name, runs):
     sampled = []
     for run in (one, other):
         # One rank writes, once: of several files with a step none is the whole of it.
-        assert len([*(run / FOLDER).iterdir()]) == 2
+        assert len([*(run / FOLDER).iterdir()]) == 3
         (file,) = (run / FOLDER).glob(f"{TOKENS}-*.parquet")
         sampled.append(pq.read_table(file).to_pydict())
     a, b = sampled
@@ -332,7 +419,7 @@ def test_a_killed_run_completes_its_record(tmp_path):
     """What was written before a kill -9 stays, the rest is recorded again, as the metrics say."""
     size = ["--training.local_batch_size=8", "--training.steps=20", "--debug.seed=1"]
     keep = ["--checkpoint.enable", "--checkpoint.interval=10"]
-    flags = ["--weighting.spec=linupper", "--weighting.record=every=1", *size, *keep]
+    flags = ["--weighting.spec=linupper", "--weighting.record=every=1,documents=2", *size, *keep]
     kill_at_step_10(tmp_path, *flags)
     run = tmp_path / "dump"
     written = {file: file.read_bytes() for file in (run / FOLDER).iterdir()}
@@ -344,6 +431,10 @@ def test_a_killed_run_completes_its_record(tmp_path):
         assert file.read_bytes() == content
     record = read_record(run)
     assert [step.step for step in record.steps] == [*range(1, 21)]
+    documents = read_record(run, "document")
+    assert [step.step for step in documents.steps] == [*range(1, 21)]
+    places = [(step.row, step.document) for step in documents.steps]
+    assert all(len(torch.stack(at).unique(dim=1).T) == len(at[0]) for at in places), "no doubles"
 
     lines = read_lines(run / "weighting" / "metrics.jsonl")
     by_step = replay(wt.load("linupper"), record).weight.split(8)

@@ -50,7 +50,7 @@ def words(text):
 
 def told_again(run, wanted):
     """Return what is told again, in words."""
-    return {place: words(text) for place, text in texts(run, wanted).items()}
+    return {place: words(" ".join(parts)) for place, parts in texts(run, wanted).items()}
 
 
 def write_data(path, count=300):

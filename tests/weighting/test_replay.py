@@ -1,6 +1,7 @@
 """Replaying specs on what a run recorded: the numbers, what is refused, what is printed."""
 
 import json
+from itertools import pairwise
 
 import click.testing
 import pytest
@@ -10,13 +11,23 @@ import weighting as wt
 from weighting.build import sketch
 from weighting.cli import main
 from weighting.cli.replay import report
-from weighting.replay import ABOUT, FOLDER, obstacle, read_record, replay, summary
+from weighting.replay import (
+    ABOUT,
+    FOLDER,
+    left_out,
+    obstacle,
+    read_record,
+    replay,
+    summary,
+    unit_of,
+)
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
 
 DOMAINS = ("code", "docs", "data")
 N, LENGTH = 24, 16
+PER_DOCUMENT = "mean(document) -> temperature(0.5)"
 PLAIN = "normalize -> linupper(alpha=1) -> temperature(0.4) -> clamp(1.2/n)"
 
 
@@ -27,15 +38,14 @@ def about(spec=PLAIN, *, batch=N, rank=N, ranks=1, domains=DOMAINS):
     return {**named, "every": 1, "ranks": ranks, "rank_rows": rank, "batch_rows": batch}
 
 
-def write(run, steps, said, number=1):
+def write(run, steps, said, number=1, kind="sequences"):
     """Write a file of a record: for each step a dict of columns."""
-    columns = {name: [x for step in steps.values() for x in step[name]] for name in DATA[1]}
+    first = next(iter(steps.values()))
+    columns = {name: [x for step in steps.values() for x in step[name]] for name in first}
     columns["step"] = [step for step, found in steps.items() for _ in found["row"]]
     folder = run / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    with pq.ParquetWriter(
-        folder / f"sequences-{number:06}.parquet", pa.table(columns).schema
-    ) as to:
+    with pq.ParquetWriter(folder / f"{kind}-{number:06}.parquet", pa.table(columns).schema) as to:
         to.write_table(pa.table(columns))
         to.add_key_value_metadata({ABOUT: json.dumps(said)})
     return run
@@ -57,8 +67,23 @@ def step_of(seed, *, ragged=False):
     }
 
 
+def documents_of(step, seed):
+    """Return two or three documents of each sequence of a step, and all that is known of them."""
+    of = torch.Generator().manual_seed(seed)
+    rows = []
+    for row, (tokens, domain) in enumerate(zip(step["tokens"], step["domain"], strict=True)):
+        ends = sorted({*torch.randint(1, tokens, (2,), generator=of).tolist(), tokens})
+        for document, (start, end) in enumerate(pairwise([0, *ends])):
+            known = {"row": row, "document": document, "documents": len(ends), "domain": domain}
+            loss, ref, weight = (torch.rand(3, generator=of) * 4).tolist()
+            known |= {"tokens": end - start, "mean_weight": weight, "loss": loss, "ref_loss": ref}
+            rows.append(known)
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
 DATA = {step: step_of(step) for step in (1, 2, 5)}
 RAGGED = {step: step_of(step, ragged=True) for step in (1, 2, 5)}
+DOCUMENTS = {step: documents_of(found, step) for step, found in RAGGED.items()}
 
 
 @pytest.fixture
@@ -127,6 +152,48 @@ def test_tokens_count_as_they_did_in_the_run(pipeline, reduction, normalize, tmp
         )
         expected = fn(signals, step).token.sum(1) / tokens
         torch.testing.assert_close(weight, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean", "domain_mean"])
+@pytest.mark.parametrize(
+    "pipeline",
+    [
+        "mean(document) -> temperature(0.5) -> clamp(2/n)",
+        "excess_loss -> mean(document) -> normalize -> temperature(0.5)",
+    ],
+)
+def test_documents_weigh_as_in_the_run(pipeline, reduction, tmp_path):
+    """A document's mean weight is that of its tokens, where all of every row were recorded."""
+    spec = wt.loads(f"version: 1\nreduction: {reduction}\npipeline: {pipeline}\n")
+    write(tmp_path, RAGGED, about())
+    write(tmp_path, DOCUMENTS, about(), kind="documents")
+    record = read_record(tmp_path, "document")
+    assert left_out(record)[0] == 0
+    fn, found = wt.build(spec, domains=DOMAINS), replay(spec, record).weight
+    assert unit_of(fn) == "document"
+    assert obstacle(fn, record) is None
+    sizes = [len(step.row) for step in record.steps]
+    for weight, (step, data) in zip(found.split(sizes), DOCUMENTS.items(), strict=True):
+        rows, tokens = torch.tensor(data["row"]), torch.tensor(data["tokens"])
+        signals = {
+            name: torch.zeros(N, LENGTH, dtype=torch.float32 if "loss" in name else torch.long)
+            for name in ("loss", "ref_loss", "domain_ids", "segment_ids")
+        }
+        valid = torch.zeros(N, LENGTH, dtype=torch.bool)
+        places = []
+        for i, row in enumerate(rows):
+            start = int(valid[row].sum())
+            place = row, slice(start, start + int(tokens[i]))
+            places.append(place)
+            valid[place] = True
+            signals["loss"][place], signals["ref_loss"][place] = (
+                data[name][i] for name in ("loss", "ref_loss")
+            )
+            signals["domain_ids"][place] = DOMAINS.index(data["domain"][i])
+            signals["segment_ids"][place] = data["document"][i]
+        out = fn(wt.Signals(valid=valid, **signals), step).token
+        expected = torch.stack([out[place].mean() for place in places])
+        torch.testing.assert_close(weight, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -226,7 +293,10 @@ def test_domains_of_all_files_have_one_index(tmp_path):
     [
         ("mile", "it weighs per token, and sequences were recorded"),
         ("linupper-x-mile", "token weighs per token, and sequences were recorded"),
-        ("mean(document) -> temperature(1)", "it weighs per document, and sequences were"),
+        (
+            PER_DOCUMENT,
+            "it weighs per document, and sequences were recorded; record documents too: --weightin",
+        ),
         ("max(sequence) -> temperature(1)", "takes the max over tokens, and their mean was recor"),
         (
             "loss -> pow(2) -> mean(sequence) -> temperature(1)",
@@ -320,6 +390,52 @@ def test_the_sequences_most_moved_are_shown(run):
             assert cells[:4] == [str(step), str(row), domain, f"{loss:.4f}"]
 
 
+BOTH = """
+version: 1
+name: both
+factors:
+  instance: temperature(2)
+  document: mean(document) -> temperature(2)
+"""
+
+
+def test_documents_have_numbers_and_texts_of_their_own(tmp_path, capsys):
+    """Below those of sequences; each that is most moved with its place and how it begins."""
+    write(tmp_path, RAGGED, about())
+    few = {
+        step: {**found, "documents": [9] * len(found["row"])} for step, found in DOCUMENTS.items()
+    }
+    write(tmp_path, few, about(), kind="documents")
+    (tmp_path / "both.yaml").write_text(BOTH)
+    specs = ["prop1", PER_DOCUMENT, str(tmp_path / "both.yaml")]
+
+    def texts(wanted):
+        return {(a, b): [f"{i} of {a} {b}" for i in range(9)] for a, b in wanted}
+
+    report(tmp_path, specs, plugins=False, texts=texts)
+    sequences, documents = capsys.readouterr().out.split("documents: 3 steps from 1 to 5, ")
+    assert max(map(len, documents.splitlines())) <= 80
+    assert "prop1" in sequences
+    assert "prop1" not in documents
+    record = read_record(tmp_path, "document")
+    weight, own = replay(wt.loads(PER_DOCUMENT), record).weight, record.flat("weight")
+    assert f"{summary(record, weight).ess:.4f}" in documents.split("largest weight")[0]
+    at = [torch.stack([step.row, step.document], 1).tolist() for step in record.steps]
+    places = [(s.step, *place) for s, own in zip(record.steps, at, strict=True) for place in own]
+    lines = documents.partition("most raised")[2].splitlines()[2:8]
+    for i, (line, below) in zip(
+        (weight - own).topk(3).indices, zip(lines[::2], lines[1::2], strict=True), strict=True
+    ):
+        step, row, document = places[i]
+        assert line.split()[:3] == [str(step), str(row), str(document)]
+        assert below.strip() == f'"{document} of {step} {row}"'
+    said = " ".join(documents.split())
+    assert "both is not replayed: instance weighs per sequence and another factor per docu" in said
+    count = len(own)
+    there = 9 * sum(len({*found["row"]}) for found in few.values())
+    assert f"{there - count} of {there} were left out" in said
+
+
 def test_a_wrong_spec_or_folder_ends_with_status_2(run, tmp_path):
     """Nothing is printed but the message."""
     for arguments in ([run, "--spec", "linuper.yaml"], [tmp_path / "absent"]):
@@ -362,7 +478,7 @@ def test_the_beginning_of_a_text_fits_a_line_and_moves_no_cursor(run, capsys):
     }
 
     def texts(wanted):
-        return {place: odd[i] for i, place in enumerate(wanted) if i in odd}
+        return {place: [odd[i]] for i, place in enumerate(wanted) if i in odd}
 
     report(run, ["prop1"], plugins=False, texts=texts)
     out = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""`weighting replay`: what other specs would have done to the sequences that a run recorded."""
+"""`weighting replay`: what other specs would have done to what a run recorded of its data."""
 
 from __future__ import annotations
 
@@ -13,7 +13,17 @@ from weighting.build import sketch
 from weighting.cli.common import WIDTH, allow_plugins, give_up, hand_over, specs_named, wrapped
 from weighting.cli.simulate import Named, cut, number, read_named, say
 from weighting.errors import SpecError
-from weighting.replay import Record, Replayed, Summary, obstacle, read_record, replay, summary
+from weighting.replay import (
+    Record,
+    Replayed,
+    Summary,
+    left_out,
+    obstacle,
+    read_record,
+    replay,
+    summary,
+    unit_of,
+)
 from weighting.spec import loads
 
 if TYPE_CHECKING:
@@ -21,8 +31,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    Texts = Callable[[Sequence[tuple[int, int]]], Mapping[tuple[int, int], str]]
-    """The texts of sequences, by step and row."""
+    Begins = Mapping[tuple[int, int], Sequence[str]]
+    Texts = Callable[[Sequence[tuple[int, int]]], Begins]
+    """The texts of the documents of sequences, by step and row."""
 
 _LABEL, _CELL, _LONGEST = 26, 9, 20
 """Columns of the terminal: what a row is, a number, and at most a name."""
@@ -33,15 +44,16 @@ _ELSEWHERE = (
 _ROUNDING = 1e-3
 """A change of a weight that is none."""
 _SHOWN = 3
-"""Sequences that are shown of those most raised, and of those most lowered."""
+"""Units that are shown of those most raised, and of those most lowered."""
 _INDENT = " " * 10
-"""Before how a sequence begins."""
+"""Before how one begins."""
 
 
 class _Column(NamedTuple):
-    """A spec's name, what it made of the record, and what that comes to."""
+    """A spec's name, a record, what it made of that, and what that comes to."""
 
     label: str
+    record: Record
     found: Replayed
     total: Summary
 
@@ -58,18 +70,19 @@ class _Column(NamedTuple):
 )
 @click.argument("more", metavar="[SPEC]...", nargs=-1, shell_complete=specs_named)
 @click.option(
-    "--text", is_flag=True, help="Read the data again and show how these sequences begin."
+    "--text", is_flag=True, help="Read the data again and show how what is listed begins."
 )
 @allow_plugins
 def replay_command(
     run: Path, specs: tuple[str, ...], more: tuple[str, ...], *, text: bool, allow_plugins: bool
 ) -> None:
-    """Print what other specs would have done to the sequences that a run recorded.
+    """Print what other specs would have done to what a run recorded.
 
-    RUN_FOLDER is the --dump_folder of a run with --weighting.record every=10.
-    The first column is what the run itself did.  Losses stay what they were: a
-    run with another spec would soon have had others.  A spec that asks for more
-    than was recorded is left out, which is said; exit 2 if every one is.
+    RUN_FOLDER is the --dump_folder of a run with --weighting.record every=10,
+    or every=10,documents=8 for specs that weigh per document.  The first column
+    is what the run itself did.  Losses stay what they were: a run with another
+    spec would soon have had others.  A spec that asks for more than was
+    recorded is left out, which is said; exit 2 if every one is.
 
     \b
     Examples:
@@ -90,14 +103,17 @@ def report(run: Path, specs: Sequence[str], *, plugins: bool, texts: Texts | Non
         run: The dump folder of a run.
         specs: What to replay.
         plugins: Whether to import the modules that specs name.
-        texts: Finds the texts of sequences; without it they are not shown.
+        texts: Finds the texts of documents; without it they are not shown.
     """
     named = read_named(specs, plugins=plugins)
     try:
         record = read_record(run)
+        per_document = any(unit_of(spec.fn) == "document" for spec in named)
+        documents = read_record(run, "document") if per_document else record
     except ValueError as error:
         give_up(str(error))
-    done = [(spec, _column(spec, record)) for spec in named]
+    records = {"sequence": record, "document": documents if documents.steps else record}
+    done = [(spec, _column(spec, records[unit_of(spec.fn)])) for spec in named]
     refused = [_refusal(spec, found) for spec, found in done if isinstance(found, str)]
     if refused and len(refused) == len(done):
         give_up("\n".join([*refused, _ELSEWHERE]))
@@ -116,15 +132,11 @@ def _report(
     plugins: bool,
     texts: Texts | None,
 ) -> Iterator[str]:
-    """Yield what is printed."""
-    steps, about = [step.step for step in record.steps], record.about
-    sizes = sorted({len(step.row) for step in record.steps})
-    each = f"{sizes[0]} sequences" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]} sequences"
+    """Yield what is printed: the run, what was recorded as other specs have it, and remarks."""
     yield f"{run}"
-    yield f"{len(steps)} steps from {steps[0]} to {steps[-1]}, {each} each,"
-    yield f"recorded under {about['name']} ({about['hash']})"
-    own = Replayed(record.flat("weight"), _own_cap(record, plugins=plugins))
-    columns, remarks = [_Column("recorded", own, summary(record, own.weight))], list[str]()
+    yield f"{_extent(record)},"
+    yield f"recorded under {record.about['name']} ({record.about['hash']})"
+    columns, remarks = list[_Column](), list[str]()
     for spec, found in done:
         if isinstance(found, str):
             remarks.append(_refusal(spec, found))
@@ -134,26 +146,53 @@ def _report(
             remarks.append(f"{found.label} remembers: its state saw the recorded steps alone")
         if spec.fn.sampling:
             remarks.append(f"{found.label} draws data, which is as it was: only weights are shown")
-    for block in _blocks(columns):
+    remarks.append("row is the sequence's place in the step's batch")
+    levels = {column.record.level: column.record for column in columns} or {record.level: record}
+    for level in sorted(levels, reverse=True):
+        if level == "document":
+            yield ""
+            yield f"documents: {_extent(levels[level])}"
+            left, of = left_out(levels[level])
+            remarks.append(
+                "document is its place in its sequence, which it may have begun before or may not "
+                f"end in; {left} of {of} were left out, as documents=N records the first N of a "
+                "sequence"
+            )
+        own = [column for column in columns if column.record.level == level]
+        yield from _replays(levels[level], own, plugins=plugins, texts=texts)
+    told = "read again" if texts else "not recorded; --text reads the data again"
+    remarks.append(f"domain is that of most tokens; the text is {told}")
+    yield ""
+    for remark in remarks:
+        yield from wrapped(remark)
+
+
+def _extent(record: Record) -> str:
+    steps = [step.step for step in record.steps]
+    low, *_, high = sorted(2 * [len(step.row) for step in record.steps])
+    each = f"{low}" if low == high else f"{low} to {high}"
+    return f"{len(steps)} steps from {steps[0]} to {steps[-1]}, {each} {record.level}s each"
+
+
+def _replays(
+    record: Record, specs: list[_Column], *, plugins: bool, texts: Texts | None
+) -> Iterator[str]:
+    """Yield the numbers of what specs make of a record, and what they move most."""
+    own = Replayed(record.flat("weight"), _own_cap(record, plugins=plugins))
+    recorded = _Column("recorded", record, own, summary(record, own.weight))
+    for block in _blocks([recorded, *specs]):
         yield ""
         yield from _numbers(block)
         if record.domains:
             yield ""
             yield from _domains(record, block)
-    moved = [_most_moved(own.weight, column) for column in columns[1:]]
+    moved = [_most_moved(own.weight, column) for column in specs]
+    places = _places(record)
     listed = [i for most in moved for found in most.values() for i in found]
-    begins = texts([*map(_place, _places(record)[listed])]) if texts else {}
-    for column, most in zip(columns[1:], moved, strict=True):
+    begins = texts([(step, row) for step, row, _ in places[listed].tolist()]) if texts else {}
+    for column, most in zip(specs, moved, strict=True):
         yield ""
-        yield from _moved(record, own.weight, column, most, begins)
-    remarks.append(
-        "row is the sequence's place in the step's batch, domain that of most of its tokens; "
-        f"the text is {'read again' if begins else 'not recorded'}"
-        f"{'' if texts else '; --text reads the data again'}"
-    )
-    yield ""
-    for remark in remarks:
-        yield from wrapped(remark)
+        yield from _moved(column, own.weight, places, most, begins)
 
 
 def _column(named: Named, record: Record) -> _Column | str:
@@ -164,7 +203,7 @@ def _column(named: Named, record: Record) -> _Column | str:
         found = replay(named.spec, record)
     except SpecError as error:
         return str(error).partition(";")[0]
-    return _Column(cut(named.label, _LONGEST), found, summary(record, found.weight))
+    return _Column(cut(named.label, _LONGEST), record, found, summary(record, found.weight))
 
 
 def _own_cap(record: Record, *, plugins: bool) -> float | None:
@@ -219,7 +258,7 @@ def _domains(record: Record, block: list[_Column]) -> Iterator[str]:
 
 
 def _most_moved(recorded: Tensor, column: _Column) -> dict[str, list[int]]:
-    """Return the sequences whose weights a spec would have raised, and lowered, most."""
+    """Return the units whose weights a spec would have raised, and lowered, most."""
     change = column.found.weight - recorded
     found: dict[str, list[int]] = {}
     for what, sign in (("raised", 1), ("lowered", -1)):
@@ -229,39 +268,38 @@ def _most_moved(recorded: Tensor, column: _Column) -> dict[str, list[int]]:
 
 
 def _places(record: Record) -> Tensor:
-    """Return step and row of every sequence, [n, 2]."""
+    """Return step, row and document of every unit, [n, 3]."""
     sizes = torch.tensor([len(step.row) for step in record.steps])
     steps = torch.tensor([step.step for step in record.steps]).repeat_interleave(sizes)
-    return torch.stack([steps, record.flat("row")], dim=1)
-
-
-def _place(of: Tensor) -> tuple[int, int]:
-    step, row = of.tolist()
-    return step, row
+    return torch.stack([steps, record.flat("row"), record.flat("document")], dim=1)
 
 
 def _moved(
-    record: Record,
-    recorded: Tensor,
     column: _Column,
+    recorded: Tensor,
+    places: Tensor,
     most: Mapping[str, list[int]],
-    begins: Mapping[tuple[int, int], str],
+    begins: Begins,
 ) -> Iterator[str]:
-    """Yield the sequences that a spec moves most, and below each how it begins, where known."""
+    """Yield the units that a spec moves most, and below each how it begins, where known."""
+    record = column.record
     losses = torch.cat([step.signals["loss"] for step in record.steps])
-    places, domains = _places(record), record.flat("domain")
-    heading = f"{'step':>8} {'row':>7}  {'domain':16} {'loss':>9} {'recorded':>9} {'now':>9}"
+    domains, of_documents = record.flat("domain"), record.level == "document"
+    heading = f"{'step':>8} {'row':>7} {'document' if of_documents else ''} {'domain':16}"
+    heading += f" {'loss':>9} {'recorded':>9} {'now':>9}"
     for what, found in most.items():
         yield f"most {what} by {column.label}" if found else f"none {what} by {column.label}"
         yield from [heading] if found else []
         for i in found:
-            step, row = _place(places[i])
+            step, row, document = places[i].tolist()
             domain = record.domains[domains[i]] if record.domains else "-"
             numbers = (losses[i], recorded[i], column.found.weight[i])
             cells = " ".join(number(x.item()) for x in numbers)
-            yield f"{step:8} {row:7}  {cut(domain, 16):16} {cells}"
-            if (step, row) in begins:
-                yield f'{_INDENT}"{_beginning(begins[step, row])}"'
+            place = f"{document:8}" if of_documents else ""
+            yield f"{step:8} {row:7} {place} {cut(domain, 16):16} {cells}"
+            if texts := begins.get((step, row)):
+                text = texts[document] if of_documents else " ".join(texts)
+                yield f'{_INDENT}"{_beginning(text)}"'
 
 
 def _beginning(text: str) -> str:
