@@ -10,9 +10,11 @@ import argparse
 import logging
 import os
 import re
+import signal
 import sys
 import tempfile
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -116,6 +118,9 @@ def on_ranks(ranks: int | None, module: str, flags: list[str]) -> int:
     options = ["--standalone", f"--nproc-per-node={ranks}", "--local-ranks-filter=0"]
     # The ranks have said what was wrong, so torchrun adds nothing of its own.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    # torchrun passes on what ends it, and an interrupted rank would show where that met it.
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGHUP,SIGQUIT"
+    signal.signal(signal.SIGINT, _end_ranks)
     with tempfile.TemporaryDirectory() as logs:
         options += ["--role=rank", "--tee=3", f"--log-dir={logs}"]
         try:
@@ -127,9 +132,21 @@ def on_ranks(ranks: int | None, module: str, flags: list[str]) -> int:
                 sys.stderr.write(_last_words(Path(logs), min(codes)))
             return max(codes.values(), default=1)
         except SignalException as stopped:  # the ranks have been ended
-            sys.stderr.write(f"stopped by {stopped.sigval.name}\n")
-            return 128 + stopped.sigval
+            by = signal.SIGINT if isinstance(stopped, _Interrupted) else stopped.sigval
+            sys.stderr.write(f"stopped by {by.name}\n")
+            return 128 + by
     return 0
+
+
+class _Interrupted(SignalException):
+    """An interrupt, which ranks are told as a termination: that ends them without a word."""
+
+    def __init__(self) -> None:
+        super().__init__("interrupted", signal.SIGTERM)
+
+
+def _end_ranks(*_: object) -> NoReturn:
+    raise _Interrupted
 
 
 def _last_words(logs: Path, rank: int) -> str:
