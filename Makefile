@@ -3,13 +3,19 @@
 # make lint       ruff and pyrefly, both quiet
 # make evidence   does it help? two experiments with regression, and a language model in ten minutes
 # make bench      what the weighting costs, of the loss and of a whole step, against torchtitan's own
+# make dist       sdist and wheel, checked, with their hashes; the same bytes from the same commit
+# make audit      known vulnerabilities of what is locked; asks a service on the network
+# make lock       the lock anew from pyproject.toml; keeps versions that still fit, takes none younger
+#                 than a week; to move on: make lock NEWER='--upgrade-package click', or --upgrade
 
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+LOCK   := .ci/requirements.txt
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
 
-.PHONY: train test lint evidence bench clean
+.PHONY: train test lint evidence bench dist audit lock clean
 
 train: $(STAMP)
 	$(BIN)/weighting train specs/linupper.yaml
@@ -31,14 +37,33 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/loss_path.py
 	$(BIN)/python benchmarks/overhead.py
 
+dist: $(STAMP)
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/python -m pip hash dist/*
+
+# Without --strict, a package that the service does not know would pass.
+audit: $(STAMP)
+	$(BIN)/pip-audit --requirement $(LOCK) --require-hashes --disable-pip --strict
+
+lock: $(STAMP)
+	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 \
+	  --generate-hashes --only-binary :all: --exclude-newer '7 days' $(NEWER) \
+	  --custom-compile-command 'make lock' --quiet --output-file $(LOCK)
+
 clean:
 	rm -rf $(VENV) build dist outputs
 
 # Reinstalled only when what is installed changes; the sources themselves are used in place.
-$(STAMP): pyproject.toml
+# Every package comes by its hash and as a wheel, so that no build fetches something unlocked.
+$(STAMP): pyproject.toml $(LOCK)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "Python 3.11 or newer is needed; pass one: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV): torch and torchtitan, about 6 GB, once"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.15.0 -e '.[titan,plot,dev]'
+	@$(PIP) --require-hashes --only-binary :all: --requirement $(LOCK) || { \
+	  echo "$(LOCK) holds for Python 3.11 to 3.14 on Linux; elsewhere, without the lock:"; \
+	  echo "  $(BIN)/python -m pip install -e '.[titan,plot,dev]' && touch $@"; exit 1; }
+	@$(PIP) --no-build-isolation --no-index --editable .
 	@touch $@
