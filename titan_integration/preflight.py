@@ -12,7 +12,7 @@ from titan_integration.records import REF_LOSS
 from titan_integration.reference import average_decay, find_checkpoint
 from titan_integration.state import data_columns, short_contexts
 from weighting.mixture import with_mixture
-from weighting.spec import resolve
+from weighting.spec import imported, resolve
 
 if TYPE_CHECKING:
     import weighting as wt
@@ -27,7 +27,7 @@ ALL_LOSSES_FIRST = ("GPipe", "LoopedBFS")
 
 
 def read_spec(config: WeightingConfig) -> wt.Spec:
-    """Return the spec a config names.
+    """Return the spec a config names, and say which modules were imported for it.
 
     Raises:
         ValueError: None is named, or it is wrong.
@@ -36,9 +36,11 @@ def read_spec(config: WeightingConfig) -> wt.Spec:
         msg = "no weighting spec; pass --weighting.spec, as in --weighting.spec specs/linupper.yaml"
         raise ValueError(msg)
     spec = resolve(config.spec, allow_plugins=config.allow_plugins)
-    if not config.mixture:
-        return spec
-    return with_mixture(spec, resolve(config.mixture, allow_plugins=config.allow_plugins))
+    if config.mixture:
+        spec = with_mixture(spec, resolve(config.mixture, allow_plugins=config.allow_plugins))
+    if spec.plugins:
+        logger.info(f"Plugins: {imported(spec)}")
+    return spec
 
 
 def refuse_unsupported(config: WeightedTrainer.Config, fn: wt.Weighting) -> None:

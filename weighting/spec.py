@@ -204,6 +204,12 @@ def arrow_text(pipeline: tuple[Stage, ...]) -> str:
     return arrow.to_text(tuple(calls.stage_call(stage) for stage in pipeline))
 
 
+def imported(spec: Spec) -> str:
+    """Return the modules under `plugins:`, each with the file whose code ran; '' for none."""
+    files = {name: getattr(sys.modules.get(name), "__file__", None) for name in spec.plugins}
+    return ", ".join(f"{name} ({file or 'no file'})" for name, file in files.items())
+
+
 def shipped() -> dict[str, Path]:
     """Return the spec files that come with the package, by name."""
     here = Path(__file__).resolve().parent

@@ -63,6 +63,7 @@ def test_a_stage_of_ones_own_trains_on_data_of_ones_own(tmp_path):
         assert line["domain/max"] > line["domain/min"] > 0
         assert line["weighted_loss"] != line["unweighted_loss"]
     assert "Domains: prose, verse" in done.stdout
+    assert f"Plugins: sharpening_stages ({tmp_path / 'sharpening_stages.py'})" in done.stdout
     assert "\x1b" not in done.stdout, "no colour codes in a pipe"
 
 

@@ -285,7 +285,7 @@ def test_list_names_every_word_of_the_language():
 
 
 def test_plugins_are_imported_only_when_allowed(tmp_path, monkeypatch):
-    """A spec with plugins is refused until the import is allowed; then its stages are words."""
+    """A spec with plugins is refused until that is allowed; then it is said what was imported."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "halving_stages.py").write_text(
         "import weighting as wt\n"
@@ -301,5 +301,9 @@ def test_plugins_are_imported_only_when_allowed(tmp_path, monkeypatch):
     refused = run("check", "halve.yaml")
     assert refused.exit_code == 2
     assert "halve.yaml:2:11: importing halving_stages runs its code" in refused.output
-    allowed = run("check", "halve.yaml", "--allow-plugins")
-    assert allowed.exit_code == 0, allowed.output
+    where = f"plugins: halving_stages ({tmp_path / 'halving_stages.py'})"
+    for command in ("check", "explain"):
+        allowed = run(command, "halve.yaml", "--allow-plugins")
+        assert allowed.exit_code == 0, allowed.output
+        assert where in [line.strip() for line in allowed.output.splitlines()]
+    assert "plugins" not in run("explain", "linupper").output

@@ -6,6 +6,7 @@ import click
 
 from weighting.cli.common import allow_plugins, complain, give_up, read, specs_named, wrapped
 from weighting.errors import SpecError
+from weighting.spec import imported
 
 
 @click.command()
@@ -38,6 +39,8 @@ def check(specs: tuple[str, ...], *, allow_plugins: bool) -> None:
         name = argument if spec.name in {"unnamed", argument} else f"{argument}: {spec.name}"
         name = spec.name if "\n" in argument else name
         click.echo("\n".join(wrapped(f"ok  {name}, {', '.join(does)}, reads {reads}")))
+        if spec.plugins:
+            click.echo(f"    plugins: {imported(spec)}")
     if wrong:
         count = f"{wrong} of {len(specs)} specs" if len(specs) > 1 else "the spec"
         give_up(f"{count} cannot be used")

@@ -20,7 +20,7 @@ from weighting.linear import SHARE, Sizes, path_of
 from weighting.recorded import LAST_STEP
 from weighting.schedules import Constant
 from weighting.simulate import changing, turns
-from weighting.spec import arrow_text, dumps
+from weighting.spec import arrow_text, dumps, imported
 from weighting.stages import Table
 from weighting.testing.subject import as_subject
 
@@ -148,6 +148,8 @@ def _ending(spec: Spec, fn: Weighting) -> Iterator[str]:
     }
     yield f"a non-finite signal is {action[spec.on_nonfinite]}"
     yield f"signals: {', '.join(sorted(fn.needs)) or 'none'}"
+    if spec.plugins:
+        yield f"plugins: {imported(spec)}"
 
 
 def _domains(spec: Spec, fn: Weighting) -> Iterator[str]:
