@@ -1,6 +1,7 @@
 """The lock holds what pyproject.toml asks for and what that asks for, each by version and hash."""
 
 import importlib.util
+import os
 import re
 import sys
 import tomllib
@@ -87,7 +88,7 @@ def test_what_is_locked_is_what_is_said_to_be_tested():
 def test_the_readme_counts_packages_and_tells_licences_as_they_are():
     """The README's lines on dependencies are what the installed packages say."""
     others = [name for name, version in pinned().items() if installed(name) != version]
-    if others or sys.platform != "linux":
+    if (others or sys.platform != "linux") and "CI" not in os.environ:
         pytest.skip(f"needs what is locked for Linux; other or missing: {', '.join(others)}")
     path = ROOT / ".ci" / "dependencies.py"
     found = importlib.util.spec_from_file_location("dependencies", path)
