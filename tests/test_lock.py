@@ -69,15 +69,13 @@ def test_the_lock_satisfies_the_project_and_everything_in_it():
     while todo:
         wanted = todo.pop()
         name = canonicalize_name(wanted.name)
-        if not wanted.specifier.contains(pins.get(name, "0.dev0"), prereleases=True):
+        if name not in pins or not wanted.specifier.contains(pins[name], prereleases=True):
             wrong.append(f"{wanted}, locked {pins.get(name)}")
         elif (name, *wanted.extras) not in seen and pins[name] == installed(name):
             seen.add((name, *wanted.extras))
             todo += asked(metadata.requires(name) or [], wanted.extras)
     assert not wrong
-    assert {"torch", "torchtitan", "hatchling", "pytest", "matplotlib"} <= {
-        name for name, *_ in seen
-    }
+    assert pins.keys() >= {"torch", "torchtitan", "hatchling", "pytest", "matplotlib"}
 
 
 def test_what_is_locked_is_what_is_said_to_be_tested():
