@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import subprocess
 import sys
 from dataclasses import asdict
@@ -150,6 +151,11 @@ def test_a_text_is_that_of_the_row_in_every_order_of_rows(
     assert told_again(run, [*given]) == given
     assert told_again(run, [(3, 4)]) == {(3, 4): given[3, 4]}
     assert texts(run, []) == {}
+    # A row may begin within a document, and end just after one has begun.
+    later = [text for _, *others in texts(run, [*given]).values() for text in others]
+    assert len(later) > 2 * STEP
+    assert all(re.match(r"document \d+:", text) for text in later if len(text) > 12)
+    assert all(text.count("document ") <= 1 for text in later)
 
 
 def change(run, **changes):
