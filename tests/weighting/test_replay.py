@@ -21,6 +21,7 @@ from weighting.replay import (
     summary,
     unit_of,
 )
+from weighting.report.charts import number
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -434,6 +435,25 @@ def test_documents_have_numbers_and_texts_of_their_own(tmp_path, capsys):
     count = len(own)
     there = 9 * sum(len({*found["row"]}) for found in few.values())
     assert f"{there - count} of {there} were left out" in said
+
+
+def test_a_report_shows_how_recorded_weights_are_spread(run, tmp_path):
+    """A line for each of some quantiles; a record that cannot be read is a sentence."""
+    losses = [{"step": i, "unweighted_loss": 2.0, "weighted_loss": 2.0} for i in (1, 5)]
+    lines = "".join(f"{json.dumps(line)}\n" for line in losses)
+    (run / "weighting" / "metrics.jsonl").write_text(lines)
+    out = str(tmp_path / "r.html")
+    for spread in (True, False):
+        done = click.testing.CliRunner().invoke(main, ["report", str(run), "--out", out])
+        assert done.exit_code == 0, done.output
+        page = (tmp_path / "r.html").read_text(encoding="utf-8")
+        assert ("Distribution of weights, run" in page) == spread
+        assert ("The record cannot be read here: " in page) != spread
+        if spread:
+            chart = page.partition("Distribution of weights, run")[2].partition("</figure>")[0]
+            for x in torch.tensor(DATA[5]["mean_weight"]).quantile(torch.tensor([0.1, 0.5, 0.9])):
+                assert f"{number(x.item())}" in chart
+        (run / FOLDER / "sequences-000002.parquet").write_bytes(b"PAR1 and no more")
 
 
 def test_a_wrong_spec_or_folder_ends_with_status_2(run, tmp_path):

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _SHOWN = 12
 """The most domains drawn as lines in one chart."""
+_QUANTILES = {"100 %": 1.0, "90 %": 0.9, "50 %": 0.5, "10 %": 0.1, "0 %": 0.0}
 _BOUND = (2.0, "2/n, twice the mean: the theorem's bound")
 
 
@@ -46,7 +47,7 @@ def losses(runs: Sequence[Run]) -> list[Chart]:
 
 
 def weights(runs: Sequence[Run]) -> list[Chart]:
-    """Return the largest weight against the bound, ESS and the share at the cap."""
+    """Return the largest weight against the bound, ESS, the share at the cap, and the spread."""
     tops = [
         (_label(run, name, f"{run.name}: {name}"), run.series(f"{name}/max"))
         for run in runs
@@ -82,8 +83,27 @@ def weights(runs: Sequence[Run]) -> list[Chart]:
             note="Of each factor's units, those whose weight its clamp holds down.",
             zero=True,
         ),
+        *map(_spread, runs),
     ]
     return _there(charts)
+
+
+def _spread(run: Run) -> Chart | None:
+    """Return how the weights of recorded sequences are spread, step by step."""
+    steps = run.record.steps if run.record else ()
+    told = {step.step: step.weight[step.tokens > 0] for step in steps}
+    lines = [
+        Line(label, [(at, x.quantile(q).item()) for at, x in told.items() if len(x)], i)
+        for i, (label, q) in enumerate(_QUANTILES.items())
+    ]
+    return line_chart(
+        f"Distribution of weights, {run.name}",
+        "mean weight of a sequence",
+        lines,
+        note="Of the recorded sequences of a step, so many weigh no more.",
+        level=(1.0, "equal weights"),
+        zero=True,
+    )
 
 
 def bound(runs: Sequence[Run]) -> list[Chart]:

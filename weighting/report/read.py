@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from weighting.errors import SpecError
 from weighting.files import read_lines
+from weighting.replay import FOLDER as RECORD
+from weighting.replay import read_record
 from weighting.spec import loads
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from weighting.replay import Record
     from weighting.spec import Spec
 
 FOLDER, METRICS, VALIDATION, ABOUT = "weighting", "metrics.jsonl", "validation.jsonl", "run.json"
@@ -35,6 +38,7 @@ class Run:
         validations: Likewise; empty when there were none.
         about: What `run.json` says; empty without one.
         spec: What weighed, where it is known and can be read.
+        record: What it recorded of single sequences, if anything.
         missing: Sentences about what is not there.
     """
 
@@ -44,6 +48,7 @@ class Run:
     validations: list[Line]
     about: dict[str, Any]
     spec: Spec | None
+    record: Record | None
     missing: tuple[str, ...]
 
     def series(self, key: str) -> list[Point]:
@@ -109,7 +114,16 @@ def _read_run(name: str, folder: Path) -> Run:
             missing.append(f"The spec cannot be read here: {error}")
     else:
         missing.append(f"No {ABOUT}: spec, configuration and versions are unknown.")
-    return Run(name, folder, lines, validations, about, spec, tuple(missing))
+    record = None
+    if (folder / RECORD).is_dir():
+        try:
+            record = read_record(folder)
+        except ValueError as error:
+            missing.append(f"The record cannot be read here: {error}")
+    else:
+        more = "how its weights were spread is not known (--weighting.record every=10)"
+        missing.append(f"No {RECORD}: {more}.")
+    return Run(name, folder, lines, validations, about, spec, record, tuple(missing))
 
 
 def _read_about(path: Path) -> dict[str, Any]:
