@@ -119,7 +119,7 @@ def on_ranks(ranks: int | None, module: str, flags: list[str]) -> int:
     # The ranks have said what was wrong, so torchrun adds nothing of its own.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     # torchrun passes on what ends it, and an interrupted rank would show where that met it.
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGHUP,SIGQUIT"
+    options.append("--signals-to-handle=SIGTERM,SIGHUP,SIGQUIT")
     signal.signal(signal.SIGINT, _end_ranks)
     with tempfile.TemporaryDirectory() as logs:
         options += ["--role=rank", "--tee=3", f"--log-dir={logs}"]
