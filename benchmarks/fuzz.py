@@ -141,7 +141,6 @@ def fuzz(
         most: Number of texts.
     """
     chance, found = random.Random(seed), Outcome()  # noqa: S311 - nothing secret
-    wt.loads("normalize -> temperature(1)")  # whatever is imported late is there now
     began = time.process_time()
     waiting = list(seeds)
     corpus = [text for text in seeds if len(text) <= MOST]
@@ -253,6 +252,8 @@ def attempt(text: str, found: Outcome) -> None:
     except (Exception, HangError, RanError) as error:  # noqa: BLE001 - what is looked for
         came = "wrong"
         key = f"{type(error).__name__}: {str(error)[:80]} ({_origin(error)})"
+        if key not in found.findings:
+            print(f"{key}\n  {text!a}", file=sys.stderr, flush=True)
         if len(text) < len(found.findings.get(key, text + " ")):
             found.findings[key] = text
     found.counts[came] += 1
@@ -310,6 +311,7 @@ def outcome(text: str) -> str:
     _running.clear()
     token = fn(batch(fn.needs), 3).token
     assert token.shape == (3, 4), "weights of another shape"
+    assert ((token >= 0) & (token < torch.inf)).all(), "weights that are none"
     return "built"
 
 
@@ -367,6 +369,7 @@ def watched() -> Iterator[None]:
         msg = f"more than {SECONDS:g} s of CPU time"
         raise HangError(msg)
 
+    wt.build(wt.loads("normalize -> temperature(1)"))  # whatever is imported late is there now
     _audit()
     before = signal.signal(signal.SIGPROF, late)
     try:

@@ -309,8 +309,8 @@ def report(found: dict[str, Any]) -> str:
         "![memory, what is held, and time of a step over the run](soak.svg)",
         "",
         (
-            f"After the first {WARM_UP:.0%} of the run, by least squares; 95 % intervals from residuals"
-            f" drawn anew in runs of {RUN_OF_SAMPLES} samples."
+            f"After the first {WARM_UP:.0%} of the run, by least squares; 95 % intervals from "
+            f"residuals drawn anew in runs of {RUN_OF_SAMPLES} samples."
         ),
         "",
         "| a step adds | all | first half | second half | bound |",
@@ -342,13 +342,13 @@ def report(found: dict[str, Any]) -> str:
     lines += [
         "",
         (
-            "Medians, and what the fastest tenth of steps took at most: other load makes steps slower,"
-            " in CPU time too where cores share caches, so that one is judged."
+            "Medians, and what the fastest tenth of steps took at most: other load makes steps "
+            "slower, in CPU time too where cores share caches, so that one is judged."
         ),
         "",
         (
-            "The bounds: a step that kept one tensor would add more bytes, one object of each recorded "
-            "step more blocks."
+            "The bounds: a step that kept one tensor would add more bytes, one object of each "
+            "recorded step more blocks."
         ),
         "Compiles are the graphs that `torch.compile` has made: the weighting's, once.",
     ]

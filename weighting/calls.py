@@ -206,6 +206,7 @@ def _reason(item: ErrorDetails) -> str:
         "finite_number": "finite",
         "greater_than_equal": f"at least {limits.get('ge')}",
         "greater_than": f"greater than {limits.get('gt')}",
+        "less_than_equal": f"at most {limits.get('le')}",
         "less_than": f"less than {limits.get('lt')}",
         "literal_error": str(limits.get("expected", "")).replace("'", ""),
         "too_short": "given at least one entry",

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 MAX_CHARACTERS = 1_000_000
 MAX_DEPTH = 32
 
-_INTEGER = re.compile(r"[-+]?[0-9]+")
+_INTEGER = re.compile(r"[-+]?[0-9]{1,18}")  # as in arrow text; a step has 64 bits
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _SPECIAL = {".inf": math.inf, "+.inf": math.inf, "-.inf": -math.inf, ".nan": math.nan}
 _WORDS = {"true": True, "false": False, "null": None, "~": None, "": None}
@@ -211,7 +211,7 @@ def _resolve(text: str) -> str | int | float | bool | None:
     if text.lower() in _WORDS and text in {text.lower(), text.capitalize(), text.upper()}:
         return _WORDS[text.lower()]
     if _INTEGER.fullmatch(text):
-        return int(text) if len(text) < 20 else float(text)  # noqa: PLR2004 - a 64-bit step
+        return int(text)
     if _FLOAT.fullmatch(text):
         return float(text)
     return _SPECIAL.get(text.lower(), text)

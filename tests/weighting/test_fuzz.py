@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import weighting as wt
 
@@ -92,9 +93,10 @@ def test_a_mistake_is_found(fuzz, monkeypatch, mistake, said):
 
 
 def test_a_function_that_fails_is_found(fuzz, monkeypatch):
-    """What is built must weigh a batch."""
-    monkeypatch.setattr(fuzz, "batch", lambda _: wt.Signals())
+    """What is built must weigh every token of a batch."""
+    monkeypatch.setattr(fuzz, "batch", lambda _: wt.Signals(loss=torch.ones(2, 2)))
     found = fuzz.Outcome()
     with fuzz.watched():
         fuzz.attempt("temperature(2)", found)
-    assert len(found.findings) == 1
+    ((what, _),) = found.findings.items()
+    assert what.startswith("AssertionError: weights of another shape")

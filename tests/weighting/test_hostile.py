@@ -174,6 +174,26 @@ def plugins():
         yield f"no leave for {name}", f"version: 1\nplugins: [{name}]\npipeline: uniform\n"
 
 
+def sizes():
+    """Numbers that are right but for being more than memory, float32 or 64 bits can hold."""
+    for history in ("1000001", "3000000000", "9" * 18):
+        yield f"history {history}", f"rank(history={history}) -> mean_one"
+    for name in ("doremi", "exponentiated"):
+        source = "" if name == "doremi" else "mean(domain) -> "
+        yield f"unseen of {name}", f"{source}{name}(unseen=1e308)"
+    long = "9" * 19
+    for written in (
+        "step: {before: 1, after: 2, at: N}",
+        "linear: {start: 1, end: 2, over: N}",
+        "linear: {start: 1, end: 2, over: 3, begin: N}",
+        "piecewise: {0: 1, N: 2}",
+    ):
+        text = f"- temperature: {{tau: {{{written.replace('N', long)}}}}}"
+        yield written, f"version: 1\npipeline:\n{text}\n"
+    for stages_ in ("mean(domain)\n- topical: {every: N}", "topk_entropy: N\n- mean_one"):
+        yield stages_, f"version: 1\npipeline:\n- {stages_.replace('N', long)}\n"
+
+
 def orders():
     """Stages where they cannot stand, factors of a level that is none, and words twice."""
     for name in SCHEDULES:
@@ -185,7 +205,7 @@ def orders():
             yield f"{left} first, {right}", f"{left} -> {right}"
 
 
-FAMILIES = (bad_values, keys, brackets, deep, bombs, letters, plugins, orders)
+FAMILIES = (bad_values, keys, brackets, deep, bombs, letters, plugins, sizes, orders)
 CASES = {f"{family.__name__}: {name}": text for family in FAMILIES for name, text in family()}
 BYTES_OF = {
     "random": bytes((i * 2_654_435_761 >> 7) & 255 for i in range(4_096)),

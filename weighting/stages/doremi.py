@@ -36,7 +36,7 @@ class DoReMi(Sugar):
     gives: ClassVar[Form] = "weight"
     step_size: Number = Constant(value=1)
     smoothing: UnitNumber = Constant(value=1e-3)
-    unseen: float = Field(default=0, ge=0)
+    unseen: float = Field(default=0, ge=0, le=1e30)
 
     @override
     def expand(self) -> tuple[Stage, ...]:

@@ -40,7 +40,7 @@ class Exponentiated(Weigh):
     step_size: Number = Constant(value=1)
     smoothing: UnitNumber = Constant(value=1e-3)
     absent: Literal["last", "skip"] = "last"
-    unseen: float = Field(default=0, ge=0)
+    unseen: float = Field(default=0, ge=0, le=1e30)
 
     @override
     def initial_state(self, domains: tuple[str, ...]) -> dict[str, Tensor]:
