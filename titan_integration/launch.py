@@ -22,6 +22,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import get_args_parser
 from torch.distributed.run import run as torchrun
 
+from titan_integration.folder import refuse_unwritable
 from weighting.errors import nearest
 from weighting.files import read_lines
 from weighting.spec import resolve
@@ -40,12 +41,13 @@ def main(arguments: list[str] | None = None) -> int:
     args = _parse(sys.argv[1:] if arguments is None else arguments)
     try:
         check_config(args.module, args.config)
+        flags = _flags(args, resolve(args.spec, allow_plugins=args.allow_plugins).name)
+        folder = Path(value_of(flags, "--dump_folder") or ".")
+        refuse_unwritable(folder)
     except ValueError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    flags = _flags(args, resolve(args.spec, allow_plugins=args.allow_plugins).name)
     code = on_ranks(args.ranks, "torchtitan.train", flags)
-    folder = Path(value_of(flags, "--dump_folder") or ".")
     if code == 0 and "--checkpoint.create_seed_checkpoint" not in flags:
         _report(folder)
     return code
@@ -130,6 +132,7 @@ def on_ranks(ranks: int | None, module: str, flags: list[str]) -> int:
             codes = {x.local_rank: x.exitcode for x in error.failures.values() if x.exitcode > 0}
             if codes and 0 not in codes:
                 sys.stderr.write(_last_words(Path(logs), min(codes)))
+            sys.stderr.write(_killed(error))
             return max(codes.values(), default=1)
         except SignalException as stopped:  # the ranks have been ended
             by = signal.SIGINT if isinstance(stopped, _Interrupted) else stopped.sigval
@@ -147,6 +150,18 @@ class _Interrupted(SignalException):
 
 def _end_ranks(*_: object) -> NoReturn:
     raise _Interrupted
+
+
+def _killed(error: ChildFailedError) -> str:
+    """Say which rank was ended by a signal, if one was; torchrun ends the others by SIGTERM."""
+    signals = {x.local_rank: -x.exitcode for x in error.failures.values() if x.exitcode < 0}
+    killed = {rank: number for rank, number in signals.items() if number != signal.SIGTERM}
+    if not killed:
+        return ""
+    rank = min(killed)
+    name = signal.Signals(killed[rank]).name
+    short = ", as when memory runs short" if name == "SIGKILL" else ""
+    return f"error: rank {rank} was ended by {name}{short}\n"
 
 
 def _last_words(logs: Path, rank: int) -> str:

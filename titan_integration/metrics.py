@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.tools.logging import logger
 from typing_extensions import override
+
+from titan_integration.folder import writing
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -96,12 +99,25 @@ def table(lines: list[dict[str, float]], rows: int = 8) -> str:
 
 
 def append_line(path: Path, line: Mapping[str, float]) -> None:
-    """Append a line of metrics; that of step 1, a run's first, sets the file of another aside."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if line["step"] == 1 and path.exists():
-        set_aside(path)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    """Append a line of metrics; that of step 1, a run's first, sets the file of another aside.
+
+    Raises:
+        ValueError: It cannot be written.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if line["step"] == 1 and path.exists():
+            set_aside(path)
+        with path.open("ab+") as file:
+            _cut_torn_line(file)
+            file.write((json.dumps(line) + "\n").encode())
+
+
+def _cut_torn_line(file: IO[bytes]) -> None:
+    """Take away a last line that has no end, as a full disk leaves it; its step comes again."""
+    if file.seek(0, os.SEEK_END) and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n":
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def about(path: Path, facts: Mapping[str, Any], start: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from titan_integration import series
+from titan_integration.folder import writing
 from titan_integration.metrics import FOLDER
 from weighting.build import sketch
 from weighting.files import write_whole
@@ -65,8 +66,9 @@ def write_mixture(trainer: WeightedTrainer) -> None:
     title = f"Proportions of domains found by {spec.name}."
     text = mixture_text(f"{spec.name}-mixture", found[kind], title, provenance)
     path = Path(config.dump_folder) / FOLDER / FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, text)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, text)
 
 
 def shown(shares: Mapping[str, float]) -> str:

@@ -27,6 +27,7 @@ from torchtitan.components.checkpointer.base import ModelWrapper
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.tools import utils
 
+from titan_integration.intact import IntactReader, why
 from titan_integration.loss import WeightedChunkedLoss, WeightedCrossEntropyLoss
 from titan_integration.records import near, siblings
 
@@ -150,9 +151,9 @@ def load_model(model: torch.nn.Module, folder: Path, name: str, source: str = SO
         saved = FileSystemReader(folder).read_metadata().state_dict_metadata
         misfits = _misfits(state, saved)
         if not misfits:
-            dcp.load(state, checkpoint_id=folder)
+            dcp.load(state, storage_reader=IntactReader(folder))
     except (Exception, CheckpointException) as error:
-        msg = f"{source}: cannot read {folder}: {type(error).__name__}: {error}"
+        msg = f"{source}: cannot read {folder}: {why(error)}"
         raise ValueError(msg) from error
     if misfits:
         more = f", and {len(misfits) - 1} more" if len(misfits) > 1 else ""

@@ -7,7 +7,9 @@ copied in part.
 
 from __future__ import annotations
 
+import contextlib
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -15,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torchtitan.components.checkpointer import CheckpointManager
 from torchtitan.components.checkpointer.base import (
@@ -27,10 +30,11 @@ from torchtitan.tools import filesystem
 from torchtitan.tools.logging import logger
 from typing_extensions import override
 
+from titan_integration.intact import IntactReader, cause_of, why
 from titan_integration.state import RECORD, RunState
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from concurrent.futures import Future
 
     from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
@@ -71,17 +75,28 @@ class ResumingCheckpointManager(CheckpointManager):
         """Load a checkpoint, as far as it goes.
 
         Raises:
-            ValueError: It is torn, of another spec, or lacks what a run cannot go on without.
+            ValueError: It is torn or damaged, of another spec, or lacks what a run cannot go on
+                without.
         """
-        if not from_hf and not filesystem.is_remote(checkpoint_id):
+        wanted = state_dict
+        if from_hf or filesystem.is_remote(checkpoint_id):
+            super().dcp_load(wanted, checkpoint_id, from_hf, from_quantized)
+        else:
             folder = Path(checkpoint_id)
             if reason := _on_first_rank(lambda: flaw(folder)):
                 msg = f"cannot resume from {folder}: {reason}; leave out --checkpoint.load_step"
                 raise ValueError(msg)
-            wanted = _without_absent(state_dict, folder)
-        else:
-            wanted = state_dict
-        super().dcp_load(wanted, checkpoint_id, from_hf, from_quantized)
+            try:
+                wanted = _without_absent(state_dict, folder)
+                dcp.load(wanted, storage_reader=IntactReader(folder))
+            except CheckpointException as error:
+                msg = (
+                    f"cannot resume from {folder}: {why(error)}. Move this folder away, and the "
+                    "same command goes on from the checkpoint before it"
+                )
+                raise ValueError(msg) from error
+            if MODEL in self.states:  # as the host does: what was loaded is a flat copy
+                self.states[MODEL].load_state_dict(wanted)
         if REFERENCE in self.states and REFERENCE not in wanted:
             self.states[REFERENCE].load_state_dict(self.states[MODEL].state_dict())
 
@@ -98,12 +113,26 @@ class ResumingCheckpointManager(CheckpointManager):
 
         Else a kill might leave some ranks' new files and others' old ones under one `.metadata`.
         No rank writes before the first has planned, which it does after this.
+
+        Raises:
+            ValueError: It cannot be written.
         """
         if dist.get_rank() == 0 and not filesystem.is_remote(checkpoint_id):
             (Path(checkpoint_id) / ".metadata").unlink(missing_ok=True)
-        return super().dcp_save(
-            state_dict, checkpoint_id, async_mode, enable_garbage_collection, to_hf
-        )
+        with _saving(checkpoint_id):
+            return super().dcp_save(
+                state_dict, checkpoint_id, async_mode, enable_garbage_collection, to_hf
+            )
+
+    @override
+    def _wait_for_saving(self) -> None:
+        """Wait for a save in the background.
+
+        Raises:
+            ValueError: It could not be written.
+        """
+        with _saving(self.folder):
+            super()._wait_for_saving()
 
 
 def latest_whole(folder: Path) -> int:
@@ -139,6 +168,33 @@ def flaw(folder: Path) -> str | None:
         if (size := path.stat().st_size) < end:
             return f"{name} has {size} of {end} bytes"
     return None
+
+
+@contextlib.contextmanager
+def _saving(folder: str) -> Iterator[None]:
+    """Say what a checkpoint could not be written for, on every rank.
+
+    Raises:
+        ValueError: It could not.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, CheckpointException) as error:
+        cause = cause_of(error)
+        # Torch finds what a full disk has cut short, and says so in its own words.
+        if not isinstance(cause, OSError) and "inline_container" not in str(cause):
+            raise
+        free = "" if filesystem.is_remote(folder) else f", {_free(Path(folder))} MiB are free there"
+        msg = (
+            f"cannot write the checkpoint {folder}: {why(error)}{free}. Those before it are whole: "
+            "when that is mended, the same command goes on from the latest"
+        )
+        raise ValueError(msg) from error
+
+
+def _free(folder: Path) -> str:
+    above = next(x for x in (folder.absolute(), *folder.absolute().parents) if x.exists())
+    return f"{shutil.disk_usage(above).free / 2**20:,.1f}"
 
 
 def misfits(part: str, state: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
@@ -211,7 +267,7 @@ def _has_weighting(state: RunState, folder: Path, saved: Mapping[str, Any]) -> b
     if "spec_hash" not in record:
         _warn(f"{folder} holds no state of a weighting; the weighting starts afresh")
         return False
-    dcp.load({WEIGHTING: record}, checkpoint_id=folder)
+    dcp.load({WEIGHTING: record}, storage_reader=IntactReader(folder))
     if not state.accepts(record):
         _warn(f"{folder} is of another weighting spec; the weighting starts afresh")
         return False

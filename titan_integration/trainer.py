@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import platform
 import sys
@@ -11,11 +12,12 @@ import time
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import IO, TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torchtitan.components.checkpointer import CheckpointManager
 from torchtitan.components.checkpointer.base import ModelWrapper
 from torchtitan.components.metrics import MetricsProcessor
@@ -32,6 +34,7 @@ from titan_integration import cpu, versions
 from titan_integration.agreement import check_agreement
 from titan_integration.collectives import OverRanks
 from titan_integration.data import DomainTextDataLoader
+from titan_integration.folder import claim, writing
 from titan_integration.gradients import DomainGradients
 from titan_integration.loss import (
     WeightedChunkedLoss,
@@ -130,6 +133,8 @@ class WeightedTrainer(Trainer):
     """Of the domains, where the weighting compares them."""
     begun: bool = False
     """Whether a step was taken since this start."""
+    _claim: IO[str]
+    """Keeps the dump folder to this run while it is open; the first rank's."""
 
     @override
     # A Config builds the trainer it belongs to, so this one never gets the parent's.
@@ -150,6 +155,10 @@ class WeightedTrainer(Trainer):
             refuse_unsupported(config, sketch(spec))
             ask_for_columns(config, sketch(spec).needs)
             ask_for_rows(config, sketch(spec))
+            if os.environ.get("RANK", "0") == "0":
+                self._claim = claim(Path(config.dump_folder))
+            # The host logs events to the dump folder: were that full, each would be a traceback.
+            logging.raiseExceptions = False
             super().__init__(config)
             self.reference = None
             self.decay = average_decay(config.weighting.reference)
@@ -373,8 +382,9 @@ class WeightedTrainer(Trainer):
             "versions": {**ours, **versions.found()},
         }
         path = Path(self.config.dump_folder) / FOLDER / ABOUT
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, about(path, facts, start))
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, about(path, facts, start))
 
     def _data(self) -> dict[str, Any] | None:
         """Return what rows are made from and which is next; None of another loader than ours."""
@@ -495,13 +505,22 @@ def exit_on_user_error() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        # torchrun stops all ranks as soon as one ends: let the first one speak.  If it has nothing
-        # to say, the error is this rank's alone.
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(_HEAD_START)
+        _let_the_first_speak()
         sys.stderr.write(f"\nerror: {error}\n")
         sys.stderr.flush()
         raise SystemExit(2) from None
+    except (Exception, CheckpointException):  # as where the first has ended, and is missed
+        _let_the_first_speak()
+        raise
+
+
+def _let_the_first_speak() -> None:
+    """Wait on other ranks than the first, as torchrun stops all as soon as one ends.
+
+    If the first has nothing to say, the error is this rank's alone.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(_HEAD_START)
 
 
 _HEAD_START = 10.0
