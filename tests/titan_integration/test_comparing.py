@@ -149,9 +149,6 @@ def test_a_comparison_that_was_cut_off_goes_on(whole, tmp_path):
     assert err == "interrupted; the same command goes on\n"
     assert "uniform: trained already\ngroup-dro: trains 8 steps\n" in out
     assert not [pid for pid in left if alive(pid)]
-    log = (tmp_path / "runs" / "group-dro.log").read_text(encoding="utf-8")
-    assert log.endswith("stopped by SIGINT\n"), log[-3000:]
-    assert "Traceback" not in log, "ranks end without a word"
 
     process = started(tmp_path, 5)
     pids = descendants(process.pid)

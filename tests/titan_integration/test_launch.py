@@ -1,6 +1,8 @@
 """`weighting train` as a user runs it: flags, results, and errors that end well."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 
@@ -99,6 +101,30 @@ def test_an_error_of_another_rank_alone_is_shown_once(tmp_path):
     assert "only here" in error
     assert "Traceback" not in done.stderr
     assert "[rank1]" not in done.stdout
+
+
+@pytest.mark.processes
+def test_an_interrupt_ends_ranks_without_a_word(tmp_path):
+    """As Ctrl-C in a terminal: no traceback of where it met them, and the status a shell gives."""
+    (tmp_path / "waits.py").write_text(
+        "import signal\nprint('ready', flush=True)\nsignal.pause()\n"
+    )
+    code = "import sys; from titan_integration.launch import on_ranks; "
+    with subprocess.Popen(
+        [sys.executable, "-c", f"{code}sys.exit(on_ranks(2, 'waits', []))"],
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        assert "ready" in process.stdout.readline()
+        os.killpg(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert err.endswith("stopped by SIGINT\n")
+    assert "Traceback" not in err
 
 
 def test_an_unknown_config_is_said_at_once():
