@@ -1,0 +1,99 @@
+"""What users' code and files rest on: names, arguments, defaults, commands and words of a spec.
+
+A line may be added here in any version; one that changes or goes is a break, and belongs into the
+changelog with what to do.
+"""
+
+import inspect
+
+import pytest
+import torch
+
+import weighting as wt
+from weighting import testing
+from weighting.cli import main
+from weighting.registry import stages
+from weighting.schedules import SCHEDULES
+
+CALLS = {
+    "load": "path, allow_plugins=False",
+    "loads": "text, source='<spec>', allow_plugins=False",
+    "dumps": "spec, spelling='arrow'",
+    "build": "spec, domains=None, collectives=None",
+    "simulate": (
+        "spec, loss=None, step=0, entropy=None, target_prob=None, error_norm=None, ref_loss=None, "
+        "domain=None"
+    ),
+    "weighted_cross_entropy": (
+        "logits, labels, fn, step=0, domain_ids=None, segment_ids=None, ref_loss=None, columns=None"
+    ),
+    "linear_weighted_cross_entropy": (
+        "hidden, weight, labels, fn, bias=None, step=0, domain_ids=None, segment_ids=None, "
+        "ref_loss=None, columns=None, memory='auto', chunks=8"
+    ),
+    "stage": "name",
+    "Signals": (
+        "loss, valid=None, entropy=None, target_prob=None, error_norm=None, ref_loss=None, "
+        "domain_ids=None, segment_ids=None, sequence_ids=None, columns=<factory>"
+    ),
+}
+"""Calls of `weighting`; an argument that goes by name may move."""
+TESTING = {
+    "check_stage": "stage",
+    "parametrize_with_checks": "stages, expected_failed_checks=None",
+    "assert_weights": "spec, expect, loss=None, step=0, atol=1e-06, share=False, signals",
+}
+TYPES = (
+    "Spec SpecError NonFiniteSignalError Weighting Weights Stage Source Pool Shape Weigh Constrain "
+    "Scope Number NonNegativeNumber PositiveNumber UnitNumber"
+)
+COMMANDS = (
+    "check compare completion doctor explain list mix new-stage plot replay report schema score "
+    "simulate tokens train"
+)
+STAGES = (
+    "abs affine as_is bandit bernoulli clamp clip column context_gain doge doremi dynamic_loading "
+    "entropy error_norm excess_loss exp exponentiated extremes floor focal gate interpolate "
+    "linupper loss max mean mean_one multinomial normalize pow quadratic rank running select sum "
+    "table target_prob temperature threshold tilted token_scale topical topics topk_entropy uniform"
+)
+LOSSES = wt.Signals(loss=torch.ones(2, 3))
+KEYS = "version name factors plugins normalize reduction scope on_nonfinite apply"
+
+
+def told(call):
+    """Return a call's arguments and defaults in one line."""
+    return ", ".join(
+        x.name if x.default is x.empty else f"{x.name}={x.default!r}"
+        for x in inspect.signature(call).parameters.values()
+    )
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "arguments"),
+    [*((wt, *item) for item in CALLS.items()), *((testing, *item) for item in TESTING.items())],
+)
+def test_a_call_takes_what_it_took(module, name, arguments):
+    """Its arguments are there, with their defaults; new ones have defaults, and follow."""
+    now = told(getattr(module, name))
+    assert now == arguments or now.startswith(f"{arguments}, ")
+    rest = now.removeprefix(arguments)
+    assert all("=" in x for x in rest.split(", ") if x)
+
+
+@pytest.mark.parametrize(
+    ("promised", "there"),
+    [
+        (TYPES, vars(wt)),
+        ("token factors metrics moments", dir(wt.build(wt.loads("uniform"))(LOSSES, 0))),
+        ("needs spec check", dir(wt.build(wt.loads("uniform")))),
+        (COMMANDS, main.commands),
+        (STAGES, stages()),
+        ("constant step linear cosine exponential piecewise", SCHEDULES),
+        (KEYS, wt.Spec.model_fields),
+    ],
+    ids=["types", "weights", "weighting", "commands", "stages", "schedules", "keys"],
+)
+def test_a_name_that_was_there_is(promised, there):
+    """Names are added, none goes."""
+    assert [name for name in promised.split() if name not in there] == []
