@@ -381,9 +381,9 @@ def test_a_folder_is_free_again_when_its_process_is_killed(tmp_path):
         claims = [folder.claim(tmp_path) for _ in range(2)]
         assert (tmp_path / folder.LOCK).read_text().startswith(f"process {os.getpid()} on ")
     finally:
+        os.kill(child, signal.SIGKILL)
         process.kill()
         process.communicate()
-        os.kill(child, signal.SIGKILL)
     for claim in claims:
         claim.close()
 
