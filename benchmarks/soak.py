@@ -362,8 +362,9 @@ def picture(found: dict[str, Any], path: Path) -> None:
     fig, (left, middle, right) = plt.subplots(1, 3, figsize=(9.5, 2.8), layout="constrained")
     samples = found["samples"]
     step = np.array(samples["step"])
-    left.plot(step, np.array(samples["rss"]) / 2**20, color="#0072B2", linewidth=1)
-    left.set(title="resident memory (MiB)", xlabel="step", ylim=(0, None))
+    memory = np.array(samples["rss"]) / 2**20
+    left.plot(step, memory, color="#0072B2", linewidth=1)
+    left.set(title="resident memory (MiB)", xlabel="step", ylim=(0, 1.2 * memory.max()))
     for name, colour in zip(KEPT, ("#0072B2", "#D55E00", "#009E73", "#000000"), strict=True):
         middle.plot(step, samples[name], color=colour, linewidth=1, label=name)
     middle.set(title="held", xlabel="step", ylim=(0, None))
