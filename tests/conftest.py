@@ -27,7 +27,7 @@ FILES = {
     "laws": ("test_laws.py", "test_properties.py", "test_identities.py"),
     "specs": ("test_specs.py", "test_specs_train.py"),
     "golden": ("test_golden.py", "test_errors.py", "test_bad_input.py", "test_hostile.py"),
-    "faults": ("test_resume.py", "test_launch.py"),
+    "faults": ("test_resume.py", "test_launch.py", "test_faults.py", "test_soak.py"),
 }
 """Families of tests by the files they are in."""
 MARKS = {"distributed": "processes", "fuzz": "hypothesis"}

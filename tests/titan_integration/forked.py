@@ -1,138 +1,62 @@
-"""Ranks of the trainer under torchrun's own agent, forked from a process that has imported it all.
+"""Ranks of real runs, forked with torchrun's own agent from a process that has imported it all.
 
 Real processes and gloo, without the ten seconds that each of them takes to import torch.
 """
 
-import functools
+from __future__ import annotations
+
 import multiprocessing
 import os
-import pkgutil
+import runpy
 import signal
 import sys
-import time
+import traceback
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-from torchtitan.train import main
 
-from titan_integration import launch, tokenizer
-from titan_integration.config_registry import llama3_debugmodel
-from titan_integration.paper import resized
-from titan_integration.stdlib_text import stdlib_text
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from multiprocessing.context import ForkServerProcess
 
-FLAGS = [
-    "--module=forked",
-    "--config=tiny",
-    "--training.seq_len=32",
-    "--metrics.disable_color_printing",
-    "--debug.seed=1",
-]
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["forked"])
-stdlib_text()  # read once, for all who are forked
+FORKS.set_forkserver_preload(["imports"])
 
 
-def tiny():
-    """Return the debug model's config with one layer of width 32."""
-    config = llama3_debugmodel()
-    config.model_spec = resized(config.model_spec, layers=1, heads=2, width=32)
-    return config
+def start(
+    ranks: int,
+    command: Sequence[str],
+    files: tuple[Path, Path],
+    environment: Mapping[str, str],
+    first: Callable[[], None] | None = None,
+) -> ForkServerProcess:
+    """Start a command line of torchrun, and return its agent, the first of a process group.
 
-
-class Run:
-    """A training that was started, first of a process group; its ranks speak to a file.
+    Its status will be 0, or that of the first rank that failed.
 
     Args:
-        log: That file.
         ranks: How many.
-        flags: Of torchtitan, after those above.
-        first: What each rank calls before it trains; can be pickled.
+        command: A script or `-m` and a module, and their arguments.
+        files: Where what they say goes, and their errors; may be one file.
+        environment: The agent's, and theirs.
+        first: What each rank calls before; can be pickled.
     """
-
-    def __init__(self, log, ranks, *flags, first=None):
-        self.log = log
-        given = (str(log), ranks, [*FLAGS, *map(str, flags)], first)
-        self.agent = FORKS.Process(target=_launch, args=given)
-        self.agent.start()
-
-    def ended(self, patience):
-        """Wait until it has ended; return its status and what was said."""
-        self.agent.join(patience)
-        assert self.agent.exitcode is not None, f"still there after {patience} s: {self.said()}"
-        return self.agent.exitcode, self.said()
-
-    def said(self):
-        """Return what has been said by now, without torchrun's words."""
-        text = self.log.read_text(errors="replace") if self.log.exists() else ""
-        return "".join(x for x in text.splitlines(keepends=True) if "torch/distributed/el" not in x)
+    given = (ranks, [*command], files, {**environment}, Path.cwd(), first)
+    agent = FORKS.Process(target=_be_agent, args=given)
+    agent.start()
+    return agent
 
 
-class Before:
-    """Does something on the first rank before a certain call of a function.
-
-    Args:
-        place: The function, as "package.module:name.name".
-        number: Which call, from 1 on.
-        action: What is done; can be pickled.
-    """
-
-    def __init__(self, place, number, action):
-        self.place, self.number, self.action = place, number, action
-
-    def __call__(self):
-        """Put a counting function in the place of the other."""
-        if os.environ["RANK"] != "0":
-            return
-        module, _, path = self.place.partition(":")
-        owner, _, name = path.rpartition(".")
-        owner = pkgutil.resolve_name(f"{module}:{owner}" if owner else module)
-        function, calls = getattr(owner, name), []
-
-        @functools.wraps(function)
-        def counting(*args, **kwargs):
-            calls.append(1)
-            if len(calls) == self.number:
-                self.action()
-            return function(*args, **kwargs)
-
-        setattr(owner, name, counting)
-
-
-def launched(log, words):
-    """Be `weighting train` in a process of its own."""
-    with log.open("w") as file:
-        os.dup2(file.fileno(), 2)
-    sys.exit(launch.main(words))
-
-
-def use_first(cache, meeting, number, *, die):
-    """Make a tokenizer in a cache as so many others do, or die in the middle of that.
-
-    Each leaves a file in a folder when it has begun to write, and waits for the others'.
-    """
-    os.environ["WEIGHTING_CACHE"] = str(cache)
-    tokenizer.SAMPLE_CHARS = 10_000
-    fsync = os.fsync
-
-    def held(file):
-        os.fsync = fsync
-        (meeting / str(os.getpid())).touch()
-        while len([*meeting.iterdir()]) < number:
-            time.sleep(0.02)
-        if die:
-            os.kill(os.getpid(), signal.SIGKILL)
-        fsync(file)
-
-    os.fsync = held
-    tokenizer.ensure_tokenizer(300)
-
-
-def _launch(log, ranks, flags, first):
-    """Be torchrun; end with the status of the rank that failed."""
+def _be_agent(ranks, command, files, environment, cwd, first):
     os.setsid()
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(environment)
+    for number, path in enumerate(files, 1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -145,13 +69,28 @@ def _launch(log, ranks, flags, first):
         monitor_interval=0.1,
     )
     try:
-        elastic_launch(config, _train)(flags, first)
+        elastic_launch(config, _be_rank)(command, first)
     except ChildFailedError as error:
         sys.exit(max(failure.exitcode for failure in error.failures.values()) or 1)
 
 
-def _train(flags, first):
-    if first is not None:
-        first()
-    sys.argv = ["train", *flags]
-    main()
+def _be_rank(command, first):
+    """Be Python with that command line."""
+    for number in (signal.SIGTERM, signal.SIGHUP):  # the agent's handlers are not a rank's
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.path[:0] = os.environ["PYTHONPATH"].split(os.pathsep)
+    sys.stdout.reconfigure(line_buffering=True)
+    warnings.filterwarnings("ignore", "'torchtitan.train' found in sys.modules")  # imported before
+    what, *rest = command
+    sys.argv = rest if what == "-m" else command
+    try:
+        if first is not None:
+            first()
+        if what == "-m":
+            runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(what, run_name="__main__")
+    except Exception:  # noqa: BLE001 - as Python does, whatever it is
+        traceback.print_exc()
+        sys.exit(1)

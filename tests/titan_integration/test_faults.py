@@ -20,7 +20,8 @@ from multiprocessing import forkserver
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from forked import FLAGS, FORKS, Before, Run, launched, use_first
+from faulty import FLAGS, Before, Run, launched, use_first
+from forked import FORKS
 from runs import environment
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
@@ -50,6 +51,7 @@ def forks(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         if made:
             patch.setenv("LD_PRELOAD", str(out / "clock.so"))
+        forkserver._forkserver._stop()  # one of other tests, if there is one
         forkserver.ensure_running()
     return made
 
@@ -412,7 +414,7 @@ def test_two_ranks_then_one_then_two_are_two(whole, start, tmp_path):
 def test_weighting_train_that_is_told_to_end_ends(tmp_path):
     """SIGTERM ends launcher, torchrun and ranks with a word and status 143."""
     dump = tmp_path / "dump"
-    words = ["train", "uniform", "--module=forked", "--config=tiny", "--ranks=2", *FLAGS[2:]]
+    words = ["train", "uniform", "--module=faulty", "--config=tiny", "--ranks=2", *FLAGS[2:]]
     process = subprocess.Popen(
         [sys.executable, "-m", "weighting", *words, FOREVER, f"--dump_folder={dump}"],
         env=environment(),

@@ -1,0 +1,119 @@
+"""A small training, what is done to it in the middle, and what it says."""
+
+import functools
+import os
+import pkgutil
+import signal
+import sys
+import time
+
+from forked import start
+from runs import environment
+
+from titan_integration import launch, tokenizer
+
+FLAGS = [
+    "--module=faulty",
+    "--config=tiny",
+    "--training.seq_len=32",
+    "--metrics.disable_color_printing",
+    "--debug.seed=1",
+]
+
+
+def tiny():
+    """Return the debug model's config with one layer of width 32."""
+    from titan_integration.config_registry import llama3_debugmodel  # noqa: PLC0415 - in its ranks
+    from titan_integration.paper import resized  # noqa: PLC0415
+
+    config = llama3_debugmodel()
+    config.model_spec = resized(config.model_spec, layers=1, heads=2, width=32)
+    return config
+
+
+class Run:
+    """A training that was started, first of a process group; its ranks speak to a file.
+
+    Args:
+        log: That file.
+        ranks: How many.
+        flags: Of torchtitan, after those above.
+        first: What each rank calls before it trains; can be pickled.
+    """
+
+    def __init__(self, log, ranks, *flags, first=None):
+        self.log = log
+        self.log.unlink(missing_ok=True)
+        command = ["-m", "torchtitan.train", *FLAGS, *map(str, flags)]
+        self.agent = start(ranks, command, (log, log), environment(), first)
+
+    def ended(self, patience):
+        """Wait until it has ended; return its status and what was said."""
+        self.agent.join(patience)
+        assert self.agent.exitcode is not None, f"still there after {patience} s: {self.said()}"
+        return self.agent.exitcode, self.said()
+
+    def said(self):
+        """Return what has been said by now, without torchrun's words."""
+        text = self.log.read_text(errors="replace") if self.log.exists() else ""
+        return "".join(x for x in text.splitlines(keepends=True) if "torch/distributed/el" not in x)
+
+
+class Before:
+    """Does something on the first rank before a certain call of a function.
+
+    Args:
+        place: The function, as "package.module:name.name".
+        number: Which call, from 1 on.
+        action: What is done; can be pickled.
+    """
+
+    def __init__(self, place, number, action):
+        self.place, self.number, self.action = place, number, action
+
+    def __call__(self):
+        """Put a counting function in the place of the other."""
+        if os.environ["RANK"] != "0":
+            return
+        module, _, path = self.place.partition(":")
+        owner, _, name = path.rpartition(".")
+        owner = pkgutil.resolve_name(f"{module}:{owner}" if owner else module)
+        function, calls = getattr(owner, name), []
+
+        @functools.wraps(function)
+        def counting(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == self.number:
+                self.action()
+            return function(*args, **kwargs)
+
+        setattr(owner, name, counting)
+
+
+def launched(log, words):
+    """Be `weighting train` in a process of its own."""
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 2)
+    sys.exit(launch.main(words))
+
+
+def use_first(cache, meeting, number, *, die):
+    """Make a tokenizer in a cache as so many others do, or die in the middle of that.
+
+    Each leaves a file in a folder when it has begun to write, and waits for the others'.
+    """
+    os.environ["WEIGHTING_CACHE"] = str(cache)
+    tokenizer.SAMPLE_CHARS = 10_000
+    fsync = os.fsync
+
+    def held(file):
+        os.fsync = fsync
+        (meeting / str(os.getpid())).touch()
+        while len([*meeting.iterdir()]) < number:
+            time.sleep(0.02)
+        if die:
+            os.kill(os.getpid(), signal.SIGKILL)
+        fsync(file)
+
+    os.fsync = held
+    tokenizer.ensure_tokenizer(300)
