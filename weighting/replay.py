@@ -407,8 +407,8 @@ def _wrong_columns(table: pa.Table, domains: list[str], further: Sequence[str]) 
     """Return what is wrong with a file's columns, or None."""
     import pyarrow as pa  # noqa: PLC0415 - the core does without it
 
-    counts = {STEP, ROW, VALID, *further}
-    columns = (*sorted(counts), DOMAIN, WEIGHT)
+    counts = (STEP, ROW, VALID, *further)
+    columns = (*counts, DOMAIN, WEIGHT)
     if lacking := [name for name in columns if name not in table.column_names]:
         return f"no column {lacking[0]}"
     if not table.num_rows:
