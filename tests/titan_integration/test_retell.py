@@ -153,7 +153,7 @@ def test_a_text_is_that_of_the_row_in_every_order_of_rows(
     assert texts(run, []) == {}
     # A row may begin within a document, and end just after one has begun.
     later = [text for _, *others in texts(run, [*given]).values() for text in others]
-    assert len(later) > 2 * STEP
+    assert len(later) >= 2
     assert all(re.match(r"document \d+:", text) for text in later if len(text) > 12)
     assert all(text.count("document ") <= 1 for text in later)
 
