@@ -64,7 +64,7 @@ SEQ_LEN, ROWS = 128, 32
 STEPS = [n * 2**k for k in range(4, 14) for n in (2, 3)]
 """The numbers of steps there are, so that a busy machine does not choose another each time."""
 ENOUGH = STEPS[2]
-"""With fewer steps a method less is compared."""
+"""With fewer steps a method less is compared, as long as there are two."""
 PROBE = 16
 REFERENCE_SEED = 1_000
 FREQUENT, MEDIUM = 0.5, 0.9
@@ -189,11 +189,12 @@ def within(seconds: float, start: float, step: float, seeds: int, methods: int) 
     A reference and the seed checkpoints are runs too; weighting takes a tenth more, and looking at
     a model as long as starting it.
     """
-    for count in range(methods, 1, -1):
+    least = [*((count, ENOUGH) for count in range(methods, 1, -1)), (2, STEPS[0])]
+    for count, enough in least:
         runs = -(-(1 + seeds + count * seeds) // cores())
         each = seconds / runs - 2 * start
         fits = [n for n in STEPS if n * step * 1.1 <= each]
-        if fits and fits[-1] >= ENOUGH:
+        if fits and fits[-1] >= enough:
             return fits[-1], count
     sys.exit(
         f"{seconds / 60:g} minutes are not enough: starting a run takes {start:.0f} s here, a step "

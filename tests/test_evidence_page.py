@@ -131,6 +131,12 @@ def test_a_budget_is_kept(evidence, seconds):
     assert steps == evidence.STEPS[-1] or planned > seconds / 2 or count < 11
 
 
+def test_a_busy_machine_takes_fewer_steps_of_two_methods(evidence, monkeypatch):
+    """Ten minutes do where starting takes twice as long, and a step too."""
+    monkeypatch.setattr(evidence, "cores", lambda: 2)
+    assert evidence.within(560, start=24.0, step=0.97, seeds=3, methods=11) == (48, 2)
+
+
 def test_too_small_a_budget_is_said(evidence):
     """With no time for two methods nothing is started."""
     with pytest.raises(SystemExit, match="minutes are not enough"):
