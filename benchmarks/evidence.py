@@ -99,6 +99,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("outputs/evidence/evidence"))
     parser.add_argument("flags", nargs="*", help="further torchtitan flags, after --")
     args = parser.parse_args()
+    args.folder = args.folder.absolute()  # the host takes no other paths of checkpoints
     args.folder.mkdir(parents=True, exist_ok=True)
     os.environ["OMP_NUM_THREADS"] = "1"  # one run a core, and the same sums in the same order
     torch.set_num_threads(1)
