@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +143,19 @@ def test_too_small_a_budget_is_said(evidence):
     """With no time for two methods nothing is started."""
     with pytest.raises(SystemExit, match="minutes are not enough"):
         evidence.within(60, start=12.0, step=0.5, seeds=3, methods=11)
+
+
+def test_the_default_folder_is_told_to_the_host_whole(evidence, monkeypatch, tmp_path):
+    """The host refuses relative paths of checkpoints."""
+    folders = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["evidence.py", "--steps=32"])
+    monkeypatch.setattr(evidence, "train_all", lambda folder, _plan: folders.append(folder))
+    monkeypatch.setattr(evidence, "look_at_all", lambda *_: sys.exit())
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit):
+        evidence.main()
+    assert evidence.seeded(folders[0], 0).is_absolute()
 
 
 def test_the_stored_page_is_that_of_the_stored_numbers(page, tmp_path):
