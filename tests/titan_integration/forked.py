@@ -35,7 +35,7 @@ def start(
 ) -> ForkServerProcess:
     """Start a command line of torchrun, and return its agent, the first of a process group.
 
-    Its status will be 0, or that of the first rank that failed.
+    Its status will be 0, or the largest of the ranks that failed.
 
     Args:
         ranks: How many.
