@@ -371,11 +371,19 @@ class RunState(Stateful):
         """Restore the state of the stages, unless it is another spec's, as `accepts` tells.
 
         Raises:
-            ValueError: As `accepts`.
+            ValueError: As `accepts`; or the state is none that the stages could be in.
         """
         state = dict(state_dict)
-        if self.accepts({key: state.pop(key) for key in RECORD if key in state}):
+        if not self.accepts({key: state.pop(key) for key in RECORD if key in state}):
+            return
+        try:
             self.fn.load_state_dict(state)
+        except ValueError as error:
+            msg = (
+                f"{error}. An earlier checkpoint: --checkpoint.load_step N; the weighting afresh: "
+                "--checkpoint.exclude_from_loading weighting"
+            )
+            raise ValueError(msg) from error
 
     def accepts(self, record: Mapping[str, str]) -> bool:
         """Tell whether a saved state is of this spec; False where another one is allowed.

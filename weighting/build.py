@@ -28,11 +28,12 @@ from weighting.contract import (
 from weighting.errors import NonFiniteSignalError, Problem, SpecError
 from weighting.html import weights_html
 from weighting.levels import Groups, group
+from weighting.saved import not_between, not_finite, shown
 from weighting.schedules import Constant, Schedule, ShareOfN
 from weighting.stages import Clamp, Loss, Mean, MeanOne, Table, Uniform
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from weighting.spec import Apply, Spec
 
@@ -438,6 +439,58 @@ class Weighting(nn.Module):
             NonFiniteSignalError: Says how many tokens and what to do.
         """
         raise_if_nonfinite(self.spec, int(weights.moments[-1, MOMENTS.index("nonfinite")]))
+
+    @override
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Load this module's part of a saved state; torch calls it wherever in a model it stands.
+
+        Raises:
+            ValueError: The state is none that the stages could be in.
+        """
+        given = {name: state_dict.get(prefix + name) for name, _ in self.named_buffers()}
+        saved = {name: x for name, x in given.items() if isinstance(x, Tensor)}
+        problems = dict[str, str]()
+        for name, must in self._problems_with(saved):
+            problems.setdefault(name, must)
+        if problems:
+            wrong = "; ".join(
+                f"{prefix}{name} is {shown(saved[name])} and must be {must}"
+                for name, must in problems.items()
+            )
+            msg = (
+                f"the saved state of {self.spec.name} cannot be gone on from: {wrong}. The run had "
+                "gone wrong before it was saved, or the file was changed: load an earlier one, or "
+                "leave the weighting's state out, so that it starts afresh"
+            )
+            raise ValueError(msg)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _problems_with(self, saved: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
+        """Yield (name, what it must be) for buffers that cannot be loaded."""
+        known: dict[str, Tensor] = {}
+        for name, buffer in self.named_buffers():
+            value = saved.get(name)
+            if value is None or value.is_meta or value.shape != buffer.shape:
+                continue  # what is missing or has another shape torch refuses itself
+            if torch.can_cast(value.dtype, buffer.dtype):
+                known[name] = value
+            else:
+                yield name, f"{buffer.dtype}".removeprefix("torch.")
+        for (factor, index), names in self._buffers_of.items():
+            stage = self.plans[factor][index].stage
+            state = {key: known.pop(name) for key, name in names.items() if name in known}
+            if state.keys() == names.keys():
+                problems = stage.problems_with_state(state, self.domains)
+            else:  # with strict=False
+                problems = Stage.problems_with_state(stage, state, self.domains)
+            yield from ((names[key], must) for key, must in problems)
+        yield from not_finite(known)  # the rest is of scope: running
+        counts = [name for name in known if name.endswith("__seen_count")]
+        yield from not_between(known, 0, RUNNING_UNITS, *counts)
+        if "seen_mean" in known:
+            yield from not_between(known, 0, torch.inf, "seen_mean")
 
     def _remember(self, factor: str, index: int, stage: Stage) -> None:
         """Register the state of a stage as buffers, named for where it stands."""

@@ -19,8 +19,10 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from typing_extensions import override
 
+from weighting.saved import not_finite
+
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from weighting.levels import Groups
 
@@ -272,6 +274,20 @@ class Stage(BaseModel):
         """Return what it remembers before the first batch: named tensors, none by default."""
         del domains
         return {}
+
+    def problems_with_state(
+        self, state: Mapping[str, Tensor], domains: tuple[str, ...]
+    ) -> Iterator[tuple[str, str]]:
+        """Yield (key, what it must be) for tensors of a saved state that it cannot go on from.
+
+        By default those that are not finite, but where `initial_state` is not either.
+
+        Args:
+            state: All that `initial_state` names, in those shapes; any numbers may be in it.
+            domains: Those of `initial_state`.
+        """
+        start = self.initial_state(domains)
+        yield from not_finite({key: x for key, x in state.items() if start[key].isfinite().all()})
 
     def hear(self, news: Tensor, scope: Scope) -> dict[str, Tensor]:
         """Return the state after news, from `scope.state` before it; the same names.
