@@ -34,6 +34,10 @@ class NonFiniteSignalError(ValueError):
     """A signal was NaN or infinite and the spec says `on_nonfinite: error`."""
 
 
+class OneUnitWarning(UserWarning):
+    """A factor compares units with each other, a batch had one, and all tokens weigh alike."""
+
+
 @dataclass(frozen=True)
 class Place:
     """A stretch of one line of a source text; line and column count from 1."""

@@ -50,6 +50,7 @@ def linear_weighted_cross_entropy(
     columns: Mapping[str, Tensor] | None = None,
     memory: Memory = "auto",
     chunks: int = CHUNKS,
+    sequence_ids: Tensor | None = None,
 ) -> tuple[Tensor, Weights]:
     """Return the weighted mean cross entropy of a batch from hidden states, and the weights.
 
@@ -72,6 +73,9 @@ def linear_weighted_cross_entropy(
         columns: Dataset columns for each token, by name.
         memory: How weights that come late are met; see `path_of`.
         chunks: Into how many chunks the batch is cut; more take less memory.
+        sequence_ids: Sequence of each token: equal ids in one row are one, counted from 0 in each
+            row or on from row to row.  None: each row of [B, L] is a sequence, and in [T] each
+            document.  A padding-free batch needs them, see `Signals`.
 
     Returns:
         The loss, nats; and the weights, of which `fn.check(weights)` says now and then whether a
@@ -87,7 +91,8 @@ def linear_weighted_cross_entropy(
             "not belong together; give [B, L, D], [V, D] and [B, L]"
         )
         raise ValueError(msg)
-    given = {"domain_ids": domain_ids, "segment_ids": segment_ids, "ref_loss": ref_loss}
+    given = {"domain_ids": domain_ids, "segment_ids": segment_ids, "sequence_ids": sequence_ids}
+    given["ref_loss"] = ref_loss
     if memory == "full":
         logits = F.linear(hidden, weight, bias)
         return weighted_cross_entropy(logits, labels, fn, step=step, columns=columns, **given)
@@ -113,16 +118,21 @@ def linear_weighted_cross_entropy(
     def local(found: dict[str, Tensor]) -> Tensor:
         return fn.local_part(signals_of(found), step)
 
+    sizes = Sizes.of(labels, weight)
+    if sequence_ids is not None:  # a row may hold several sequences, each with a weight of its own
+        sizes = sizes._replace(rows=0)
     batch = Batch(
         labels,
         Head(weight, bias),
-        path_of(fn, Sizes.of(labels, weight), memory, chunks=chunks),
+        path_of(fn, sizes, memory, chunks=chunks),
         fn.needs,
         local,
         known,
         1 / known["valid"].sum().clamp(min=1),
     )
-    return late_bound(hidden, batch, weigh), outcome[-1]
+    loss = late_bound(hidden, batch, weigh)
+    fn.warn_of_one_unit(outcome[-1], rows_are_sequences=sequence_ids is None)
+    return loss, outcome[-1]
 
 
 class Head(NamedTuple):
@@ -144,7 +154,7 @@ class Sizes(NamedTuple):
 
     Attributes:
         tokens: Tokens of the batch.
-        rows: Sequences of the batch, if each is a row; 0 for flat tokens.
+        rows: Sequences of the batch, if each is a row; 0 where ids tell them.
         vocabulary: Rows of the weight.
         width: Columns of the weight.
         itemsize: Bytes of an element of the weight.

@@ -48,5 +48,7 @@ class Bernoulli(Weigh):
     def apply(self, x: Tensor, scope: Scope) -> Tensor:
         """Return 1, or 1 / p, for what is kept."""
         p = x.clamp(0, 1)
-        kept = uniform(self.seed, scope.state["batches"], x.numel()) < p
+        draws = uniform(self.seed, scope.state["batches"], x.numel())
+        # By its place among the units there are: how many slots are empty changes no draw.
+        kept = draws[(scope.valid.cumsum(0) - 1).clamp(min=0)] < p
         return torch.where(kept, 1 / p.clamp(min=1e-6) if self.correct else torch.ones_like(p), 0)
