@@ -59,6 +59,7 @@ class WeightedMetricsProcessor(MetricsProcessor):
             NonFiniteSignalError: As `RunState.statistics`.
         """
         assert self.state is not None, "the trainer sets the state"
+        first = self.state.warnings is None
         found = self.state.statistics(self.collectives)
         tokens, since = self.ntokens_since_last_log, self.time_last_log
         named = {f"weighting/{name}": value for name, value in found.items()}
@@ -71,6 +72,8 @@ class WeightedMetricsProcessor(MetricsProcessor):
             f"ess: {found['weight/ess_frac']:.3f}  capped: {capped(found):.3f}"
         )
         if dist.get_rank() == 0:
+            for warning in (first and self.state.warnings) or ():
+                logger.warning(warning)
             line = {"step": step, **found, "grad_norm": grad_norm, "tps": tokens / seconds}
             append_line(Path(self.dump_folder) / FOLDER / FILE, line)
 

@@ -11,10 +11,13 @@ from titan_integration.data import DomainTextDataLoader
 from titan_integration.records import REF_LOSS
 from titan_integration.reference import average_decay, find_checkpoint
 from titan_integration.state import data_columns, short_contexts
+from weighting.compared import domains_compared
 from weighting.mixture import with_mixture
 from weighting.spec import imported, resolve
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import weighting as wt
     from titan_integration.trainer import WeightedTrainer, WeightingConfig
 
@@ -70,6 +73,26 @@ def refuse_unsupported(config: WeightedTrainer.Config, fn: wt.Weighting) -> None
         _refuse_pipeline(config, fn)
     if config.parallelism.context_parallel_degree > 1:
         _refuse_context(config, fn)
+
+
+def refuse_one_domain(fn: wt.Weighting, domains: Sequence[str] | None) -> None:
+    """Refuse a spec that weighs domains against each other where the data has one.
+
+    Args:
+        fn: The spec, built or sketched.
+        domains: Names of the data's domains; None where the loader tells none.
+
+    Raises:
+        ValueError: Every domain weight would be 1.
+    """
+    compared = domains_compared(fn)
+    if compared and domains is not None and len(domains) == 1:
+        msg = (
+            f"{fn.spec.name} weighs domains against each other ({', '.join(compared)}), and the "
+            f"data has one, {domains[0]!r}; name the column that tells domains "
+            "(--dataloader.domain_column), or take a spec without domain weights"
+        )
+        raise ValueError(msg)
 
 
 def ask_for_columns(config: WeightedTrainer.Config, needs: frozenset[str]) -> None:

@@ -47,6 +47,7 @@ from titan_integration.preflight import (
     ask_for_columns,
     ask_for_rows,
     read_spec,
+    refuse_one_domain,
     refuse_unsupported,
 )
 from titan_integration.record import asked, recorder_of
@@ -178,6 +179,7 @@ class WeightedTrainer(Trainer):
         assert isinstance(self.metrics_processor, WeightedMetricsProcessor)
         ranks = ranks_of(self.parallel_dims)
         domains = getattr(self.dataloader, "domains", None)
+        refuse_one_domain(sketch(spec), domains)
         fn = wt.build(spec, domains=domains, collectives=ranks)
         allow = config.weighting.allow_changed_spec
         self.state = RunState(fn, self.device, allow_changed_spec=allow)
@@ -210,11 +212,6 @@ class WeightedTrainer(Trainer):
         logger.info(f"Weighting: {spec.name} ({spec.hash})\n{spec}")
         if domains:
             logger.info(f"Domains: {', '.join(domains)}")
-        if domains and len(domains) == 1 and (fn.moves_domains or fn.sampling):
-            logger.warning(
-                f"the data has one domain, {domains[0]}, so there is nothing to weigh it against; "
-                "name the column that tells domains: --dataloader.domain_column"
-            )
 
     def _take_turns(self, config: Config, fn: wt.Weighting) -> None:
         """Make a step of one microbatch of every domain, whose gradients are kept apart."""

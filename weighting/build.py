@@ -196,12 +196,12 @@ def applied(spec: Spec) -> dict[str, Apply]:
 
 def numbers(stage: Stage) -> Iterator[tuple[str, Schedule]]:
     """Yield the numbers of a stage that may change over training, by name."""
-    for field in type(stage).model_fields:
-        value = getattr(stage, field)
+    for name in type(stage).model_fields:
+        value = getattr(stage, name)
         if isinstance(value, dict):
             yield from value.items()
         elif isinstance(value, Schedule):
-            yield field, value
+            yield name, value
 
 
 def tells_domains(steps: Sequence[Step]) -> bool:
@@ -447,7 +447,7 @@ class Weighting(nn.Module):
     def check(self, weights: Weights) -> None:
         """Raise if a signal was not finite and the spec says `on_nonfinite: error`; synchronises.
 
-        Warns, once, where there was one unit to compare; see `OneUnitWarning`.
+        Warns, once, if a batch had one unit to compare; see `OneUnitWarning`.
 
         Raises:
             NonFiniteSignalError: Says how many tokens and what to do.
@@ -466,7 +466,7 @@ class Weighting(nn.Module):
             rows_are_sequences: No ids told its sequences.
         """
         # Asked first, since a compiled graph must not depend on what was said before.
-        if torch.compiler.is_compiling() or self._warned:
+        if torch.compiler.is_compiling() or self._warned or not self.training:
             return
         shape = weights.token.shape
         one_row = rows_are_sequences and len(shape) > 1 and shape[0] * self.collectives.size == 1
@@ -481,8 +481,8 @@ class Weighting(nn.Module):
         )
 
     def _warn(self, alone: list[str]) -> None:
-        """Warn of the first of what had one unit to compare, unless that was done."""
-        if not alone or self._warned:
+        """Warn of the first of what had one unit to compare, in training, unless that was done."""
+        if not alone or self._warned or not self.training:
             return
         self._warned = True
         if self.collectives.rank == 0:

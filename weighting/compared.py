@@ -42,6 +42,20 @@ def domains_compared(fn: Weighting) -> list[str]:
     return [*names, *(name for name, level in _reduced(fn.spec).items() if level == "domain")]
 
 
+def tables_compared(fn: Weighting) -> list[str]:
+    """Return the factors that weigh a token by its domain alone, which batches of one domain undo.
+
+    The mean over a batch of one domain is the weight of that domain.
+    """
+    if fn.spec.normalize == "none" or fn.spec.scope == "running":
+        return []
+    return [
+        name
+        for name, steps in fn.plans.items()
+        if fn.applied[name] == "loss" and steps[-1].level == "token" and _reads_domains(steps[0])
+    ]
+
+
 def one_unit(fn: Weighting, name: str, level: Level, where: str, advice: str) -> str:
     """Return the sentence that a factor, or the reduction, has one unit to weigh.
 

@@ -106,7 +106,7 @@ def group(
     if level == "token":
         return None
     if level == "domain":
-        ids = _ids(signals, "domain_ids", num_domains)
+        ids = _ids(signals.domain_ids, signals.valid, "domain_ids", num_domains)
         return Groups(level, ids, num_domains, 0, collectives)
     parts = collectives.parts
     by_id = level == "sequence" and signals.sequence_ids is not None
@@ -120,13 +120,17 @@ def group(
             "Signals(sequence_ids=...), or segment_ids if every document is a sequence"
         )
         raise ValueError(msg)
+    given, name = signals.segment_ids, "segment_ids"
     if by_id:
-        # Ids may count on from row to row; modulo the length they still differ within a row.
-        ids = _ids(signals, "sequence_ids", rows * length)
-        _check_span(ids, signals, rows, length)
+        given, name = signals.sequence_ids, "sequence_ids"
+    if given is not None and given.shape != signals.loss.shape:
+        shapes = [*given.shape], [*signals.loss.shape]
+        msg = f"{name} has shape {shapes[0]}, the loss {shapes[1]}; they must agree"
+        raise ValueError(msg)
+    ids = _ids(given, signals.valid, name, rows * length if by_id else length)
+    if by_id:  # they may count on from row to row; modulo the length they differ within a row
+        _check_span(ids, signals.valid, rows, length)
         ids = ids % length
-    else:
-        ids = _ids(signals, "segment_ids", length)
     rows_of = torch.arange(rows, device=ids.device).repeat_interleave(ids.numel() // rows)
     return Groups(level, ids + rows_of * length, rows * length, 0, parts)
 
@@ -142,19 +146,14 @@ def documents(positions: Tensor) -> Tensor:
     return starts.cumsum(-1)
 
 
-def _ids(signals: Signals, name: str, size: int) -> Tensor:
+def _ids(ids: Tensor | None, valid: Tensor | None, name: str, size: int) -> Tensor:
     """Return flat ids, 0 at ignored tokens, whose ids may be anything."""
-    ids: Tensor | None = getattr(signals, name)
     if ids is None:
         msg = f"{name} are needed by this spec's levels; give Signals({name}=...)"
         raise ValueError(msg)
-    if ids.shape != signals.loss.shape:
-        shapes = [*ids.shape], [*signals.loss.shape]
-        msg = f"{name} has shape {shapes[0]}, the loss {shapes[1]}; they must agree"
-        raise ValueError(msg)
     ids = ids.reshape(-1).long()
-    if signals.valid is not None:
-        ids = torch.where(signals.valid.reshape(-1).bool(), ids, 0)
+    if valid is not None:
+        ids = torch.where(valid.reshape(-1).bool(), ids, 0)
     if _may_look_at(ids):
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= size:
@@ -163,14 +162,14 @@ def _ids(signals: Signals, name: str, size: int) -> Tensor:
     return ids
 
 
-def _check_span(ids: Tensor, signals: Signals, rows: int, length: int) -> None:
+def _check_span(ids: Tensor, valid: Tensor | None, rows: int, length: int) -> None:
     """Raise where ids of a row are so far apart that two of them may share a slot."""
     if rows == 1 or not _may_look_at(ids) or int(ids.max()) < length:
         return
     ids = ids.view(rows, -1)
-    valid = torch.ones_like(ids) if signals.valid is None else signals.valid
-    high = torch.where(valid.bool(), ids, 0).amax(1)
-    low = torch.where(valid.bool(), ids, high[:, None]).amin(1)
+    counts = torch.ones_like(ids) if valid is None else valid.view(rows, -1)
+    high = torch.where(counts.bool(), ids, 0).amax(1)
+    low = torch.where(counts.bool(), ids, high[:, None]).amin(1)
     row = int((high - low).argmax())
     if high[row] - low[row] >= length:
         msg = (
