@@ -76,7 +76,7 @@ def refuse_unsupported(config: WeightedTrainer.Config, fn: wt.Weighting) -> None
 
 
 def refuse_one_domain(fn: wt.Weighting, domains: Sequence[str] | None) -> None:
-    """Refuse a spec that weighs domains against each other where the data has one.
+    """Refuse a spec that weighs or draws domains where the data has one.
 
     Args:
         fn: The spec, built or sketched.
@@ -88,8 +88,8 @@ def refuse_one_domain(fn: wt.Weighting, domains: Sequence[str] | None) -> None:
     compared = domains_compared(fn)
     if compared and domains is not None and len(domains) == 1:
         msg = (
-            f"{fn.spec.name} weighs domains against each other ({', '.join(compared)}), and the "
-            f"data has one, {domains[0]!r}; name the column that tells domains "
+            f"{fn.spec.name} weighs or draws domains ({', '.join(compared)}), and the data has "
+            f"one, {domains[0]!r}, so that every weight would be 1; name the column that tells domains "
             "(--dataloader.domain_column), or take a spec without domain weights"
         )
         raise ValueError(msg)

@@ -33,11 +33,11 @@ def compared_levels(fn: Weighting) -> dict[str, Level]:
 
 
 def domains_compared(fn: Weighting) -> list[str]:
-    """Return what weighs domains against each other: factors, and the reduction, by name."""
+    """Return what weighs or draws domains: factors, and the reduction, by name."""
     names = [
         name
         for name, steps in fn.plans.items()
-        if any(step.level == "domain" or _reads_domains(step) for step in steps)
+        if name in fn.sampling or any(x.level == "domain" or _reads_domains(x) for x in steps)
     ]
     return [*names, *(name for name, level in _reduced(fn.spec).items() if level == "domain")]
 

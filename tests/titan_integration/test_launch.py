@@ -7,9 +7,11 @@ import subprocess
 import sys
 
 import pytest
+from faulty import Run
 from runs import environment
 
 from titan_integration import launch
+from weighting.files import read_lines
 
 
 def train(*arguments, timeout=240, cwd=None):
@@ -81,6 +83,62 @@ def test_corrupt_data_is_one_error_on_one_rank_and_status_2(tmp_path):
     assert output.count("error: ") == 1
     assert f"error: {bad}: not a readable Parquet file" in output
     assert "Traceback" not in output
+
+
+@pytest.mark.processes
+def test_data_without_domains_is_one_error_for_a_spec_that_weighs_them(tmp_path):
+    """Group DRO on text without a domain column ends before training, on two ranks, status 2."""
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(json.dumps({"text": f"Line {i}. " * 40}) for i in range(40)))
+    out = tmp_path / "out"
+    flags = ["--training.steps=2", "--training.seq_len=64", f"--dump_folder={out}"]
+    done = train("group-dro", "--ranks", "2", "--data", str(data), *flags)
+
+    assert done.returncode == 2, done.stderr[-3000:]
+    output = done.stdout + done.stderr
+    assert output.count("error: ") == 1
+    assert "the data has one, 'all', so that every weight would be 1" in output
+    assert "--dataloader.domain_column" in output
+    assert "Traceback" not in output
+    assert not (out / "weighting" / "metrics.jsonl").exists()
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(("ranks", "times"), [(1, 1), (2, 0)])
+def test_a_run_says_once_that_its_batches_have_one_sequence(tmp_path, ranks, times):
+    """One row a batch: every weight is 1, which is logged once; with a row on another rank not."""
+    flags = [
+        "--training.local_batch_size=1",
+        "--training.global_batch_size=2",
+        "--training.steps=3",
+    ]
+    flags += ["--metrics.log_freq=1", f"--dump_folder={tmp_path}"]
+    run = Run(tmp_path / "log", ranks, "--weighting.spec=linupper", *flags)
+    status, said = run.ended(300)
+
+    assert status == 0, said[-3000:]
+    sentence = "linupper: pipeline compares sequences with each other, and every batch so far had"
+    assert said.count(sentence) == times
+    assert said.count("--training.local_batch_size") == times
+    lines = read_lines(tmp_path / "weighting" / "metrics.jsonl")
+    assert (max(line["weight/max"] for line in lines) > 1) == (ranks == 2)
+
+
+@pytest.mark.processes
+def test_a_run_says_once_that_its_batches_have_one_document_or_domain(tmp_path):
+    """Short rows of one domain each, one a batch: documents and domains have none beside them."""
+    spec = tmp_path / "spec.yaml"
+    spec.write_text(
+        "version: 1\nname: alone\nfactors:\n"
+        "  a: max(document) -> temperature(1)\n  b: mean(domain) -> temperature(1)\n"
+    )
+    flags = ["--training.local_batch_size=1", "--training.steps=2", "--dataloader.rows=drawn"]
+    flags += ["--metrics.log_freq=1", f"--dump_folder={tmp_path}"]
+    status, said = Run(tmp_path / "log", 1, f"--weighting.spec={spec}", *flags).ended(300)
+
+    assert status == 0, said[-3000:]
+    for factor, level in (("a", "document"), ("b", "domain")):
+        assert said.count(f"alone: {factor} compares {level}s with each other") == 1
 
 
 @pytest.mark.processes

@@ -89,6 +89,46 @@ def test_statistics_add_up_over_microbatches():
     assert state.statistics()["weight/max"] == 0
 
 
+def test_batches_of_one_sequence_are_noted_at_the_first_log_step_only():
+    """What the spec compares came alone in every batch: that is worth one sentence."""
+    alone, together = torch.rand(1, 3), torch.rand(2, 3)
+    for batches, noted in (([alone, alone], 1), ([alone, together], 0), ([together], 0)):
+        state = state_of("normalize -> temperature(1)")
+        state.begin_step(1)
+        assert state.warnings is None
+        for loss in batches:
+            state.weigh({"loss": loss})
+        state.statistics()
+        assert len(state.warnings) == noted
+        state.weigh({"loss": alone})
+        state.statistics()
+        assert len(state.warnings) == noted
+    assert "every batch so far had only one" in str(state_of_one_sequence().warnings)
+
+
+def state_of_one_sequence():
+    """Return the run state after a log step whose batch had one sequence."""
+    state = state_of("normalize -> temperature(1)")
+    state.weigh({"loss": torch.rand(1, 3)})
+    state.statistics()
+    return state
+
+
+@pytest.mark.parametrize("pipeline", ["table(a=2, b=1) -> mean_one", "mean(domain) -> mean_one"])
+@pytest.mark.parametrize("ids", [[[0, 0], [0, 0]], [[0, 0], [0, 1]]])
+def test_batches_of_one_domain_are_noted(pipeline, ids):
+    """A table's weight is scaled away in them, and a domain alone has none to be compared with."""
+    fn = wt.build(wt.loads(pipeline), domains=["a", "b"])
+    state = RunState(fn, torch.device("cpu"), allow_changed_spec=False)
+    known = {"domain_ids": torch.tensor(ids), "valid": torch.ones(2, 2, dtype=torch.bool)}
+    token = state.weigh({"loss": torch.rand(2, 2), **known}).token
+    state.add_by_domain(torch.rand(2, 2), token, known)
+    state.statistics()
+    one = torch.tensor(ids).sum() == 0
+    assert len(state.warnings) == one
+    assert torch.equal(token, torch.ones(2, 2)) == one
+
+
 def test_a_bad_signal_is_reported_at_the_next_log_step_only():
     """NaN passes through the loss without a word and is an error when statistics are read."""
     state = state_of("mean(sequence) -> temperature(1)")

@@ -256,6 +256,59 @@ def test_the_gradient_can_be_had_once():
         loss.backward()
 
 
+# Sequences told by ids ----------------------------------------------------------------------------
+
+SAMPLES = (6, 3, 5, 4)
+
+
+def one_row(batch):
+    """Return a batch of padded samples as one row without padding, and its tokens' places."""
+    (hidden, weight), labels, given = batch
+    here = torch.arange(LENGTH) < torch.tensor(SAMPLES)[:, None]
+    places = here.flatten().nonzero().squeeze(-1)
+
+    def flattened(x):
+        return x.flatten(0, 1)[places][None]
+
+    rows = torch.arange(ROWS)[:, None].expand(ROWS, LENGTH)
+    columns = {name: flattened(x) for name, x in given["columns"].items()}
+    ids = {"segment_ids": given["segment_ids"] + LENGTH * rows, "sequence_ids": rows}
+    # Eighteen tokens, and ids of documents must be below that.
+    _, ids["segment_ids"] = ids["segment_ids"].unique(return_inverse=True)
+    new = {name: flattened(x) for name, x in {**given, **ids}.items() if name != "columns"}
+    leaves = [flattened(hidden).detach().requires_grad_(), weight]
+    return (leaves, flattened(labels), {**new, "columns": columns}), places
+
+
+@pytest.mark.parametrize("memory", ["auto", "keep", "recompute", "full"])
+@pytest.mark.parametrize("name", tables.SPEC_TEXTS)
+def test_a_padding_free_row_with_sequence_ids_trains_like_padded_rows(name, memory):
+    """Every shipped spec: loss, weights and gradients of the samples are those of their rows."""
+    text = tables.SPEC_TEXTS[name]
+    leaves, labels, given = example(text)
+    labels = labels.where(torch.arange(LENGTH) < torch.tensor(SAMPLES)[:, None], IGNORED)
+    expected = from_logits(leaves, labels, given, tables.built(text))
+    batch, places = one_row((leaves, labels, given))
+    loss, out, grads = from_hidden(*batch, tables.built(text), memory=memory, chunks=3)
+    # Sums of float32 in another order, as above.
+    assert_close(loss, expected[0], rtol=2e-5, atol=1e-6)
+    assert_close(out.token[0], expected[1].token.flatten()[places], rtol=1e-4, atol=1e-5)
+    by_row = expected[2][0].flatten(0, 1)
+    assert_close(grads[0][0], by_row[places], rtol=2e-4, atol=2e-5)
+    assert_close(grads[1], expected[2][1], rtol=2e-4, atol=2e-5)
+
+
+def test_late_is_refused_where_sequences_are_no_rows():
+    """A gradient for each row cannot serve a row of several sequences; a token's own weight can."""
+    text = tables.SPEC_TEXTS["linupper"]
+    batch, _ = one_row(example(text))
+    with pytest.raises(ValueError, match="use memory auto, keep or recompute"):
+        from_hidden(*batch, tables.built(text), memory="late")
+    text = tables.SPEC_TEXTS["mile"]
+    expected = from_logits(*batch, tables.built(text))
+    must_agree(from_hidden(*batch, tables.built(text), memory="late"), expected)
+
+
 # Which way ----------------------------------------------------------------------------------------
 
 MIB = 2**20
