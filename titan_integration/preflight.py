@@ -89,8 +89,8 @@ def refuse_one_domain(fn: wt.Weighting, domains: Sequence[str] | None) -> None:
     if compared and domains is not None and len(domains) == 1:
         msg = (
             f"{fn.spec.name} weighs or draws domains ({', '.join(compared)}), and the data has "
-            f"one, {domains[0]!r}, so that every weight would be 1; name the column that tells domains "
-            "(--dataloader.domain_column), or take a spec without domain weights"
+            f"one, {domains[0]!r}, so that every weight would be 1; name the column that tells "
+            "domains (--dataloader.domain_column), or take a spec without domain weights"
         )
         raise ValueError(msg)
 
