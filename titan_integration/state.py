@@ -345,7 +345,8 @@ class RunState(Stateful):
             if most == 1
         }
         if "domain" not in alone.values() and int((tokens > 0).sum()) == 1:
-            alone |= dict.fromkeys(tables_compared(fn), "domain")
+            for name in tables_compared(fn):
+                alone[name] = "domain"
         self.warnings = [
             one_unit(fn, name, level, "every batch so far had", _MORE_UNITS[level])
             for name, level in alone.items()
