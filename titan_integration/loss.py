@@ -120,7 +120,7 @@ class WeightedChunkedLoss(ChunkedLossWrapper):
                 call.note(begin(batch, hidden, wants=(False, False))[0])
                 return pred.new_zeros(()), {}
             note = call.note if call.waits else None
-            return late_bound(hidden, batch, call.weigh, note=note), {}
+            return late_bound(hidden, batch, lambda found: (call.weigh(found),), note=note)[0], {}
 
     def token_losses(self, pred: Tensor, labels: Tensor, lm_head: nn.Module) -> Tensor:
         """Return the loss of every token, [B, L], without gradient; `pred` is hidden states."""

@@ -34,6 +34,10 @@ class NonFiniteSignalError(ValueError):
     """A signal was NaN or infinite and the spec says `on_nonfinite: error`."""
 
 
+class LabelError(IndexError, ValueError):
+    """A label is neither in the vocabulary nor ignored."""
+
+
 @dataclass(frozen=True)
 class Place:
     """A stretch of one line of a source text; line and column count from 1."""

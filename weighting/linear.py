@@ -23,13 +23,14 @@ import torch.nn.functional as F  # noqa: N812 - the usual name
 from torch import Tensor
 from typing_extensions import override
 
-from weighting.logits import IGNORE_INDEX, Slice, gradient_, statistics
+from weighting.build import Weights
+from weighting.logits import IGNORE_INDEX, Slice, check_labels, gradient_, statistics
 from weighting.losses import signals_of, weighted_cross_entropy, weighted_sum
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from weighting.build import Weighting, Weights
+    from weighting.build import Weighting
 
 Memory = Literal["auto", "late", "keep", "recompute", "full"]
 CHUNKS = 8
@@ -80,6 +81,8 @@ def linear_weighted_cross_entropy(
     Raises:
         ValueError: Shapes differ, a signal the spec needs is missing, or `memory` cannot serve
             the spec or the dtype.
+        IndexError: A label is outside the vocabulary.  On CUDA, and in compiled code, an assertion
+            for which nothing waits says so.
     """
     if hidden.shape[:-1] != labels.shape or hidden.shape[-1] != weight.shape[-1]:
         msg = (
@@ -101,14 +104,15 @@ def linear_weighted_cross_entropy(
             "or memory='full'"
         )
         raise ValueError(msg)
+    check_labels(labels, len(weight))
+    labels = labels.long()
     columns = {f"columns.{name}": value for name, value in (columns or {}).items()}
     given = {"valid": labels != IGNORE_INDEX, **given, **columns}
     known = {name: value for name, value in given.items() if value is not None}
-    outcome: list[Weights] = []
 
-    def weigh(found: dict[str, Tensor]) -> Tensor:
-        outcome.append(fn(signals_of({**found, **known}), step))
-        return outcome[-1].token
+    def weigh(found: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        out = fn(signals_of({**found, **known}), step)
+        return out.token, out.moments, *out.factors.values()
 
     def local(found: dict[str, Tensor]) -> Tensor:
         return fn.local_part(signals_of(found), step)
@@ -122,7 +126,8 @@ def linear_weighted_cross_entropy(
         known,
         1 / known["valid"].sum().clamp(min=1),
     )
-    return late_bound(hidden, batch, weigh), outcome[-1]
+    loss, (token, moments, *factors) = late_bound(hidden, batch, weigh)
+    return loss, Weights(token, dict(zip(fn.plans, factors, strict=True)), moments)
 
 
 class Head(NamedTuple):
@@ -282,8 +287,9 @@ class Gradients(NamedTuple):
     bias: Tensor | None
 
 
-Weigh = Callable[[dict[str, Tensor]], Tensor]
-"""From signals by name, each in the shape of the labels, to token weights."""
+Weigh = Callable[[dict[str, Tensor]], tuple[Tensor, ...]]
+"""From signals by name, each in the shape of the labels, to token weights and what else to hand
+on."""
 
 
 def late_bound(
@@ -292,7 +298,7 @@ def late_bound(
     weigh: Weigh,
     *,
     note: Callable[[dict[str, Tensor]], None] | None = None,
-) -> Tensor:
+) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Return sum(weight * nll) * scale, differentiable in hidden states, weight and bias.
 
     Args:
@@ -301,8 +307,13 @@ def late_bound(
         weigh: Gives the weights.
         note: If given, weights are not yet to be had in the forward pass: `note` then gets the
             signals, 0 is returned, and `weigh` is called in the backward pass.
+
+    Returns:
+        The sum, 0-D; and what `weigh` gave, if it was called, without gradient.
     """
-    return _LateBound.apply(hidden, batch.head.weight, batch.head.bias, batch, weigh, note)
+    head = batch.head
+    loss, *given = _LateBound.apply(hidden, head.weight, head.bias, batch, weigh, note)
+    return loss, tuple(given)
 
 
 class _LateBound(torch.autograd.Function):
@@ -319,17 +330,20 @@ class _LateBound(torch.autograd.Function):
         batch: Batch,
         weigh: Weigh,
         note: Callable[[dict[str, Tensor]], None] | None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, ...]:
         of_hidden, of_weight, of_bias = ctx.needs_input_grad[:3]
         found, finish = begin(batch, hidden, wants=(of_hidden, of_weight or of_bias))
         ctx.shape, ctx.gradients = hidden.shape, None
         if note is None:
-            loss, gradients = finish(weigh(found))
+            given = weigh(found)
+            # Compiled code knows only what the function returns of what was made in it.
+            ctx.mark_non_differentiable(*given)
+            loss, gradients = finish(given[0])
             ctx.gradients = lambda: gradients
-            return loss
+            return loss, *given
         note(found)
-        ctx.gradients = lambda: finish(weigh(found))[1]
-        return torch.zeros_like(batch.scale)
+        ctx.gradients = lambda: finish(weigh(found)[0])[1]
+        return (torch.zeros_like(batch.scale),)
 
     @staticmethod
     @override

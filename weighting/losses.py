@@ -9,7 +9,7 @@ import torch.nn.functional as F  # noqa: N812 - the usual name
 from torch import Tensor
 
 from weighting.contract import Signals
-from weighting.logits import IGNORE_INDEX, TOPK, statistics
+from weighting.logits import IGNORE_INDEX, TOPK, check_labels, statistics
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -51,10 +51,14 @@ def weighted_cross_entropy(
 
     Raises:
         ValueError: Shapes differ, or a signal the spec needs is missing.
+        IndexError: A label is outside the vocabulary.  On CUDA, and in compiled code, an assertion
+            for which nothing waits says so.
     """
     if logits.shape[:-1] != labels.shape:
         msg = f"logits {[*logits.shape]} and labels {[*labels.shape]} do not belong together"
         raise ValueError(msg)
+    check_labels(labels, logits.shape[-1])
+    labels = labels.long()
     valid = labels != IGNORE_INDEX
     count = valid.sum().clamp(min=1)
     nll = token_loss(logits, labels)
