@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
+from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.tools.logging import logger
 
 from titan_integration.data import DomainTextDataLoader
@@ -15,6 +16,8 @@ from weighting.mixture import with_mixture
 from weighting.spec import imported, resolve
 
 if TYPE_CHECKING:
+    from torchtitan.models.common.decoder import Decoder
+
     import weighting as wt
     from titan_integration.trainer import WeightedTrainer, WeightingConfig
 
@@ -70,6 +73,37 @@ def refuse_unsupported(config: WeightedTrainer.Config, fn: wt.Weighting) -> None
         _refuse_pipeline(config, fn)
     if config.parallelism.context_parallel_degree > 1:
         _refuse_context(config, fn)
+
+
+def refuse_tokenizer(config: WeightedTrainer.Config) -> None:
+    """Refuse a tokenizer with tokens for which the model has no place.
+
+    Raises:
+        ValueError: It has more than the model, or cannot be read.
+    """
+    where = f"--hf_assets_path {config.hf_assets_path}"
+    try:
+        tokenizer = config.tokenizer.build(tokenizer_path=config.hf_assets_path)
+    except OSError as error:
+        msg = f"{where}: no tokenizer there: {error}"
+        raise ValueError(msg) from error
+    size, places = tokenizer.get_vocab_size(), vocabulary_of(config)
+    if isinstance(tokenizer, HuggingFaceTokenizer):  # added tokens may leave numbers out
+        size = max(tokenizer.get_vocab().values(), default=-1) + 1
+    if size > places:
+        assert config.model_spec is not None
+        msg = (
+            f"{where}: its tokenizer has {size} tokens, and the model {config.model_spec.flavor} "
+            f"has {places}; give the tokenizer that belongs to the model, or a model with a "
+            f"vocabulary of {size} or more"
+        )
+        raise ValueError(msg)
+
+
+def vocabulary_of(config: WeightedTrainer.Config) -> int:
+    """Return how many tokens the model of a config knows."""
+    assert config.model_spec is not None, "the host needs one too"
+    return cast("Decoder.Config", config.model_spec.model).vocab_size
 
 
 def ask_for_columns(config: WeightedTrainer.Config, needs: frozenset[str]) -> None:

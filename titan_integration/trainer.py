@@ -47,7 +47,9 @@ from titan_integration.preflight import (
     ask_for_columns,
     ask_for_rows,
     read_spec,
+    refuse_tokenizer,
     refuse_unsupported,
+    vocabulary_of,
 )
 from titan_integration.record import asked, recorder_of
 from titan_integration.reference import (
@@ -65,10 +67,10 @@ from weighting.build import sketch
 from weighting.contract import Alone
 from weighting.files import write_whole
 from weighting.levels import documents
-from weighting.logits import IGNORE_INDEX
+from weighting.logits import IGNORE_INDEX, check_labels
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from torchtitan.distributed import ParallelDims
     from torchtitan.models.common.decoder import Decoder
@@ -153,6 +155,7 @@ class WeightedTrainer(Trainer):
             if config.weighting.record:
                 asked(config.weighting.record)  # what is wrong with it is said first
             refuse_unsupported(config, sketch(spec))
+            refuse_tokenizer(config)
             ask_for_columns(config, sketch(spec).needs)
             ask_for_rows(config, sketch(spec))
             if os.environ.get("RANK", "0") == "0":
@@ -274,6 +277,15 @@ class WeightedTrainer(Trainer):
         if "both" in fn.applied.values():
             fn.get_buffer("drawn").copy_(shares)
         self._draws = fn.draws_live
+
+    @override
+    def batch_generator(
+        self, data_iterable: Iterable[tuple[dict[str, Tensor], Tensor]]
+    ) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        """Yield the host's batches; a label outside the vocabulary ends the run before the step."""
+        for given, labels in super().batch_generator(data_iterable):
+            check_labels(labels, vocabulary_of(self.config))
+            yield given, labels
 
     @override
     def post_dataloading_process(
