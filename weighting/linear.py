@@ -386,21 +386,23 @@ def _late(
     batch: Batch, hidden: Tensor, wants: tuple[bool, bool]
 ) -> tuple[dict[str, Tensor], Finish]:
     """Go once: gradients under the local part of the weights, per late unit."""
-    head, units = batch.head, batch.path.units
-    sums = _Sums(head, hidden, wants, units)
+    units = batch.path.units
+    sums = _Sums(batch.head, hidden, wants, units)
     signals: list[dict[str, Tensor]] = []
     parts: list[Tensor] = []
-    room = _room(head, hidden, batch.path.chunk)
+    compiling = torch.compiler.is_compiling()
+    room = None if compiling else _room(batch.head, hidden, batch.path.chunk)
     for unit, span in _spans(len(hidden), units, batch.path.chunk):
-        rows, labels = hidden[span], batch.labels[span]
-        logits = head.logits(rows, out=room[: len(rows)])
-        found = statistics(logits, labels, batch.needs, head.cut)
         known = {name: value[span] for name, value in batch.known.items()}
-        lse = found.pop("lse")
-        part = batch.local({**found, **known})
-        part = torch.where(found["loss"].isfinite(), part, 0)
-        gradient_(logits, labels, lse, part, head.cut)
-        sums.add(logits, span, unit)
+        rows, labels = hidden[span], batch.labels[span]
+        if room is None:
+            # A copy, as what is compiled once for all chunks must not share memory with others.
+            known = {name: value.clone() for name, value in known.items()}
+            given = rows.clone(), labels.clone(), known, None
+            found, part, d_logits = _compiled_chunk(batch, *given)
+        else:
+            found, part, d_logits = _chunk(batch, rows, labels, known, room[: len(rows)])
+        sums.add(d_logits, span, unit)
         signals.append(found)
         parts.append(part)
     found, part = _joined(signals), torch.cat(parts)
@@ -413,6 +415,23 @@ def _late(
         return weighted_sum(found["loss"], token), sums.scaled(late)
 
     return found, finish
+
+
+def _chunk(
+    batch: Batch, rows: Tensor, labels: Tensor, known: dict[str, Tensor], room: Tensor | None
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Return a chunk's signals, the local part of its weights, and its logits' gradient by that."""
+    head = batch.head
+    logits = head.logits(rows, out=room)
+    found = statistics(logits, labels, batch.needs, head.cut)
+    lse = found.pop("lse")
+    part = batch.local({**found, **known})
+    part = torch.where(found["loss"].isfinite(), part, 0)
+    return found, part, gradient_(logits, labels, lse, part, head.cut)
+
+
+_compiled_chunk = torch.compiler.nested_compile_region(_chunk)
+"""For compiled callers: one graph for chunks of a size, where unrolled ones take a minute."""
 
 
 def _twice(
@@ -541,7 +560,9 @@ def _fold_(of_units: list[Tensor], late: Tensor) -> None:
     if len(of_units) == 1:
         _times_(of_units[0], late)
         return
-    size = -(-len(of_units[0]) // _FOLDS)
+    # Compiled code makes no such pieces in memory: there the loop would be unrolled for nothing.
+    folds = 1 if torch.compiler.is_compiling() else _FOLDS
+    size = -(-len(of_units[0]) // folds)
     for first, *others in zip(*(x.split(size) for x in of_units), strict=True):
         total = first.float() * late[0]
         for other, factor in zip(others, late[1:], strict=True):
