@@ -11,7 +11,7 @@ import weighting as wt
 from titan_integration import config_registry, with_weighting
 from titan_integration.loss import WeightedChunkedLoss, WeightedCrossEntropyLoss
 from titan_integration.metrics import WeightedMetricsProcessor
-from titan_integration.preflight import read_spec, refuse_unsupported
+from titan_integration.preflight import read_spec, refuse_tokenizer, refuse_unsupported
 from titan_integration.resume import ResumingCheckpointManager
 from titan_integration.trainer import WeightedTrainer, WeightingConfig
 from titan_integration.validate import DomainValidator
@@ -167,3 +167,20 @@ def test_ranks_that_would_remember_apart_are_refused():
     with pytest.raises(ValueError, match="every rank remember something else"):
         refuse_unsupported(config, sketch(wt.loads(text.format("running(1)"))))
     refuse_unsupported(config, sketch(wt.loads(text.format("temperature(1)"))))
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused():
+    """Both sizes are told before anything is built; a smaller tokenizer is fine."""
+    config = config_registry.llama3_debugmodel()
+    refuse_tokenizer(config)
+    spec = config.model_spec
+    for size in (4096, 512):
+        model = dataclasses.replace(spec.model, vocab_size=size)
+        config.model_spec = dataclasses.replace(spec, model=model)
+        if size == 4096:
+            refuse_tokenizer(config)
+    with pytest.raises(ValueError, match=r"has 2048 tokens, and the model .* has 512; give the"):
+        refuse_tokenizer(config)
+    config.hf_assets_path = "nowhere"
+    with pytest.raises(ValueError, match="--hf_assets_path nowhere: no tokenizer there"):
+        refuse_tokenizer(config)

@@ -4,6 +4,7 @@ import generators as tables
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - the usual name
+from torch._dynamo.backends.common import aot_autograd
 from torch.testing import assert_close
 
 import weighting as wt
@@ -312,3 +313,89 @@ def test_shapes_must_belong_together():
     fn = tables.built(tables.SPEC_TEXTS["mile"])
     with pytest.raises(ValueError, match=r"labels \[4, 5\]"):
         wt.linear_weighted_cross_entropy(hidden, weight, labels[:, :-1], fn)
+
+
+# Labels -------------------------------------------------------------------------------------------
+
+MODES = ("auto", "late", "keep", "recompute", "full")
+
+
+@pytest.mark.parametrize("memory", MODES)
+@pytest.mark.parametrize("label", [VOCABULARY, VOCABULARY + 5, -1])
+@pytest.mark.parametrize("name", ["uniform", "mile"])
+def test_a_label_outside_the_vocabulary_is_an_index_error(name, label, memory):
+    """Every memory mode names the label, its row and column, and the vocabulary's size."""
+    leaves, labels, given = example(tables.SPEC_TEXTS[name])
+    labels[1, 2] = label
+    said = rf"label {label} at \[1, 2\] is outside the vocabulary of {VOCABULARY};"
+    with pytest.raises(IndexError, match=said):
+        from_hidden(leaves, labels, given, tables.built(tables.SPEC_TEXTS[name]), memory=memory)
+
+
+@pytest.mark.parametrize("memory", MODES)
+@pytest.mark.parametrize("name", ["uniform", "linupper", "mile"])
+def test_int32_labels_give_what_int64_labels_give(name, memory):
+    """Loss, weights and gradients are the same bits, whole logits included."""
+    leaves, labels, given = example(tables.SPEC_TEXTS[name])
+    fn = tables.built(tables.SPEC_TEXTS[name])
+    loss, out, grads = from_hidden(leaves, labels, given, fn, memory=memory)
+    other, again, others = from_hidden(leaves, labels.int(), given, fn, memory=memory)
+    assert torch.equal(loss, other)
+    assert torch.equal(out.token, again.token)
+    assert all(torch.equal(*pair) for pair in zip(grads, others, strict=True))
+
+
+# Compiled callers ---------------------------------------------------------------------------------
+
+
+def compiled_on(name, memory, backend):
+    """Return a compiled loss with its weights, and what it is called with."""
+    leaves, labels, given = example(tables.SPEC_TEXTS[name])
+    fn = tables.built(tables.SPEC_TEXTS[name]).eval()  # a state would move between two calls
+
+    def both(hidden, weight, labels, step):
+        how = {"memory": memory, "step": step, "chunks": 4, **given}
+        return wt.linear_weighted_cross_entropy(hidden, weight, labels, fn, **how)
+
+    torch._dynamo.reset()
+    return both, torch.compile(both, fullgraph=True, backend=backend), leaves, labels
+
+
+@pytest.mark.parametrize(
+    ("name", "memory"), [("linupper", "late"), ("rho-1", "keep"), ("group-dro", "recompute")]
+)
+def test_a_compiled_function_returns_loss_and_weights(name, memory):
+    """Both, and gradients, are what eager code gives; the weights carry factors and metrics."""
+    eager, compiled, leaves, labels = compiled_on(name, memory, "aot_eager")
+    loss, out = compiled(*leaves, labels, torch.tensor(3))
+    expected, other = eager(*leaves, labels, torch.tensor(3))
+    assert_close(loss, expected)
+    assert_close(out.token, other.token)
+    assert not out.token.requires_grad
+    assert_close(dict(out.factors), dict(other.factors))
+    assert_close(dict(out.metrics), dict(other.metrics))
+    assert_close(torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves))
+
+
+def test_compiled_code_refuses_labels_outside_the_vocabulary():
+    """By an assertion in the graph."""
+    _, compiled, leaves, labels = compiled_on("mile", "late", "aot_eager")
+    compiled(*leaves, labels, torch.tensor(3))
+    labels[1, 2] = VOCABULARY
+    with pytest.raises(RuntimeError, match="label is outside the vocabulary"):
+        compiled(*leaves, labels, torch.tensor(3))
+
+
+def test_a_compiler_gets_the_work_on_a_chunk_once():
+    """The graph calls it for each chunk, and holds no operation of it."""
+    names = []
+
+    def note(graph, _):
+        names.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    backend = aot_autograd(fw_compiler=note)
+    _, compiled, leaves, labels = compiled_on("mile", "late", backend)
+    compiled(*leaves, labels, torch.tensor(3))
+    assert names.count("invoke_subgraph") == 4
+    assert not [name for name in names if "expm1" in name]

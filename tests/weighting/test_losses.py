@@ -236,3 +236,21 @@ def test_a_missing_signal_is_asked_for(name, argument):
     logits, labels = example()
     with pytest.raises(ValueError, match=argument):
         wt.weighted_cross_entropy(logits, labels, tables.built(text))
+
+
+@pytest.mark.parametrize("spec", ["uniform", "linupper"])
+def test_a_label_outside_the_vocabulary_is_named(spec):
+    """With its place in the user's shape, rows or flat."""
+    fn = wt.build(wt.load(spec))
+    labels = torch.zeros(2, 3, dtype=torch.int64)
+    labels[1, 0] = 5
+    with pytest.raises(IndexError, match=r"label 5 at \[1, 0\] is outside the vocabulary of 5;"):
+        wt.weighted_cross_entropy(torch.zeros(2, 3, 5), labels, fn)
+
+
+def test_int32_labels_are_labels():
+    """They give the bits of int64."""
+    fn, logits = wt.build(wt.load("linupper")), torch.randn(2, 3, 5)
+    labels = torch.randint(0, 5, (2, 3))
+    losses = [wt.weighted_cross_entropy(logits, x, fn)[0] for x in (labels, labels.int())]
+    assert torch.equal(*losses)
