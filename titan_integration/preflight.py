@@ -17,6 +17,7 @@ from weighting.spec import imported, resolve
 
 if TYPE_CHECKING:
     from torchtitan.models.common.decoder import Decoder
+    from torchtitan.trainer import Trainer
 
     import weighting as wt
     from titan_integration.trainer import WeightedTrainer, WeightingConfig
@@ -100,7 +101,7 @@ def refuse_tokenizer(config: WeightedTrainer.Config) -> None:
         raise ValueError(msg)
 
 
-def vocabulary_of(config: WeightedTrainer.Config) -> int:
+def vocabulary_of(config: Trainer.Config) -> int:
     """Return how many tokens the model of a config knows."""
     assert config.model_spec is not None, "the host needs one too"
     return cast("Decoder.Config", config.model_spec.model).vocab_size

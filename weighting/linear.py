@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the usual name
@@ -430,7 +430,7 @@ def _chunk(
     return found, part, gradient_(logits, labels, lse, part, head.cut)
 
 
-_compiled_chunk = torch.compiler.nested_compile_region(_chunk)
+_compiled_chunk = cast("Any", torch.compiler.nested_compile_region(_chunk))
 """For compiled callers: one graph for chunks of a size, where unrolled ones take a minute."""
 
 
