@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from titan_integration import launch, series
+from titan_integration.data_files import local_files, saved_dataset
 from titan_integration.metrics import FILE, FOLDER
 from titan_integration.progress import SEED, View, cut
-from titan_integration.records import Columns, domain_of, local_files, numbers_of, read_records
+from titan_integration.records import Columns, domain_of, numbers_of, read_records
 from titan_integration.records import text_of as check_text
 from weighting.build import sketch
 from weighting.cli.explain import explanation
@@ -269,8 +270,10 @@ def _check_data(loader: DomainTextDataLoader.Config, name: str) -> None:
     data = loader.dataset_path or loader.dataset
     try:
         if loader.dataset_path or data.startswith((".", "/", "~")):
-            file = local_files(Path(data).expanduser(), loader.split)[0]
-            for place, record in read_records(file, columns):
+            path = Path(data).expanduser()
+            if saved_dataset(path, loader.split):
+                return
+            for place, record in read_records(local_files(path, loader.split)[0], columns):
                 check_text(record, columns, place)
                 domain_of(record, columns, place)
                 numbers_of(record, columns, place)

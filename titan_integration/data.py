@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import math
+import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,21 +17,19 @@ from torchtitan.components.dataloader import ParallelAwareDataloader
 from torchtitan.components.tokenizer import BaseTokenizer
 from typing_extensions import override
 
+from titan_integration.data_files import saved_dataset, suffix_of
 from titan_integration.documents import (
     Documents,
     embedded_documents,
     hub_documents,
     local_documents,
     open_hub,
+    open_saved,
 )
 from titan_integration.packing import Cut, Encode, PackedRows, RowMode
-from titan_integration.records import (
-    DEFAULT_DOMAIN_COLUMN,
-    ONLY_DOMAIN,
-    SUFFIXES,
-    Columns,
-)
-from titan_integration.stream import StreamedRows, open_local_stream
+from titan_integration.records import DEFAULT_DOMAIN_COLUMN, ONLY_DOMAIN, Columns
+from titan_integration.stream import StreamedRows
+from titan_integration.stream_sources import HubStream, LocalStream, Source
 
 EMBEDDED = "stdlib"
 
@@ -57,8 +56,9 @@ class DomainTextDataLoader(ParallelAwareDataloader):
         """
 
         dataset: str = EMBEDDED
-        """``stdlib`` (the running Python's own library), a file or directory (.jsonl, .json,
-        .parquet), or a Hugging Face name. A file or directory in ``dataset_path`` wins."""
+        """``stdlib`` (the running Python's own library), a file or directory (.jsonl, .ndjson,
+        .json, each also .gz or .zst, .parquet, or what ``save_to_disk`` wrote), or a Hugging Face
+        name. A file or directory in ``dataset_path`` wins."""
 
         hf_name: str | None = None
         """Configuration name of a Hugging Face data set."""
@@ -304,7 +304,9 @@ def load_documents(config: DomainTextDataLoader.Config) -> Documents:
     columns = _columns(config)
     if config.dataset == EMBEDDED and config.dataset_path is None:
         return embedded_documents(config.split, config.domains, config.columns)
-    if path := _local_path(config):
+    if path := local_path(config):
+        if folder := saved_dataset(path, config.split):
+            return hub_documents(open_saved(folder), columns, config.domains, str(folder))
         return local_documents(path, config.split, columns, config.domains)
     dataset = open_hub(config.dataset, config.hf_name, config.split, streaming=False)
     return hub_documents(dataset, columns, config.domains, config.dataset)
@@ -312,7 +314,6 @@ def load_documents(config: DomainTextDataLoader.Config) -> Documents:
 
 def _streamed_rows(config: DomainTextDataLoader.Config, encode: Encode, cut: Cut) -> StreamedRows:
     where = config.dataset_path or config.dataset
-    path = _local_path(config)
     if where == EMBEDDED:
         msg = (
             "dataset 'stdlib' is in memory and cannot be streamed; leave out --dataloader.streaming"
@@ -335,13 +336,9 @@ def _streamed_rows(config: DomainTextDataLoader.Config, encode: Encode, cut: Cut
         msg = f"{where}: a stream can use at most one worker, not {config.num_workers}"
         raise ValueError(msg)
     columns = _columns(config)
-    if path:
-        stream = open_local_stream(path, config.split)
-    else:
-        stream = open_hub(config.dataset, config.hf_name, config.split, streaming=True)
     domains = tuple(config.domains or ()) if config.domain_column else (ONLY_DOMAIN,)
     rows = StreamedRows(
-        stream,
+        _source(config, columns, cut),
         encode,
         cut,
         columns,
@@ -349,22 +346,33 @@ def _streamed_rows(config: DomainTextDataLoader.Config, encode: Encode, cut: Cut
         rows=config.rows,
         seed=config.seed,
         infinite=config.infinite,
-        where=where,
     )
     rows.check_first()
     return rows
+
+
+def _source(config: DomainTextDataLoader.Config, columns: Columns, cut: Cut) -> Source:
+    path = local_path(config)
+    if path is None:
+        stream = open_hub(config.dataset, config.hf_name, config.split, streaming=True)
+        return HubStream(stream, config.dataset, cut)
+    if folder := saved_dataset(path, config.split):
+        return HubStream(open_saved(folder).to_iterable_dataset(), str(folder), cut)
+    return LocalStream(path, config.split, columns, cut)
 
 
 def _columns(config: DomainTextDataLoader.Config) -> Columns:
     return Columns(config.text_column, config.domain_column, tuple(config.columns))
 
 
-def _local_path(config: DomainTextDataLoader.Config) -> Path | None:
+def local_path(config: DomainTextDataLoader.Config) -> Path | None:
+    """Return the file or directory that a configuration names; None if it names none."""
+    # Not Path's methods, which raise for an unknown user and for a name that is too long.
     if config.dataset_path is not None:
-        return Path(config.dataset_path).expanduser()
-    path = Path(config.dataset).expanduser()
-    looks_local = config.dataset.startswith((".", "/", "~")) or path.suffix in SUFFIXES
-    return path if looks_local or path.exists() else None
+        return Path(os.path.expanduser(config.dataset_path))  # noqa: PTH111
+    path = Path(os.path.expanduser(config.dataset))  # noqa: PTH111
+    looks_local = config.dataset.startswith((".", "/", "~")) or suffix_of(path) != ""
+    return path if looks_local or os.path.exists(path) else None  # noqa: PTH110
 
 
 def _fingerprint(documents: Documents) -> str:

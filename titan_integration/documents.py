@@ -8,22 +8,20 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import numpy as np
 
+from titan_integration.data_files import local_files, near, siblings
 from titan_integration.records import (
     ONLY_DOMAIN,
     Columns,
     Values,
     domain_of,
-    local_files,
-    near,
     number_wanted,
     numbers_of,
     read_records,
-    siblings,
     text_of,
 )
 from titan_integration.stdlib_text import DOMAINS, stdlib_text
@@ -84,8 +82,8 @@ def local_documents(
     """Read local files into memory; for more text than fits there, stream it.
 
     Args:
-        path: A .jsonl, .json or .parquet file, or a directory of them (with a sub-directory per
-            split, or without).
+        path: A data file (see ``data_files.SUFFIXES``), or a directory of them (with a
+            sub-directory per split, or without).
         split: ``train``, ``validation``, ``test`` or a sub-directory's name.
         columns: Names of the columns of text, domain and numbers.
         domains: Names in the order of their ids; sorted names from the data by default.
@@ -165,6 +163,23 @@ def open_hub(name: str, hf_name: str | None, split: str, *, streaming: bool) -> 
             f"dataset {name!r} is not 'stdlib', not a file or directory here"
             f"{near(name, ['stdlib', *siblings(name)])}, and Hugging Face could not open it with "
             f"split {split!r}: {type(error).__name__}: {reason}"
+        )
+        raise ValueError(msg) from error
+
+
+def open_saved(folder: Path) -> datasets.Dataset:
+    """Open a data set that ``save_to_disk`` wrote.
+
+    Raises:
+        ValueError: If it cannot be opened, with the first line of the reason.
+    """
+    try:
+        return cast("datasets.Dataset", datasets.load_from_disk(folder))
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        msg = (
+            f"{folder}: looks like a data set that save_to_disk wrote, but cannot be opened: "
+            f"{type(error).__name__}: {reason}; save it again"
         )
         raise ValueError(msg) from error
 

@@ -27,9 +27,9 @@ from torchtitan.components.checkpointer.base import ModelWrapper
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.tools import utils
 
+from titan_integration.data_files import near, siblings
 from titan_integration.intact import IntactReader, why
 from titan_integration.loss import WeightedChunkedLoss, WeightedCrossEntropyLoss
-from titan_integration.records import near, siblings
 
 if TYPE_CHECKING:
     from torch import Tensor

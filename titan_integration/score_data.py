@@ -10,25 +10,26 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from torchtitan.tools.logging import logger
 
-from titan_integration.data import EMBEDDED, DomainTextDataLoader, load_documents
-from titan_integration.documents import open_hub
-from titan_integration.records import (
-    REF_LOSS,
-    SUFFIXES,
-    Columns,
-    domain_of,
+from titan_integration.data import EMBEDDED, DomainTextDataLoader, load_documents, local_path
+from titan_integration.data_files import (
+    PARQUET,
+    folder_columns,
     local_files,
-    read_records,
-    text_of,
+    saved_dataset,
+    suffix_of,
 )
+from titan_integration.documents import open_hub, open_saved
+from titan_integration.records import REF_LOSS, Columns, domain_of, read_records, text_of
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 PROVENANCE = "weighting.score"
 """Key in the file's metadata of what made it, as JSON."""
@@ -143,8 +144,9 @@ def _parts(config: DomainTextDataLoader.Config, columns: Columns) -> list[_Part]
         pairs = (documents[i] for i in range(len(documents)))
         records = [(where, {"text": text, "domain": domain}) for text, domain in pairs]
         return [_Part(lambda: iter(records))]
-    path = Path(where).expanduser()
-    if config.dataset_path is not None or path.suffix in SUFFIXES or path.exists():
+    if path := local_path(config):
+        if folder := saved_dataset(path, config.split):
+            return [_dataset(open_saved(folder), str(folder))]
         return [_file(file, columns) for file in local_files(path, config.split)]
     if config.streaming:
         msg = (
@@ -153,17 +155,24 @@ def _parts(config: DomainTextDataLoader.Config, columns: Columns) -> list[_Part]
         )
         raise ValueError(msg)
     dataset = open_hub(where, config.hf_name, config.split, streaming=False)
-    return [_Part(partial(_hub_records, dataset, where), dataset.features.arrow_schema)]
+    return [_dataset(dataset, where)]
 
 
 def _file(path: Path, columns: Columns) -> _Part:
     schema = None
-    if path.suffix == ".parquet":
+    if suffix_of(path) == PARQUET:
         # What is wrong with a broken file is said when its records are read.
         with contextlib.suppress(pa.ArrowException, OSError):
             schema = pq.read_schema(path)
-            columns = replace(columns, numbers=tuple(schema.names))
+            for name in folder_columns(path).keys() - set(schema.names):
+                kind = pa.float64() if name in columns.numbers else pa.string()
+                schema = schema.append(pa.field(name, kind))
+            columns = replace(columns, numbers=(*columns.numbers, *schema.names))
     return _Part(partial(read_records, path, columns), schema)
+
+
+def _dataset(dataset: Any, where: str) -> _Part:  # noqa: ANN401
+    return _Part(partial(_hub_records, dataset, where), dataset.features.arrow_schema)
 
 
 def _hub_records(dataset: Any, where: str) -> Iterator[Record]:  # noqa: ANN401
