@@ -89,7 +89,6 @@ class LocalStream:
                 "and suffixes in capitals), the stream goes on elsewhere",
             )
         file, record = found.get("file", -1), found.get("record", -1)
-        # After the last record of the last file an older version is at the file after it.
         if not (is_count(file) and is_count(record) and file <= len(files)):
             msg = (
                 f"data loader state: the stream of {self.where} is at {position!r}, which cannot "
@@ -97,6 +96,9 @@ class LocalStream:
                 "--checkpoint.exclude_from_loading dataloader"
             )
             raise ValueError(msg)
+        if found is not position:  # it may count on from one file into the next
+            while file < len(files) and record > (held := self._count(files[file])):
+                file, record = file + 1, record - held
         now = files[file].name if file < len(files) else None
         if name not in {None, now}:
             msg = (
@@ -108,8 +110,11 @@ class LocalStream:
             raise ValueError(msg)
         return {"file": file, "name": now, "record": record}
 
+    def _count(self, file: Path) -> int:
+        return sum(1 for _ in read_records(file, self._columns))
+
     def _part(self, epoch: int) -> tuple[list[Path], int, int]:
-        """Return the files this rank reads, and that of every so many records it keeps which."""
+        """Return the files this rank reads, and of how many records in turn it keeps which."""
         files, cut = list(self._files), self._cut
         if epoch:
             order = list(range(len(files)))
