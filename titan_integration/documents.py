@@ -4,7 +4,6 @@ Everything that a user can get wrong about data is found here, when the document
 while training.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Any, cast
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from titan_integration.data_files import local_files, near, siblings
 from titan_integration.records import (
@@ -120,15 +121,21 @@ def hub_documents(
 ) -> Documents:
     """Wrap a map-style Hugging Face data set; its texts stay on disk until they are read.
 
+    Records without text are left out.
+
     Raises:
-        ValueError: If a column is missing or does not hold what it must, or the domains do not
-            match.
+        ValueError: If a column is missing or does not hold what it must, or there is no text, or
+            the domains do not match.
     """
     if not len(dataset):
         msg = f"{where}: the data set has no records"
         raise ValueError(msg)
     first = f"{where}: record 0"
     text_of(dataset[0], columns, first)
+    kept = _with_text(dataset, columns, where)
+    if len(kept) < len(dataset):
+        dataset = cast("datasets.Dataset", dataset.select(kept, keep_in_memory=True))
+    first = f"{where}: record {kept[0]}"
     numbers_of(dataset[0], columns, first)
     there = dataset.column_names
     tops = [c if c in there else c.partition(".")[0] for c in (columns.domain, *columns.numbers)]
@@ -139,14 +146,43 @@ def hub_documents(
         batches = picked.iter(batch_size=10_000)  # pyrefly: ignore[missing-attribute]
         records = (record for batch in batches for record in batch.to_pylist())
         for i, record in enumerate(records):
-            place = f"{where}: record {i}"
+            place = f"{where}: record {kept[i]}"
             found[i] = domain_of(record, columns, place)
             numbers.append(numbers_of(record, columns, place))
-    unnamed = f"{where}: record {found.index(None)}" if None in found else ""
+    unnamed = f"{where}: record {kept[found.index(None)]}" if None in found else ""
     ids, names = _number(found, unnamed, columns, domains, where)
-    texts, by_column = _HubTexts(dataset, columns, where), _by_column(numbers, columns)
-    place_of = functools.partial("{}: record {}".format, where)
+    by_column = _by_column(numbers, columns)
+
+    def place_of(index: int) -> str:
+        return f"{where}: record {kept[index]}"
+
+    texts = _HubTexts(dataset, columns, place_of)
     return Documents(texts, ids, names, columns.numbers, by_column, place_of)
+
+
+def _with_text(dataset: datasets.Dataset, columns: Columns, where: str) -> Sequence[int]:
+    """Return which records have text; all, where only reading them would tell.
+
+    Raises:
+        ValueError: If none has, or one holds no value.
+    """
+    schema = dataset.features.arrow_schema
+    if columns.text not in schema.names or not pa.types.is_string(schema.field(columns.text).type):
+        return range(len(dataset))
+    picked = dataset.select_columns([columns.text]).with_format("arrow")
+    batches = picked.iter(batch_size=10_000)  # pyrefly: ignore[missing-attribute]
+    texts = (batch[columns.text] for batch in batches)
+    lengths = np.concatenate(
+        [pc.call_function("binary_length", [some]).fill_null(-1).to_numpy() for some in texts]
+    )
+    if (lengths < 0).any():
+        text_of({columns.text: None}, columns, f"{where}: record {(lengths < 0).argmax()}")
+    if (lengths > 0).all():
+        return range(len(dataset))
+    if not (lengths > 0).any():
+        msg = f"{where}: no text in any record"
+        raise ValueError(msg)
+    return np.flatnonzero(lengths).tolist()
 
 
 def open_hub(name: str, hf_name: str | None, split: str, *, streaming: bool) -> Any:  # noqa: ANN401
@@ -231,11 +267,13 @@ def _names(present: set[str], declared: Sequence[str] | None, where: str) -> tup
 class _HubTexts(Sequence[str]):
     """The text column of a Hugging Face data set, read one record at a time."""
 
-    def __init__(self, dataset: datasets.Dataset, columns: Columns, where: str) -> None:
-        self._dataset, self._columns, self._where = dataset, columns, where
+    def __init__(
+        self, dataset: datasets.Dataset, columns: Columns, place_of: Callable[[int], str]
+    ) -> None:
+        self._dataset, self._columns, self._place_of = dataset, columns, place_of
 
     def __len__(self) -> int:
         return len(self._dataset)
 
     def __getitem__(self, index: Any) -> Any:  # noqa: ANN401
-        return text_of(self._dataset[index], self._columns, f"{self._where}: record {index}")
+        return text_of(self._dataset[index], self._columns, self._place_of(index))

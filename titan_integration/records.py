@@ -28,7 +28,7 @@ REF_LOSS = "ref_loss"
 _LARGEST = 3.4028234663852886e38
 
 # Rows of Parquet that are in memory at a time.
-_BATCH = 1_000
+_BATCH = 2_000
 
 # What a column holds: a number for all of a document's tokens, or a float32 array of one for each
 # token that is predicted.
@@ -57,7 +57,6 @@ def text_of(record: Mapping[str, Any], columns: Columns, place: str) -> str:
     if not isinstance(text, str):
         msg = f"{place}: text column {columns.text!r} holds {type(text).__name__}, not a string"
         raise ValueError(msg)  # noqa: TRY004 -- it is the data that is wrong
-    _check_encodable(text, f"text column {columns.text!r}", place)
     return text
 
 
@@ -79,9 +78,7 @@ def domain_of(record: Mapping[str, Any], columns: Columns, place: str) -> str | 
     if isinstance(domain, bool) or not isinstance(domain, str | int) or domain == "":
         msg = f"{place}: domain column {columns.domain!r} holds {domain!r}, not a name"
         raise ValueError(msg)
-    name = str(domain)
-    _check_encodable(name, f"domain column {columns.domain!r}", place)
-    return name
+    return str(domain)
 
 
 def numbers_of(record: Mapping[str, Any], columns: Columns, place: str) -> tuple[Values, ...]:
@@ -92,6 +89,24 @@ def numbers_of(record: Mapping[str, Any], columns: Columns, place: str) -> tuple
             the place.
     """
     return tuple(_values(record, name, place) for name in columns.numbers)
+
+
+def check_encodable(value: object, name: str, place: str) -> None:
+    """Check that text can become UTF-8, as tokenizers need it; values of other types pass.
+
+    Raises:
+        ValueError: If it holds half a surrogate pair, which JSON can spell; names the place.
+    """
+    if not isinstance(value, str) or value.isascii():
+        return
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        msg = (
+            f"{place}: column {name!r} holds half a surrogate pair, {value[error.start]!a} "
+            f"at character {error.start}, which no UTF-8 text can hold; repair or drop the record"
+        )
+        raise ValueError(msg) from error
 
 
 def read_records(
@@ -112,15 +127,24 @@ def read_records(
             names the place.
     """
     folder = _folder_values(file, columns)
-    if suffix_of(file) == PARQUET:
-        records = _parquet(file, columns, start, set(folder))
-    else:
-        records = _json(file, start)
+    is_json = suffix_of(file) != PARQUET
+    records = _json(file, start) if is_json else _parquet(file, columns, start, set(folder))
     for place, record in records:
         if not isinstance(record, Mapping):
             msg = f"{place}: a record must be a JSON object, not {type(record).__name__}"
             raise ValueError(msg)  # noqa: TRY004 -- likewise
+        if is_json:  # Parquet's text is UTF-8, so it can be encoded
+            _check_all_encodable(record, columns, place)
         yield place, _with_folder(record, folder, columns, place) if folder else record
+
+
+def _check_all_encodable(record: Mapping[str, Any], columns: Columns, place: str) -> None:
+    for name in (columns.text, columns.domain):
+        try:
+            value = _lookup(record, name)
+        except KeyError:  # said later, if it matters
+            continue
+        check_encodable(value, name, place)
 
 
 def _folder_values(file: Path, columns: Columns) -> dict[str, Any]:
@@ -256,19 +280,6 @@ def _rows(batch: pa.RecordBatch, file: Path, first: int) -> list[dict[str, Any]]
                 _rows(batch.slice(i, 1), file, first + i)
         what = "text that is not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
         msg = f"{file}: row {first}: cannot be read: {what}"
-        raise ValueError(msg) from error
-
-
-def _check_encodable(text: str, what: str, place: str) -> None:
-    if text.isascii():
-        return
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        msg = (
-            f"{place}: {what} holds half a surrogate pair, {text[error.start]!a} at character "
-            f"{error.start}, which no tokenizer takes; repair or drop the record"
-        )
         raise ValueError(msg) from error
 
 

@@ -18,7 +18,14 @@ from titan_integration.packing import (
     is_count,
     whole_piece,
 )
-from titan_integration.records import ONLY_DOMAIN, Columns, domain_of, numbers_of, text_of
+from titan_integration.records import (
+    ONLY_DOMAIN,
+    Columns,
+    check_encodable,
+    domain_of,
+    numbers_of,
+    text_of,
+)
 from titan_integration.stream_sources import Position, Source
 
 
@@ -192,6 +199,8 @@ class StreamedRows(IterableDataset[Batch]):
         return name
 
     def _whole(self, text: str, record: Mapping[str, Any], domain: str, place: str) -> Piece:
+        check_encodable(text, self._columns.text, place)
+        check_encodable(text, self._columns.text, place)
         return whole_piece(
             self._encode(text),
             self.domains.index(domain),
