@@ -224,8 +224,8 @@ def test_what_save_to_disk_wrote_is_read(tmp_path, streaming):
 )
 def test_index_and_stream_take_the_same_files(tmp_path, content, streaming):
     """Columns that are not in use do not matter, nor do marks, ends of lines and empty texts."""
-    put(tmp_path / "a.jsonl", lines(GOOD))
-    put(tmp_path / "b.jsonl", content)
+    put(tmp_path / "a.jsonl", content)
+    put(tmp_path / "b.jsonl", lines({**GOOD, "new": 1}))
     read(tmp_path, streaming)
 
 

@@ -213,6 +213,7 @@ LOSSES = {
         half(parquet({"loss": [1.0]})),
         "cut.parquet: cannot be read as parquet (...); write it anew",
     ),
+    "OTHER.PARQUET": (parquet({"a": [1]}), "OTHER.PARQUET: no column loss, in nats; it has a"),
     "other.parquet": (parquet({"a": [1]}), "other.parquet: no column loss, in nats; it has a"),
     "none.parquet": (
         parquet({"loss": pa.array([], pa.float32())}),
