@@ -6,14 +6,16 @@ import json
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args
 
+import datasets
 import torch
 from torch import Tensor
 from torchtitan.components.dataloader import ParallelAwareDataloader
 from torchtitan.components.tokenizer import BaseTokenizer
+from torchtitan.tools.logging import logger
 from typing_extensions import override
 
 from titan_integration.documents import (
@@ -23,12 +25,14 @@ from titan_integration.documents import (
     local_documents,
     open_hub,
 )
+from titan_integration.identity import differences, files_of, name_in, tokenizer_digest, unsure
 from titan_integration.packing import Cut, Encode, PackedRows, RowMode
 from titan_integration.records import (
     DEFAULT_DOMAIN_COLUMN,
     ONLY_DOMAIN,
     SUFFIXES,
     Columns,
+    local_files,
 )
 from titan_integration.stream import StreamedRows, open_local_stream
 
@@ -98,6 +102,8 @@ class DomainTextDataLoader(ParallelAwareDataloader):
 
     domains: tuple[str, ...]
     """Domain names in the order of their ids."""
+    source: Documents | datasets.IterableDataset
+    """The data that was opened."""
 
     def __init__(
         self,
@@ -144,14 +150,20 @@ class DomainTextDataLoader(ParallelAwareDataloader):
         cut = Cut(seq_len, local_batch_size, dp_rank, dp_world_size)
         where = config.dataset_path or config.dataset
         made_from: dict[str, Any] = {"seq_len": seq_len, "vocab_size": tokenizer.get_vocab_size()}
-        made_from |= {"rows": config.rows}
+        made_from |= {"rows": config.rows, "tokenizer": tokenizer_digest(tokenizer)}
         rows: PackedRows | StreamedRows
         if config.streaming:
-            rows = _streamed_rows(config, encode, cut)
-            made_from |= {"stream": where, "split": config.split}
+            rows, self.source = _streamed_rows(config, encode, cut)
+            made_from |= {"stream": where, "split": config.split, "hf_name": config.hf_name}
+            made_from |= {"text_column": config.text_column, "domain_column": config.domain_column}
             made_from |= {"seed": config.seed} if config.rows == "drawn" else {}
+            if path := _local_path(config):
+                files = local_files(path, config.split)
+                made_from |= files_of({name_in(path, file): file for file in files})
         else:
-            documents = load_documents(config)
+            documents = _kept.pop(_key(config), None) or load_documents(config)
+            assert isinstance(documents, Documents)
+            self.source = documents
             rows = PackedRows(
                 documents,
                 encode,
@@ -163,12 +175,16 @@ class DomainTextDataLoader(ParallelAwareDataloader):
             rows.check_size(where)
             made_from |= {"seed": config.seed, "shards": rows.num_shards}
             made_from |= {"documents": len(documents), "text": _fingerprint(documents)}
+            made_from |= {"content": documents.content}
+            if documents.stored:
+                made_from |= files_of({file.name: file for file in documents.stored})
         self.domains = rows.domains
         self._rows = rows
         self._mode = config.rows
         self._iterated = False
         self._state = dict(rows.state)
         self._made_from = made_from | {"domains": list(rows.domains)}
+        self._columns = list(config.columns)
         with warnings.catch_warnings():
             # torchdata 0.11 calls a function that torch 2.15 has deprecated; there is nothing a
             # user could do.
@@ -210,6 +226,12 @@ class DomainTextDataLoader(ParallelAwareDataloader):
             )
             raise ValueError(msg)
         self._rows.pools.proportions = scaled(proportions, self.domains)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Facts and digests that are alike on all ranks whose loaders yield rows of one stream."""
+        facts = {key: fact for key, fact in self._made_from.items() if key != "modified"}
+        return facts | {"columns": self._columns}
 
     def _check_drawn(self) -> None:
         if self._mode != "drawn":
@@ -254,14 +276,14 @@ class DomainTextDataLoader(ParallelAwareDataloader):
                 "--checkpoint.exclude_from_loading dataloader"
             )
             raise ValueError(msg) from None
-        for key, now in self._made_from.items():
-            if made_from.get(key) != now:
-                msg = (
-                    f"data loader state: saved with {key} = {made_from.get(key)!r}, now it is "
-                    f"{now!r}. Restore it, or start the data afresh: "
-                    "--checkpoint.exclude_from_loading dataloader"
-                )
-                raise ValueError(msg)
+        if different := differences(made_from, self._made_from):
+            msg = (
+                f"data loader state: saved for other rows: {'; '.join(different)}. Restore the "
+                "data, or start it afresh: --checkpoint.exclude_from_loading dataloader"
+            )
+            raise ValueError(msg)
+        if (doubt := unsure(made_from, self._made_from)) and self.dp_rank == 0:
+            logger.warning(f"data loader state: {doubt}")
         self._rows.load(state_dict)
         self._state = dict(self._rows.state)
 
@@ -295,6 +317,26 @@ def scaled(proportions: Iterable[float], domains: tuple[str, ...]) -> tuple[floa
     return tuple(number / largest / total for number in numbers)
 
 
+def keep_open(
+    config: DomainTextDataLoader.Config, source: Documents | datasets.IterableDataset
+) -> None:
+    """Hand what a loader has opened, its `source`, to the next one of the same data."""
+    _kept[_key(config)] = source
+
+
+_kept: dict[str, Any] = {}
+"""What `keep_open` was given and no loader has taken, by what was to be read."""
+
+
+_OF_ROWS = {"infinite", "rows", "seed"} | {f.name for f in fields(ParallelAwareDataloader.Config)}
+"""Settings that say how rows are made, and not what is opened."""
+
+
+def _key(config: DomainTextDataLoader.Config) -> str:
+    names = {f.name for f in fields(config)} - _OF_ROWS | {"dataset", "dataset_path"}
+    return repr([(name, getattr(config, name)) for name in sorted(names)])
+
+
 def load_documents(config: DomainTextDataLoader.Config) -> Documents:
     """Open the documents that a configuration names, by index.
 
@@ -310,7 +352,9 @@ def load_documents(config: DomainTextDataLoader.Config) -> Documents:
     return hub_documents(dataset, columns, config.domains, config.dataset)
 
 
-def _streamed_rows(config: DomainTextDataLoader.Config, encode: Encode, cut: Cut) -> StreamedRows:
+def _streamed_rows(
+    config: DomainTextDataLoader.Config, encode: Encode, cut: Cut
+) -> tuple[StreamedRows, datasets.IterableDataset]:
     where = config.dataset_path or config.dataset
     path = _local_path(config)
     if where == EMBEDDED:
@@ -335,9 +379,10 @@ def _streamed_rows(config: DomainTextDataLoader.Config, encode: Encode, cut: Cut
         msg = f"{where}: a stream can use at most one worker, not {config.num_workers}"
         raise ValueError(msg)
     columns = _columns(config)
-    if path:
+    stream = _kept.pop(_key(config), None)
+    if stream is None and path:
         stream = open_local_stream(path, config.split)
-    else:
+    elif stream is None:
         stream = open_hub(config.dataset, config.hf_name, config.split, streaming=True)
     domains = tuple(config.domains or ()) if config.domain_column else (ONLY_DOMAIN,)
     rows = StreamedRows(
@@ -352,7 +397,7 @@ def _streamed_rows(config: DomainTextDataLoader.Config, encode: Encode, cut: Cut
         where=where,
     )
     rows.check_first()
-    return rows
+    return rows, stream
 
 
 def _columns(config: DomainTextDataLoader.Config) -> Columns:

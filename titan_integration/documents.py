@@ -13,6 +13,7 @@ from typing import Any
 import datasets
 import numpy as np
 
+from titan_integration.identity import content_of, name_in
 from titan_integration.records import (
     ONLY_DOMAIN,
     Columns,
@@ -35,6 +36,8 @@ class Documents:
 
     ``numbers`` has one sequence per column, with a float32 number for each document, or an array of
     one for each of its predicted tokens. ``place_of`` names a document's record, for messages.
+    ``files`` has the name of each file they come from, with the number of its first document.
+    ``stored`` has the files of texts that are not in memory.
     """
 
     texts: Sequence[str]
@@ -43,6 +46,8 @@ class Documents:
     columns: tuple[str, ...] = ()
     numbers: tuple[Sequence[Values] | np.ndarray, ...] = ()
     place_of: Callable[[int], str] = "document {}".format
+    files: tuple[tuple[str, int], ...] = ()
+    stored: tuple[Path, ...] = ()
 
     def __len__(self) -> int:
         """Return the number of documents."""
@@ -51,6 +56,11 @@ class Documents:
     def __getitem__(self, index: int) -> tuple[str, str]:
         """Return text and domain name of one document."""
         return self.texts[index], self.names[self.domain_ids[index]]
+
+    @functools.cached_property
+    def content(self) -> dict[str, Any]:
+        """Digests of what the documents hold: ``identity.content_of``."""
+        return content_of(self)
 
 
 def embedded_documents(
@@ -98,8 +108,10 @@ def local_documents(
     found: list[str | None] = []
     numbers: list[tuple[Values, ...]] = []
     places: list[str] = []
+    files: list[tuple[str, int]] = []
     unnamed = ""
     for file in local_files(path, split):
+        files.append((name_in(path, file), len(texts)))
         for place, record in read_records(file, columns):
             text = text_of(record, columns, place)
             if not text:
@@ -114,7 +126,8 @@ def local_documents(
         raise ValueError(msg)
     ids, names = _number(found, unnamed, columns, domains, str(path))
     by_column = _by_column(numbers, columns)
-    return Documents(texts, ids, names, columns.numbers, by_column, places.__getitem__)
+    place_of = places.__getitem__
+    return Documents(texts, ids, names, columns.numbers, by_column, place_of, tuple(files))
 
 
 def hub_documents(
@@ -148,7 +161,8 @@ def hub_documents(
     ids, names = _number(found, unnamed, columns, domains, where)
     texts, by_column = _HubTexts(dataset, columns, where), _by_column(numbers, columns)
     place_of = functools.partial("{}: record {}".format, where)
-    return Documents(texts, ids, names, columns.numbers, by_column, place_of)
+    stored = tuple(Path(file["filename"]) for file in dataset.cache_files)
+    return Documents(texts, ids, names, columns.numbers, by_column, place_of, stored=stored)
 
 
 def open_hub(name: str, hf_name: str | None, split: str, *, streaming: bool) -> Any:  # noqa: ANN401

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from torchtitan.components.validate import Validator
+from torchtitan.distributed import ParallelDims
 from torchtitan.tools.logging import logger
 
-from titan_integration.data import DomainTextDataLoader
+import weighting as wt
+from titan_integration.data import DomainTextDataLoader, keep_open
 from titan_integration.records import REF_LOSS
 from titan_integration.reference import average_decay, find_checkpoint
 from titan_integration.state import data_columns, short_contexts
@@ -15,7 +19,9 @@ from weighting.mixture import with_mixture
 from weighting.spec import imported, resolve
 
 if TYPE_CHECKING:
-    import weighting as wt
+    from torchtitan.components.tokenizer import BaseTokenizer
+    from torchtitan.trainer import Trainer
+
     from titan_integration.trainer import WeightedTrainer, WeightingConfig
 
 SIGNALS = frozenset(
@@ -100,6 +106,72 @@ def ask_for_rows(config: WeightedTrainer.Config, fn: wt.Weighting) -> None:
             "apply: loss"
         )
         raise ValueError(msg)
+
+
+def open_data(config: WeightedTrainer.Config, spec: wt.Spec) -> dict[str, Any]:
+    """Open all data, check it against the spec, and keep it for the loaders that read it.
+
+    Returns:
+        What each loader of ours tells as its `identity`: of `training` and of `validation`.
+
+    Raises:
+        ValueError: For anything wrong with the tokenizer or the data; names the place and the fix.
+    """
+    tokenizer = build_tokenizer(config)
+    dims = ParallelDims.from_config(config.parallelism, _number_of_ranks(config))
+    rows = config.training.local_batch_size
+    if dims.pp > 1:
+        rows = config.parallelism.pipeline_parallel_microbatch_size
+    loaders = {"training": config.dataloader}
+    validator = config.validator
+    if validator.enable and isinstance(validator, Validator.Config):
+        loaders["validation"] = validator.dataloader
+    found: dict[str, Any] = {}
+    for name, loader in loaders.items():
+        if not isinstance(loader, DomainTextDataLoader.Config):
+            continue
+        if name == "validation":  # as the host does
+            loader = replace(loader, infinite=validator.steps != -1)  # noqa: PLW2901
+        built = loader.build(
+            dp_world_size=dims.dp_replicate * dims.dp_shard,
+            dp_rank=0,
+            tokenizer=tokenizer,
+            seq_len=config.training.seq_len,
+            local_batch_size=rows,
+        )
+        keep_open(loader, built.source)
+        found[name] = built.identity
+        if name == "training":
+            refuse_domains(spec, built.domains)
+    return found
+
+
+def refuse_domains(spec: wt.Spec, domains: tuple[str, ...]) -> None:
+    """Refuse data whose domains are not those that a spec speaks of.
+
+    Raises:
+        ValueError: Says which are, and what to do.
+    """
+    wt.build(spec, domains=domains)
+
+
+def build_tokenizer(config: Trainer.Config) -> BaseTokenizer:
+    """Build the tokenizer a config names.
+
+    Raises:
+        ValueError: It is not there, or damaged.
+    """
+    try:
+        return config.tokenizer.build(tokenizer_path=config.hf_assets_path)
+    except Exception as error:  # tokenizers raises bare Exception for a broken file
+        msg = f"--hf_assets_path {config.hf_assets_path}: no tokenizer there: {error}"
+        raise ValueError(msg) from error
+
+
+def _number_of_ranks(config: Trainer.Config) -> int:
+    """Return the number of ranks that the process group will have."""
+    fake = config.comm.mode in {"fake_backend", "local_tensor"}
+    return int(os.environ.get("NGPU" if fake else "WORLD_SIZE", "1"))
 
 
 def _refuse_pipeline(config: WeightedTrainer.Config, fn: wt.Weighting) -> None:

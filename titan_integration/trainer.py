@@ -46,6 +46,7 @@ from titan_integration.mixing import write_mixture
 from titan_integration.preflight import (
     ask_for_columns,
     ask_for_rows,
+    open_data,
     read_spec,
     refuse_unsupported,
 )
@@ -60,6 +61,7 @@ from titan_integration.reference import (
 )
 from titan_integration.resume import REFERENCE, WEIGHTING, ResumingCheckpointManager
 from titan_integration.state import Pipeline, RunState, short_contexts
+from titan_integration.together import fail_together, refuse_other_data
 from titan_integration.validate import DomainValidator
 from weighting.build import sketch
 from weighting.contract import Alone
@@ -107,7 +109,8 @@ class WeightingConfig:
 
     agree_every: int = 0
     """Check every so many steps that all ranks weigh as one, and end the run if they do not: the
-    same spec, step and state, each its own sequences, weights of mean one. 0: at the start only."""
+    same spec, step, state and data, each its own sequences, weights of mean one. 0: at the start
+    only."""
 
 
 class WeightedTrainer(Trainer):
@@ -135,6 +138,8 @@ class WeightedTrainer(Trainer):
     """Whether a step was taken since this start."""
     _claim: IO[str]
     """Keeps the dump folder to this run while it is open; the first rank's."""
+    _read: str
+    """What rows are made from."""
 
     @override
     # A Config builds the trainer it belongs to, so this one never gets the parent's.
@@ -145,18 +150,23 @@ class WeightedTrainer(Trainer):
             SystemExit: Spec, data or settings are wrong; status 2, said once, on the first rank.
         """
         with exit_on_user_error():
-            versions.check()
             on_cpu = cpu.use_cpu()
-            if on_cpu:
-                cpu.prepare_config(config)
-            spec = read_spec(config.weighting)
-            if config.weighting.record:
-                asked(config.weighting.record)  # what is wrong with it is said first
-            refuse_unsupported(config, sketch(spec))
-            ask_for_columns(config, sketch(spec).needs)
-            ask_for_rows(config, sketch(spec))
-            if os.environ.get("RANK", "0") == "0":
-                self._claim = claim(Path(config.dump_folder))
+            patience = config.comm.init_timeout_seconds
+            with fail_together(patience):
+                versions.check()
+                if on_cpu:
+                    cpu.prepare_config(config)
+                spec = read_spec(config.weighting)
+                if config.weighting.record:
+                    asked(config.weighting.record)  # what is wrong with it is said first
+                refuse_unsupported(config, sketch(spec))
+                ask_for_columns(config, sketch(spec).needs)
+                ask_for_rows(config, sketch(spec))
+                if os.environ.get("RANK", "0") == "0":
+                    self._claim = claim(Path(config.dump_folder))
+                data = open_data(config, spec)
+            refuse_other_data(data, patience)
+            self._read = json.dumps(data, sort_keys=True)
             # The host logs events to the dump folder: were that full, each would be a traceback.
             logging.raiseExceptions = False
             super().__init__(config)
@@ -358,7 +368,7 @@ class WeightedTrainer(Trainer):
         assert isinstance(self.metrics_processor, WeightedMetricsProcessor)
         ranks = self.metrics_processor.collectives or Alone()
         step = torch.tensor(self.step, device=self.device)
-        check_agreement(self.state.fn, step, ranks, moments)
+        check_agreement(self.state.fn, step, ranks, moments, self._read)
 
     def _say_what_runs(self) -> None:
         """Leave beside the metrics what the run is and that it starts; the first rank writes."""
@@ -501,7 +511,7 @@ def pipeline_of(dims: ParallelDims, *, last: bool) -> Pipeline:
 
 @contextlib.contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Turn a ValueError into one message on the first rank, and exit status 2 on all."""
+    """Turn a ValueError into one message on each node's first rank, and exit status 2 on all."""
     try:
         yield
     except ValueError as error:
@@ -515,11 +525,11 @@ def exit_on_user_error() -> Iterator[None]:
 
 
 def _let_the_first_speak() -> None:
-    """Wait on other ranks than the first, as torchrun stops all as soon as one ends.
+    """Wait on other ranks than a node's first, as torchrun stops all as soon as one ends.
 
     If the first has nothing to say, the error is this rank's alone.
     """
-    if os.environ.get("RANK", "0") != "0":
+    if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(_HEAD_START)
 
 
