@@ -118,15 +118,16 @@ def local_documents(
                 continue
             texts.append(text)
             found.append(domain_of(record, columns, place))
-            numbers.append(numbers_of(record, columns, place))
-            places.append(place if columns.numbers else "")  # no memory for what is never said
+            if columns.numbers:  # else no time and memory for what is never asked
+                numbers.append(numbers_of(record, columns, place))
+                places.append(place)
             unnamed = unnamed or (place if found[-1] is None else "")
     if not texts:
         msg = f"{path}: no text in any record of split {split!r}"
         raise ValueError(msg)
     ids, names = _number(found, unnamed, columns, domains, str(path))
     by_column = _by_column(numbers, columns)
-    place_of = places.__getitem__
+    place_of = places.__getitem__ if places else "document {}".format
     return Documents(texts, ids, names, columns.numbers, by_column, place_of, tuple(files))
 
 
@@ -189,7 +190,7 @@ def _by_column(
     """Return what every document has, column by column; plain numbers as one float32 array."""
     by_column = [[values[i] for values in numbers] for i in range(len(columns.numbers))]
     return tuple(
-        column if any(isinstance(x, np.ndarray) for x in column) else np.array(column, np.float32)
+        column if np.ndarray in set(map(type, column)) else np.array(column, np.float32)
         for column in by_column
     )
 
@@ -205,10 +206,12 @@ def _number(
     if unnamed and any(d is not None for d in found):
         msg = f"{unnamed}: no {columns.domain!r} here, but other records of {where} have one"
         raise ValueError(msg)
-    domains = [ONLY_DOMAIN if d is None else d for d in found]
-    names = _names(set(domains), declared, where)
-    ids = {name: i for i, name in enumerate(names)}
-    return [ids[d] for d in domains], names
+    present = {ONLY_DOMAIN if d is None else d for d in set(found)}
+    names = _names(present, declared, where)
+    ids: dict[str | None, int] = {name: i for i, name in enumerate(names)}
+    if unnamed:
+        ids[None] = ids[ONLY_DOMAIN]
+    return [ids[d] for d in found], names
 
 
 def _names(present: set[str], declared: Sequence[str] | None, where: str) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ import numpy as np
 from xxhash import xxh3_64_digest, xxh3_64_hexdigest, xxh3_128_hexdigest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from torchtitan.components.tokenizer import BaseTokenizer
@@ -50,10 +50,13 @@ def content_of(documents: Documents) -> dict[str, Any]:
     """
     each: dict[str, np.ndarray] = {"domains": np.asarray(documents.domain_ids, np.int64)}
     if not documents.stored:
-        encoded = (text.encode("utf-8", "surrogatepass") for text in documents.texts)
-        each["text"] = _number_each(encoded)
+        each["text"] = _joined(
+            [xxh3_64_digest(text.encode("utf-8", "surrogatepass")) for text in documents.texts]
+        )
     columns = {
-        name: values if isinstance(values, np.ndarray) else _number_each(map(_bytes, values))
+        name: values
+        if isinstance(values, np.ndarray)
+        else _joined([xxh3_64_digest(_bytes(x)) for x in values])
         for name, values in zip(documents.columns, documents.numbers, strict=True)
     }
     ends = [start for _, start in documents.files[1:]] + [len(documents)]
@@ -188,9 +191,9 @@ def _few(files: dict[str, Any]) -> dict[str, Any]:
     return {f"some of {len(files)} files": xxh3_64_hexdigest(json.dumps(files).encode())}
 
 
-def _number_each(data: Iterable[bytes]) -> np.ndarray:
-    """Return a 64-bit hash of each."""
-    return np.frombuffer(b"".join([xxh3_64_digest(x) for x in data]), np.uint64)
+def _joined(hashes: Sequence[bytes]) -> np.ndarray:
+    """Return 64-bit hashes as one array."""
+    return np.frombuffer(b"".join(hashes), np.uint64)
 
 
 def _bytes(values: float | np.ndarray) -> bytes:

@@ -125,7 +125,7 @@ def numbers_of(record: Mapping[str, Any], columns: Columns, place: str) -> tuple
         ValueError: If a column is missing or does not hold a finite number or a list of them; names
             the place.
     """
-    return tuple(_values(record, name, place) for name in columns.numbers)
+    return tuple([_values(record, name, place) for name in columns.numbers])
 
 
 def read_records(file: Path, columns: Columns) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -144,9 +144,10 @@ def _json(file: Path) -> Iterator[tuple[str, Any]]:
         records = _decode(content, str(file), first_line=1)
         yield from ((f"{file}: record {i}", record) for i, record in enumerate(records))
         return
+    name = str(file)  # once, as each takes as long as hashing a short text
     for number, line in enumerate(content.split(b"\n"), start=1):
         if line.strip():
-            yield f"{file}:{number}", _decode(line, str(file), first_line=number)
+            yield f"{name}:{number}", _decode(line, name, first_line=number)
 
 
 def _decode(content: bytes, file: str, first_line: int) -> Any:  # noqa: ANN401

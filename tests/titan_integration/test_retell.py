@@ -235,7 +235,7 @@ def no_tokenizer(run):
         (lambda run: change(run, streaming=True), "data.jsonl, was streamed, and is not read tw"),
         (lambda run: change(run, dataset="allenai/c4"), "allenai/c4, is not here: it is on a hub"),
         (lambda run: (run.parent / "data.jsonl").unlink(), "data.jsonl, is not here: it is on a"),
-        (other_documents, "has changed: documents = 300, now it is 299; look at data.jsonl; restore it"),
+        (other_documents, "has changed: documents = 300, now it is 299; look at data.jsonl; rest"),
         (other_words, "has changed: texts of documents differ; look at data.jsonl; restore it"),
         (lambda run: change(run, seed=5), "has changed: seed = 0, now it is 5; restore it"),
         (other_data, "resumed at step 3 onto other data; leave out --text"),
