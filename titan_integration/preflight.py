@@ -142,17 +142,10 @@ def open_data(config: WeightedTrainer.Config, spec: wt.Spec) -> dict[str, Any]:
         keep_open(loader, built.source)
         found[name] = built.identity
         if name == "training":
-            refuse_domains(spec, built.domains)
+            fn = wt.build(spec, domains=built.domains)
+            if "gradients" in fn.hears:
+                _refuse_global_batch(config, fn, dims)
     return found
-
-
-def refuse_domains(spec: wt.Spec, domains: tuple[str, ...]) -> None:
-    """Refuse data whose domains are not those that a spec speaks of.
-
-    Raises:
-        ValueError: Says which are, and what to do.
-    """
-    wt.build(spec, domains=domains)
 
 
 def build_tokenizer(config: Trainer.Config) -> BaseTokenizer:
@@ -166,6 +159,19 @@ def build_tokenizer(config: Trainer.Config) -> BaseTokenizer:
     except Exception as error:  # tokenizers raises bare Exception for a broken file
         msg = f"--hf_assets_path {config.hf_assets_path}: no tokenizer there: {error}"
         raise ValueError(msg) from error
+
+
+def _refuse_global_batch(config: Trainer.Config, fn: wt.Weighting, dims: ParallelDims) -> None:
+    """Refuse a global batch that is not a microbatch of every domain."""
+    count, asked = len(fn.domains), config.training.global_batch_size
+    rows = config.training.local_batch_size * dims.dp_replicate * dims.dp_shard
+    if asked > 0 and asked != count * rows:
+        msg = (
+            f"{fn.spec.name} takes a microbatch of each of the {count} domains a step, "
+            f"{count} x {rows} sequences, and the global batch is {asked}; leave out "
+            f"--training.global_batch_size, or set it to {count * rows}"
+        )
+        raise ValueError(msg)
 
 
 def _number_of_ranks(config: Trainer.Config) -> int:

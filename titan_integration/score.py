@@ -42,9 +42,11 @@ from titan_integration.loss import (
     weighted_loss_config,
 )
 from titan_integration.packing import Cut
+from titan_integration.preflight import build_tokenizer
 from titan_integration.reference import build_reference, find_checkpoint, token_losses
 from titan_integration.score_data import open_source, provenance, write
 from titan_integration.score_windows import scored_blocks
+from titan_integration.together import fail_together
 from titan_integration.trainer import exit_on_user_error
 from titan_integration.vocabulary import signals
 
@@ -85,17 +87,14 @@ def score(args: argparse.Namespace) -> None:
     Raises:
         ValueError: Checkpoint, data, configuration or disk are not as they must be.
     """
-    versions.check()
-    folder = _check(args)
-    flags = [*launch.host_flags(args, "uniform", "outputs/score"), *args.flags]
-    config = cast("Trainer.Config", ConfigManager().parse_args(flags))
-    loader = _refuse_unsupported(config)
-    source = open_source(loader, replaces=args.overwrite)
-    try:
-        tokenizer = config.tokenizer.build(tokenizer_path=config.hf_assets_path)
-    except OSError as error:
-        msg = f"--hf_assets_path {config.hf_assets_path}: no tokenizer there: {error}"
-        raise ValueError(msg) from error
+    with fail_together():
+        versions.check()
+        folder = _check(args)
+        flags = [*launch.host_flags(args, "uniform", "outputs/score"), *args.flags]
+        config = cast("Trainer.Config", ConfigManager().parse_args(flags))
+        loader = _refuse_unsupported(config)
+        source = open_source(loader, replaces=args.overwrite)
+        tokenizer = build_tokenizer(config)
     model = FrozenModel(config, folder)
     rank, ranks = 0, 1
     if model.parallel_dims.dp_enabled:

@@ -229,15 +229,6 @@ class WeightedTrainer(Trainer):
     def _take_turns(self, config: Config, fn: wt.Weighting) -> None:
         """Make a step of one microbatch of every domain, whose gradients are kept apart."""
         count = len(fn.domains)
-        rows = config.training.local_batch_size * fn.collectives.size
-        asked = config.training.global_batch_size
-        if asked > 0 and asked != count * rows:
-            msg = (
-                f"{fn.spec.name} takes a microbatch of each of the {count} domains a step, "
-                f"{count} x {rows} sequences, and the global batch is {asked}; leave out "
-                f"--training.global_batch_size, or set it to {count * rows}"
-            )
-            raise ValueError(msg)
         self.gradient_accumulation_steps = count
         parameters = (p for part in self.model_parts for p in part.parameters())
         self.gradients = DomainGradients(

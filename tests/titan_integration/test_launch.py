@@ -85,7 +85,7 @@ def test_corrupt_data_is_one_error_on_one_rank_and_status_2(tmp_path):
 
 @pytest.mark.processes
 def test_an_error_of_another_rank_alone_is_shown_once(tmp_path):
-    """The output is the first rank's; what ends the second one alone is not lost with its own."""
+    """What the second rank alone finds wrong is said by the first, whose output is shown."""
     (tmp_path / "lonely_stages.py").write_text(
         "import os\nif os.environ.get('RANK') == '1':\n    raise RuntimeError('only here')\n"
     )
@@ -97,7 +97,7 @@ def test_an_error_of_another_rank_alone_is_shown_once(tmp_path):
     assert done.returncode == 2
     assert done.stderr.count("error: ") == 1
     error = next(line for line in done.stderr.splitlines() if "error: " in line)
-    assert error.startswith("[rank1]:error: ")
+    assert error.startswith("error: rank 1 on ")
     assert "only here" in error
     assert "Traceback" not in done.stderr
     assert "[rank1]" not in done.stdout
