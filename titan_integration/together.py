@@ -141,5 +141,5 @@ def _first_failure(words: list[str]) -> str:
     alike = [rank for rank, (_, other) in failed.items() if other == message]
     if len(alike) == len(words):
         return message
-    more = f" (as do {len(alike) - 1} more ranks)" if len(alike) > 1 else ""
+    more = f" (and {len(alike) - 1} more)" if len(alike) > 1 else ""
     return f"rank {first} on {host}{more}: {message}"
