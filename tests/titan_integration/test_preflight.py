@@ -12,7 +12,7 @@ from titan_integration.config_registry import llama3_debugmodel
 from titan_integration.data import DomainTextDataLoader
 from weighting.spec import resolve
 
-TABLE = "loss -> table(code=2, prse=1) -> mean_one"
+TABLE = "table(code=2, prse=1) -> mean_one"
 GOOD = [{"text": f"word {i} " * 20, "domain": ("code", "prose")[i % 2]} for i in range(40)]
 
 
@@ -69,7 +69,7 @@ def global_batch(config):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (spec(TABLE), "prse"),
+        (spec(TABLE), "the data has no domain 'prse'; did you mean"),
         (spec("rho-1"), "good.jsonl:1: no column 'ref_loss'"),
         (lambda config: write(config, b""), "bad.jsonl: no text in any record"),
         (lambda config: write(config, b'{"text": "\xff"}'), "bad.jsonl:1: not UTF-8 text"),
