@@ -97,7 +97,7 @@ def test_an_error_of_another_rank_alone_is_shown_once(tmp_path):
     assert done.returncode == 2
     assert done.stderr.count("error: ") == 1
     error = next(line for line in done.stderr.splitlines() if "error: " in line)
-    assert error.startswith("error: rank 1 on ")
+    assert error.startswith("[rank0]:error: rank 1 on ")
     assert "only here" in error
     assert "Traceback" not in done.stderr
     assert "[rank1]" not in done.stdout
