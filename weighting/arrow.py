@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 MAX_DEPTH = 16
+MAX_STAGES = 100
+"""Of a pipeline, however it is written."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,10 @@ def parse(
     """
     calls: list[Call | None] = []
     pieces = list(_split(text, offsets))
+    if len(pieces) > MAX_STAGES:
+        _, place = pieces[MAX_STAGES]
+        problems.append(source.problem(too_many(len(pieces)), place))
+        return (None,)
     for number, (tokens, piece) in enumerate(pieces):
         if not tokens:
             where = "after" if number else "before"
@@ -111,6 +117,11 @@ def parse(
             problems.extend(error.problems)
             calls.append(None)
     return tuple(calls)
+
+
+def too_many(stages: int) -> str:
+    """Return what is wrong with a pipeline of so many stages."""
+    return f"a pipeline has at most {MAX_STAGES} stages; this has {stages:,}"
 
 
 def to_text(calls: tuple[Call, ...]) -> str:
@@ -207,9 +218,11 @@ class _Parser:
         self._deeper(opening)
         self.position += 1
         arguments: list[Argument] = []
+        named = False
         while not self._accept(")"):
             argument = self._argument()
-            if argument.name is None and any(a.name is not None for a in arguments):
+            named = named or argument.name is not None
+            if argument.name is None and named:
                 message = "an argument without a name cannot follow one with a name; name it"
                 self._fail(message, argument.span)
             arguments.append(argument)
@@ -265,14 +278,16 @@ class _Parser:
         self._deeper(opening)
         self.position += 1
         entries: list[tuple[Literal, Value]] = []
+        known: set[object] = set()
         while not self._accept("}"):
             key = self._value()
             if not isinstance(key, Literal):
                 self._fail("a key is a number or a name", key.span)
             if not self._accept(":"):
                 self._fail("a key is followed by ':' and its value", key.span)
-            if any(key.value == other.value for other, _ in entries):
+            if key.value in known:
                 self._fail(f"{key.value!r} is given twice; keep one", key.span)
+            known.add(key.value)
             entries.append((key, self._value()))
             self._separator(opening, "}")
         self.depth -= 1

@@ -797,9 +797,9 @@ def _domain_problems(spec: Spec, domains: Sequence[str] | None) -> list[Problem]
         return [Problem("to draw by domain needs domain names; give build(spec, domains=[...])")]
     for factor, pipeline in spec.factors.items():
         for step in plan(pipeline):
-            place = spec.place(factor, step.index)
             if "domain_ids" not in _needs([step]):
                 continue
+            place = spec.place(factor, step.index)
             if not domains:
                 message = f"{factor} needs domain names; give build(spec, domains=[...])"
                 return [Problem(message, place)]

@@ -27,6 +27,8 @@ Apply = Literal["loss", "sampling", "both"]
 
 SINGLE = "pipeline"
 """The name of the only factor of a spec written with `pipeline:`."""
+MAX_FACTORS = 100
+"""Of a spec."""
 
 
 class _Marks:
@@ -84,6 +86,12 @@ class Spec(BaseModel):
         if empty:
             msg = f"factor {empty[0]!r} has no stage; write uniform for plain training"
             raise ValueError(msg)
+        if len(self.factors) > MAX_FACTORS:
+            raise ValueError(_too_many_factors(len(self.factors)))
+        for name, pipeline in self.factors.items():
+            if len(pipeline) > arrow.MAX_STAGES:
+                msg = f"factor {name!r}: {arrow.too_many(len(pipeline))}"
+                raise ValueError(msg)
         if isinstance(self.apply, dict) and (unknown := sorted({*self.apply} - {*self.factors})):
             msg = f"apply names no factor {unknown[0]!r}{nearest(unknown[0], self.factors)}"
             raise ValueError(msg)
@@ -435,6 +443,10 @@ def _pipelines(
             message = "factors: is a map from a name to its pipeline"
             problems.append(source.problem(message, node.span))
             return found
+        if len(node.entries) > MAX_FACTORS:
+            place = node.entries[MAX_FACTORS][0].span
+            problems.append(source.problem(_too_many_factors(len(node.entries)), place))
+            return found
         for key, value in node.entries:
             if re.fullmatch(r"[^\W\d][\w-]*", key.text):
                 found.append((key.text, value))
@@ -442,6 +454,10 @@ def _pipelines(
                 message = "a factor's name is a word of letters, digits, '_' and '-'"
                 problems.append(source.problem(message, key.span))
     return found
+
+
+def _too_many_factors(count: int) -> str:
+    return f"a spec has at most {MAX_FACTORS} factors; this has {count:,}"
 
 
 def _pipeline(
