@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, NoReturn
 
 from weighting.errors import Problem, Source, Span, SpecError
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 MAX_DEPTH = 16
 MAX_STAGES = 100
 """Of a pipeline, however it is written."""
+TOO_MANY = f"a pipeline has at most {MAX_STAGES} stages, and this one more; leave some out"
 
 
 @dataclass(frozen=True)
@@ -99,10 +101,10 @@ def parse(
         problems: Gets what is wrong.
     """
     calls: list[Call | None] = []
-    pieces = list(_split(text, offsets))
+    pieces = list(islice(_split(text, offsets), MAX_STAGES + 1))
     if len(pieces) > MAX_STAGES:
-        _, place = pieces[MAX_STAGES]
-        problems.append(source.problem(too_many(len(pieces)), place))
+        _, place = pieces[-1]
+        problems.append(source.problem(TOO_MANY, place))
         return (None,)
     for number, (tokens, piece) in enumerate(pieces):
         if not tokens:
@@ -117,11 +119,6 @@ def parse(
             problems.extend(error.problems)
             calls.append(None)
     return tuple(calls)
-
-
-def too_many(stages: int) -> str:
-    """Return what is wrong with a pipeline of so many stages."""
-    return f"a pipeline has at most {MAX_STAGES} stages; this has {stages:,}"
 
 
 def to_text(calls: tuple[Call, ...]) -> str:

@@ -55,7 +55,7 @@ def from_yaml(source: Source, node: Node, problems: list[Problem]) -> tuple[Call
     calls: list[Call | None] = []
     if len(node.items) > arrow.MAX_STAGES:
         place = node.items[arrow.MAX_STAGES].span
-        problems.append(source.problem(arrow.too_many(len(node.items)), place))
+        problems.append(source.problem(arrow.TOO_MANY, place))
         return (None,)
     items = iter(node.items)
     for item in items:
@@ -78,7 +78,7 @@ def from_yaml(source: Source, node: Node, problems: list[Problem]) -> tuple[Call
             problems.append(source.problem(message, item.span))
             calls.append(None)
         if len(calls) > arrow.MAX_STAGES:  # an item may be arrow text of several
-            problems.append(source.problem(arrow.too_many(len(calls)), item.span))
+            problems.append(source.problem(arrow.TOO_MANY, item.span))
             return (None,)
     return tuple(calls)
 

@@ -29,6 +29,7 @@ SINGLE = "pipeline"
 """The name of the only factor of a spec written with `pipeline:`."""
 MAX_FACTORS = 100
 """Of a spec."""
+_TOO_MANY = f"a spec has at most {MAX_FACTORS} factors, and this one more; leave some out"
 
 
 class _Marks:
@@ -87,10 +88,10 @@ class Spec(BaseModel):
             msg = f"factor {empty[0]!r} has no stage; write uniform for plain training"
             raise ValueError(msg)
         if len(self.factors) > MAX_FACTORS:
-            raise ValueError(_too_many_factors(len(self.factors)))
+            raise ValueError(_TOO_MANY)
         for name, pipeline in self.factors.items():
             if len(pipeline) > arrow.MAX_STAGES:
-                msg = f"factor {name!r}: {arrow.too_many(len(pipeline))}"
+                msg = f"factor {name!r}: {arrow.TOO_MANY}"
                 raise ValueError(msg)
         if isinstance(self.apply, dict) and (unknown := sorted({*self.apply} - {*self.factors})):
             msg = f"apply names no factor {unknown[0]!r}{nearest(unknown[0], self.factors)}"
@@ -445,7 +446,7 @@ def _pipelines(
             return found
         if len(node.entries) > MAX_FACTORS:
             place = node.entries[MAX_FACTORS][0].span
-            problems.append(source.problem(_too_many_factors(len(node.entries)), place))
+            problems.append(source.problem(_TOO_MANY, place))
             return found
         for key, value in node.entries:
             if re.fullmatch(r"[^\W\d][\w-]*", key.text):
@@ -454,10 +455,6 @@ def _pipelines(
                 message = "a factor's name is a word of letters, digits, '_' and '-'"
                 problems.append(source.problem(message, key.span))
     return found
-
-
-def _too_many_factors(count: int) -> str:
-    return f"a spec has at most {MAX_FACTORS} factors; this has {count:,}"
 
 
 def _pipeline(

@@ -209,7 +209,7 @@ def orders():
 def many():
     """More stages, factors or entries than a spec can mean, right and wrong ones."""
     yield "101 stages", "normalize -> " + "abs -> " * 99 + "temperature(1)"
-    for count in (3_000, 100_000):
+    for count in (3_000, 30_000):
         yield f"{count} stages", "normalize -> " + "abs -> " * count + "temperature(1)"
         yield f"{count} wrong stages", "a(" + "->a(" * count
         yield f"{count} arrows", "->" * count
@@ -218,9 +218,9 @@ def many():
     yield "101 factors", "version: 1\nfactors:\n" + "".join(
         f"  f{i}: temperature(1)\n" for i in range(101)
     )
-    yield "entries twice", "table(" + ", ".join(f"a{i}=1" for i in range(5_000)) + ", a7=1)"
-    yield "pairs twice", "table({" + ", ".join(f"a{i}: 1" for i in range(20_000)) + ", a7: 1})"
-    yield "arguments", "temperature(" + ", ".join("1" for _ in range(20_000)) + ")"
+    yield "entries twice", "table(" + ", ".join(f"a{i}=1" for i in range(4_000)) + ", a7=1)"
+    yield "pairs twice", "table({" + ", ".join(f"a{i}: 1" for i in range(8_000)) + ", a7: 1})"
+    yield "arguments", "temperature(" + ", ".join("1" for _ in range(8_000)) + ")"
 
 
 FAMILIES = (many, bad_values, keys, brackets, deep, bombs, letters, plugins, sizes, orders)
@@ -278,7 +278,7 @@ def test_a_hostile_text_is_refused_with_a_place(text):
 
 
 def test_as_many_stages_and_factors_as_allowed_are_read():
-    """A hundred stages, in either spelling, and a hundred factors; one more is refused by number."""
+    """A hundred stages, in either spelling, and a hundred factors; one more is refused."""
     listed = "version: 1\npipeline:\n- normalize\n" + "- abs\n" * 98 + "- temperature: 1\n"
     for text in ("normalize -> " + "abs -> " * 98 + "temperature(1)", listed):
         (pipeline,) = wt.loads(text).factors.values()
@@ -287,13 +287,13 @@ def test_as_many_stages_and_factors_as_allowed_are_read():
     spec = wt.loads("version: 1\nfactors:\n" + factors)
     assert len(spec.factors) == 100
     assert str(refused(lambda: wt.loads(CASES["many: 101 stages"]))).startswith(
-        "<spec>:1:704: a pipeline has at most 100 stages; this has 101\n"
+        "<spec>:1:704: a pipeline has at most 100 stages, and this one more; leave some out\n"
     )
     error = refused(lambda: wt.loads(CASES["many: 101 factors"]))
-    assert "<spec>:103:3: a spec has at most 100 factors; this has 101" in str(error)
+    assert "<spec>:103:3: a spec has at most 100 factors, and this one more" in str(error)
     with pytest.raises(ValueError, match="factor 'long': a pipeline has at most 100 stages"):
         wt.Spec(factors={"long": pipeline * 2})
-    with pytest.raises(ValueError, match="a spec has at most 100 factors; this has 101"):
+    with pytest.raises(ValueError, match="a spec has at most 100 factors, and this one more"):
         wt.Spec(factors={f"f{i}": pipeline for i in range(101)})
 
 
