@@ -24,6 +24,7 @@ from titan_integration.records import Columns, domain_of, local_files, numbers_o
 from titan_integration.records import text_of as check_text
 from weighting.build import sketch
 from weighting.cli.explain import explanation
+from weighting.errors import printable
 from weighting.files import read_lines
 from weighting.mixture import with_mixture
 from weighting.report.page import write_report
@@ -88,10 +89,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         _compare(args)
     except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(printable(f"error: {error}\n", keep="\n"))
         return 2
     except RunFailedError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(printable(f"error: {error}\n", keep="\n"))
         return error.status
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; the same command goes on\n")
@@ -140,7 +141,7 @@ def _compare(args: argparse.Namespace) -> None:
         _train(args, runs, steps, lock)
     folders = [folder / run.name for run in runs]
     write_report(folders, out, explanation)
-    print(f"\n{table(folders)}\n\nreport: {out}")  # noqa: T201 - the result
+    print(printable(f"\n{table(folders)}\n\nreport: {out}", keep="\n"))  # noqa: T201 - the result
 
 
 def _order(name: str) -> str:

@@ -23,7 +23,7 @@ from torch.distributed.run import get_args_parser
 from torch.distributed.run import run as torchrun
 
 from titan_integration.folder import refuse_unwritable
-from weighting.errors import nearest
+from weighting.errors import nearest, printable
 from weighting.files import read_lines
 from weighting.spec import resolve
 
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
         folder = Path(value_of(flags, "--dump_folder") or ".")
         refuse_unwritable(folder)
     except ValueError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(printable(f"error: {error}\n", keep="\n"))
         return 2
     code = on_ranks(args.ranks, "torchtitan.train", flags)
     if code == 0 and "--checkpoint.create_seed_checkpoint" not in flags:
@@ -170,7 +170,7 @@ def _last_words(logs: Path, rank: int) -> str:
     text = "".join(file.read_text(encoding="utf-8", errors="replace") for file in files)
     _, error, message = text.rpartition("\nerror: ")
     lines = (error + message).strip().splitlines() if error else text.splitlines()[-_TAIL:]
-    return "".join(f"[rank{rank}]:{line}\n" for line in lines)
+    return "".join(f"[rank{rank}]:{printable(line)}\n" for line in lines)
 
 
 _TAIL = 30

@@ -11,6 +11,7 @@ from titan_integration.data import DomainTextDataLoader
 from titan_integration.records import REF_LOSS
 from titan_integration.reference import average_decay, find_checkpoint
 from titan_integration.state import data_columns, short_contexts
+from weighting.errors import printable
 from weighting.mixture import with_mixture
 from weighting.spec import imported, resolve
 
@@ -39,7 +40,7 @@ def read_spec(config: WeightingConfig) -> wt.Spec:
     if config.mixture:
         spec = with_mixture(spec, resolve(config.mixture, allow_plugins=config.allow_plugins))
     if spec.plugins:
-        logger.info(f"Plugins: {imported(spec)}")
+        logger.info(printable(f"Plugins: {imported(spec)}"))
     return spec
 
 

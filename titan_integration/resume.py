@@ -32,6 +32,7 @@ from typing_extensions import override
 
 from titan_integration.intact import IntactReader, cause_of, why
 from titan_integration.state import RECORD, RunState
+from weighting.errors import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -146,7 +147,7 @@ def latest_whole(folder: Path) -> int:
         reason = flaw(steps[step])
         if reason is None:
             return step
-        logger.warning(f"Passing over {steps[step]}: {reason}")
+        logger.warning(printable(f"Passing over {steps[step]}: {reason}"))
     return -1
 
 
@@ -283,7 +284,7 @@ def _has_weighting(state: RunState, folder: Path, saved: Mapping[str, Any]) -> b
 
 def _warn(message: str) -> None:
     if dist.get_rank() == 0:
-        logger.warning(message)
+        logger.warning(printable(message))
 
 
 def _on_first_rank(question: Callable[[], T]) -> T:

@@ -47,6 +47,7 @@ from titan_integration.score_data import open_source, provenance, write
 from titan_integration.score_windows import scored_blocks
 from titan_integration.trainer import exit_on_user_error
 from titan_integration.vocabulary import signals
+from weighting.errors import printable
 
 if TYPE_CHECKING:
     import argparse
@@ -67,14 +68,14 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         _check(args)
     except ValueError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(printable(f"error: {error}\n", keep="\n"))
         return 2
     code = launch.on_ranks(args.ranks, "titan_integration.score", arguments)
     if code == 0:
         made = provenance(args.out)
         print(  # noqa: T201 - the result
             f"\n{made['documents']:,} documents, {made['tokens']:,} tokens, mean loss "
-            f"{made['mean_loss']:.4f} nats\n\nscored: {args.out}"
+            f"{made['mean_loss']:.4f} nats\n\nscored: {printable(str(args.out))}"
         )
     return code
 

@@ -29,6 +29,7 @@ from titan_integration.records import (
     read_records,
     text_of,
 )
+from weighting.errors import printable
 
 PROVENANCE = "weighting.score"
 """Key in the file's metadata of what made it, as JSON."""
@@ -199,7 +200,8 @@ def _schema(kinds: Mapping[str, Iterable[pa.DataType]], columns: Columns, where:
             msg = f"{where}: column {name!r} holds values of several types; Parquet wants one"
             raise ValueError(msg)
     if lost:
-        logger.warning(f"Left out, as Parquet cannot hold such columns: {', '.join(lost)}")
+        names = printable(", ".join(lost))
+        logger.warning(f"Left out, as Parquet cannot hold such columns: {names}")
     return pa.schema([field for field in fields.values() if field is not None])
 
 

@@ -12,6 +12,7 @@ import tokenizers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from titan_integration.stdlib_text import stdlib_text
+from weighting.errors import printable
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ def ensure_tokenizer(vocab_size: int = 2048) -> Path:
     logger.info(
         "Training a tokenizer of %d tokens on the standard library's text, into %s.",
         vocab_size,
-        folder,
+        printable(str(folder)),
     )
     tokenizer = _train(sample, vocab_size)
     config = {

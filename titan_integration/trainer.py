@@ -63,6 +63,7 @@ from titan_integration.state import Pipeline, RunState, short_contexts
 from titan_integration.validate import DomainValidator
 from weighting.build import sketch
 from weighting.contract import Alone
+from weighting.errors import printable
 from weighting.files import write_whole
 from weighting.levels import documents
 from weighting.logits import IGNORE_INDEX
@@ -165,7 +166,7 @@ class WeightedTrainer(Trainer):
             if path := config.weighting.reference:
                 folder = find_checkpoint(path) if self.decay is None else None
                 self.reference = build_reference(config, self.parallel_dims, folder)
-                logger.info(f"Reference: {folder or path}")
+                logger.info(printable(f"Reference: {folder or path}"))
             if on_cpu:
                 cpu.fix_fsdp(self.model_parts)
                 cpu.fix_initial_weights(self.model_config, self.model_parts)
@@ -207,13 +208,13 @@ class WeightedTrainer(Trainer):
             states[WEIGHTING] = self.state
             if self.reference is not None and self.decay is not None:
                 states[REFERENCE] = ModelWrapper(self.reference)
-        logger.info(f"Weighting: {spec.name} ({spec.hash})\n{spec}")
+        logger.info(printable(f"Weighting: {spec.name} ({spec.hash})\n{spec}", keep="\n"))
         if domains:
-            logger.info(f"Domains: {', '.join(domains)}")
+            logger.info(printable(f"Domains: {', '.join(domains)}"))
         if domains and len(domains) == 1 and (fn.moves_domains or fn.sampling):
             logger.warning(
-                f"the data has one domain, {domains[0]}, so there is nothing to weigh it against; "
-                "name the column that tells domains: --dataloader.domain_column"
+                f"the data has one domain, {printable(domains[0])}, so there is nothing to weigh "
+                "it against; name the column that tells domains: --dataloader.domain_column"
             )
 
     def _take_turns(self, config: Config, fn: wt.Weighting) -> None:
@@ -549,7 +550,7 @@ def exit_on_user_error() -> Iterator[None]:
         yield
     except ValueError as error:
         _let_the_first_speak()
-        sys.stderr.write(f"\nerror: {error}\n")
+        sys.stderr.write(printable(f"\nerror: {error}\n", keep="\n"))
         sys.stderr.flush()
         raise SystemExit(2) from None
     except (Exception, CheckpointException):  # as where the first has ended, and is missed

@@ -131,6 +131,16 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return ""
 
 
+def printable(text: str, keep: str = "") -> str:
+    """Return a text with question marks for what would move a cursor or turn text around.
+
+    Args:
+        text: Any text of a user's: a name, a value, a message with such in it.
+        keep: Characters that stay, such as the end of a line.
+    """
+    return "".join(c if c.isprintable() or c in keep else "?" for c in text)
+
+
 def _reading_order(problem: Problem) -> tuple[int, int, str]:
     place = problem.place
     return (place.line, place.column, problem.message) if place else (0, 0, problem.message)
