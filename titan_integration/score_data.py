@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -30,6 +29,7 @@ from titan_integration.records import (
     text_of,
 )
 from weighting.errors import printable
+from weighting.files import json_text, writing_whole
 
 PROVENANCE = "weighting.score"
 """Key in the file's metadata of what made it, as JSON."""
@@ -92,7 +92,7 @@ def write(
     """Write records with their losses as a Parquet file, which appears whole or not at all.
 
     Args:
-        out: The file; until it is whole it is called `<out>.part`.
+        out: The file.
         schema: Of the records' own columns.
         blocks: Records, and for each the losses of its tokens in nats, float32.
         made: What to write about how it was made; `per` decides what the column holds.
@@ -102,10 +102,12 @@ def write(
     """
     kind = pa.list_(pa.float32()) if made["per"] == "token" else pa.float32()
     schema = schema.append(pa.field(REF_LOSS, kind))
-    part = out.with_name(f"{out.name}.part")
     documents, tokens, total = 0, 0, 0.0
     try:
-        with pq.ParquetWriter(part, schema, compression="zstd") as writer:
+        with (
+            writing_whole(out) as file,
+            pq.ParquetWriter(file, schema, compression="zstd") as writer,
+        ):
             for records, losses in blocks:
                 rows = [_row(*record, x, made) for record, x in zip(records, losses, strict=True)]
                 writer.write_table(pa.Table.from_pylist(rows, schema=schema))
@@ -113,16 +115,10 @@ def write(
                 tokens += sum(map(len, losses))
                 total += sum(float(x.sum(dtype=np.float64)) for x in losses)
             counts = {"documents": documents, "tokens": tokens, "mean_loss": total / max(tokens, 1)}
-            writer.add_key_value_metadata({PROVENANCE: json.dumps(made | counts)})
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        part.replace(out)
+            writer.add_key_value_metadata({PROVENANCE: json_text(made | counts)})
     except OSError as error:
         msg = f"--out {out}: cannot write it: {error.strerror or error}"
         raise ValueError(msg) from error
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
 
 
 def provenance(path: Path) -> dict[str, Any]:

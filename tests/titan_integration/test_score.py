@@ -2,7 +2,9 @@
 
 import json
 import random
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 from functools import partial
@@ -393,10 +395,16 @@ def test_a_disk_that_is_full_leaves_nothing_behind(tmp_path):
     """One message, the old file as it was, and no part of a new one."""
     out = tmp_path / "out.parquet"
     out.write_text("old")
-    (tmp_path / "out.parquet.part").symlink_to("/dev/full")
     block = [("record 0", {"text": "x"})], [np.ones(3, np.float32)]
-    with pytest.raises(ValueError, match=r"--out .*out.parquet: cannot write it: .*No space left"):
-        score_data.write(out, WRITTEN, iter([block]), {"per": "token", "checkpoint": "it"})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))  # as if 100 bytes were free
+    try:
+        with pytest.raises(ValueError, match=r"--out .*out.parquet: cannot write it: File too l"):
+            score_data.write(out, WRITTEN, iter([block]), {"per": "token", "checkpoint": "it"})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
     assert [path.name for path in tmp_path.iterdir()] == ["out.parquet"]
     assert out.read_text() == "old"
 
