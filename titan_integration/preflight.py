@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from torchtitan.models.common.attention import FlexAttention, VarlenAttention
 from torchtitan.tools.logging import logger
 
 from titan_integration.data import DomainTextDataLoader
@@ -63,6 +64,8 @@ def refuse_unsupported(config: WeightedTrainer.Config, fn: wt.Weighting) -> None
         raise ValueError(msg)
     if "gradients" in fn.hears:
         _refuse_gradients(config, fn)
+    if config.parallelism.context_parallel_degree > 1:
+        _refuse_uneven_rows(config)
     if "validation" in fn.hears and not config.validator.enable:
         logger.warning(f"{fn.spec.name} waits for validations; without --validator.enable it stays")
     if fn.identity:
@@ -166,6 +169,28 @@ def _refuse_context(config: WeightedTrainer.Config, fn: wt.Weighting) -> None:
     if fn.spec.scope == "rank":
         msg = f"scope: rank takes whole sequences on each rank; leave scope out, or {whole}"
         raise ValueError(msg)
+
+
+def _refuse_uneven_rows(config: WeightedTrainer.Config) -> None:
+    """Refuse rows that attention cannot cut over the ranks of context parallelism."""
+    ranks, length = config.parallelism.context_parallel_degree, config.training.seq_len
+    if any(config.traverse(VarlenAttention.Config)):
+        msg = (
+            "variable-length attention takes whole sequences; choose a config with FlexAttention, "
+            "or set --parallelism.context_parallel_degree 1"
+        )
+        raise ValueError(msg)
+    for _, attention, _, _ in config.traverse(FlexAttention.Config):
+        assert isinstance(attention, FlexAttention.Config)
+        size = attention.block_size
+        block = size if isinstance(size, int) else size[0]
+        if length % (unit := ranks * block):
+            msg = (
+                f"--training.seq_len {length} cannot be cut over {ranks} ranks: attention takes "
+                f"whole blocks of {block} tokens on each; use a multiple of {unit}, as in "
+                f"--training.seq_len {-(-length // unit) * unit}"
+            )
+            raise ValueError(msg)
 
 
 def _refuse_reference(config: WeightedTrainer.Config, fn: wt.Weighting) -> None:

@@ -42,7 +42,8 @@ def command(
         steps: Optimizer steps in all.
         more: Further flags of torchtitan.
     """
-    words = [sys.executable, "-m", "titan_integration.launch", "--spec", spec]
+    words = [sys.executable, "-P", "-m", "titan_integration.run_module"]
+    words += ["titan_integration.launch", "--spec", spec]
     words += ["--config", args.config, "--module", args.module]
     words += ["--data", args.data] if args.data else []
     words += ["--ranks", str(args.ranks)] if args.ranks else []

@@ -414,11 +414,14 @@ def _plugins(
 
 
 def _import_plugin(name: str) -> None:
-    """Import a module, from the working directory too, as `python -m` would."""
+    """Import a module, from the working directory too.
+
+    That is searched last: a file there may be called like a module of an installed package.
+    """
     here = str(Path.cwd())
     added = here not in sys.path and "" not in sys.path
     if added:
-        sys.path.insert(0, here)
+        sys.path.append(here)
     try:
         importlib.import_module(name)
     finally:

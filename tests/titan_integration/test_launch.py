@@ -69,6 +69,91 @@ def test_a_stage_of_ones_own_trains_on_data_of_ones_own(tmp_path):
     assert "\x1b" not in done.stdout, "no colour codes in a pipe"
 
 
+SHADOWS = ("torch", "torchtitan", "numpy", "json", "random", "queue", "weighting", "tyro", "yaml")
+"""Modules that a file in the working folder is called like."""
+
+
+@pytest.fixture
+def hostile(tmp_path):
+    """Return a folder with files that must not be imported, a plugin, a config and data."""
+    for name in SHADOWS:
+        (tmp_path / f"{name}.py").write_text(f"raise SystemExit('{name}.py was imported')\n")
+    (tmp_path / "own_stages.py").write_text(
+        "import queue, random, torch\n"
+        "import weighting as wt\n"
+        "@wt.stage('triple')\n"
+        "class Triple(wt.Shape):\n"
+        "    def apply(self, x, scope):\n"
+        "        return x * 3\n"
+    )
+    (tmp_path / "own_configs.py").write_text(
+        "from titan_integration.config_registry import llama3_proxy\n"
+        "def small():\n"
+        "    config = llama3_proxy()\n"
+        "    config.training.seq_len = 64\n"
+        "    config.training.local_batch_size = 2\n"
+        "    config.training.steps = 2\n"
+        "    return config\n"
+        "def impossible():\n"
+        "    from titan_integration import with_weighting\n"
+        "    from torchtitan.models.flux.config_registry import flux_debugmodel\n"
+        "    return with_weighting(flux_debugmodel())\n"
+    )
+    spec = "version: 1\nplugins: [own_stages]\npipeline: normalize -> triple -> temperature(1)\n"
+    (tmp_path / "own.yaml").write_text(spec)
+    names = ("a\x1b[31mb\ne\u202ef\x85", "plain")
+    lines = [{"text": "A line of text. " * 40, "domain": name} for name in names * 20]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return tmp_path
+
+
+def in_folder(folder, *arguments):
+    """Return what `weighting` did, started as its script starts it: without the folder."""
+    return subprocess.run(
+        [sys.executable, "-P", "-m", "weighting", *arguments],
+        env=environment(),
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def test_files_called_like_modules_are_not_run_by_quick_commands(hostile):
+    """A plugin in the working folder is found, though it is searched last."""
+    for words in (["check"], ["simulate", "--losses", "1,2,3"], ["explain"]):
+        done = in_folder(hostile, words[0], "own.yaml", *words[1:], "--allow-plugins")
+        assert done.returncode == 0, done.stderr
+        assert "was imported" not in done.stdout + done.stderr
+    assert "own_stages.py" in done.stdout
+
+
+@pytest.mark.processes
+def test_files_called_like_modules_are_not_run_by_training(hostile):
+    """Plugin, config and data of the working folder train; nothing else of it is imported."""
+    module = ["--module", "own_configs", "--config", "small", "--ranks", "1"]
+    words = ["train", "own.yaml", "--allow-plugins", "--data", "data.jsonl", *module]
+    done = in_folder(hostile, *words, "--dump_folder=out", "--validator.enable")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "was imported" not in done.stdout + done.stderr
+    assert "Plugins: own_stages" in done.stdout
+    # What a terminal would obey in a domain's name is a question mark.
+    assert "Domains: a?[31mb?e?f?, plain" in done.stdout
+    assert all(c.isprintable() or c == "\n" for c in done.stdout + done.stderr)
+    assert (hostile / "out" / "weighting" / "metrics.jsonl").exists()
+
+
+@pytest.mark.processes
+def test_an_error_of_a_config_function_is_one_message(hostile):
+    """A config that cannot be weighted ends with status 2 and no traceback."""
+    module = ["--module", "own_configs", "--config", "impossible", "--ranks", "1"]
+    done = in_folder(hostile, "train", "linupper", *module)
+    assert done.returncode == 2
+    assert "error: cannot weight torchtitan.models.flux.trainer.FluxTrainer.Config" in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+
+
 @pytest.mark.processes
 def test_corrupt_data_is_one_error_on_one_rank_and_status_2(tmp_path):
     """Two ranks on a corrupt parquet file end with one message, no traceback, status 2."""

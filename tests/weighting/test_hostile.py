@@ -215,8 +215,9 @@ def many():
         yield f"{count} arrows", "->" * count
         yield f"{count} listed", "version: 1\npipeline:\n" + "- abs\n" * min(count, 3_000)
     yield "lists of arrow texts", "version: 1\npipeline:\n" + f"- {'abs -> ' * 50}abs\n" * 90
-    yield "101 factors", "version: 1\nfactors:\n" + "".join(
-        f"  f{i}: temperature(1)\n" for i in range(101)
+    yield (
+        "101 factors",
+        "version: 1\nfactors:\n" + "".join(f"  f{i}: temperature(1)\n" for i in range(101)),
     )
     yield "entries twice", "table(" + ", ".join(f"a{i}=1" for i in range(4_000)) + ", a7=1)"
     yield "pairs twice", "table({" + ", ".join(f"a{i}: 1" for i in range(8_000)) + ", a7: 1})"

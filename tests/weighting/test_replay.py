@@ -477,7 +477,8 @@ def test_texts_take_torchtitan_which_goes_on_with_the_same_words(run, monkeypatc
     arguments = ["replay", str(run), "--spec", "prop1", "upper", "--text", "--allow-plugins"]
     click.testing.CliRunner().invoke(main, arguments)
     assert called[1:] == [
-        *["-m", "titan_integration.retell", "--allow-plugins"],
+        *["-P", "-m", "titan_integration.run_module"],
+        *["titan_integration.retell", "--allow-plugins"],
         *["--", str(run), "prop1", "upper"],
     ]
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)

@@ -109,7 +109,9 @@ def hand_over(module: str, options: Mapping[str, object], flags: Iterable[str]) 
     """
     if importlib.util.find_spec("torchtitan") is None:
         give_up("this needs torchtitan: pip install 'weighting-dsl[titan]'")
-    command = [sys.executable, "-m", f"titan_integration.{module}"]
+    # -P: a file of the working folder is not taken for a module of Python's or of a package.
+    command = [sys.executable, "-P", "-m", "titan_integration.run_module"]
+    command.append(f"titan_integration.{module}")
     for name, value in options.items():
         option = f"--{name.replace('_', '-')}"
         if value is True:

@@ -107,7 +107,7 @@ def _training() -> Iterator[Finding]:
         "print(ensure_tokenizer())"
     )
     done = subprocess.run(  # noqa: S603 - our own code
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False
     )
     if done.returncode:
         yield Finding("integration", "cannot be imported", ok=False, more=done.stderr.strip())
