@@ -225,6 +225,7 @@ def refused(spec, **parallelism):
     memory = parallelism.pop("memory", None)
     config.loss.memory = memory or config.loss.memory
     config.weighting.reference = parallelism.pop("reference", "")
+    config.training.seq_len = parallelism.pop("seq_len", config.training.seq_len)
     for name, value in parallelism.items():
         setattr(config.parallelism, name, value)
     spec = wt.load(spec) if ":" not in spec else wt.loads(f"version: 1\n{spec}\n")
@@ -261,6 +262,17 @@ def test_a_part_of_each_sequence_is_not_enough_for_some():
     assert "whole sequences" in refused("scope: rank\npipeline: temperature(1)", **cut)
     balancer = {**cut, "context_parallel_load_balancer": "ptrr"}
     assert "load_balancer headtail" in refused("linupper", **balancer)
+
+
+def test_rows_that_context_parallelism_cannot_cut_are_refused():
+    """Each rank takes whole blocks of attention; the next length that does is named."""
+    for spec in ("linupper", "uniform"):
+        message = refused(spec, context_parallel_degree=2, seq_len=128)
+        assert "--training.seq_len 128 cannot be cut over 2 ranks" in message
+        assert "use a multiple of 256, as in --training.seq_len 256" in message
+    assert "multiple of 512" in refused("uniform", context_parallel_degree=4, seq_len=768)
+    assert refused("linupper", context_parallel_degree=2, seq_len=256) is None
+    assert refused("linupper", seq_len=100) is None
 
 
 def test_a_signal_nobody_gives_is_refused(monkeypatch):
