@@ -510,8 +510,8 @@ def test_only_what_was_given_is_handed_over(monkeypatch):
     monkeypatch.setattr(common.os, "execv", lambda _, command: called.extend(command))
     run("here", "--out", "a.parquet", "--overwrite", "--config=a", "--training.seq_len=8")
     at = called.index("--")
-    assert called[1:3] == ["-m", "titan_integration.score"]
-    assert sorted(called[3:at]) == [
+    assert called[1:5] == [*["-P", "-m", "titan_integration.run_module"], "titan_integration.score"]
+    assert sorted(called[5:at]) == [
         "--checkpoint=here",
         "--config=a",
         "--module=titan_integration",
