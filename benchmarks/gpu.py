@@ -50,7 +50,7 @@ import torch.nn.functional as F  # noqa: N812 - the usual name
 from torch import Tensor, nn
 
 import weighting as wt
-from weighting.files import read_lines, write_whole
+from weighting.files import json_text, read_lines, write_whole, writing_whole
 from weighting.logits import TOPK
 from weighting.losses import token_loss
 from weighting.spec import resolve
@@ -188,7 +188,7 @@ def run(args: argparse.Namespace) -> None:
         },
         "tokens": data.about,
     }
-    write_whole(folder / "result.json", json.dumps(result, indent=1))
+    write_whole(folder / "result.json", json_text(result, indent=1))
     (folder / "checkpoint.pt").unlink()
     print(f"{folder}: {result['evaluation']['domain_mean_loss']:.4f} nats, mean over domains")
 
@@ -475,13 +475,13 @@ class Run:
                 torch.cuda.set_rng_state(x)
         for path in (self.folder / "metrics.jsonl", self.folder / "evaluation.jsonl"):
             lines = read_lines(path) if path.exists() else []
-            kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= self.step]
+            kept = [json_text(line) + "\n" for line in lines if line["step"] <= self.step]
             write_whole(path, "".join(kept))
 
     def append(self, kind: str, line: dict[str, float]) -> None:
         """Add a line of this step to a file."""
         with (self.folder / f"{kind}.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": self.step, **line}) + "\n")
+            file.write(json_text({"step": self.step, **line}) + "\n")
 
 
 def train(
@@ -566,9 +566,8 @@ def memory(device: torch.device) -> float:
 
 def write_tensors(path: Path, state: object) -> None:
     """Write tensors to a file that is there whole or not at all."""
-    part = path.with_suffix(".part")
-    torch.save(state, part)
-    part.replace(path)
+    with writing_whole(path) as file:
+        torch.save(state, file)
 
 
 def show(args: argparse.Namespace) -> None:

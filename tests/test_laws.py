@@ -229,17 +229,77 @@ def test_padding_does_not_matter(case):
     assert_close(out.token[:4, :6], weigh(case, signals).token, rtol=2e-5, atol=1e-6)
 
 
-@each_case_without_luck
-def test_flat_tokens_weigh_what_rows_weigh(case):
-    """[T] with sequence and document ids gives what [B, L] gives."""
-    signals = tables.batch(4, 6, seed=12)
-    rows = torch.arange(4)[:, None].expand(4, 6)
-    ids = {"segment_ids": signals.segment_ids + 6 * rows, "sequence_ids": rows}
-    flat = tables.changed(dataclasses.replace(signals, **ids), lambda _, x: x.reshape(-1))
-    # Sums per row and per id run in another order: float32 rounding.
-    assert_close(
-        weigh(case, flat).token, weigh(case, signals).token.reshape(-1), rtol=2e-5, atol=1e-6
-    )
+SAMPLES = (6, 4, 5, 3)
+"""Lengths of four samples, each padded to a row of its own where nothing else is said."""
+ONE_ROW, TWO_ROWS = ((0, 1, 2, 3),), ((0, 1), (2, 3))
+LAYOUTS = {
+    "[T]": (ONE_ROW, True),
+    "[1, T]": (ONE_ROW, True),
+    "[2, L], ids from 0 in each row": (TWO_ROWS, False),
+    "[2, L], ids that count on": (TWO_ROWS, True),
+}
+"""The samples of each row, and whether sequence ids count on from row to row."""
+
+
+def padded_samples(seed):
+    """Return four samples of unequal lengths as rows; every third batch has one without labels."""
+    signals = tables.batch(len(SAMPLES), max(SAMPLES), seed=seed)
+    here = torch.arange(max(SAMPLES)) < torch.tensor(SAMPLES)[:, None]
+    here[2] &= seed % 3 > 0
+    return dataclasses.replace(signals, valid=signals.valid & here)
+
+
+def laid_out(signals, layout):
+    """Return padded samples in a layout, with ids; and which token of the rows each token is."""
+    rows, counting_on = LAYOUTS[layout]
+    width = max(sum(SAMPLES[i] for i in row) for row in rows)
+    places, sequences, segments = [], [], []
+    for row in rows:
+        tokens = [(i, t) for i in row for t in range(SAMPLES[i])]
+        documents = [(i, int(signals.segment_ids[i, t])) for i, t in tokens]
+        numbers = {document: n for n, document in enumerate(dict.fromkeys(documents))}
+        fill = [0] * (width - len(tokens))
+        places.append([i * max(SAMPLES) + t for i, t in tokens] + [-1 for _ in fill])
+        sequences.append([i - (0 if counting_on else row[0]) for i, _ in tokens] + fill)
+        segments.append([numbers[document] for document in documents] + fill)
+    at = torch.tensor(places)
+    new = tables.changed(signals, lambda _, x: x.reshape(-1)[at.clamp(min=0)])
+    ids = {"sequence_ids": torch.tensor(sequences), "segment_ids": torch.tensor(segments)}
+    new = dataclasses.replace(new, valid=new.valid & (at >= 0), **ids)
+    if layout == "[T]":
+        new, at = tables.changed(new, lambda _, x: x[0]), at[0]
+    return new, at
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@each_case
+def test_sequences_weigh_alike_however_they_are_laid_out(case, layout):
+    """Samples that ids tell weigh, and are remembered, as the same samples do as padded rows."""
+    by_row, by_id = tables.built(CASES[case]), tables.built(CASES[case])
+    for step in range(4):
+        signals = padded_samples(seed=120 + step)
+        expected, (new, at) = by_row(signals, step), laid_out(signals, layout)
+        got = by_id(new, step)
+        there = at >= 0
+        # Sums per row and per id run in another order: float32 rounding.
+        for mine, other in (
+            (got.token, expected.token),
+            *zip(got.factors.values(), expected.factors.values(), strict=True),
+        ):
+            assert_close(mine[there], other.reshape(-1)[at[there]], rtol=2e-5, atol=1e-6)
+            assert not mine[~there].any()
+        assert_close(got.moments, expected.moments, rtol=1e-4, atol=1e-4)
+    for name, value in by_row.state_dict().items():
+        assert_close(by_id.get_buffer(name), value, rtol=1e-4, atol=1e-5)  # as above
+
+
+def test_a_layout_keeps_every_token_once():
+    """The law above compares every token of every sample, in each layout."""
+    for layout in LAYOUTS:
+        _, at = laid_out(padded_samples(seed=120), layout)
+        assert sorted(at[at >= 0].tolist()) == [
+            i * max(SAMPLES) + t for i, length in enumerate(SAMPLES) for t in range(length)
+        ]
 
 
 @each_case
@@ -557,11 +617,10 @@ def test_moments_of_ranks_combine(case, ranks):
         assert_close(got[name], value, rtol=1e-4, atol=1e-5, msg=f"{name}: {got[name]}, {value}")
 
 
-@pytest.mark.parametrize(
-    "case", [name for name in RANK_CASES if not re.search("bernoulli|multinomial", CASES[name])]
-)
-def test_flat_ranks_weigh_like_one(case):
-    """The same holds for flat tokens with sequence and document ids of their own on each rank."""
+@pytest.mark.parametrize("flat", [True, False], ids=["[T]", "[1, T]"])
+@pytest.mark.parametrize("case", RANK_CASES)
+def test_ranks_of_sequences_told_by_ids_weigh_like_one(case, flat):
+    """The same holds for sequences and documents that ids of its own tell on each rank."""
     signals = tables.batch(4, 6, seed=42)
     expected = weigh(case, signals, 1)
 
@@ -569,12 +628,36 @@ def test_flat_ranks_weigh_like_one(case):
         mine = tables.changed(signals, lambda _, x: x.chunk(2)[rank])
         rows = torch.arange(2)[:, None].expand(2, 6)
         ids = {"segment_ids": mine.segment_ids + 6 * rows, "sequence_ids": rows}
-        flat = tables.changed(dataclasses.replace(mine, **ids), lambda _, x: x.reshape(-1))
-        return tables.built(CASES[case], collectives=collectives)(flat, 1).token
+        shape = (-1,) if flat else (1, -1)
+        new = tables.changed(dataclasses.replace(mine, **ids), lambda _, x: x.reshape(shape))
+        return tables.built(CASES[case], collectives=collectives)(new, 1).token.flatten()
 
     got = torch.cat(tables.Lockstep(2).run(part))
     # Partial sums are added in another order: float32 rounding.
     assert_close(got, expected.token.reshape(-1), rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", RANK_CASES)
+def test_sequences_told_by_ids_are_cut_over_ranks_like_rows(case):
+    """Two samples in each row, the rows cut over two ranks each: they weigh as if they were rows.
+
+    The second sample of a row begins on the first rank and ends on the second.
+    """
+    signals = tables.batch(4, 8, seed=47)
+    expected = weigh(case, signals, 1).token
+    rows = torch.arange(4)[:, None].expand(4, 8)
+    ids = {"segment_ids": signals.segment_ids + 8 * (rows % 2), "sequence_ids": rows % 2}
+    folded = tables.changed(dataclasses.replace(signals, **ids), lambda _, x: x.reshape(2, 16))
+
+    def one(rank, collectives):
+        row, part = divmod(rank, 2)
+        mine = tables.changed(folded, lambda _, x: cut(x[row : row + 1], part, 2, in_order=False))
+        return tables.built(CASES[case], collectives=collectives)(mine, 1).token
+
+    outs = tables.Lockstep(4, parts=2).run(one)
+    got = torch.cat([joined(outs[2 * row : 2 * row + 2], in_order=False) for row in range(2)])
+    # Partial sums are added in another order: float32 rounding.
+    assert_close(got.view(4, 8), expected, rtol=2e-5, atol=1e-6)
 
 
 def cut(x, part, parts, in_order):

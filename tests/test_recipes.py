@@ -233,6 +233,25 @@ def test_the_trainer_accumulates_over_labels():
         assert not torch.equal(value, before[name])
 
 
+@pytest.mark.usefixtures("folder")
+def test_the_trainer_compiles_the_recipe():
+    """With torch_compile=True it trains to the parameters that it has without."""
+    names = recipes.started("linupper")
+    recipes.define("trainer", names)
+    found = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        options = (
+            {"torch_compile": compiled, "torch_compile_backend": "aot_eager"} if compiled else {}
+        )
+        host = recipes.hosted_by_trainer(names, "out", names["rows"][:32], **options)
+        host.train()
+        assert host.weights.metrics["weight/max"] > 1.001
+        found.append(host.model.state_dict())
+    for name, value in found[0].items():
+        assert_close(found[1][name], value)
+
+
 def trained_by_trainer(names, *, resumed):
     """Train two epochs, or the second of them from the checkpoint after the first."""
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Whether ranks still weigh as one: the same spec, step and state, and each its own sequences.
+"""Whether ranks still weigh as one: the same spec, step, state and data, each its own sequences.
 
 Ranks that drift apart train on silently: another file on another node, a state restored on some of
 them, a local rank taken for a rank.  The check takes one gather of a few numbers, one sum of two,
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from weighting import Weighting
     from weighting.contract import Collectives
 
-FACTS = ("spec", "step", "state")
+FACTS = ("spec", "step", "state", "data set")
 """What must be alike on all ranks."""
 _ADDED = [MOMENTS.index(name) for name in ("count", "nonfinite", "sum")]
 _SLACK = 1e-3
@@ -33,7 +33,11 @@ class DisagreementError(RuntimeError):
 
 
 def check_agreement(
-    fn: Weighting, step: Tensor, ranks: Collectives, moments: Tensor | None = None
+    fn: Weighting,
+    step: Tensor,
+    ranks: Collectives,
+    moments: Tensor | None = None,
+    data: str = "",
 ) -> None:
     """Check that all ranks weigh as one; every rank must call it, and all raise if one differs.
 
@@ -44,20 +48,21 @@ def check_agreement(
         step: The optimizer step, 0-D, where the ranks' tensors are.
         ranks: Reaches the ranks whose tokens count together.
         moments: The step's, of this rank's tokens, as `Weights.moments`; None before a step.
+        data: What this rank's rows are made from, in any words.
 
     Raises:
         DisagreementError: They do not.
     """
-    facts = [_me(), _digest(fn.spec.hash.encode()), int(step), _of_state(fn)]
+    spec, read = (_digest(text.encode()) for text in (fn.spec.hash, data))
+    facts = [_me(), spec, int(step), _of_state(fn), read]
     mine = torch.tensor(facts, dtype=torch.int64, device=step.device)
     found = ranks.gather(mine).tolist()
     for name, *its in found:
         differing = [x for x, a, b in zip(FACTS, its, found[0][1:], strict=True) if a != b]
         if differing:
             msg = (
-                f"step {step}: rank {name} has another {' and '.join(differing)} of the weighting "
-                f"than rank {found[0][0]}; start all ranks with the same files and from one "
-                "checkpoint"
+                f"step {step}: rank {name} has another {' and another '.join(differing)} than "
+                f"rank {found[0][0]}; start all ranks with the same files and from one checkpoint"
             )
             raise DisagreementError(msg)
     wrong = found[ranks.rank][0] != facts[0]

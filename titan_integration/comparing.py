@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from titan_integration import launch, series
+from titan_integration.data_files import local_files, saved_dataset
 from titan_integration.metrics import FILE, FOLDER
 from titan_integration.progress import SEED, View, cut
-from titan_integration.records import Columns, domain_of, local_files, numbers_of, read_records
+from titan_integration.records import Columns, domain_of, numbers_of, read_records
 from titan_integration.records import text_of as check_text
 from weighting.build import sketch
 from weighting.cli.explain import explanation
+from weighting.errors import printable
 from weighting.files import read_lines
 from weighting.mixture import with_mixture
 from weighting.report.page import write_report
@@ -88,10 +90,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         _compare(args)
     except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(printable(f"error: {error}\n", keep="\n"))
         return 2
     except RunFailedError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(printable(f"error: {error}\n", keep="\n"))
         return error.status
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; the same command goes on\n")
@@ -140,7 +142,7 @@ def _compare(args: argparse.Namespace) -> None:
         _train(args, runs, steps, lock)
     folders = [folder / run.name for run in runs]
     write_report(folders, out, explanation)
-    print(f"\n{table(folders)}\n\nreport: {out}")  # noqa: T201 - the result
+    print(printable(f"\n{table(folders)}\n\nreport: {out}", keep="\n"))  # noqa: T201 - the result
 
 
 def _order(name: str) -> str:
@@ -269,8 +271,10 @@ def _check_data(loader: DomainTextDataLoader.Config, name: str) -> None:
     data = loader.dataset_path or loader.dataset
     try:
         if loader.dataset_path or data.startswith((".", "/", "~")):
-            file = local_files(Path(data).expanduser(), loader.split)[0]
-            for place, record in read_records(file, columns):
+            path = Path(data).expanduser()
+            if saved_dataset(path, loader.split):
+                return
+            for place, record in read_records(local_files(path, loader.split)[0], columns):
                 check_text(record, columns, place)
                 domain_of(record, columns, place)
                 numbers_of(record, columns, place)

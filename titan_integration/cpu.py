@@ -81,7 +81,8 @@ def prepare_config(config: Trainer.Config) -> Trainer.Config:
     """Change a trainer's config, in place and for good, to what a CPU can run; return it.
 
     Raises:
-        NotImplementedError: The attention is not FlexAttention, nor causal over whole documents.
+        ValueError: The attention is not FlexAttention, nor causal over whole documents, or it
+            changes what comes of it.
     """
     config.training.disable_cuda_graphs = True
     config.training.mixed_precision_param = "float32"
@@ -90,7 +91,7 @@ def prepare_config(config: Trainer.Config) -> Trainer.Config:
         loader.pin_memory = False  # pyrefly: ignore[missing-attribute]
     for stock in (FlexAttention.Config, VarlenAttention.Config):
         for _, found, parent, name in list(config.traverse(stock)):
-            setattr(parent, str(name), _dense_config(found))
+            setattr(parent, str(name), _dense_config(found, parent))
     return config
 
 
@@ -161,10 +162,14 @@ class DenseDocumentAttention(FlexAttention):
         out_transform: Callable[[Tensor, Tensor], Tensor] | None = None,
         **kwargs: object,
     ) -> Tensor:
-        """Attend where the mask allows; NotImplementedError for score_mod and out_transform."""
+        """Attend where the mask allows.
+
+        Raises:
+            ValueError: A score_mod or out_transform is given.
+        """
         if score_mod is not None or out_transform is not None:
-            msg = "score_mod and out_transform: scaled_dot_product_attention hides its scores"
-            raise NotImplementedError(msg)
+            msg = f"the model's attention has a score_mod or out_transform, {_NOT_ON_CPU}"
+            raise ValueError(msg)
         q, k, v = (x.transpose(1, 2) for x in (q_BLNH, k_BLNH, v_BLNH))
         bias = _bias(attention_masks, q.dtype)
         out = scaled_dot_product_attention(q, k, v, bias, scale=scale, enable_gqa=enable_gqa)
@@ -187,15 +192,46 @@ def _bias(mask: BlockMask, dtype: torch.dtype) -> Tensor:
     return bias
 
 
-def _dense_config(stock: Configurable.Config) -> FlexAttention.Config:
+_NOT_ON_CPU = (
+    "which only a GPU computes; train it on one, or on this machine another model, such as "
+    "llama3_debugmodel"
+)
+
+
+def _dense_config(stock: Configurable.Config, parent: object) -> FlexAttention.Config:
+    """Return the attention that a CPU can run in place of a model's.
+
+    Args:
+        stock: Configures the attention itself.
+        parent: Configures the layer it is in.
+
+    Raises:
+        ValueError: It would not compute the same.
+    """
+    if getattr(parent, "_owner", None) in _with_sinks():
+        msg = f"the attention of {_name(parent)} has sinks, {_NOT_ON_CPU}"
+        raise ValueError(msg)
     if isinstance(stock, DenseDocumentAttention.Config):
         return stock
-    # Nobody says that a dense mask means the same for a subclass or another window.
-    if type(stock) is FlexAttention.Config or getattr(stock, "window_size", None) == (-1, 0):
+    # Nobody says that a dense mask means the same for a subclass or another window. A subclass of
+    # the config alone, as LoRA makes one to freeze parameters, builds the same attention.
+    if stock._owner is FlexAttention or getattr(stock, "window_size", None) == (-1, 0):  # noqa: SLF001
         names = [field.name for field in fields(FlexAttention.Config) if hasattr(stock, field.name)]
         return DenseDocumentAttention.Config(**{name: getattr(stock, name) for name in names})
-    msg = f"no CPU attention for {stock}"
-    raise NotImplementedError(msg)
+    window = getattr(stock, "window_size", None)
+    what = _name(stock) + (f" with window_size={window}" if window else "")
+    msg = f"the model's attention is {what}, {_NOT_ON_CPU}"
+    raise ValueError(msg)
+
+
+def _with_sinks() -> list[type]:
+    """Return the layers that rescale what attention returns, of models that were imported."""
+    module = sys.modules.get("torchtitan.models.gpt_oss.model")
+    return [module.Attention] if module else []
+
+
+def _name(config: object) -> str:
+    return f"{type(config).__module__}.{type(config).__qualname__}"
 
 
 def _device_module() -> ModuleType:

@@ -4,9 +4,10 @@ import functools
 import hashlib
 import json
 import math
+import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,23 +15,23 @@ import torch
 from torch import Tensor
 from torchtitan.components.dataloader import ParallelAwareDataloader
 from torchtitan.components.tokenizer import BaseTokenizer
+from torchtitan.tools.logging import logger
 from typing_extensions import override
 
+from titan_integration.data_files import local_files, saved_dataset, suffix_of
 from titan_integration.documents import (
     Documents,
     embedded_documents,
     hub_documents,
     local_documents,
     open_hub,
+    open_saved,
 )
+from titan_integration.identity import differences, files_of, name_in, tokenizer_digest, unsure
 from titan_integration.packing import Cut, Encode, PackedRows, RowMode
-from titan_integration.records import (
-    DEFAULT_DOMAIN_COLUMN,
-    ONLY_DOMAIN,
-    SUFFIXES,
-    Columns,
-)
-from titan_integration.stream import StreamedRows, open_local_stream
+from titan_integration.records import DEFAULT_DOMAIN_COLUMN, ONLY_DOMAIN, Columns
+from titan_integration.stream import StreamedRows
+from titan_integration.stream_sources import HubStream, LocalStream, Source
 
 EMBEDDED = "stdlib"
 
@@ -57,8 +58,9 @@ class DomainTextDataLoader(ParallelAwareDataloader):
         """
 
         dataset: str = EMBEDDED
-        """``stdlib`` (the running Python's own library), a file or directory (.jsonl, .json,
-        .parquet), or a Hugging Face name. A file or directory in ``dataset_path`` wins."""
+        """``stdlib`` (the running Python's own library), a file or directory (.jsonl, .ndjson,
+        .json, each also .gz or .zst, .parquet, or what ``save_to_disk`` wrote), or a Hugging Face
+        name. A file or directory in ``dataset_path`` wins."""
 
         hf_name: str | None = None
         """Configuration name of a Hugging Face data set."""
@@ -98,6 +100,8 @@ class DomainTextDataLoader(ParallelAwareDataloader):
 
     domains: tuple[str, ...]
     """Domain names in the order of their ids."""
+    documents: Documents | None
+    """What was opened; None of a stream."""
 
     def __init__(
         self,
@@ -144,14 +148,20 @@ class DomainTextDataLoader(ParallelAwareDataloader):
         cut = Cut(seq_len, local_batch_size, dp_rank, dp_world_size)
         where = config.dataset_path or config.dataset
         made_from: dict[str, Any] = {"seq_len": seq_len, "vocab_size": tokenizer.get_vocab_size()}
-        made_from |= {"rows": config.rows}
+        made_from |= {"rows": config.rows, "tokenizer": tokenizer_digest(tokenizer)}
         rows: PackedRows | StreamedRows
         if config.streaming:
-            rows = _streamed_rows(config, encode, cut)
-            made_from |= {"stream": where, "split": config.split}
+            rows, self.documents = _streamed_rows(config, encode, cut), None
+            made_from |= {"stream": where, "split": config.split, "hf_name": config.hf_name}
+            made_from |= {"text_column": config.text_column, "domain_column": config.domain_column}
             made_from |= {"seed": config.seed} if config.rows == "drawn" else {}
+            if path := local_path(config):
+                saved = saved_dataset(path, config.split)
+                files = sorted(saved.glob("*.arrow")) if saved else local_files(path, config.split)
+                made_from |= files_of({name_in(path, file): file for file in files})
         else:
-            documents = load_documents(config)
+            documents = _kept.pop(_key(config), None) or load_documents(config)
+            self.documents = documents
             rows = PackedRows(
                 documents,
                 encode,
@@ -163,12 +173,16 @@ class DomainTextDataLoader(ParallelAwareDataloader):
             rows.check_size(where)
             made_from |= {"seed": config.seed, "shards": rows.num_shards}
             made_from |= {"documents": len(documents), "text": _fingerprint(documents)}
+            made_from |= {"content": documents.content}
+            if documents.stored:
+                made_from |= files_of({file.name: file for file in documents.stored})
         self.domains = rows.domains
         self._rows = rows
         self._mode = config.rows
         self._iterated = False
         self._state = dict(rows.state)
         self._made_from = made_from | {"domains": list(rows.domains)}
+        self._columns = list(config.columns)
         with warnings.catch_warnings():
             # torchdata 0.11 calls a function that torch 2.15 has deprecated; there is nothing a
             # user could do.
@@ -210,6 +224,12 @@ class DomainTextDataLoader(ParallelAwareDataloader):
             )
             raise ValueError(msg)
         self._rows.pools.proportions = scaled(proportions, self.domains)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Facts and digests that are alike on all ranks whose loaders yield rows of one stream."""
+        facts = {key: fact for key, fact in self._made_from.items() if key != "modified"}
+        return facts | {"columns": self._columns}
 
     def _check_drawn(self) -> None:
         if self._mode != "drawn":
@@ -254,14 +274,14 @@ class DomainTextDataLoader(ParallelAwareDataloader):
                 "--checkpoint.exclude_from_loading dataloader"
             )
             raise ValueError(msg) from None
-        for key, now in self._made_from.items():
-            if made_from.get(key) != now:
-                msg = (
-                    f"data loader state: saved with {key} = {made_from.get(key)!r}, now it is "
-                    f"{now!r}. Restore it, or start the data afresh: "
-                    "--checkpoint.exclude_from_loading dataloader"
-                )
-                raise ValueError(msg)
+        if different := differences(made_from, self._made_from):
+            msg = (
+                f"data loader state: saved for other rows: {'; '.join(different)}. Restore the "
+                "data, or start it afresh: --checkpoint.exclude_from_loading dataloader"
+            )
+            raise ValueError(msg)
+        if (doubt := unsure(made_from, self._made_from)) and self.dp_rank == 0:
+            logger.warning(f"data loader state: {doubt}")
         self._rows.load(state_dict)
         self._state = dict(self._rows.state)
 
@@ -295,6 +315,24 @@ def scaled(proportions: Iterable[float], domains: tuple[str, ...]) -> tuple[floa
     return tuple(number / largest / total for number in numbers)
 
 
+def keep_open(config: DomainTextDataLoader.Config, documents: Documents) -> None:
+    """Hand the documents that a loader has opened to the next one of the same data."""
+    _kept[_key(config)] = documents
+
+
+_kept: dict[str, Documents] = {}
+"""What `keep_open` was given and no loader has taken, by what was to be read."""
+
+
+_OF_ROWS = {"infinite", "rows", "seed"} | {f.name for f in fields(ParallelAwareDataloader.Config)}
+"""Settings that say how rows are made, and not what is opened."""
+
+
+def _key(config: DomainTextDataLoader.Config) -> str:
+    names = {f.name for f in fields(config)} - _OF_ROWS | {"dataset", "dataset_path"}
+    return repr([(name, getattr(config, name)) for name in sorted(names)])
+
+
 def load_documents(config: DomainTextDataLoader.Config) -> Documents:
     """Open the documents that a configuration names, by index.
 
@@ -304,7 +342,9 @@ def load_documents(config: DomainTextDataLoader.Config) -> Documents:
     columns = _columns(config)
     if config.dataset == EMBEDDED and config.dataset_path is None:
         return embedded_documents(config.split, config.domains, config.columns)
-    if path := _local_path(config):
+    if path := local_path(config):
+        if folder := saved_dataset(path, config.split):
+            return hub_documents(open_saved(folder), columns, config.domains, str(folder))
         return local_documents(path, config.split, columns, config.domains)
     dataset = open_hub(config.dataset, config.hf_name, config.split, streaming=False)
     return hub_documents(dataset, columns, config.domains, config.dataset)
@@ -312,7 +352,6 @@ def load_documents(config: DomainTextDataLoader.Config) -> Documents:
 
 def _streamed_rows(config: DomainTextDataLoader.Config, encode: Encode, cut: Cut) -> StreamedRows:
     where = config.dataset_path or config.dataset
-    path = _local_path(config)
     if where == EMBEDDED:
         msg = (
             "dataset 'stdlib' is in memory and cannot be streamed; leave out --dataloader.streaming"
@@ -335,13 +374,9 @@ def _streamed_rows(config: DomainTextDataLoader.Config, encode: Encode, cut: Cut
         msg = f"{where}: a stream can use at most one worker, not {config.num_workers}"
         raise ValueError(msg)
     columns = _columns(config)
-    if path:
-        stream = open_local_stream(path, config.split)
-    else:
-        stream = open_hub(config.dataset, config.hf_name, config.split, streaming=True)
     domains = tuple(config.domains or ()) if config.domain_column else (ONLY_DOMAIN,)
     rows = StreamedRows(
-        stream,
+        _source(config, columns, cut),
         encode,
         cut,
         columns,
@@ -349,22 +384,33 @@ def _streamed_rows(config: DomainTextDataLoader.Config, encode: Encode, cut: Cut
         rows=config.rows,
         seed=config.seed,
         infinite=config.infinite,
-        where=where,
     )
     rows.check_first()
     return rows
+
+
+def _source(config: DomainTextDataLoader.Config, columns: Columns, cut: Cut) -> Source:
+    path = local_path(config)
+    if path is None:
+        stream = open_hub(config.dataset, config.hf_name, config.split, streaming=True)
+        return HubStream(stream, config.dataset, cut)
+    if folder := saved_dataset(path, config.split):
+        return HubStream(open_saved(folder).to_iterable_dataset(), str(folder), cut)
+    return LocalStream(path, config.split, columns, cut)
 
 
 def _columns(config: DomainTextDataLoader.Config) -> Columns:
     return Columns(config.text_column, config.domain_column, tuple(config.columns))
 
 
-def _local_path(config: DomainTextDataLoader.Config) -> Path | None:
+def local_path(config: DomainTextDataLoader.Config) -> Path | None:
+    """Return the file or directory that a configuration names; None if it names none."""
+    # Not Path's methods, which raise for an unknown user and for a name that is too long.
     if config.dataset_path is not None:
-        return Path(config.dataset_path).expanduser()
-    path = Path(config.dataset).expanduser()
-    looks_local = config.dataset.startswith((".", "/", "~")) or path.suffix in SUFFIXES
-    return path if looks_local or path.exists() else None
+        return Path(os.path.expanduser(config.dataset_path))  # noqa: PTH111
+    path = Path(os.path.expanduser(config.dataset))  # noqa: PTH111
+    looks_local = config.dataset.startswith((".", "/", "~")) or suffix_of(path) != ""
+    return path if looks_local or os.path.exists(path) else None  # noqa: PTH110
 
 
 def _fingerprint(documents: Documents) -> str:

@@ -9,6 +9,8 @@ import os
 import socket
 from typing import IO, TYPE_CHECKING
 
+from weighting.files import open_lock
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
@@ -64,7 +66,7 @@ def claim(folder: Path) -> IO[str]:
     path = folder / LOCK
     with writing(path):
         folder.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+", encoding="utf-8")
+        file = open_lock(path)
     try:
         # Not flock: children that outlive a killed process would inherit that.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -23,10 +23,12 @@ from torch.distributed.run import get_args_parser
 from torch.distributed.run import run as torchrun
 
 from titan_integration.folder import refuse_unwritable
-from weighting.errors import nearest
+from weighting.errors import nearest, printable
 from weighting.files import read_lines
 from weighting.spec import resolve
 
+RUN_MODULE = "titan_integration.run_module"
+"""What starts each rank's module."""
 _FOR_CPU = {"llama3_debugmodel", "llama3_proxy"}
 _ON_CPU = {
     "--training.steps": "60",
@@ -45,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
         folder = Path(value_of(flags, "--dump_folder") or ".")
         refuse_unwritable(folder)
     except ValueError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(printable(f"error: {error}\n", keep="\n"))
         return 2
     code = on_ranks(args.ranks, "torchtitan.train", flags)
     if code == 0 and "--checkpoint.create_seed_checkpoint" not in flags:
@@ -115,8 +117,7 @@ def on_ranks(ranks: int | None, module: str, flags: list[str]) -> int:
     if not torch.accelerator.is_available():
         # Ranks share the cores; more threads than that only get in each other's way.
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
-    # A plugin or config module of the user's may be in the working directory.
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")])
+    os.environ["PYTHONSAFEPATH"] = "1"  # as -P, which torchrun does not hand on
     options = ["--standalone", f"--nproc-per-node={ranks}", "--local-ranks-filter=0"]
     # The ranks have said what was wrong, so torchrun adds nothing of its own.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
@@ -126,7 +127,7 @@ def on_ranks(ranks: int | None, module: str, flags: list[str]) -> int:
     with tempfile.TemporaryDirectory() as logs:
         options += ["--role=rank", "--tee=3", f"--log-dir={logs}"]
         try:
-            torchrun(get_args_parser().parse_args([*options, "-m", module, *flags]))
+            torchrun(get_args_parser().parse_args([*options, "-m", RUN_MODULE, module, *flags]))
         except ChildFailedError as error:
             # A rank that fails first decides; the others are stopped by a signal.
             codes = {x.local_rank: x.exitcode for x in error.failures.values() if x.exitcode > 0}
@@ -170,7 +171,7 @@ def _last_words(logs: Path, rank: int) -> str:
     text = "".join(file.read_text(encoding="utf-8", errors="replace") for file in files)
     _, error, message = text.rpartition("\nerror: ")
     lines = (error + message).strip().splitlines() if error else text.splitlines()[-_TAIL:]
-    return "".join(f"[rank{rank}]:{line}\n" for line in lines)
+    return "".join(f"[rank{rank}]:{printable(line)}\n" for line in lines)
 
 
 _TAIL = 30

@@ -18,8 +18,15 @@ from torchtitan.components.loss import BaseLoss, ChunkedLossWrapper, CrossEntrop
 from torchtitan.tools.logging import logger
 from typing_extensions import override
 
-from titan_integration.vocabulary import losses_with_gradient, plain, signals, slice_of
+from titan_integration.vocabulary import (
+    losses_with_gradient,
+    plain,
+    signals,
+    size_of,
+    slice_of,
+)
 from weighting.linear import Batch, Head, Memory, Path, Sizes, begin, late_bound, path_of
+from weighting.logits import check_labels
 from weighting.losses import weighted_sum
 
 if TYPE_CHECKING:
@@ -53,11 +60,11 @@ class WeightedCrossEntropyLoss(CrossEntropyLoss):
         """Return the loss of logits for labels [B, L]; weighted when training."""
         del kwargs
         call = _call(self.state, pred, labels, global_valid_tokens)
-        if call is None:
-            return super().__call__(pred, labels, global_valid_tokens)
-        if call.state.fn.identity:
-            return call.record_plain(*super().__call__(pred, labels, global_valid_tokens))
-        return _from_logits(pred, self.global_vocab_size, call), {}
+        if call is not None and not call.state.fn.identity:
+            return _from_logits(pred, self.global_vocab_size, call), {}
+        check_labels(plain(labels), size_of(pred, self.global_vocab_size))
+        outcome = super().__call__(pred, labels.long(), global_valid_tokens)
+        return outcome if call is None else call.record_plain(*outcome)
 
     def token_losses(self, pred: Tensor, labels: Tensor, lm_head: nn.Module) -> Tensor:
         """Return the loss of every token, [B, L], without gradient; `pred` is logits."""
@@ -96,18 +103,19 @@ class WeightedChunkedLoss(ChunkedLossWrapper):
         **loss_inputs: Any,
     ) -> Outcome:
         """Return the loss of hidden states for labels [B, L]; weighted when training."""
+        assert self.lm_head is not None, "the trainer sets lm_head"
+        self._check(labels, self.lm_head)
         call = _call(self.state, pred, labels, global_valid_tokens)
         if call is None:
             loss_inputs.pop("positions", None)
-            return super().__call__(pred, labels, global_valid_tokens, **loss_inputs)
+            return super().__call__(pred, labels.long(), global_valid_tokens, **loss_inputs)
         if call.state.fn.identity and self.memory == "auto":
-            return call.record_plain(*super().__call__(pred, labels, global_valid_tokens))
-        assert self.lm_head is not None, "the trainer sets lm_head"
+            return call.record_plain(*super().__call__(pred, labels.long(), global_valid_tokens))
         if self.memory == "full":
             return _from_logits(self.lm_head(pred), self._vocab_size, call), {}
         with self._gathered(self.lm_head, for_long=call.waits) as head:
             batch = Batch(
-                plain(labels),
+                plain(labels).long(),
                 head,
                 self._path_for(call, head),
                 call.state.fn.needs,
@@ -120,10 +128,11 @@ class WeightedChunkedLoss(ChunkedLossWrapper):
                 call.note(begin(batch, hidden, wants=(False, False))[0])
                 return pred.new_zeros(()), {}
             note = call.note if call.waits else None
-            return late_bound(hidden, batch, call.weigh, note=note), {}
+            return late_bound(hidden, batch, lambda found: (call.weigh(found),), note=note)[0], {}
 
     def token_losses(self, pred: Tensor, labels: Tensor, lm_head: nn.Module) -> Tensor:
         """Return the loss of every token, [B, L], without gradient; `pred` is hidden states."""
+        self._check(labels, lm_head)
         chunks = (pred.chunk(self.num_chunks, dim=1), labels.chunk(self.num_chunks, dim=1))
         with torch.no_grad():
             return torch.cat(
@@ -133,6 +142,11 @@ class WeightedChunkedLoss(ChunkedLossWrapper):
                 ],
                 dim=1,
             )
+
+    def _check(self, labels: Tensor, lm_head: nn.Module) -> None:
+        """Refuse labels outside the vocabulary, before they are cut into chunks."""
+        if isinstance(weight := getattr(lm_head, "weight", None), Tensor):
+            check_labels(plain(labels), size_of(weight, self._vocab_size))
 
     @property
     def _vocab_size(self) -> int | None:

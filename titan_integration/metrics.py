@@ -14,9 +14,10 @@ from torchtitan.tools.logging import logger
 from typing_extensions import override
 
 from titan_integration.folder import writing
+from weighting.files import json_text
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from titan_integration.state import RunState
     from weighting.contract import Collectives
@@ -59,6 +60,7 @@ class WeightedMetricsProcessor(MetricsProcessor):
             NonFiniteSignalError: As `RunState.statistics`.
         """
         assert self.state is not None, "the trainer sets the state"
+        first = self.state.warnings is None
         found = self.state.statistics(self.collectives)
         tokens, since = self.ntokens_since_last_log, self.time_last_log
         named = {f"weighting/{name}": value for name, value in found.items()}
@@ -71,6 +73,8 @@ class WeightedMetricsProcessor(MetricsProcessor):
             f"ess: {found['weight/ess_frac']:.3f}  capped: {capped(found):.3f}"
         )
         if dist.get_rank() == 0:
+            for warning in (first and self.state.warnings) or ():
+                logger.warning(warning)
             line = {"step": step, **found, "grad_norm": grad_norm, "tps": tokens / seconds}
             append_line(Path(self.dump_folder) / FOLDER / FILE, line)
 
@@ -83,7 +87,7 @@ def capped(found: dict[str, float]) -> float:
     return max(shares, default=0.0)
 
 
-def table(lines: list[dict[str, float]], rows: int = 8) -> str:
+def table(lines: Sequence[dict[str, float]], rows: int = 8) -> str:
     """Return a small table of a run: step, losses, largest weight, ESS and share at the cap."""
     if not lines:
         return "no steps were logged"
@@ -110,14 +114,26 @@ def append_line(path: Path, line: Mapping[str, float]) -> None:
             set_aside(path)
         with path.open("ab+") as file:
             _cut_torn_line(file)
-            file.write((json.dumps(line) + "\n").encode())
+            file.write((json_text(line) + "\n").encode())
 
 
 def _cut_torn_line(file: IO[bytes]) -> None:
     """Take away a last line that has no end, as a full disk leaves it; its step comes again."""
-    if file.seek(0, os.SEEK_END) and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n":
-        file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)
+    size = end = file.seek(0, os.SEEK_END)
+    while end:
+        # Most files end well, which one byte tells.
+        start = max(end - (_BLOCK if end < size else 1), 0)
+        file.seek(start)
+        if (found := file.read(end - start).rfind(b"\n")) >= 0:
+            end = start + found + 1
+            break
+        end = start
+    if end < size:
+        file.truncate(end)
+
+
+_BLOCK = 1 << 16
+"""Bytes read at once of a torn line."""
 
 
 def about(path: Path, facts: Mapping[str, Any], start: Mapping[str, Any]) -> str:
@@ -136,7 +152,7 @@ def about(path: Path, facts: Mapping[str, Any], start: Mapping[str, Any]) -> str
     elif path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
     told = {**(before or facts), "starts": [*before.get("starts", []), start]}
-    return json.dumps(told, indent=1, default=repr, skipkeys=True) + "\n"
+    return json_text(told, indent=1, default=repr, skipkeys=True) + "\n"
 
 
 def set_aside(path: Path) -> Path:

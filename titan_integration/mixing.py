@@ -20,6 +20,7 @@ from titan_integration import series
 from titan_integration.folder import writing
 from titan_integration.metrics import FOLDER
 from weighting.build import sketch
+from weighting.errors import printable
 from weighting.files import write_whole
 from weighting.mixture import mixture_text
 from weighting.spec import resolve
@@ -82,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return _mix(args)
     except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(printable(f"error: {error}\n", keep="\n"))
         return 2
 
 
@@ -117,8 +118,8 @@ def _mix(args: argparse.Namespace) -> int:
         return code
     text = found.read_text(encoding="utf-8")
     write_whole(out, text.replace("--mixture FILE", f"--mixture {out}", 1))
-    print(text)  # noqa: T201 - the result
-    print(f"mixture: {out}")  # noqa: T201
+    print(printable(text, keep="\n"))  # noqa: T201 - the result
+    print(printable(f"mixture: {out}"))  # noqa: T201
     return 0
 
 
@@ -161,9 +162,9 @@ def _train(
 ) -> int:
     """Train with a spec unless what it leaves is there; a run that was cut off goes on."""
     if done.exists():
-        print(f"{folder}: trained already")  # noqa: T201 - progress
+        print(printable(f"{folder}: trained already"))  # noqa: T201 - progress
         return 0
-    print(f"{folder}: training {steps} steps with {spec}", flush=True)  # noqa: T201
+    print(printable(f"{folder}: training {steps} steps with {spec}"), flush=True)  # noqa: T201
     more = ["--checkpoint.interval", str(max(steps // 4, 1)), "--debug.seed", "0", *more]
     return subprocess.call(series.command(args, spec, folder, steps, more))  # noqa: S603 - our own
 

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
+from torchtitan.components.tokenizer import HuggingFaceTokenizer
+from torchtitan.components.validate import Validator
+from torchtitan.distributed import ParallelDims
+from torchtitan.models.common.attention import FlexAttention, VarlenAttention
 from torchtitan.tools.logging import logger
 
-from titan_integration.data import DomainTextDataLoader
+import weighting as wt
+from titan_integration.data import DomainTextDataLoader, keep_open
 from titan_integration.records import REF_LOSS
 from titan_integration.reference import average_decay, find_checkpoint
 from titan_integration.state import data_columns, short_contexts
+from weighting.build import sketch
+from weighting.compared import domains_compared
+from weighting.errors import printable
 from weighting.mixture import with_mixture
 from weighting.spec import imported, resolve
 
 if TYPE_CHECKING:
-    import weighting as wt
+    from collections.abc import Sequence
+
+    from torchtitan.components.tokenizer import BaseTokenizer
+    from torchtitan.models.common.decoder import Decoder
+    from torchtitan.trainer import Trainer
+
     from titan_integration.trainer import WeightedTrainer, WeightingConfig
 
 SIGNALS = frozenset(
@@ -39,7 +53,7 @@ def read_spec(config: WeightingConfig) -> wt.Spec:
     if config.mixture:
         spec = with_mixture(spec, resolve(config.mixture, allow_plugins=config.allow_plugins))
     if spec.plugins:
-        logger.info(f"Plugins: {imported(spec)}")
+        logger.info(printable(f"Plugins: {imported(spec)}"))
     return spec
 
 
@@ -62,6 +76,8 @@ def refuse_unsupported(config: WeightedTrainer.Config, fn: wt.Weighting) -> None
         raise ValueError(msg)
     if "gradients" in fn.hears:
         _refuse_gradients(config, fn)
+    if config.parallelism.context_parallel_degree > 1:
+        _refuse_uneven_rows(config)
     if "validation" in fn.hears and not config.validator.enable:
         logger.warning(f"{fn.spec.name} waits for validations; without --validator.enable it stays")
     if fn.identity:
@@ -70,6 +86,51 @@ def refuse_unsupported(config: WeightedTrainer.Config, fn: wt.Weighting) -> None
         _refuse_pipeline(config, fn)
     if config.parallelism.context_parallel_degree > 1:
         _refuse_context(config, fn)
+
+
+def refuse_one_domain(fn: wt.Weighting, domains: Sequence[str] | None) -> None:
+    """Refuse a spec that weighs or draws domains where the data has one.
+
+    Args:
+        fn: The spec, built or sketched.
+        domains: Names of the data's domains; None where the loader tells none.
+
+    Raises:
+        ValueError: Every domain weight would be 1.
+    """
+    compared = domains_compared(fn)
+    if compared and domains is not None and len(domains) == 1:
+        msg = (
+            f"{fn.spec.name} weighs or draws domains ({', '.join(compared)}), and the data has "
+            f"one, {domains[0]!r}, so that every weight would be 1; name the column that tells "
+            "domains (--dataloader.domain_column), or take a spec without domain weights"
+        )
+        raise ValueError(msg)
+
+
+def refuse_tokenizer(config: WeightedTrainer.Config, tokenizer: BaseTokenizer) -> None:
+    """Refuse a tokenizer with tokens for which the model has no place.
+
+    Raises:
+        ValueError: It has more than the model.
+    """
+    size, places = tokenizer.get_vocab_size(), vocabulary_of(config)
+    if isinstance(tokenizer, HuggingFaceTokenizer):  # added tokens may leave numbers out
+        size = max(tokenizer.get_vocab().values(), default=-1) + 1
+    if size > places:
+        assert config.model_spec is not None
+        msg = (
+            f"--hf_assets_path {config.hf_assets_path}: its tokenizer has {size} tokens, and the "
+            f"model {config.model_spec.flavor} has {places}; give the tokenizer that belongs to "
+            f"the model, or a model with a vocabulary of {size} or more"
+        )
+        raise ValueError(msg)
+
+
+def vocabulary_of(config: Trainer.Config) -> int:
+    """Return how many tokens the model of a config knows."""
+    assert config.model_spec is not None, "the host needs one too"
+    return cast("Decoder.Config", config.model_spec.model).vocab_size
 
 
 def ask_for_columns(config: WeightedTrainer.Config, needs: frozenset[str]) -> None:
@@ -100,6 +161,81 @@ def ask_for_rows(config: WeightedTrainer.Config, fn: wt.Weighting) -> None:
             "apply: loss"
         )
         raise ValueError(msg)
+
+
+def open_data(config: WeightedTrainer.Config, spec: wt.Spec) -> dict[str, Any]:
+    """Open all data, check it against the spec, and keep it for the loaders that read it.
+
+    Returns:
+        What each loader of ours tells as its `identity`: of `training` and of `validation`.
+
+    Raises:
+        ValueError: For anything wrong with the tokenizer or the data; names the place and the fix.
+    """
+    tokenizer = build_tokenizer(config)
+    refuse_tokenizer(config, tokenizer)
+    dims = ParallelDims.from_config(config.parallelism, _number_of_ranks(config))
+    rows = config.training.local_batch_size
+    if dims.pp > 1:
+        rows = config.parallelism.pipeline_parallel_microbatch_size
+    loaders = {"training": config.dataloader}
+    validator = config.validator
+    if validator.enable and isinstance(validator, Validator.Config):
+        loaders["validation"] = validator.dataloader
+    found: dict[str, Any] = {}
+    for name, loader in loaders.items():
+        if not isinstance(loader, DomainTextDataLoader.Config):
+            continue
+        if name == "validation":  # as the host does
+            loader = replace(loader, infinite=validator.steps != -1)  # noqa: PLW2901
+        built = loader.build(
+            dp_world_size=dims.dp_replicate * dims.dp_shard,
+            dp_rank=0,
+            tokenizer=tokenizer,
+            seq_len=config.training.seq_len,
+            local_batch_size=rows,
+        )
+        if built.documents is not None:
+            keep_open(loader, built.documents)
+        found[name] = built.identity
+        if name == "training":
+            refuse_one_domain(sketch(spec), built.domains)
+            fn = wt.build(spec, domains=built.domains)
+            if "gradients" in fn.hears:
+                _refuse_global_batch(config, fn, dims)
+    return found
+
+
+def build_tokenizer(config: Trainer.Config) -> BaseTokenizer:
+    """Build the tokenizer a config names.
+
+    Raises:
+        ValueError: It is not there, or damaged.
+    """
+    try:
+        return config.tokenizer.build(tokenizer_path=config.hf_assets_path)
+    except Exception as error:  # tokenizers raises bare Exception for a broken file
+        msg = f"--hf_assets_path {config.hf_assets_path}: no tokenizer there: {error}"
+        raise ValueError(msg) from error
+
+
+def _refuse_global_batch(config: Trainer.Config, fn: wt.Weighting, dims: ParallelDims) -> None:
+    """Refuse a global batch that is not a microbatch of every domain."""
+    count, asked = len(fn.domains), config.training.global_batch_size
+    rows = config.training.local_batch_size * dims.dp_replicate * dims.dp_shard
+    if asked > 0 and asked != count * rows:
+        msg = (
+            f"{fn.spec.name} takes a microbatch of each of the {count} domains a step, "
+            f"{count} x {rows} sequences, and the global batch is {asked}; leave out "
+            f"--training.global_batch_size, or set it to {count * rows}"
+        )
+        raise ValueError(msg)
+
+
+def _number_of_ranks(config: Trainer.Config) -> int:
+    """Return the number of ranks that the process group will have."""
+    fake = config.comm.mode in {"fake_backend", "local_tensor"}
+    return int(os.environ.get("NGPU" if fake else "WORLD_SIZE", "1"))
 
 
 def _refuse_pipeline(config: WeightedTrainer.Config, fn: wt.Weighting) -> None:
@@ -165,6 +301,28 @@ def _refuse_context(config: WeightedTrainer.Config, fn: wt.Weighting) -> None:
     if fn.spec.scope == "rank":
         msg = f"scope: rank takes whole sequences on each rank; leave scope out, or {whole}"
         raise ValueError(msg)
+
+
+def _refuse_uneven_rows(config: WeightedTrainer.Config) -> None:
+    """Refuse rows that attention cannot cut over the ranks of context parallelism."""
+    ranks, length = config.parallelism.context_parallel_degree, config.training.seq_len
+    if any(config.traverse(VarlenAttention.Config)):
+        msg = (
+            "variable-length attention takes whole sequences; choose a config with FlexAttention, "
+            "or set --parallelism.context_parallel_degree 1"
+        )
+        raise ValueError(msg)
+    for _, attention, _, _ in config.traverse(FlexAttention.Config):
+        assert isinstance(attention, FlexAttention.Config)
+        size = attention.block_size
+        block = size if isinstance(size, int) else size[0]
+        if length % (unit := ranks * block):
+            msg = (
+                f"--training.seq_len {length} cannot be cut over {ranks} ranks: attention takes "
+                f"whole blocks of {block} tokens on each; use a multiple of {unit}, as in "
+                f"--training.seq_len {-(-length // unit) * unit}"
+            )
+            raise ValueError(msg)
 
 
 def _refuse_reference(config: WeightedTrainer.Config, fn: wt.Weighting) -> None:

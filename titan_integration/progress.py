@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Self
 
 import click
 
+from weighting.errors import printable
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -61,7 +63,7 @@ class View:
     def say(self, text: str) -> None:
         """Print a line where there is no live one."""
         if self._bar is None:
-            print(text, flush=True)  # noqa: T201 - progress
+            print(printable(text), flush=True)  # noqa: T201 - progress
 
     def seed(self) -> None:
         """Begin to make the first weights."""
@@ -116,5 +118,6 @@ class View:
 
 
 def cut(name: str, length: int = _NAME) -> str:
-    """Return a name, shortened if it is longer than that."""
+    """Return a name, printable, and shortened if it is longer than that."""
+    name = printable(name)
     return name if len(name) <= length else f"{name[: length - 3]}..."

@@ -8,8 +8,6 @@ rank writes for all, so a file has whole steps; it appears under its name when i
 
 from __future__ import annotations
 
-import json
-import os
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,6 +23,7 @@ from titan_integration.metrics import set_aside
 from weighting.chance import uniform
 from weighting.contract import Alone
 from weighting.errors import nearest
+from weighting.files import json_text, writing_whole
 from weighting.replay import (
     ABOUT,
     DOCUMENT,
@@ -406,30 +405,29 @@ def write_part(path: Path, columns: Mapping[str, Any], about: Mapping[str, Any])
     """Write columns as a Parquet file, which appears whole or not at all.
 
     Args:
-        path: The file; until it is whole it is called `<path>.part`.
+        path: The file.
         columns: By name; those of float32 keep 16 significant bits, an error of 1 in 130,000.
         about: What is written into the file about the run.
     """
     floats = [name for name, x in columns.items() if getattr(x, "dtype", None) == np.float32]
     kept = {name: _rounded(x) if name in floats else x for name, x in columns.items()}
-    part = path.with_name(f"{path.name}.part")
     ascending = dict.fromkeys({STEP, ROW} & columns.keys(), "DELTA_BINARY_PACKED")
     dictionaries = [name for name in (DOMAIN, VALID, DOCUMENT, DOCUMENTS) if name in columns]
-    with pq.ParquetWriter(
-        part,
-        pa.table(kept).schema,
-        compression="zstd",
-        use_dictionary=dictionaries,
-        use_byte_stream_split=floats,
-        column_encoding=ascending,
-        write_statistics=False,
-        store_schema=False,
-    ) as writer:
+    with (
+        writing_whole(path) as file,
+        pq.ParquetWriter(
+            file,
+            pa.table(kept).schema,
+            compression="zstd",
+            use_dictionary=dictionaries,
+            use_byte_stream_split=floats,
+            column_encoding=ascending,
+            write_statistics=False,
+            store_schema=False,
+        ) as writer,
+    ):
         writer.write_table(pa.table(kept))
-        writer.add_key_value_metadata({ABOUT: json.dumps(about)})
-    with part.open("rb") as file:
-        os.fsync(file.fileno())
-    part.replace(path)
+        writer.add_key_value_metadata({ABOUT: json_text(about)})
 
 
 def _signal(name: str, signals: Mapping[str, Tensor]) -> Tensor:

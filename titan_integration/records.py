@@ -1,10 +1,14 @@
 """Records of local files, each with its place for messages, and what their columns hold."""
 
-import difflib
+import codecs
+import contextlib
+import gzip
+import io
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import zlib
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +16,22 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from titan_integration.data_files import PARQUET, folder_columns, near, suffix_of
+
 DEFAULT_DOMAIN_COLUMN = "domain"
 ONLY_DOMAIN = "all"
-SUFFIXES = (".jsonl", ".json", ".parquet")
-
-# What a split's directory may be called.
-_SPLIT_DIRS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev", "eval"),
-    "test": ("test",),
-}
-
 
 # A column that a model can stand in for.
 REF_LOSS = "ref_loss"
 
 # The largest finite float32, which is what a batch carries.
 _LARGEST = 3.4028234663852886e38
+
+# Bytes read at once; lines of text are often longer than the default.
+_BUFFER = 1 << 20
+
+# Rows of Parquet that are in memory at a time.
+_BATCH = 2_000
 
 # What a column holds: a number for all of a document's tokens, or a float32 array of one for each
 # token that is predicted.
@@ -42,43 +45,6 @@ class Columns:
     text: str = "text"
     domain: str = DEFAULT_DOMAIN_COLUMN
     numbers: tuple[str, ...] = ()
-
-
-def local_files(path: Path, split: str) -> list[Path]:
-    """List the data files of one split, sorted by path.
-
-    Raises:
-        ValueError: If the path does not exist, or nothing in it fits; names what there is.
-    """
-    if not path.exists():
-        msg = f"{path}: no such file or directory{near(path.name, siblings(str(path)))}"
-        raise ValueError(msg)
-    if path.is_file():
-        if path.suffix not in SUFFIXES:
-            msg = (
-                f"{path}: cannot read {path.suffix or 'a file without suffix'}; use "
-                f"{', '.join(SUFFIXES)}"
-            )
-            raise ValueError(msg)
-        return [path]
-    known = {name for names in _SPLIT_DIRS.values() for name in names}
-    there = [d.name for d in sorted(path.iterdir()) if d.is_dir()]
-    folder = next(
-        (path / name for name in (*_SPLIT_DIRS.get(split, ()), split) if name in there), path
-    )
-    if folder is path and known.intersection(there):
-        # Falling back to the whole directory would validate on the training text.
-        msg = f"{path}: no sub-directory for split {split!r}; there are {', '.join(there)}"
-        raise ValueError(msg)
-    files = [
-        f
-        for f in sorted(folder.rglob("*"))
-        if f.suffix in SUFFIXES and f.is_file() and f.name[0] != "."
-    ]
-    if not files:
-        msg = f"{folder}: no {', '.join(SUFFIXES)} file in this directory"
-        raise ValueError(msg)
-    return files
 
 
 def text_of(record: Mapping[str, Any], columns: Columns, place: str) -> str:
@@ -125,43 +91,153 @@ def numbers_of(record: Mapping[str, Any], columns: Columns, place: str) -> tuple
         ValueError: If a column is missing or does not hold a finite number or a list of them; names
             the place.
     """
-    return tuple(_values(record, name, place) for name in columns.numbers)
+    return tuple([_values(record, name, place) for name in columns.numbers])
 
 
-def read_records(file: Path, columns: Columns) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield every record of a file with its place, for messages."""
-    records = _parquet(file, columns) if file.suffix == ".parquet" else _json(file)
+def check_encodable(value: object, name: str, place: str) -> None:
+    """Check that text can become UTF-8, as tokenizers need it; values of other types pass.
+
+    Raises:
+        ValueError: If it holds half a surrogate pair, which JSON can spell; names the place.
+    """
+    if not isinstance(value, str) or value.isascii():
+        return
+    try:
+        value.encode("utf-16-le")  # refuses what UTF-8 does, and is quicker
+    except UnicodeEncodeError as error:
+        msg = (
+            f"{place}: column {name!r} holds half a surrogate pair, {value[error.start]!a} "
+            f"at character {error.start}, which no UTF-8 text can hold; repair or drop the record"
+        )
+        raise ValueError(msg) from error
+
+
+def read_records(
+    file: Path, columns: Columns, start: int = 0
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the records of a file with their places, for messages.
+
+    The parts ``key=value`` of the file's path are columns of every record. JSON is read line by
+    line, and Parquet in small batches, of which only the columns in use.
+
+    Args:
+        file: A data file; see ``data_files.SUFFIXES``.
+        columns: The columns in use.
+        start: How many records to pass over.
+
+    Raises:
+        ValueError: If the file or a record cannot be read, or a folder's name contradicts a record;
+            names the place.
+    """
+    folder = _folder_values(file, columns)
+    is_json = suffix_of(file) != PARQUET
+    records = _json(file, start) if is_json else _parquet(file, columns, start, set(folder))
     for place, record in records:
         if not isinstance(record, Mapping):
             msg = f"{place}: a record must be a JSON object, not {type(record).__name__}"
             raise ValueError(msg)  # noqa: TRY004 -- likewise
-        yield place, record
+        if is_json:  # Parquet's text is UTF-8, so it can be encoded
+            _check_all_encodable(record, columns, place)
+        yield place, _with_folder(record, folder, columns, place) if folder else record
 
 
-def _json(file: Path) -> Iterator[tuple[str, Any]]:
-    content = file.read_bytes()
-    if content.lstrip().startswith(b"["):
-        records = _decode(content, str(file), first_line=1)
-        yield from ((f"{file}: record {i}", record) for i, record in enumerate(records))
-        return
-    for number, line in enumerate(content.split(b"\n"), start=1):
-        if line.strip():
-            yield f"{file}:{number}", _decode(line, str(file), first_line=number)
+def _check_all_encodable(record: Mapping[str, Any], columns: Columns, place: str) -> None:
+    for name in (columns.text, columns.domain):
+        try:
+            value = _lookup(record, name)
+        except KeyError:  # said later, if it matters
+            continue
+        check_encodable(value, name, place)
+
+
+def _folder_values(file: Path, columns: Columns) -> dict[str, Any]:
+    """Return the columns that the file's folders name; those of numbers as numbers."""
+    values: dict[str, Any] = folder_columns(file)
+    for name in columns.numbers:
+        with contextlib.suppress(KeyError, ValueError):  # what is no number is said of the record
+            values[name] = float(values[name])
+    return values
+
+
+def _with_folder(
+    record: Mapping[str, Any], folder: Mapping[str, Any], columns: Columns, place: str
+) -> Mapping[str, Any]:
+    for name in (columns.text, columns.domain, *columns.numbers):
+        if name in folder and name in record and str(record[name]) != str(folder[name]):
+            msg = (
+                f"{place}: column {name!r} holds {record[name]!r}, but the file is in a folder "
+                f"{name}={folder[name]}; rename the folder, or drop the column from the file"
+            )
+            raise ValueError(msg)
+    return {**folder, **record}
+
+
+def _json(file: Path, start: int) -> Iterator[tuple[str, Any]]:
+    first, name = True, str(file)  # once, as each takes as long as hashing a short text
+    with contextlib.closing(_lines(file)) as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            if first and line.lstrip().startswith(b"["):
+                records = _decode(b"".join([line, *lines]), name, first_line=number)
+                places = (f"{name}: record {i}" for i in count())
+                yield from islice(zip(places, records, strict=False), start, None)
+                return
+            first = False
+            if start:
+                start -= 1
+                continue
+            yield f"{name}:{number}", _decode(line, name, first_line=number)
+
+
+def _lines(file: Path) -> Generator[bytes]:
+    """Yield the lines of a file that may be compressed, without a byte order mark."""
+    try:
+        with _opened(file) as opened:
+            for i, line in enumerate(opened):
+                yield line if i else line.removeprefix(codecs.BOM_UTF8)
+    except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        msg = f"{file}: cannot be read: {reason}"
+        raise ValueError(msg) from error
+
+
+def _opened(file: Path) -> Any:  # noqa: ANN401
+    suffix = suffix_of(file)
+    if suffix.endswith(".gz"):
+        return gzip.open(file)
+    if suffix.endswith(".zst"):
+        return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(file)), "zstd"))
+    return file.open("rb", buffering=_BUFFER)
 
 
 def _decode(content: bytes, file: str, first_line: int) -> Any:  # noqa: ANN401
+    line = first_line
     try:
-        return json.loads(content)
+        return json.loads(content.decode())
     except json.JSONDecodeError as error:
-        msg = f"{file}:{first_line + error.lineno - 1}: invalid JSON: {error.msg}"
-        raise ValueError(msg) from error
+        line += error.lineno - 1
+        damaged = "it has NUL bytes, so it is damaged or not UTF-8 text"
+        reason = f"invalid JSON: {damaged if 0 in content else error.msg}"
+        cause = error
     except UnicodeDecodeError as error:
-        line = first_line + content[: error.start].count(b"\n")
-        msg = f"{file}:{line}: not UTF-8 text"
-        raise ValueError(msg) from error
+        line += content[: error.start].count(b"\n")
+        is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        reason = f"not UTF-8 text{' but UTF-16; save it as UTF-8' if is_utf16 else ''}"
+        cause = error
+    except RecursionError as error:
+        reason = "brackets are nested too deeply; drop the record, or the column that holds them"
+        cause = error
+    except ValueError as error:  # Python refuses whole numbers of thousands of digits, at length
+        reason = f"invalid JSON: {str(error).partition(' for integer')[0]}"
+        cause = error
+    msg = f"{file}:{line}: {reason}"
+    raise ValueError(msg) from cause
 
 
-def _parquet(file: Path, columns: Columns) -> Iterator[tuple[str, Any]]:
+def _parquet(
+    file: Path, columns: Columns, start: int, elsewhere: set[str]
+) -> Iterator[tuple[str, Any]]:
     number = 0
     try:
         with pq.ParquetFile(file) as parquet:
@@ -172,15 +248,41 @@ def _parquet(file: Path, columns: Columns) -> Iterator[tuple[str, Any]]:
                 if c
             }
             # With a column missing everything is read, so that the message can list what there is.
+            complete = wanted - elsewhere - {DEFAULT_DOMAIN_COLUMN} <= set(names)
+            groups = list(range(parquet.num_row_groups))
+            while groups and start >= (rows := parquet.metadata.row_group(groups[0]).num_rows):
+                number, start = number + rows, start - rows
+                del groups[0]
             for batch in parquet.iter_batches(
-                columns=sorted(wanted) if wanted <= set(names) else None
+                batch_size=_BATCH,
+                row_groups=groups,
+                columns=sorted(wanted.intersection(names)) if complete else None,
             ):
-                for record in batch.to_pylist():
+                passed = min(start, len(batch))
+                number, start = number + passed, start - passed
+                for record in _rows(batch.slice(passed), file, number):
                     yield f"{file}: row {number}", record
                     number += 1
     except (pa.ArrowException, OSError) as error:
         reason = str(error).partition("\n")[0]
         msg = f"{file}: not a readable Parquet file: {reason}"
+        raise ValueError(msg) from error
+
+
+def _rows(batch: pa.RecordBatch, file: Path, first: int) -> list[dict[str, Any]]:
+    """Return the rows of a batch.
+
+    Raises:
+        ValueError: Python cannot hold one, such as text that is not UTF-8; names it.
+    """
+    try:
+        return batch.to_pylist()
+    except (ValueError, OverflowError) as error:
+        if len(batch) > 1:
+            for i in range(len(batch)):
+                _rows(batch.slice(i, 1), file, first + i)
+        what = "text that is not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
+        msg = f"{file}: row {first}: cannot be read: {what}"
         raise ValueError(msg) from error
 
 
@@ -252,15 +354,3 @@ def _column_names(record: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             yield from _column_names(value, f"{prefix}{key}.")
         else:
             yield prefix + key
-
-
-def near(name: str, there: Iterable[str]) -> str:
-    """Return a question with the names that are close, or nothing."""
-    close = difflib.get_close_matches(name, list(there), n=3)
-    return f" (did you mean {' or '.join(close)}?)" if close else ""
-
-
-def siblings(path: str) -> list[str]:
-    """List the names beside a path."""
-    folder = Path(path).parent
-    return [p.name for p in islice(folder.iterdir(), 10_000)] if folder.is_dir() else []

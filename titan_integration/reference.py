@@ -13,23 +13,24 @@ same batch and outside what a CUDA graph captures.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.fsdp import FSDPModule
 from torchtitan.components.checkpointer.base import ModelWrapper
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.tools import utils
+from torchtitan.tools.logging import logger
 
+from titan_integration.checkpoints import METADATA, flaw, is_export, step_folders
+from titan_integration.data_files import near, siblings
 from titan_integration.intact import IntactReader, why
 from titan_integration.loss import WeightedChunkedLoss, WeightedCrossEntropyLoss
-from titan_integration.records import near, siblings
+from weighting.errors import printable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,7 +44,9 @@ SOURCE = "--weighting.reference"
 
 
 def find_checkpoint(path: str, source: str = SOURCE) -> Path:
-    """Return the folder of a checkpoint: the path itself, or the latest `step-N` in it.
+    """Return the folder of a checkpoint: the path itself, or the latest finished `step-N` in it.
+
+    Warns of later ones that are not finished, or exports for Hugging Face.
 
     Args:
         path: A folder.
@@ -56,21 +59,28 @@ def find_checkpoint(path: str, source: str = SOURCE) -> Path:
     if not folder.is_dir():
         msg = f"{source} {path}: no such folder{near(folder.name, siblings(path))}"
         raise ValueError(msg)
-    if (folder / ".metadata").is_file():
+    if (folder / METADATA).is_file():
         return folder
-    steps = {
-        int(match[1]): found.parent
-        for found in folder.glob("step-*/.metadata")
-        if (match := re.fullmatch(r"step-(\d+)", found.parent.name))
-    }
-    if not steps:
+    passed: list[Path] = []
+    for step in step_folders(folder).values():
+        if (step / METADATA).is_file():
+            for later in passed:
+                logger.warning(
+                    printable(f"{source} {path}: passing over {later.name}: {flaw(later)}")
+                )
+            return step
+        passed.append(step)
+    exports = [where.name for where in (folder, *passed) if is_export(where)]
+    if exports:
+        what = f"{exports[0]} is a finished export for Hugging Face"
+    else:
         there = ", ".join(sorted(p.name for p in folder.iterdir())[:10]) or "nothing"
-        msg = (
-            f"{source} {path}: no checkpoint here, neither .metadata nor a folder "
-            f"step-N with one; there is: {there}. It takes a checkpoint of torchtitan's own format"
-        )
-        raise ValueError(msg)
-    return steps[max(steps)]
+        what = f"neither {METADATA} nor a folder step-N with one; there is: {there}"
+    msg = (
+        f"{source} {path}: no checkpoint here, {what}. It takes a checkpoint of torchtitan's own "
+        "format"
+    )
+    raise ValueError(msg)
 
 
 def average_decay(reference: str) -> float | None:
@@ -148,7 +158,7 @@ def load_model(model: torch.nn.Module, folder: Path, name: str, source: str = SO
     wrapper = ModelWrapper(model)
     state = wrapper.state_dict()
     try:
-        saved = FileSystemReader(folder).read_metadata().state_dict_metadata
+        saved = IntactReader(folder).read_metadata().state_dict_metadata
         misfits = _misfits(state, saved)
         if not misfits:
             dcp.load(state, storage_reader=IntactReader(folder))

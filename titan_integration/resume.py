@@ -1,22 +1,19 @@
-"""Going on from a checkpoint: the latest whole one, whoever wrote it and whatever it lacks.
-
-The host writes a checkpoint's `.metadata` last, so a save that is cut short leaves none.  A folder
-may have one and still be torn: it was being deleted, or written anew over an older checkpoint, or
-copied in part.
-"""
+"""Going on from a checkpoint: the latest whole one, whoever wrote it and whatever it lacks."""
 
 from __future__ import annotations
 
 import contextlib
-import re
 import shutil
+import socket
+import time
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torchtitan.components.checkpointer import CheckpointManager
@@ -30,8 +27,19 @@ from torchtitan.tools import filesystem
 from torchtitan.tools.logging import logger
 from typing_extensions import override
 
+from titan_integration.checkpoints import (
+    METADATA,
+    flaw,
+    is_export,
+    latest_whole,
+    lost,
+    stale,
+    step_folders,
+)
+from titan_integration.folder import writing
 from titan_integration.intact import IntactReader, cause_of, why
 from titan_integration.state import RECORD, RunState
+from weighting.errors import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -47,6 +55,9 @@ WEIGHTING, REFERENCE = "weighting", "reference"
 """Our entries of a checkpoint: the weighting's state, and a reference that is an average."""
 
 _AFRESH = "--checkpoint.exclude_from_loading"
+_PATIENCE = 90.0
+"""Seconds until a file that another node has written must be seen: network disks look again after
+a minute."""
 
 
 class ResumingCheckpointManager(CheckpointManager):
@@ -60,13 +71,45 @@ class ResumingCheckpointManager(CheckpointManager):
     class Config(CheckpointManager.Config):
         """The host's fields."""
 
+    initial_load_path: str | None = None
+
+    @override
+    def _load(self, step: int = -1) -> bool:
+        """Load the checkpoint of a step, the latest whole one by default; tell whether there is.
+
+        Raises:
+            ValueError: There is none to go on from though there was, or ranks have folders of
+                their own.
+        """
+        folder = Path(self.folder)
+        if not filesystem.is_remote(self.folder):
+            if not self.load_only:
+                _refuse_separate(folder)
+            if step != -1 and _on_first_rank(lambda: step not in step_folders(folder)):
+                there = ", ".join(map(str, sorted(step_folders(folder)))) or "none"
+                msg = f"--checkpoint.load_step {step}: {folder} has no step-{step}; steps: {there}"
+                raise ValueError(msg)
+        return super()._load(step)
+
     @override
     def _find_load_step(self, folder: str = "") -> int:
-        """Return the step of the latest whole checkpoint; -1 if there is none."""
+        """Return the step of the latest whole checkpoint; -1 if nothing was saved yet.
+
+        Raises:
+            ValueError: Something was, and none of it is whole.
+        """
         folder = folder or self.folder
         if filesystem.is_remote(folder):
             return super()._find_load_step(folder)
-        return _on_first_rank(lambda: latest_whole(Path(folder)))
+
+        def look() -> tuple[int, str | None]:
+            step = latest_whole(Path(folder))
+            return step, lost(Path(folder), self.interval) if step == -1 else None
+
+        step, reason = _on_first_rank(look)
+        if reason:
+            raise ValueError(reason)
+        return step
 
     @override
     def dcp_load(
@@ -79,21 +122,35 @@ class ResumingCheckpointManager(CheckpointManager):
                 without.
         """
         wanted = state_dict
+        if from_hf and not _on_first_rank(lambda: any(Path(checkpoint_id).glob("*.safetensors"))):
+            flag = "hf_assets_path" if self.initial_load_path is None else "initial_load_path"
+            msg = (
+                f"--checkpoint.initial_load_in_hf: no *.safetensors in {flag} {checkpoint_id}; "
+                "leave it out for a checkpoint of torchtitan's own format"
+            )
+            raise ValueError(msg)
         if from_hf or filesystem.is_remote(checkpoint_id):
             super().dcp_load(wanted, checkpoint_id, from_hf, from_quantized)
         else:
-            folder = Path(checkpoint_id)
+            folder, initial = Path(checkpoint_id), checkpoint_id == self.initial_load_path
             if reason := _on_first_rank(lambda: flaw(folder)):
-                msg = f"cannot resume from {folder}: {reason}; leave out --checkpoint.load_step"
+                mend = _instead_of(folder) if initial else "leave out --checkpoint.load_step"
+                msg = f"{_source(folder, initial=initial)}: {reason}; {mend}"
+                raise ValueError(msg)
+            if blind := _blind(folder / METADATA):
+                msg = f"{_source(folder, initial=initial)}: {blind} it there; {_SHARE}"
                 raise ValueError(msg)
             try:
-                wanted = _without_absent(state_dict, folder)
+                wanted = _without_absent(state_dict, folder, initial=initial)
                 dcp.load(wanted, storage_reader=IntactReader(folder))
             except CheckpointException as error:
-                msg = (
-                    f"cannot resume from {folder}: {why(error)}. Move this folder away, and the "
-                    "same command goes on from the checkpoint before it"
+                mend = (
+                    "Give another one"
+                    if initial
+                    else "Move this folder away, and the same command goes on from the checkpoint "
+                    "before it"
                 )
+                msg = f"{_source(folder, initial=initial)}: {why(error)}. {mend}"
                 raise ValueError(msg) from error
             if MODEL in self.states:  # as the host does: what was loaded is a flat copy
                 self.states[MODEL].load_state_dict(wanted)
@@ -118,7 +175,7 @@ class ResumingCheckpointManager(CheckpointManager):
             ValueError: It cannot be written.
         """
         if dist.get_rank() == 0 and not filesystem.is_remote(checkpoint_id):
-            (Path(checkpoint_id) / ".metadata").unlink(missing_ok=True)
+            (Path(checkpoint_id) / METADATA).unlink(missing_ok=True)
         with _saving(checkpoint_id):
             return super().dcp_save(
                 state_dict, checkpoint_id, async_mode, enable_garbage_collection, to_hf
@@ -134,40 +191,23 @@ class ResumingCheckpointManager(CheckpointManager):
         with _saving(self.folder):
             super()._wait_for_saving()
 
+    @override
+    def _purge_stale_checkpoints(self) -> None:
+        """Delete whole checkpoints before the latest `keep_latest_k` whole ones, and no others.
 
-def latest_whole(folder: Path) -> int:
-    """Return the latest step whose `step-N` is whole, -1 if none is; warns of later ones."""
-    steps = {
-        int(match[1]): path
-        for path in folder.glob("step-*")
-        if (match := re.fullmatch(r"step-(\d+)", path.name))
-    }
-    for step in sorted(steps, reverse=True):
-        reason = flaw(steps[step])
-        if reason is None:
-            return step
-        logger.warning(f"Passing over {steps[step]}: {reason}")
-    return -1
-
-
-def flaw(folder: Path) -> str | None:
-    """Return what keeps a folder from being a whole checkpoint, or None; reads sizes only."""
-    try:
-        stored = FileSystemReader(folder).read_metadata().storage_data
-    except FileNotFoundError:
-        return "it has no .metadata, so it was never finished"
-    except Exception as error:  # noqa: BLE001 - a damaged pickle raises anything
-        return f"its .metadata cannot be read: {type(error).__name__}: {error}"
-    ends: dict[str, int] = {}
-    for info in stored.values():
-        ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
-    for name, end in sorted(ends.items()):
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if (size := path.stat().st_size) < end:
-            return f"{name} has {size} of {end} bytes"
-    return None
+        A save in the background is not whole yet, so what it will replace stays until the next.
+        """
+        if filesystem.is_remote(self.folder):
+            super()._purge_stale_checkpoints()
+        elif self._should_purge():
+            folder = Path(self.folder)
+            for path in stale(folder, self.keep_latest_k):
+                try:  # no half of it is ever a `step-N`, though its deletion be cut short
+                    path.rename(folder / f".{path.name}.{uuid.uuid4().hex}.deleted")
+                except OSError as error:
+                    logger.warning(printable(f"Cannot delete {path}: {error.strerror}"))
+            for path in folder.glob(".step-*.deleted"):
+                self.purge_queue.put(str(path))
 
 
 @contextlib.contextmanager
@@ -198,7 +238,7 @@ def _free(folder: Path) -> str:
 
 
 def misfits(part: str, state: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
-    """Return what of a state a checkpoint does not have, or has in another shape.
+    """Return what of a state a checkpoint does not have, or has in another shape or type.
 
     Args:
         part: The state's entry in the checkpoint.
@@ -210,26 +250,39 @@ def misfits(part: str, state: Mapping[str, Any], saved: Mapping[str, Any]) -> li
         there = saved.get(f"{part}.{key}")
         if there is None:
             found.append(f"it has no {key}")
-        elif isinstance(there, TensorStorageMetadata) and there.size != value.shape:
+        elif not isinstance(there, TensorStorageMetadata):
+            if isinstance(value, torch.Tensor):
+                found.append(f"{key} is no tensor there")
+        elif not isinstance(value, torch.Tensor):
+            found.append(f"{key} is a tensor there")
+        elif there.size != value.shape:
             found.append(f"{key} is {[*there.size]} there and {[*value.shape]} here")
+        elif not torch.can_cast(there.properties.dtype, value.dtype):
+            found.append(f"{key} is {there.properties.dtype} there and {value.dtype} here")
     return found
 
 
-def _without_absent(state_dict: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _without_absent(
+    state_dict: dict[str, Any], folder: Path, *, initial: bool = False
+) -> dict[str, Any]:
     """Return what of a state to load from a checkpoint.
 
     Raises:
         ValueError: It lacks what a run cannot go on without; says what to do.
     """
-    saved = FileSystemReader(folder).read_metadata().state_dict_metadata
+    saved = IntactReader(folder).read_metadata().state_dict_metadata
     parts = {key.partition(".")[0] for key in saved}
     needed = {OPTIMIZER, LR_SCHEDULER, "train_state"}
     if absent := sorted(needed.intersection(state_dict) - parts):
+        mend = (
+            "start from its weights alone with --checkpoint.initial_load_model_only"
+            if initial
+            else "resume an earlier one with --checkpoint.load_step, or start anew from its "
+            "weights with --checkpoint.initial_load_path"
+        )
         msg = (
-            f"cannot resume from {folder}: it holds no {', '.join(absent)}, as the last checkpoint "
-            "of a run with --checkpoint.last-save-model-only; resume an earlier one with "
-            "--checkpoint.load_step, or start anew from its weights with "
-            "--checkpoint.initial_load_path"
+            f"{_source(folder, initial=initial)}: it holds no {', '.join(absent)}, as the last "
+            f"checkpoint of a run with --checkpoint.last-save-model-only; {mend}"
         )
         raise ValueError(msg)
     if DATALOADER in state_dict:
@@ -281,9 +334,89 @@ def _has_weighting(state: RunState, folder: Path, saved: Mapping[str, Any]) -> b
     return True
 
 
+def _source(folder: Path, *, initial: bool) -> str:
+    """Return how messages name a checkpoint that cannot be loaded."""
+    return f"--checkpoint.initial_load_path {folder}" if initial else f"cannot resume from {folder}"
+
+
+def _instead_of(folder: Path) -> str:
+    """Return what to give instead of a folder that was to be started from."""
+    if is_export(folder):
+        return "add --checkpoint.initial_load_in_hf"
+    around = [path for where in (folder, folder.parent) for path in step_folders(where).values()]
+    whole = next((path for path in around if flaw(path) is None), None)
+    return "give the folder of a whole checkpoint" + (f", such as {whole}" if whole else "")
+
+
+_SHARE = (
+    "every node needs the same folder: give one on a disk that all of them share, as "
+    "--dump_folder or --checkpoint.folder"
+)
+
+
+def _refuse_separate(folder: Path) -> None:
+    """Refuse a folder for checkpoints that is not the same one on every rank.
+
+    The first rank makes a file there, and all must see it; it is taken away again.
+
+    Raises:
+        ValueError: Some do not, or it cannot be written.
+    """
+    if dist.get_world_size() == 1:
+        return
+
+    def make() -> tuple[str, str]:
+        name = f".seen-by-all-{uuid.uuid4().hex}"
+        try:
+            with writing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / name).touch(exist_ok=False)
+        except ValueError as error:
+            return name, str(error)
+        return name, ""
+
+    name, problem = _on_first_rank(make)
+    if problem:
+        raise ValueError(problem)
+    blind = _blind(folder / name)
+
+    def clear() -> str:
+        (folder / name).unlink(missing_ok=True)
+        torn = ((path.name, flaw(path)) for path in step_folders(folder).values())
+        found = [f"{step}: {reason}" for step, reason in torn if reason]
+        return f" ({found[0]})" if blind and found else ""
+
+    there = _on_first_rank(clear)
+    if blind:
+        msg = (
+            f"{folder}{there}: {blind} what the first rank writes there, so each would keep a part "
+            f"of every checkpoint and none could be resumed; {_SHARE}"
+        )
+        raise ValueError(msg)
+
+
+def _blind(path: Path) -> str:
+    """Return which ranks do not see a file that the first rank sees, as "rank 1 ... not see".
+
+    Every rank must call it; "" if all see it.
+    """
+    until = time.monotonic() + _PATIENCE
+    while not (seen := path.exists()) and time.monotonic() < until:
+        time.sleep(0.1)
+    told: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(
+        told, "" if seen else f"rank {dist.get_rank()} on {socket.gethostname()}"
+    )
+    blind = [rank for rank in told if rank]
+    if not blind:
+        return ""
+    more = f" and {len(blind) - 1} more" if len(blind) > 1 else ""
+    return f"{blind[0]}{more} {'do' if more else 'does'} not see"
+
+
 def _warn(message: str) -> None:
     if dist.get_rank() == 0:
-        logger.warning(message)
+        logger.warning(printable(message))
 
 
 def _on_first_rank(question: Callable[[], T]) -> T:

@@ -23,6 +23,7 @@ from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
 import weighting as wt
 from titan_integration.data import EMBEDDED, DomainTextDataLoader, load_documents, scaled
+from titan_integration.identity import differences
 from titan_integration.metrics import ABOUT, FOLDER
 from titan_integration.packing import Cut, PackedRows
 from weighting.cli.common import give_up
@@ -192,7 +193,7 @@ def _check_starts(run: Path, starts: Sequence[_Start], record: Record, rows: int
         msg = f"{run}: {ABOUT} is of a later run than the record, of another spec; {_LEAVE[3:]}"
         raise ValueError(msg)
     for start in starts:
-        if start.made_from != starts[0].made_from:
+        if differences(starts[0].made_from, start.made_from):
             msg = f"{run}: resumed at step {start.step} onto other data; {_LEAVE[3:]}"
             raise ValueError(msg)
         if start.next_row != (row := (start.step - 1) * rows):
@@ -262,15 +263,10 @@ def _check_same(run: Path, told: _Told, now: dict[str, Any]) -> None:
     Raises:
         ValueError: They are not; says what differs.
     """
-    before = told.starts[0].made_from
-    for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key):
-            where = told.loader.dataset_path or told.loader.dataset
-            msg = (
-                f"{run}: its text, {where}, has changed: {key} was {before.get(key)!r} and is now "
-                f"{now.get(key)!r}; restore it, {_LEAVE}"
-            )
-            raise ValueError(msg)
+    if different := differences(told.starts[0].made_from, now):
+        where = told.loader.dataset_path or told.loader.dataset
+        msg = f"{run}: its text, {where}, has changed: {'; '.join(different)}; restore it, {_LEAVE}"
+        raise ValueError(msg)
 
 
 if __name__ == "__main__":

@@ -42,11 +42,14 @@ from titan_integration.loss import (
     weighted_loss_config,
 )
 from titan_integration.packing import Cut
+from titan_integration.preflight import build_tokenizer
 from titan_integration.reference import build_reference, find_checkpoint, token_losses
 from titan_integration.score_data import open_source, provenance, write
 from titan_integration.score_windows import scored_blocks
+from titan_integration.together import fail_together
 from titan_integration.trainer import exit_on_user_error
 from titan_integration.vocabulary import signals
+from weighting.errors import printable
 
 if TYPE_CHECKING:
     import argparse
@@ -67,14 +70,14 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         _check(args)
     except ValueError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(printable(f"error: {error}\n", keep="\n"))
         return 2
     code = launch.on_ranks(args.ranks, "titan_integration.score", arguments)
     if code == 0:
         made = provenance(args.out)
         print(  # noqa: T201 - the result
             f"\n{made['documents']:,} documents, {made['tokens']:,} tokens, mean loss "
-            f"{made['mean_loss']:.4f} nats\n\nscored: {args.out}"
+            f"{made['mean_loss']:.4f} nats\n\nscored: {printable(str(args.out))}"
         )
     return code
 
@@ -85,17 +88,14 @@ def score(args: argparse.Namespace) -> None:
     Raises:
         ValueError: Checkpoint, data, configuration or disk are not as they must be.
     """
-    versions.check()
-    folder = _check(args)
-    flags = [*launch.host_flags(args, "uniform", "outputs/score"), *args.flags]
-    config = cast("Trainer.Config", ConfigManager().parse_args(flags))
-    loader = _refuse_unsupported(config)
-    source = open_source(loader, replaces=args.overwrite)
-    try:
-        tokenizer = config.tokenizer.build(tokenizer_path=config.hf_assets_path)
-    except OSError as error:
-        msg = f"--hf_assets_path {config.hf_assets_path}: no tokenizer there: {error}"
-        raise ValueError(msg) from error
+    with fail_together():
+        versions.check()
+        folder = _check(args)
+        flags = [*launch.host_flags(args, "uniform", "outputs/score"), *args.flags]
+        config = cast("Trainer.Config", ConfigManager().parse_args(flags))
+        loader = _refuse_unsupported(config)
+        source = open_source(loader, replaces=args.overwrite)
+        tokenizer = build_tokenizer(config)
     model = FrozenModel(config, folder)
     rank, ranks = 0, 1
     if model.parallel_dims.dp_enabled:

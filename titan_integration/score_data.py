@@ -5,30 +5,32 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from torchtitan.tools.logging import logger
 
-from titan_integration.data import EMBEDDED, DomainTextDataLoader, load_documents
-from titan_integration.documents import open_hub
-from titan_integration.records import (
-    REF_LOSS,
-    SUFFIXES,
-    Columns,
-    domain_of,
+from titan_integration.data import EMBEDDED, DomainTextDataLoader, load_documents, local_path
+from titan_integration.data_files import (
+    PARQUET,
+    folder_columns,
     local_files,
-    read_records,
-    text_of,
+    saved_dataset,
+    suffix_of,
 )
+from titan_integration.documents import open_hub, open_saved
+from titan_integration.records import REF_LOSS, Columns, domain_of, read_records, text_of
+from weighting.errors import printable
+from weighting.files import json_text, writing_whole
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 PROVENANCE = "weighting.score"
 """Key in the file's metadata of what made it, as JSON."""
@@ -91,7 +93,7 @@ def write(
     """Write records with their losses as a Parquet file, which appears whole or not at all.
 
     Args:
-        out: The file; until it is whole it is called `<out>.part`.
+        out: The file.
         schema: Of the records' own columns.
         blocks: Records, and for each the losses of its tokens in nats, float32.
         made: What to write about how it was made; `per` decides what the column holds.
@@ -101,10 +103,12 @@ def write(
     """
     kind = pa.list_(pa.float32()) if made["per"] == "token" else pa.float32()
     schema = schema.append(pa.field(REF_LOSS, kind))
-    part = out.with_name(f"{out.name}.part")
     documents, tokens, total = 0, 0, 0.0
     try:
-        with pq.ParquetWriter(part, schema, compression="zstd") as writer:
+        with (
+            writing_whole(out) as file,
+            pq.ParquetWriter(file, schema, compression="zstd") as writer,
+        ):
             for records, losses in blocks:
                 rows = [_row(*record, x, made) for record, x in zip(records, losses, strict=True)]
                 writer.write_table(pa.Table.from_pylist(rows, schema=schema))
@@ -112,16 +116,10 @@ def write(
                 tokens += sum(map(len, losses))
                 total += sum(float(x.sum(dtype=np.float64)) for x in losses)
             counts = {"documents": documents, "tokens": tokens, "mean_loss": total / max(tokens, 1)}
-            writer.add_key_value_metadata({PROVENANCE: json.dumps(made | counts)})
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        part.replace(out)
+            writer.add_key_value_metadata({PROVENANCE: json_text(made | counts)})
     except OSError as error:
         msg = f"--out {out}: cannot write it: {error.strerror or error}"
         raise ValueError(msg) from error
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
 
 
 def provenance(path: Path) -> dict[str, Any]:
@@ -143,8 +141,9 @@ def _parts(config: DomainTextDataLoader.Config, columns: Columns) -> list[_Part]
         pairs = (documents[i] for i in range(len(documents)))
         records = [(where, {"text": text, "domain": domain}) for text, domain in pairs]
         return [_Part(lambda: iter(records))]
-    path = Path(where).expanduser()
-    if config.dataset_path is not None or path.suffix in SUFFIXES or path.exists():
+    if path := local_path(config):
+        if folder := saved_dataset(path, config.split):
+            return [_dataset(open_saved(folder), str(folder))]
         return [_file(file, columns) for file in local_files(path, config.split)]
     if config.streaming:
         msg = (
@@ -153,17 +152,24 @@ def _parts(config: DomainTextDataLoader.Config, columns: Columns) -> list[_Part]
         )
         raise ValueError(msg)
     dataset = open_hub(where, config.hf_name, config.split, streaming=False)
-    return [_Part(partial(_hub_records, dataset, where), dataset.features.arrow_schema)]
+    return [_dataset(dataset, where)]
 
 
 def _file(path: Path, columns: Columns) -> _Part:
     schema = None
-    if path.suffix == ".parquet":
+    if suffix_of(path) == PARQUET:
         # What is wrong with a broken file is said when its records are read.
         with contextlib.suppress(pa.ArrowException, OSError):
             schema = pq.read_schema(path)
-            columns = replace(columns, numbers=tuple(schema.names))
+            for name in folder_columns(path).keys() - set(schema.names):
+                kind = pa.float64() if name in columns.numbers else pa.string()
+                schema = schema.append(pa.field(name, kind))
+            columns = replace(columns, numbers=(*columns.numbers, *schema.names))
     return _Part(partial(read_records, path, columns), schema)
+
+
+def _dataset(dataset: Any, where: str) -> _Part:  # noqa: ANN401
+    return _Part(partial(_hub_records, dataset, where), dataset.features.arrow_schema)
 
 
 def _hub_records(dataset: Any, where: str) -> Iterator[Record]:  # noqa: ANN401
@@ -199,7 +205,8 @@ def _schema(kinds: Mapping[str, Iterable[pa.DataType]], columns: Columns, where:
             msg = f"{where}: column {name!r} holds values of several types; Parquet wants one"
             raise ValueError(msg)
     if lost:
-        logger.warning(f"Left out, as Parquet cannot hold such columns: {', '.join(lost)}")
+        names = printable(", ".join(lost))
+        logger.warning(printable(f"Left out, as Parquet cannot hold such columns: {names}"))
     return pa.schema([field for field in fields.values() if field is not None])
 
 

@@ -16,7 +16,7 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
 
-from weighting.files import write_whole
+from weighting.files import json_text, open_lock, read_line, write_whole
 
 if TYPE_CHECKING:
     import argparse
@@ -42,7 +42,8 @@ def command(
         steps: Optimizer steps in all.
         more: Further flags of torchtitan.
     """
-    words = [sys.executable, "-m", "titan_integration.launch", "--spec", spec]
+    words = [sys.executable, "-P", "-m", "titan_integration.run_module"]
+    words += ["titan_integration.launch", "--spec", spec]
     words += ["--config", args.config, "--module", args.module]
     words += ["--data", args.data] if args.data else []
     words += ["--ranks", str(args.ranks)] if args.ranks else []
@@ -90,7 +91,7 @@ def refuse_changed(
 def note(path: Path, orders: Mapping[str, Any]) -> None:
     """Note what runs are asked for, beside what was noted before of others."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps({**_noted(path), **orders}, indent=1) + "\n")
+    write_whole(path, json_text({**_noted(path), **orders}, indent=1) + "\n")
 
 
 @contextlib.contextmanager
@@ -104,7 +105,7 @@ def alone(folder: Path) -> Iterator[int]:
         ValueError: Another process has it; says which.
     """
     path = folder / LOCK
-    with path.open("a", encoding="utf-8") as file:
+    with open_lock(path) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -169,7 +170,7 @@ def new_lines(path: Path) -> Iterator[list[dict[str, float]]]:
                 file.seek(offset)
                 found, newline, _ = file.read().rpartition(b"\n")
                 offset += len(found) + len(newline)
-        yield [json.loads(line) for line in found.splitlines()]
+        yield [read_line(line) for line in found.splitlines()]
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 from typing_extensions import override
 
 from weighting.build import MOMENTS, raise_if_nonfinite, summarize
+from weighting.compared import one_unit, tables_compared
 from weighting.contract import Alone, Collectives, Signals
 from weighting.logits import IGNORE_INDEX
 from weighting.losses import signals_of
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     from titan_integration.record import Recorder
     from weighting import Weighting, Weights
+    from weighting.contract import Level
 
 _ADDED = MOMENTS.index("min")
 """Columns of the moments before this one add up; from here on they are a minimum, a maximum."""
@@ -115,6 +117,8 @@ class RunState(Stateful):
         pipeline: The stages, where losses and state are known on the last one only.
         recorder: Notes what single sequences lost and weighed, if that was asked for.
         moments: Of the step's weights, of this rank's tokens, as `Weights.moments`.
+        warnings: What to say once of batches that weigh all tokens alike; None until the first
+            log step.
     """
 
     def __init__(self, fn: Weighting, device: torch.device, *, allow_changed_spec: bool) -> None:
@@ -137,6 +141,8 @@ class RunState(Stateful):
         self.moments = self._empty.clone()
         self._shares = torch.zeros(2, device=device)
         self._nonfinite = torch.zeros((), device=device)
+        self._most_units = torch.zeros(len(fn.compares), device=device)
+        self.warnings: list[str] | None = None
 
     @property
     def reads_documents(self) -> bool:
@@ -235,6 +241,9 @@ class RunState(Stateful):
         self.moments[:, _ADDED].copy_(torch.minimum(self.moments[:, _ADDED], low))
         self.moments[:, _ADDED + 1].copy_(torch.maximum(self.moments[:, _ADDED + 1], high))
         self._nonfinite += out.moments[-1, MOMENTS.index("nonfinite")]
+        if out.compared:
+            units = torch.stack([out.compared[name].float() for name in self.fn.compares])
+            self._most_units.copy_(torch.maximum(self._most_units, units))
         return out
 
     def add_losses(self, unweighted: Tensor, weighted: Tensor) -> None:
@@ -303,19 +312,45 @@ class RunState(Stateful):
             [len(x) for x in added]
         )
         low, high = self.moments[:, _ADDED:].unbind(1)
-        lowest, highest = ranks.max(torch.stack([-low, high]))
+        largest = ranks.max(torch.cat([-low, high, self._most_units]))
+        lowest, highest, units = largest.split([len(low), len(high), len(self._most_units)])
         edges = torch.stack([-lowest, highest], dim=1)
         moments = torch.cat([counts.view(-1, _ADDED), edges], dim=1)
         if self.pipeline:
             moments, shares = self.pipeline.from_last(moments), self.pipeline.from_last(shares)
             nonfinite, by_domain = map(self.pipeline.from_last, (nonfinite, by_domain))
+            units = self.pipeline.from_last(units)
         self._nonfinite.zero_()
         raise_if_nonfinite(self.fn.spec, int(nonfinite))
+        self._look_for_one_unit(units, by_domain.view_as(self._by_domain)[0])
         unweighted, weighted = shares.tolist()
         named = summarize(moments, [*self.fn.plans])
         metrics = {name: value.item() for name, value in named.items()}
         metrics |= self._domain_metrics(by_domain.view_as(self._by_domain))
         return {"unweighted_loss": unweighted, "weighted_loss": weighted, **metrics}
+
+    def _look_for_one_unit(self, units: Tensor, tokens: Tensor) -> None:
+        """Note, at the first log step, whether what the spec compares always came alone.
+
+        Args:
+            units: The most units in a batch, of each of `fn.compares`.
+            tokens: Of each domain in this step.
+        """
+        if self.warnings is not None:
+            return
+        fn = self.fn
+        alone: dict[str, Level] = {
+            name: level
+            for (name, level), most in zip(fn.compares.items(), units.tolist(), strict=True)
+            if most == 1
+        }
+        if "domain" not in alone.values() and int((tokens > 0).sum()) == 1:
+            for name in tables_compared(fn):
+                alone[name] = "domain"
+        self.warnings = [
+            one_unit(fn, name, level, "every batch so far had", _MORE_UNITS[level])
+            for name, level in alone.items()
+        ]
 
     def _domain_metrics(self, sums: Tensor) -> dict[str, float]:
         """Return what is said of each domain; of one without tokens only that, and its mixture."""
@@ -371,11 +406,19 @@ class RunState(Stateful):
         """Restore the state of the stages, unless it is another spec's, as `accepts` tells.
 
         Raises:
-            ValueError: As `accepts`.
+            ValueError: As `accepts`; or the state is none that the stages could be in.
         """
         state = dict(state_dict)
-        if self.accepts({key: state.pop(key) for key in RECORD if key in state}):
+        if not self.accepts({key: state.pop(key) for key in RECORD if key in state}):
+            return
+        try:
             self.fn.load_state_dict(state)
+        except ValueError as error:
+            msg = (
+                f"{error}. An earlier checkpoint: --checkpoint.load_step N; the weighting afresh: "
+                "--checkpoint.exclude_from_loading weighting"
+            )
+            raise ValueError(msg) from error
 
     def accepts(self, record: Mapping[str, str]) -> bool:
         """Tell whether a saved state is of this spec; False where another one is allowed.
@@ -408,6 +451,20 @@ class RunState(Stateful):
         if by_domain and self.fn.state_dict():
             record["domains"] = ", ".join(self.fn.domains)
         return record
+
+
+_MORE_UNITS = {
+    "sequence": (
+        "a row is a sequence: take more rows at once (--training.local_batch_size), or write "
+        "scope: step or scope: running into the spec"
+    ),
+    "document": (
+        "take more text at once (--training.local_batch_size, --training.seq_len), or write "
+        "scope: step or scope: running into the spec"
+    ),
+    "domain": "mix domains in each batch (--training.local_batch_size, or the order of the data)",
+}
+"""What to do where a batch has one unit of a level."""
 
 
 def _changed(saved: str, now: str) -> str:

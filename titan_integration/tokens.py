@@ -29,6 +29,7 @@ from titan_integration.reference import find_checkpoint
 from titan_integration.score import FrozenModel
 from titan_integration.score_windows import laid_out, windows
 from weighting import shading
+from weighting.errors import printable
 from weighting.files import write_whole
 from weighting.losses import signals_of
 from weighting.spec import Spec, resolve
@@ -56,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
         if args.html:
             _write(Path(args.html), shading.page(shaded))
     except ValueError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(printable(f"error: {error}\n", keep="\n"))
         return 2
     finally:
         if dist.is_initialized():
@@ -67,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
     encoding = sys.stdout.encoding or "utf-8"
     print(text.encode(encoding, "replace").decode(encoding))  # noqa: T201 - the result
     if args.html:
-        print(f"\npage: {args.html}")  # noqa: T201 - the result
+        print(printable(f"\npage: {args.html}", keep="\n"))  # noqa: T201 - the result
     return 0
 
 

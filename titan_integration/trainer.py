@@ -9,7 +9,7 @@ import os
 import platform
 import sys
 import time
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar, cast
@@ -46,8 +46,11 @@ from titan_integration.mixing import write_mixture
 from titan_integration.preflight import (
     ask_for_columns,
     ask_for_rows,
+    open_data,
     read_spec,
+    refuse_one_domain,
     refuse_unsupported,
+    vocabulary_of,
 )
 from titan_integration.record import asked, recorder_of
 from titan_integration.reference import (
@@ -60,15 +63,17 @@ from titan_integration.reference import (
 )
 from titan_integration.resume import REFERENCE, WEIGHTING, ResumingCheckpointManager
 from titan_integration.state import Pipeline, RunState, short_contexts
+from titan_integration.together import fail_together, refuse_other_data
 from titan_integration.validate import DomainValidator
 from weighting.build import sketch
 from weighting.contract import Alone
+from weighting.errors import printable
 from weighting.files import write_whole
 from weighting.levels import documents
-from weighting.logits import IGNORE_INDEX
+from weighting.logits import IGNORE_INDEX, check_labels
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from torchtitan.distributed import ParallelDims
     from torchtitan.models.common.decoder import Decoder
@@ -107,7 +112,8 @@ class WeightingConfig:
 
     agree_every: int = 0
     """Check every so many steps that all ranks weigh as one, and end the run if they do not: the
-    same spec, step and state, each its own sequences, weights of mean one. 0: at the start only."""
+    same spec, step, state and data, each its own sequences, weights of mean one. 0: at the start
+    only."""
 
 
 class WeightedTrainer(Trainer):
@@ -135,6 +141,8 @@ class WeightedTrainer(Trainer):
     """Whether a step was taken since this start."""
     _claim: IO[str]
     """Keeps the dump folder to this run while it is open; the first rank's."""
+    _read: str
+    """What rows are made from."""
 
     @override
     # A Config builds the trainer it belongs to, so this one never gets the parent's.
@@ -145,18 +153,23 @@ class WeightedTrainer(Trainer):
             SystemExit: Spec, data or settings are wrong; status 2, said once, on the first rank.
         """
         with exit_on_user_error():
-            versions.check()
             on_cpu = cpu.use_cpu()
-            if on_cpu:
-                cpu.prepare_config(config)
-            spec = read_spec(config.weighting)
-            if config.weighting.record:
-                asked(config.weighting.record)  # what is wrong with it is said first
-            refuse_unsupported(config, sketch(spec))
-            ask_for_columns(config, sketch(spec).needs)
-            ask_for_rows(config, sketch(spec))
-            if os.environ.get("RANK", "0") == "0":
-                self._claim = claim(Path(config.dump_folder))
+            patience = config.comm.init_timeout_seconds
+            with fail_together(patience):
+                versions.check()
+                if on_cpu:
+                    cpu.prepare_config(config)
+                spec = read_spec(config.weighting)
+                if config.weighting.record:
+                    asked(config.weighting.record)  # what is wrong with it is said first
+                refuse_unsupported(config, sketch(spec))
+                ask_for_columns(config, sketch(spec).needs)
+                ask_for_rows(config, sketch(spec))
+                if os.environ.get("RANK", "0") == "0":
+                    self._claim = claim(Path(config.dump_folder))
+                data = open_data(config, spec)
+            refuse_other_data(data, patience)
+            self._read = json.dumps(data, sort_keys=True)
             # The host logs events to the dump folder: were that full, each would be a traceback.
             logging.raiseExceptions = False
             super().__init__(config)
@@ -165,7 +178,7 @@ class WeightedTrainer(Trainer):
             if path := config.weighting.reference:
                 folder = find_checkpoint(path) if self.decay is None else None
                 self.reference = build_reference(config, self.parallel_dims, folder)
-                logger.info(f"Reference: {folder or path}")
+                logger.info(printable(f"Reference: {folder or path}"))
             if on_cpu:
                 cpu.fix_fsdp(self.model_parts)
                 cpu.fix_initial_weights(self.model_config, self.model_parts)
@@ -178,6 +191,7 @@ class WeightedTrainer(Trainer):
         assert isinstance(self.metrics_processor, WeightedMetricsProcessor)
         ranks = ranks_of(self.parallel_dims)
         domains = getattr(self.dataloader, "domains", None)
+        refuse_one_domain(sketch(spec), domains)
         fn = wt.build(spec, domains=domains, collectives=ranks)
         allow = config.weighting.allow_changed_spec
         self.state = RunState(fn, self.device, allow_changed_spec=allow)
@@ -207,27 +221,13 @@ class WeightedTrainer(Trainer):
             states[WEIGHTING] = self.state
             if self.reference is not None and self.decay is not None:
                 states[REFERENCE] = ModelWrapper(self.reference)
-        logger.info(f"Weighting: {spec.name} ({spec.hash})\n{spec}")
+        logger.info(printable(f"Weighting: {spec.name} ({spec.hash})\n{spec}", keep="\n"))
         if domains:
-            logger.info(f"Domains: {', '.join(domains)}")
-        if domains and len(domains) == 1 and (fn.moves_domains or fn.sampling):
-            logger.warning(
-                f"the data has one domain, {domains[0]}, so there is nothing to weigh it against; "
-                "name the column that tells domains: --dataloader.domain_column"
-            )
+            logger.info(printable(f"Domains: {', '.join(domains)}"))
 
     def _take_turns(self, config: Config, fn: wt.Weighting) -> None:
         """Make a step of one microbatch of every domain, whose gradients are kept apart."""
         count = len(fn.domains)
-        rows = config.training.local_batch_size * fn.collectives.size
-        asked = config.training.global_batch_size
-        if asked > 0 and asked != count * rows:
-            msg = (
-                f"{fn.spec.name} takes a microbatch of each of the {count} domains a step, "
-                f"{count} x {rows} sequences, and the global batch is {asked}; leave out "
-                f"--training.global_batch_size, or set it to {count * rows}"
-            )
-            raise ValueError(msg)
         self.gradient_accumulation_steps = count
         parameters = (p for part in self.model_parts for p in part.parameters())
         self.gradients = DomainGradients(
@@ -274,6 +274,15 @@ class WeightedTrainer(Trainer):
         if "both" in fn.applied.values():
             fn.get_buffer("drawn").copy_(shares)
         self._draws = fn.draws_live
+
+    @override
+    def batch_generator(
+        self, data_iterable: Iterable[tuple[dict[str, Tensor], Tensor]]
+    ) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        """Yield the host's batches; a label outside the vocabulary ends the run before the step."""
+        for given, labels in super().batch_generator(data_iterable):
+            check_labels(labels, vocabulary_of(self.config))
+            yield given, labels
 
     @override
     def post_dataloading_process(
@@ -358,7 +367,7 @@ class WeightedTrainer(Trainer):
         assert isinstance(self.metrics_processor, WeightedMetricsProcessor)
         ranks = self.metrics_processor.collectives or Alone()
         step = torch.tensor(self.step, device=self.device)
-        check_agreement(self.state.fn, step, ranks, moments)
+        check_agreement(self.state.fn, step, ranks, moments, self._read)
 
     def _say_what_runs(self) -> None:
         """Leave beside the metrics what the run is and that it starts; the first rank writes."""
@@ -463,18 +472,32 @@ def with_weighting(
     """Return a trainer config with a weighting plugged in; nothing else changes.
 
     Args:
-        config: Any config of the host that trains a language model with its cross entropy.
+        config: Any config of the host's own `Trainer` that trains a language model with its cross
+            entropy; or one that has a weighting, also a subclass of yours, which keeps its class
+            and its other settings.
         spec: A spec file, the name of a shipped spec, arrow text, or a spec;
             `--weighting.spec` on the command line takes its place.
 
     Raises:
-        ValueError: The config's loss cannot be weighted.
+        ValueError: The config builds another trainer, or its loss or metrics cannot be weighted.
     """
-    weighted = _recast(config, WeightedTrainer.Config)
-    weighted.weighting = WeightingConfig(spec=str(spec))
+    if isinstance(config, WeightedTrainer.Config):
+        weighted = replace(config)
+        weighted.weighting = replace(config.weighting, spec=str(spec) or config.weighting.spec)
+    else:
+        _refuse_other_trainer(config)
+        weighted = _recast(config, WeightedTrainer.Config)
+        weighted.weighting = WeightingConfig(spec=str(spec))
     weighted.loss = weighted_loss_config(config.loss)
     if type(config.metrics) is MetricsProcessor.Config:
         weighted.metrics = _recast(config.metrics, WeightedMetricsProcessor.Config)
+    elif not isinstance(config.metrics, WeightedMetricsProcessor.Config):
+        msg = (
+            f"cannot add the weighting's numbers to {_full_name(type(config.metrics))}; use "
+            "MetricsProcessor.Config, or make yours a subclass of "
+            "titan_integration.metrics.WeightedMetricsProcessor"
+        )
+        raise ValueError(msg)
     if type(config.checkpoint) is CheckpointManager.Config:
         weighted.checkpoint = _recast(config.checkpoint, ResumingCheckpointManager.Config)
     if type(config.validator) is Validator.Config:
@@ -482,6 +505,35 @@ def with_weighting(
     if cpu.use_cpu():
         cpu.prepare_config(weighted)
     return weighted
+
+
+def _refuse_other_trainer(config: object) -> None:
+    """Refuse a config of another trainer than the host's own, which the weighted one would replace.
+
+    Raises:
+        ValueError: Names the config and what to do.
+    """
+    if type(config) is Trainer.Config:
+        return
+    found = _full_name(type(config))
+    mend = "start from a config of torchtitan.trainer.Trainer, as llama3_8b() returns"
+    if not isinstance(config, Trainer.Config):
+        why = "it is no config of a torchtitan trainer"
+        if callable(config):
+            found = getattr(config, "__qualname__", found)
+            why, mend = "it is not a config yet", "call the function, as in with_weighting(f())"
+    elif (owner := config._owner or Trainer) is Trainer:  # noqa: SLF001 - build() reads it too
+        why = "it has fields or checks of its own, which would be lost"
+        mend += ", and set its fields to these"
+    else:
+        why = f"it builds {_full_name(owner)}, which a weighting would replace"
+        mend += f", or make a trainer of yours inherit from WeightedTrainer, not {owner.__name__}"
+    msg = f"cannot weight {found}: {why}; {mend}"
+    raise ValueError(msg)
+
+
+def _full_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def ranks_of(dims: ParallelDims) -> OverRanks | None:
@@ -501,12 +553,12 @@ def pipeline_of(dims: ParallelDims, *, last: bool) -> Pipeline:
 
 @contextlib.contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Turn a ValueError into one message on the first rank, and exit status 2 on all."""
+    """Turn a ValueError into one message on each node's first rank, and exit status 2 on all."""
     try:
         yield
     except ValueError as error:
         _let_the_first_speak()
-        sys.stderr.write(f"\nerror: {error}\n")
+        sys.stderr.write(printable(f"\nerror: {error}\n", keep="\n"))
         sys.stderr.flush()
         raise SystemExit(2) from None
     except (Exception, CheckpointException):  # as where the first has ended, and is missed
@@ -515,11 +567,11 @@ def exit_on_user_error() -> Iterator[None]:
 
 
 def _let_the_first_speak() -> None:
-    """Wait on other ranks than the first, as torchrun stops all as soon as one ends.
+    """Wait on other ranks than a node's first, as torchrun stops all as soon as one ends.
 
     If the first has nothing to say, the error is this rank's alone.
     """
-    if os.environ.get("RANK", "0") != "0":
+    if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(_HEAD_START)
 
 

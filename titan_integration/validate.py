@@ -16,6 +16,7 @@ from typing_extensions import override
 from titan_integration.collectives import OverRanks
 from titan_integration.metrics import FOLDER, WeightedMetricsProcessor, append_line
 from titan_integration.vocabulary import plain
+from weighting.errors import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -194,10 +195,10 @@ def summarize(domains: Sequence[str], sums: Tensor) -> dict[str, float]:
 
 def table(domains: Sequence[str], found: dict[str, float]) -> str:
     """Return what `summarize` found as a table of a line per domain, and one of the means."""
-    width = max(map(len, ("domain", *domains)))
+    width = max(map(len, ("domain", *domains)))  # a name is as long when it is made printable
     lines = [f"  {'domain':{width}}      tokens     loss  perplexity"]
     for name in domains:
-        tokens = f"  {name:{width}}  {found[f'{name}/tokens']:10,}"
+        tokens = f"  {printable(name):{width}}  {found[f'{name}/tokens']:10,}"
         if f"{name}/loss" in found:
             loss, perplexity = found[f"{name}/loss"], found[f"{name}/perplexity"]
             lines.append(f"{tokens}  {loss:7.4f}  {perplexity:10.3f}")

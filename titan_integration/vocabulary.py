@@ -20,7 +20,7 @@ from torchtitan.distributed.spmd_types import (
 from typing_extensions import override
 
 from titan_integration.collectives import OverRanks
-from weighting.logits import Slice, gradient_, statistics
+from weighting.logits import Slice, check_labels, gradient_, statistics
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -48,10 +48,18 @@ def slice_of(of: Tensor, vocab_size: int | None) -> Slice | None:
     return None
 
 
+def size_of(of: Tensor, vocab_size: int | None) -> int:
+    """Return the size of the whole vocabulary; arguments as those of `slice_of`."""
+    if not isinstance(of, DTensor) and spmd_mesh_size("tp") > 1:
+        assert vocab_size is not None, "the host's configs give global_vocab_size"
+        return vocab_size
+    return of.shape[0 if of.dim() == 2 else -1]  # noqa: PLR2004 - a weight is [V, D]
+
+
 def part_of(group: ProcessGroup, size: int) -> Slice:
     """Return this rank's part of a vocabulary; parts are equal but for the last."""
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
-    return Slice(min(size, -(-size // ranks) * rank), OverRanks(group))
+    return Slice(min(size, -(-size // ranks) * rank), OverRanks(group), size)
 
 
 def plain(x: Tensor, *, partial: bool = False) -> Tensor:
@@ -74,7 +82,7 @@ def losses_with_gradient(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the loss of each token, through which gradient flows to the logits, and `signals`."""
     rows, local, cut = plain(logits).flatten(0, -2), plain(labels), slice_of(logits, vocab_size)
-    losses, found = token_losses_of(rows, local.flatten(), cut, needs)
+    losses, found = token_losses_of(rows, local, cut, needs)
     return losses.view(local.shape), {name: x.view(local.shape) for name, x in found.items()}
 
 
@@ -83,9 +91,22 @@ def token_losses_of(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the loss of each row of logits [T, V], of which this rank may hold a part.
 
+    Args:
+        logits: [T, V], or this rank's part of the vocabulary.
+        labels: [T], or of another shape with as many; -100 is ignored.
+        cut: How the vocabulary is cut; None when it is whole.
+        needs: Names of signals.
+
     Returns:
-        Losses with gradient, and without it `loss` and what else of `needs` the logits tell.
+        Losses with gradient, and without it `loss` and what else of `needs` the logits tell, [T].
+
+    Raises:
+        IndexError: A label is outside the vocabulary.
     """
+    vocabulary = logits.shape[-1] if cut is None else cut.size
+    if vocabulary is not None:
+        check_labels(labels, vocabulary)
+    labels = labels.long().flatten()
     found = statistics(logits, labels, needs, cut)
     return _TokenLoss.apply(logits, labels, found["loss"], found.pop("lse"), cut), found
 

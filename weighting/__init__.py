@@ -12,6 +12,7 @@ from weighting.contract import Source as Source
 from weighting.contract import Stage as Stage
 from weighting.contract import Weigh as Weigh
 from weighting.errors import NonFiniteSignalError as NonFiniteSignalError
+from weighting.errors import OneUnitWarning as OneUnitWarning
 from weighting.errors import SpecError as SpecError
 from weighting.linear import linear_weighted_cross_entropy as linear_weighted_cross_entropy
 from weighting.losses import weighted_cross_entropy as weighted_cross_entropy

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, NoReturn
 
 from weighting.errors import Problem, Source, Span, SpecError
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 MAX_DEPTH = 16
+MAX_STAGES = 100
+"""Of a pipeline, however it is written."""
+TOO_MANY = f"a pipeline has at most {MAX_STAGES} stages, and this one more; leave some out"
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,11 @@ def parse(
         problems: Gets what is wrong.
     """
     calls: list[Call | None] = []
-    pieces = list(_split(text, offsets))
+    pieces = list(islice(_split(text, offsets), MAX_STAGES + 1))
+    if len(pieces) > MAX_STAGES:
+        _, place = pieces[-1]
+        problems.append(source.problem(TOO_MANY, place))
+        return (None,)
     for number, (tokens, piece) in enumerate(pieces):
         if not tokens:
             where = "after" if number else "before"
@@ -207,9 +215,11 @@ class _Parser:
         self._deeper(opening)
         self.position += 1
         arguments: list[Argument] = []
+        named = False
         while not self._accept(")"):
             argument = self._argument()
-            if argument.name is None and any(a.name is not None for a in arguments):
+            named = named or argument.name is not None
+            if argument.name is None and named:
                 message = "an argument without a name cannot follow one with a name; name it"
                 self._fail(message, argument.span)
             arguments.append(argument)
@@ -265,14 +275,16 @@ class _Parser:
         self._deeper(opening)
         self.position += 1
         entries: list[tuple[Literal, Value]] = []
+        known: set[object] = set()
         while not self._accept("}"):
             key = self._value()
             if not isinstance(key, Literal):
                 self._fail("a key is a number or a name", key.span)
             if not self._accept(":"):
                 self._fail("a key is followed by ':' and its value", key.span)
-            if any(key.value == other.value for other, _ in entries):
+            if key.value in known:
                 self._fail(f"{key.value!r} is given twice; keep one", key.span)
+            known.add(key.value)
             entries.append((key, self._value()))
             self._separator(opening, "}")
         self.depth -= 1

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import dropwhile
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from weighting.compared import compared_levels, one_unit
 from weighting.contract import (
     Alone,
     Collectives,
@@ -25,14 +27,15 @@ from weighting.contract import (
     Stage,
     Weigh,
 )
-from weighting.errors import NonFiniteSignalError, Problem, SpecError
+from weighting.errors import NonFiniteSignalError, OneUnitWarning, Problem, SpecError
 from weighting.html import weights_html
 from weighting.levels import Groups, group
+from weighting.saved import not_between, not_finite, shown
 from weighting.schedules import Constant, Schedule, ShareOfN
 from weighting.stages import Clamp, Loss, Mean, MeanOne, Table, Uniform
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from weighting.spec import Apply, Spec
 
@@ -56,11 +59,14 @@ class Weights:
         moments: [factors + 1, 7] statistics of the weights of this rank's units, one row per
             factor and last the tokens; see `MOMENTS`.  Sum or extremise over ranks, then
             `summarize`.
+        compared: For each entry of `Weighting.compares` the number of units in its scope, over all
+            ranks, 0-D; where it is 1 all tokens weigh alike.
     """
 
     token: Tensor
     factors: dict[str, Tensor]
     moments: Tensor
+    compared: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def metrics(self) -> dict[str, Tensor]:
@@ -191,12 +197,12 @@ def applied(spec: Spec) -> dict[str, Apply]:
 
 def numbers(stage: Stage) -> Iterator[tuple[str, Schedule]]:
     """Yield the numbers of a stage that may change over training, by name."""
-    for field in type(stage).model_fields:
-        value = getattr(stage, field)
+    for name in type(stage).model_fields:
+        value = getattr(stage, name)
         if isinstance(value, dict):
             yield from value.items()
         elif isinstance(value, Schedule):
-            yield field, value
+            yield name, value
 
 
 def tells_domains(steps: Sequence[Step]) -> bool:
@@ -230,6 +236,8 @@ class Weighting(nn.Module):
             that scales them all; `local_part` is their product.
         late: The units in which the rest of a token's weight is the same for all tokens, known
             only when the whole batch is: sequences, single tokens, or None for one number.
+        compares: What weighs all tokens alike when there is one unit in its scope, with the level
+            of that unit: factors by name, and the reduction.
     """
 
     def __init__(self, spec: Spec, domains: tuple[str, ...], collectives: Collectives) -> None:
@@ -276,6 +284,8 @@ class Weighting(nn.Module):
             if self.applied[name] != "sampling" and _is_local(steps)
         )
         self.late = self._late()
+        self.compares = compared_levels(self)
+        self._warned = False
 
     @override
     def forward(self, signals: Signals, step: int | Tensor = 0) -> Weights:
@@ -296,12 +306,15 @@ class Weighting(nn.Module):
             raise ValueError(msg)
         step = torch.as_tensor(step, device=device)
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            compared: dict[str, Tensor] = {}
             if self.identity:
                 runs = {name: _ones(flat.valid, flat.loss.isfinite()) for name in self.plans}
                 token = flat.valid.float()
             else:
                 runs = {name: self._weigh(name, signals, flat, step) for name in self.plans}
-                token, runs = self._combine(signals, flat, runs)
+                compared = {n: run.units for n, run in runs.items() if run.units is not None}
+                token, runs, units = self._combine(signals, flat, runs)
+                compared |= {name: units for name in self.compares if name not in runs}
             ok = torch.stack([run.ok for run in runs.values()]).all(0)
             rows = [run.moments(flat.valid) for run in runs.values()]
             rows.append(_moments(token, ok, flat.valid & ~ok, largest=None))
@@ -309,6 +322,7 @@ class Weighting(nn.Module):
                 token=token.reshape(shape),
                 factors={name: run.token.reshape(shape) for name, run in runs.items()},
                 moments=torch.stack(rows),
+                compared=compared,
             )
 
     def local_part(self, signals: Signals, step: int | Tensor = 0) -> Tensor:
@@ -434,10 +448,100 @@ class Weighting(nn.Module):
     def check(self, weights: Weights) -> None:
         """Raise if a signal was not finite and the spec says `on_nonfinite: error`; synchronises.
 
+        Warns, once, if a batch had one unit to compare; see `OneUnitWarning`.
+
         Raises:
             NonFiniteSignalError: Says how many tokens and what to do.
         """
         raise_if_nonfinite(self.spec, int(weights.moments[-1, MOMENTS.index("nonfinite")]))
+        self._warn([name for name, units in weights.compared.items() if int(units) == 1])
+
+    def warn_of_one_unit(self, weights: Weights, *, rows_are_sequences: bool) -> None:
+        """Warn, once, where a batch had one unit to compare, so that all tokens weigh alike.
+
+        On CPU the units are counted.  On other devices counting would wait, so that only what
+        shapes tell is looked at here, and the rest in `check`.
+
+        Args:
+            weights: Of the batch.
+            rows_are_sequences: No ids told its sequences.
+        """
+        # Asked first, since a compiled graph must not depend on what was said before.
+        if torch.compiler.is_compiling() or self._warned or not self.training:
+            return
+        shape = weights.token.shape
+        one_row = rows_are_sequences and len(shape) > 1 and shape[0] * self.collectives.size == 1
+        one = {"sequence": one_row, "domain": len(self.domains) == 1}
+        counted = weights.token.device.type == "cpu"
+        self._warn(
+            [
+                name
+                for name, units in weights.compared.items()
+                if (int(units) == 1 if counted else one.get(self.compares[name], False))
+            ]
+        )
+
+    def _warn(self, alone: list[str]) -> None:
+        """Warn of the first of what had one unit to compare, in training, unless that was done."""
+        if not alone or self._warned or not self.training:
+            return
+        self._warned = True
+        if self.collectives.rank == 0:
+            level = self.compares[alone[0]]
+            text = one_unit(self, alone[0], level, "this batch has", _MORE_UNITS[level])
+            warnings.warn(text, OneUnitWarning, stacklevel=4)
+
+    @override
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Load this module's part of a saved state; torch calls it wherever in a model it stands.
+
+        Raises:
+            ValueError: The state is none that the stages could be in.
+        """
+        given = {name: state_dict.get(prefix + name) for name, _ in self.named_buffers()}
+        saved = {name: x for name, x in given.items() if isinstance(x, Tensor)}
+        problems = dict[str, str]()
+        for name, must in self._problems_with(saved):
+            problems.setdefault(name, must)
+        if problems:
+            wrong = "; ".join(
+                f"{prefix}{name} is {shown(saved[name])} and must be {must}"
+                for name, must in problems.items()
+            )
+            msg = (
+                f"the saved state of {self.spec.name} cannot be gone on from: {wrong}. The run had "
+                "gone wrong before it was saved, or the file was changed: load an earlier one, or "
+                "leave the weighting's state out, so that it starts afresh"
+            )
+            raise ValueError(msg)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _problems_with(self, saved: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
+        """Yield (name, what it must be) for buffers that cannot be loaded."""
+        known: dict[str, Tensor] = {}
+        for name, buffer in self.named_buffers():
+            value = saved.get(name)
+            if value is None or value.is_meta or value.shape != buffer.shape:
+                continue  # what is missing or has another shape torch refuses itself
+            if torch.can_cast(value.dtype, buffer.dtype):
+                known[name] = value
+            else:
+                yield name, f"{buffer.dtype}".removeprefix("torch.")
+        for (factor, index), names in self._buffers_of.items():
+            stage = self.plans[factor][index].stage
+            state = {key: known.pop(name) for key, name in names.items() if name in known}
+            if state.keys() == names.keys():
+                problems = stage.problems_with_state(state, self.domains)
+            else:  # with strict=False
+                problems = Stage.problems_with_state(stage, state, self.domains)
+            yield from ((names[key], must) for key, must in problems)
+        yield from not_finite(known)  # the rest is of scope: running
+        counts = [name for name in known if name.endswith("__seen_count")]
+        yield from not_between(known, 0, RUNNING_UNITS, *counts)
+        if "seen_mean" in known:
+            yield from not_between(known, 0, torch.inf, "seen_mean")
 
     def _remember(self, factor: str, index: int, stage: Stage) -> None:
         """Register the state of a stage as buffers, named for where it stands."""
@@ -570,7 +674,9 @@ class Weighting(nn.Module):
         x, valid = self._own(x, scope), self._own(scope.valid, scope)
         token = groups.broadcast(x) if groups else x
         tokens_ok = tokens_ok & (groups.broadcast(valid) if groups else valid)
-        return _Run(x, valid, torch.where(tokens_ok, token, 0), tokens_ok, largest)
+        # Of all ranks, which have been brought together.
+        units = scope.valid.sum() if factor in self.compares else None
+        return _Run(x, valid, torch.where(tokens_ok, token, 0), tokens_ok, largest, units)
 
     def _advanced(
         self,
@@ -621,13 +727,16 @@ class Weighting(nn.Module):
             seen.copy_(values[newest])
         return values, Scope(scope.level, scope.step, usable, scope.domains)
 
-    def _with_earlier_mean(self, sums: Tensor, loss: Tensor) -> tuple[Tensor, ...]:
+    def _with_earlier_mean(self, sums: Tensor, sequences: Tensor) -> tuple[Tensor, ...]:
         """Add a batch's sum and number of weights to those before it, which fade as units do.
 
         A batch of one sequence would else be scaled to one, and weigh nothing.
+
+        Args:
+            sums: Sum and number of the weights.
+            sequences: How many sequences the batch has on all ranks, 0-D.
         """
-        rows = loss.shape[0] if loss.dim() > 1 else 1
-        kept = max(0.0, 1 - rows * self.collectives.size / RUNNING_UNITS)
+        kept = (1 - sequences / RUNNING_UNITS).clamp(min=0)
         before = self.get_buffer("seen_mean")
         after = kept * before + sums
         if self.training:
@@ -644,25 +753,30 @@ class Weighting(nn.Module):
 
     def _combine(
         self, signals: Signals, flat: Signals, runs: dict[str, _Run]
-    ) -> tuple[Tensor, dict[str, _Run]]:
+    ) -> tuple[Tensor, dict[str, _Run], Tensor]:
         """Multiply the factors and scale: the product to mean one, and those not yet scaled.
 
-        All scales take one collective; it is left out when there is nothing to scale.
+        All scales take one collective; it is left out when there is nothing to scale.  Returned
+        last is how many units the reduction counts alike.
         """
         valid = flat.valid
         assert valid is not None
-        share = self._share(signals, valid)
+        share, units = self._share(signals, valid)
         if flat.domain_ids is not None:
             share = share * self._correction(flat.domain_ids)
         rough = torch.stack([self._floored(name, run) for name, run in runs.items()]).prod(0)
         rough = rough * share
         unscaled = [name for name in runs if self._is_unscaled(name)]
         sums = [rough.sum(), valid.sum().float()]
+        if self.spec.scope == "running":
+            sums.append(self._sequences(signals, valid))
+        scales = len(sums)
         for name in unscaled:
             sums += [runs[name].token.sum(), runs[name].ok.sum().float()]
         if self.spec.normalize == "mean_one" or unscaled:
             sums = self.collectives.sum(torch.stack(sums)).unbind()
-        for name, total, count in zip(unscaled, sums[2::2], sums[3::2], strict=True):
+        totals, counts = sums[scales::2], sums[scales + 1 :: 2]
+        for name, total, count in zip(unscaled, totals, counts, strict=True):
             stage = self.plans[name][-1].stage
             assert isinstance(stage, MeanOne)
             run = runs[name]
@@ -670,11 +784,12 @@ class Weighting(nn.Module):
             runs = {**runs, name: run._replace(unit=token, token=token)}
         product = torch.stack([run.token for run in runs.values()]).prod(0) * share
         if self.spec.normalize == "none":
-            return product, runs
+            return product, runs, units
         total, count = sums[:2]
         if self.spec.scope == "running":
-            total, count = self._with_earlier_mean(torch.stack([total, count]), signals.loss)
-        return torch.where(product > 0, rough / torch.where(total > 0, total, 1) * count, 0), runs
+            total, count = self._with_earlier_mean(torch.stack([total, count]), sums[2])
+        token = torch.where(product > 0, rough / torch.where(total > 0, total, 1) * count, 0)
+        return token, runs, units
 
     def _correction(self, domain_ids: Tensor) -> Tensor:
         """Return what undoes the draw for factors that act on both, [T]."""
@@ -683,21 +798,39 @@ class Weighting(nn.Module):
         drawn = self.get_buffer("drawn") * len(self.domains)
         return (1 / drawn.clamp(min=1e-30)).index_select(0, domain_ids)
 
-    def _share(self, signals: Signals, valid: Tensor) -> Tensor:
-        """Return what each token counts before weighting: one, or its part of its unit."""
+    def _sequences(self, signals: Signals, valid: Tensor) -> Tensor:
+        """Return how many sequences with a valid token are here, 0-D, for a sum over all ranks.
+
+        Ranks that hold parts of the same sequences count their share of them.  Tokens that nothing
+        puts into sequences count as one.
+        """
+        no_ids = signals.sequence_ids is None and signals.segment_ids is None
+        if signals.loss.dim() == 1 and no_ids:
+            return torch.ones_like(valid[0], dtype=torch.float32)
+        groups = group(signals, "sequence", len(self.domains), self.collectives)
+        assert groups is not None
+        return (groups.sum(valid.float()) > 0).sum() / self.collectives.parts.size
+
+    def _share(self, signals: Signals, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what each token counts before weighting, and the number of units counted alike.
+
+        That is one, or its part of its unit.  Of the sequences of other ranks at least one each is
+        counted, as counting them would take a collective.
+        """
         if self.spec.reduction == "token_mean":
-            return torch.ones_like(valid, dtype=torch.float32)
+            return torch.ones_like(valid, dtype=torch.float32), valid.sum()
         level = "sequence" if self.spec.reduction == "sequence_mean" else "domain"
         groups = group(signals, level, len(self.domains), self.collectives)
         assert groups is not None
         lengths = groups.sum(valid.float())
         share = 1 / groups.broadcast(lengths).clamp(min=1)
-        if self.spec.normalize == "mean_one":
-            return share
-        tokens, units = self.collectives.sum(valid.sum().float()), (lengths > 0).sum().float()
+        units = (lengths > 0).sum().float()
         # Every rank holds all domains, but its own sequences only.
+        if self.spec.normalize == "mean_one":
+            return share, units if level == "domain" else units + self.collectives.size - 1
+        tokens = self.collectives.sum(valid.sum().float())
         units = units if level == "domain" else self.collectives.gather(units).sum()
-        return share * (tokens / units.clamp(min=1))
+        return share * (tokens / units.clamp(min=1)), units
 
 
 def raise_if_nonfinite(spec: Spec, tokens: int) -> None:
@@ -722,6 +855,7 @@ class _Run(NamedTuple):
     token: Tensor
     ok: Tensor
     largest: Tensor | None = None
+    units: Tensor | None = None
 
     def moments(self, valid: Tensor) -> Tensor:
         return _moments(self.unit, self.valid, valid & ~self.ok, self.largest)
@@ -785,6 +919,14 @@ def _misfit(stage: Stage, earlier: list[Stage]) -> str | None:
 
 
 _TO_WEIGHT = "put temperature(...) or mean_one"
+_MORE_UNITS: dict[str, str] = {
+    "sequence": (
+        "a row is one sequence unless sequence_ids tell them apart, as they must in a padding-free "
+        "batch: give sequence_ids, or larger batches, or write scope: running into the spec"
+    ),
+    "document": "give segment_ids, or larger batches, or write scope: running into the spec",
+    "domain": "mix domains in each batch, and give build all of their names",
+}
 
 
 def _domain_problems(spec: Spec, domains: Sequence[str] | None) -> list[Problem]:
@@ -797,9 +939,9 @@ def _domain_problems(spec: Spec, domains: Sequence[str] | None) -> list[Problem]
         return [Problem("to draw by domain needs domain names; give build(spec, domains=[...])")]
     for factor, pipeline in spec.factors.items():
         for step in plan(pipeline):
-            place = spec.place(factor, step.index)
             if "domain_ids" not in _needs([step]):
                 continue
+            place = spec.place(factor, step.index)
             if not domains:
                 message = f"{factor} needs domain names; give build(spec, domains=[...])"
                 return [Problem(message, place)]

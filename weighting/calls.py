@@ -53,6 +53,10 @@ def from_yaml(source: Source, node: Node, problems: list[Problem]) -> tuple[Call
         problems.append(source.problem(_NO_STAGE, node.span))
         return (None,)
     calls: list[Call | None] = []
+    if len(node.items) > arrow.MAX_STAGES:
+        place = node.items[arrow.MAX_STAGES].span
+        problems.append(source.problem(arrow.TOO_MANY, place))
+        return (None,)
     items = iter(node.items)
     for item in items:
         if isinstance(item, Scalar) and isinstance(item.value, str):
@@ -73,6 +77,9 @@ def from_yaml(source: Source, node: Node, problems: list[Problem]) -> tuple[Call
                 message += "; these are several, give each its own '-'"
             problems.append(source.problem(message, item.span))
             calls.append(None)
+        if len(calls) > arrow.MAX_STAGES:  # an item may be arrow text of several
+            problems.append(source.problem(arrow.TOO_MANY, item.span))
+            return (None,)
     return tuple(calls)
 
 
@@ -135,12 +142,14 @@ def _bind(
                 problems.append(source.problem(message, argument.span))
                 continue
             name = collects
+            collected = values.setdefault(collects, {})
             for key in value:
                 spans[str(key)] = argument.span
-                if key in values.get(collects, {}):
+                if key in collected:
                     message = f"{key!r} is given twice; keep one"
                     problems.append(source.problem(message, argument.span))
-            value = {**values.get(collects, {}), **value}
+            collected.update(value)
+            value = collected
         elif name is None:
             if index >= len(by_position):
                 takes = f"takes {', '.join(by_position)}" if fields else "takes no arguments"

@@ -19,8 +19,10 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from typing_extensions import override
 
+from weighting.saved import not_finite
+
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from weighting.levels import Groups
 
@@ -42,6 +44,11 @@ class Signals:
 
     Only what a built pipeline `needs` has to be given.  Values at invalid tokens are never read.
 
+    A sequence is what `sequence_ids` tell.  Without them it is a row of [B, L], whatever documents
+    are packed into the row; [T] has no rows, and there a sequence is a document.  So a
+    padding-free batch, whose samples follow each other in [1, T] or [T], needs `sequence_ids`:
+    `weighting.levels.documents(position_ids)` makes them where positions restart.
+
     Attributes:
         loss: Negative log-likelihood, nats.
         valid: True where the label counts; all tokens when None.
@@ -52,8 +59,9 @@ class Signals:
         domain_ids: Index of each token's domain in the names given to `build`.
         segment_ids: Document of each token: from 0, below L in each row of [B, L] (below T
             for [T]); equal ids in one row are one document.
-        sequence_ids: Sequence of each token, for flat [T] input only (below T); rows are the
-            sequences of [B, L], and a flat input without them has one sequence per segment.
+        sequence_ids: Sequence of each token, if it is not the row: from 0, below the number of
+            tokens; equal ids in one row are one sequence, which does not go on in another row.
+            They may begin at 0 in each row, or count on from row to row.
         columns: Columns of the dataset, by name.
     """
 
@@ -272,6 +280,20 @@ class Stage(BaseModel):
         """Return what it remembers before the first batch: named tensors, none by default."""
         del domains
         return {}
+
+    def problems_with_state(
+        self, state: Mapping[str, Tensor], domains: tuple[str, ...]
+    ) -> Iterator[tuple[str, str]]:
+        """Yield (key, what it must be) for tensors of a saved state that it cannot go on from.
+
+        By default those that are not finite, but where `initial_state` is not either.
+
+        Args:
+            state: All that `initial_state` names, in those shapes; any numbers may be in it.
+            domains: Those of `initial_state`.
+        """
+        start = self.initial_state(domains)
+        yield from not_finite({key: x for key, x in state.items() if start[key].isfinite().all()})
 
     def hear(self, news: Tensor, scope: Scope) -> dict[str, Tensor]:
         """Return the state after news, from `scope.state` before it; the same names.

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cached_property
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -27,11 +30,26 @@ class SpecError(ValueError):
         self.file = place.source if place else ""
         self.line = place.line if place else 0
         self.column = place.column if place else 0
-        super().__init__("\n".join(str(problem) for problem in self.problems))
+        told = [str(problem) for problem in self.problems[:_MOST_TOLD]]
+        if more := len(self.problems) - len(told):
+            told.append(f"and {more:,} more")
+        super().__init__("\n".join(told))
+
+
+_MOST_TOLD = 50
+"""So many problems are written out."""
 
 
 class NonFiniteSignalError(ValueError):
     """A signal was NaN or infinite and the spec says `on_nonfinite: error`."""
+
+
+class OneUnitWarning(UserWarning):
+    """A factor compares units with each other, a batch had one, and all tokens weigh alike."""
+
+
+class LabelError(IndexError, ValueError):
+    """A label is neither in the vocabulary nor ignored."""
 
 
 @dataclass(frozen=True)
@@ -80,17 +98,26 @@ class Source:
     def place(self, start: int, end: int) -> Place:
         """Return the place of `text[start:end]`, cut at the end of its first line."""
         start = min(start, len(self.text))
-        line_start = self.text.rfind("\n", 0, start) + 1
-        line_end = self.text.find("\n", start)
-        line_end = len(self.text) if line_end < 0 else line_end
+        number = bisect_right(self._starts, start)
+        line_start, line = self._starts[number - 1], self._lines[number - 1]
         return Place(
             source=self.name,
-            line=self.text.count("\n", 0, start) + 1,
+            line=number,
             column=start - line_start + 1,
-            width=max(1, min(end, line_end) - start),
-            # Control characters would move the caret or the terminal's cursor.
-            text="".join(c if c.isprintable() else " " for c in self.text[line_start:line_end]),
+            width=max(1, min(end, line_start + len(line)) - start),
+            text=line,
         )
+
+    @cached_property
+    def _lines(self) -> list[str]:
+        """The lines, spaces for what would move the caret or the terminal's cursor."""
+        shown = (c if c.isprintable() or c == "\n" else " " for c in self.text)
+        return "".join(shown).split("\n")
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        """Where each line begins."""
+        return [0, *accumulate(len(line) + 1 for line in self._lines)][:-1]
 
     def problem(self, message: str, span: Span) -> Problem:
         """Return a problem at a span of this text."""
@@ -110,6 +137,16 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if names and len(names) <= 12:  # noqa: PLR2004 - more would bury the message
         return f"; known: {', '.join(names)}"
     return ""
+
+
+def printable(text: str, keep: str = "") -> str:
+    """Return a text with question marks for what would move a cursor or turn text around.
+
+    Args:
+        text: Any text of a user's: a name, a value, a message with such in it.
+        keep: Characters that stay, such as the end of a line.
+    """
+    return "".join(c if c.isprintable() or c in keep else "?" for c in text)
 
 
 def _reading_order(problem: Problem) -> tuple[int, int, str]:

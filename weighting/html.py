@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from html import escape
+import html
 from typing import TYPE_CHECKING
+
+from weighting.errors import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -11,6 +13,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _BARS, _WIDTH, _HEIGHT = 24, 240, 48
+
+
+def escaped(text: str) -> str:
+    """Return a text as HTML shows it, question marks for what would turn it around or not show."""
+    return html.escape(printable(text, keep="\n\t"))
 
 
 def spec_html(name: str, text: str, rows: Sequence[tuple[str, str, str]]) -> str:
@@ -22,8 +29,8 @@ def spec_html(name: str, text: str, rows: Sequence[tuple[str, str, str]]) -> str
         rows: Factor, level of its units, and pipeline.
     """
     return (
-        f"<div><b>{escape(name)}</b>{_table(('factor', 'per', 'pipeline'), rows)}"
-        f"<details><summary>YAML</summary><pre>{escape(text)}</pre></details></div>"
+        f"<div><b>{escaped(name)}</b>{_table(('factor', 'per', 'pipeline'), rows)}"
+        f"<details><summary>YAML</summary><pre>{escaped(text)}</pre></details></div>"
     )
 
 
@@ -45,7 +52,7 @@ def weights_html(token: Tensor, metrics: Mapping[str, Tensor]) -> str:
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     def line(cells: Sequence[str], tag: str) -> str:
-        inside = (f"<{tag} style='text-align:left'>{escape(cell)}</{tag}>" for cell in cells)
+        inside = (f"<{tag} style='text-align:left'>{escaped(cell)}</{tag}>" for cell in cells)
         return f"<tr>{''.join(inside)}</tr>"
 
     return f"<table>{line(head, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"

@@ -94,9 +94,12 @@ def group(
 ) -> Groups | None:
     """Return the groups of a level for signals of shape [B, L] or [T]; None for tokens.
 
+    Where sequence ids are given, equal ids in one row are one sequence.  Without them a row is one
+    sequence, and so is a document of [T], which has no rows.
+
     Raises:
-        ValueError: The ids this level needs are missing or out of range.  The range is looked at
-            on CPU in eager mode only, where it costs no synchronisation.
+        ValueError: The ids this level needs are missing, of another shape or out of range.  The
+            range is looked at on CPU in eager mode only, where it costs no synchronisation.
     """
     is_flat = signals.loss.dim() == 1
     rows, length = (1, signals.loss.numel()) if is_flat else signals.loss.shape
@@ -106,27 +109,41 @@ def group(
         ids = _ids(signals.domain_ids, signals.valid, "domain_ids", num_domains)
         return Groups(level, ids, num_domains, 0, collectives)
     parts = collectives.parts
-    if level == "sequence" and not is_flat:
+    by_id = level == "sequence" and signals.sequence_ids is not None
+    if level == "sequence" and not (is_flat or by_id):
         row_ids = torch.arange(rows, device=signals.loss.device).repeat_interleave(length)
         return Groups(level, row_ids, rows, length, parts)
     length *= parts.size  # ids count along the whole row, of which this rank may hold a part
+    if level == "sequence" and not by_id and signals.segment_ids is None:
+        msg = (
+            "flat tokens have no rows, and this spec weighs sequences; give "
+            "Signals(sequence_ids=...), or segment_ids if every document is a sequence"
+        )
+        raise ValueError(msg)
     given, name = signals.segment_ids, "segment_ids"
-    if level == "sequence" and signals.sequence_ids is not None:
+    if by_id:
         given, name = signals.sequence_ids, "sequence_ids"
-    ids = _ids(given, signals.valid, name, length)
+    if given is not None and given.shape != signals.loss.shape:
+        shapes = [*given.shape], [*signals.loss.shape]
+        msg = f"{name} has shape {shapes[0]}, the loss {shapes[1]}; they must agree"
+        raise ValueError(msg)
+    ids = _ids(given, signals.valid, name, rows * length if by_id else length)
+    if by_id:  # they may count on from row to row; modulo the length they differ within a row
+        _check_span(ids, signals.valid, rows, length)
+        ids = ids % length
     rows_of = torch.arange(rows, device=ids.device).repeat_interleave(ids.numel() // rows)
     return Groups(level, ids + rows_of * length, rows * length, 0, parts)
 
 
 def documents(positions: Tensor) -> Tensor:
-    """Return the document of each token, from 0 in each row, given positions [B, L].
+    """Return the document of each token, from 0 in each row, given positions [B, L] or [T].
 
     A document begins where the position is 0; a row may begin in the middle of one.
     """
     starts = positions == 0
     # The first token opens document 0 whatever its position.
-    starts = torch.cat([torch.zeros_like(starts[:, :1]), starts[:, 1:]], dim=1)
-    return starts.cumsum(1)
+    starts = torch.cat([torch.zeros_like(starts[..., :1]), starts[..., 1:]], dim=-1)
+    return starts.cumsum(-1)
 
 
 def _ids(ids: Tensor | None, valid: Tensor | None, name: str, size: int) -> Tensor:
@@ -137,9 +154,32 @@ def _ids(ids: Tensor | None, valid: Tensor | None, name: str, size: int) -> Tens
     ids = ids.reshape(-1).long()
     if valid is not None:
         ids = torch.where(valid.reshape(-1).bool(), ids, 0)
-    if not torch.compiler.is_compiling() and ids.device.type == "cpu" and ids.numel():
+    if _may_look_at(ids):
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= size:
             msg = f"{name} must run from 0 to {size - 1}; found {low} to {high}"
             raise ValueError(msg)
     return ids
+
+
+def _check_span(ids: Tensor, valid: Tensor | None, rows: int, length: int) -> None:
+    """Raise where ids of a row are so far apart that two of them may share a slot."""
+    if rows == 1 or not _may_look_at(ids) or int(ids.max()) < length:
+        return
+    ids = ids.view(rows, -1)
+    counts = torch.ones_like(ids) if valid is None else valid.view(rows, -1)
+    high = torch.where(counts.bool(), ids, 0).amax(1)
+    low = torch.where(counts.bool(), ids, high[:, None]).amin(1)
+    row = int((high - low).argmax())
+    if high[row] - low[row] >= length:
+        msg = (
+            f"sequence_ids of row {row} run from {int(low[row])} to {int(high[row])}, and a row of "
+            f"{length} tokens has at most {length} sequences; number those of each row one after "
+            "the other, from 0 in each row or on from row to row"
+        )
+        raise ValueError(msg)
+
+
+def _may_look_at(x: Tensor) -> bool:
+    """Tell whether looking at values waits for no device and breaks no graph."""
+    return not torch.compiler.is_compiling() and x.device.type == "cpu" and x.numel() > 0

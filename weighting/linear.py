@@ -16,20 +16,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the usual name
 from torch import Tensor
 from typing_extensions import override
 
-from weighting.logits import IGNORE_INDEX, Slice, gradient_, statistics
+from weighting.build import Weights
+from weighting.logits import IGNORE_INDEX, Slice, check_labels, gradient_, statistics
 from weighting.losses import signals_of, weighted_cross_entropy, weighted_sum
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from weighting.build import Weighting, Weights
+    from weighting.build import Weighting
 
 Memory = Literal["auto", "late", "keep", "recompute", "full"]
 CHUNKS = 8
@@ -50,6 +51,7 @@ def linear_weighted_cross_entropy(
     columns: Mapping[str, Tensor] | None = None,
     memory: Memory = "auto",
     chunks: int = CHUNKS,
+    sequence_ids: Tensor | None = None,
 ) -> tuple[Tensor, Weights]:
     """Return the weighted mean cross entropy of a batch from hidden states, and the weights.
 
@@ -72,6 +74,9 @@ def linear_weighted_cross_entropy(
         columns: Dataset columns for each token, by name.
         memory: How weights that come late are met; see `path_of`.
         chunks: Into how many chunks the batch is cut; more take less memory.
+        sequence_ids: Sequence of each token: equal ids in one row are one, counted from 0 in each
+            row or on from row to row.  None: each row of [B, L] is a sequence, and in [T] each
+            document.  A padding-free batch needs them, see `Signals`.
 
     Returns:
         The loss, nats; and the weights, of which `fn.check(weights)` says now and then whether a
@@ -80,6 +85,8 @@ def linear_weighted_cross_entropy(
     Raises:
         ValueError: Shapes differ, a signal the spec needs is missing, or `memory` cannot serve
             the spec or the dtype.
+        IndexError: A label is outside the vocabulary.  On CUDA, and in compiled code, an assertion
+            for which nothing waits says so.
     """
     if hidden.shape[:-1] != labels.shape or hidden.shape[-1] != weight.shape[-1]:
         msg = (
@@ -87,7 +94,8 @@ def linear_weighted_cross_entropy(
             "not belong together; give [B, L, D], [V, D] and [B, L]"
         )
         raise ValueError(msg)
-    given = {"domain_ids": domain_ids, "segment_ids": segment_ids, "ref_loss": ref_loss}
+    given = {"domain_ids": domain_ids, "segment_ids": segment_ids, "sequence_ids": sequence_ids}
+    given["ref_loss"] = ref_loss
     if memory == "full":
         logits = F.linear(hidden, weight, bias)
         return weighted_cross_entropy(logits, labels, fn, step=step, columns=columns, **given)
@@ -101,28 +109,42 @@ def linear_weighted_cross_entropy(
             "or memory='full'"
         )
         raise ValueError(msg)
+    check_labels(labels, len(weight))
+    labels = labels.long()
     columns = {f"columns.{name}": value for name, value in (columns or {}).items()}
     given = {"valid": labels != IGNORE_INDEX, **given, **columns}
     known = {name: value for name, value in given.items() if value is not None}
-    outcome: list[Weights] = []
 
-    def weigh(found: dict[str, Tensor]) -> Tensor:
-        outcome.append(fn(signals_of({**found, **known}), step))
-        return outcome[-1].token
+    def weigh(found: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        out = fn(signals_of({**found, **known}), step)
+        units = (out.compared[name] for name in fn.compares)
+        return out.token, out.moments, *out.factors.values(), *units
 
     def local(found: dict[str, Tensor]) -> Tensor:
         return fn.local_part(signals_of(found), step)
 
+    sizes = Sizes.of(labels, weight)
+    if sequence_ids is not None:  # a row may hold several sequences, each with a weight of its own
+        sizes = sizes._replace(rows=0)
     batch = Batch(
         labels,
         Head(weight, bias),
-        path_of(fn, Sizes.of(labels, weight), memory, chunks=chunks),
+        path_of(fn, sizes, memory, chunks=chunks),
         fn.needs,
         local,
         known,
         1 / known["valid"].sum().clamp(min=1),
     )
-    return late_bound(hidden, batch, weigh), outcome[-1]
+    loss, (token, moments, *rest) = late_bound(hidden, batch, weigh)
+    factors, units = rest[: len(fn.plans)], rest[len(fn.plans) :]
+    out = Weights(
+        token,
+        dict(zip(fn.plans, factors, strict=True)),
+        moments,
+        dict(zip(fn.compares, units, strict=True)),
+    )
+    fn.warn_of_one_unit(out, rows_are_sequences=sequence_ids is None)
+    return loss, out
 
 
 class Head(NamedTuple):
@@ -144,7 +166,7 @@ class Sizes(NamedTuple):
 
     Attributes:
         tokens: Tokens of the batch.
-        rows: Sequences of the batch, if each is a row; 0 for flat tokens.
+        rows: Sequences of the batch, if each is a row; 0 where ids tell them.
         vocabulary: Rows of the weight.
         width: Columns of the weight.
         itemsize: Bytes of an element of the weight.
@@ -282,8 +304,9 @@ class Gradients(NamedTuple):
     bias: Tensor | None
 
 
-Weigh = Callable[[dict[str, Tensor]], Tensor]
-"""From signals by name, each in the shape of the labels, to token weights."""
+Weigh = Callable[[dict[str, Tensor]], tuple[Tensor, ...]]
+"""From signals by name, each in the shape of the labels, to token weights and what else to hand
+on."""
 
 
 def late_bound(
@@ -292,7 +315,7 @@ def late_bound(
     weigh: Weigh,
     *,
     note: Callable[[dict[str, Tensor]], None] | None = None,
-) -> Tensor:
+) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Return sum(weight * nll) * scale, differentiable in hidden states, weight and bias.
 
     Args:
@@ -301,8 +324,13 @@ def late_bound(
         weigh: Gives the weights.
         note: If given, weights are not yet to be had in the forward pass: `note` then gets the
             signals, 0 is returned, and `weigh` is called in the backward pass.
+
+    Returns:
+        The sum, 0-D; and what `weigh` gave, if it was called, without gradient.
     """
-    return _LateBound.apply(hidden, batch.head.weight, batch.head.bias, batch, weigh, note)
+    head = batch.head
+    loss, *given = _LateBound.apply(hidden, head.weight, head.bias, batch, weigh, note)
+    return loss, tuple(given)
 
 
 class _LateBound(torch.autograd.Function):
@@ -319,17 +347,20 @@ class _LateBound(torch.autograd.Function):
         batch: Batch,
         weigh: Weigh,
         note: Callable[[dict[str, Tensor]], None] | None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, ...]:
         of_hidden, of_weight, of_bias = ctx.needs_input_grad[:3]
         found, finish = begin(batch, hidden, wants=(of_hidden, of_weight or of_bias))
         ctx.shape, ctx.gradients = hidden.shape, None
         if note is None:
-            loss, gradients = finish(weigh(found))
+            given = weigh(found)
+            # Compiled code knows only what the function returns of what was made in it.
+            ctx.mark_non_differentiable(*given)
+            loss, gradients = finish(given[0])
             ctx.gradients = lambda: gradients
-            return loss
+            return loss, *given
         note(found)
-        ctx.gradients = lambda: finish(weigh(found))[1]
-        return torch.zeros_like(batch.scale)
+        ctx.gradients = lambda: finish(weigh(found)[0])[1]
+        return (torch.zeros_like(batch.scale),)
 
     @staticmethod
     @override
@@ -372,21 +403,23 @@ def _late(
     batch: Batch, hidden: Tensor, wants: tuple[bool, bool]
 ) -> tuple[dict[str, Tensor], Finish]:
     """Go once: gradients under the local part of the weights, per late unit."""
-    head, units = batch.head, batch.path.units
-    sums = _Sums(head, hidden, wants, units)
+    units = batch.path.units
+    sums = _Sums(batch.head, hidden, wants, units)
     signals: list[dict[str, Tensor]] = []
     parts: list[Tensor] = []
-    room = _room(head, hidden, batch.path.chunk)
+    compiling = torch.compiler.is_compiling()
+    room = None if compiling else _room(batch.head, hidden, batch.path.chunk)
     for unit, span in _spans(len(hidden), units, batch.path.chunk):
-        rows, labels = hidden[span], batch.labels[span]
-        logits = head.logits(rows, out=room[: len(rows)])
-        found = statistics(logits, labels, batch.needs, head.cut)
         known = {name: value[span] for name, value in batch.known.items()}
-        lse = found.pop("lse")
-        part = batch.local({**found, **known})
-        part = torch.where(found["loss"].isfinite(), part, 0)
-        gradient_(logits, labels, lse, part, head.cut)
-        sums.add(logits, span, unit)
+        rows, labels = hidden[span], batch.labels[span]
+        if room is None:
+            # A copy, as what is compiled once for all chunks must not share memory with others.
+            known = {name: value.clone() for name, value in known.items()}
+            given = rows.clone(), labels.clone(), known, None
+            found, part, d_logits = _compiled_chunk(batch, *given)
+        else:
+            found, part, d_logits = _chunk(batch, rows, labels, known, room[: len(rows)])
+        sums.add(d_logits, span, unit)
         signals.append(found)
         parts.append(part)
     found, part = _joined(signals), torch.cat(parts)
@@ -399,6 +432,23 @@ def _late(
         return weighted_sum(found["loss"], token), sums.scaled(late)
 
     return found, finish
+
+
+def _chunk(
+    batch: Batch, rows: Tensor, labels: Tensor, known: dict[str, Tensor], room: Tensor | None
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Return a chunk's signals, the local part of its weights, and its logits' gradient by that."""
+    head = batch.head
+    logits = head.logits(rows, out=room)
+    found = statistics(logits, labels, batch.needs, head.cut)
+    lse = found.pop("lse")
+    part = batch.local({**found, **known})
+    part = torch.where(found["loss"].isfinite(), part, 0)
+    return found, part, gradient_(logits, labels, lse, part, head.cut)
+
+
+_compiled_chunk = cast("Any", torch.compiler.nested_compile_region(_chunk))
+"""For compiled callers: one graph for chunks of a size, where unrolled ones take a minute."""
 
 
 def _twice(
@@ -527,7 +577,9 @@ def _fold_(of_units: list[Tensor], late: Tensor) -> None:
     if len(of_units) == 1:
         _times_(of_units[0], late)
         return
-    size = -(-len(of_units[0]) // _FOLDS)
+    # Compiled code makes no such pieces in memory: there the loop would be unrolled for nothing.
+    folds = 1 if torch.compiler.is_compiling() else _FOLDS
+    size = -(-len(of_units[0]) // folds)
     for first, *others in zip(*(x.split(size) for x in of_units), strict=True):
         total = first.float() * late[0]
         for other, factor in zip(others, late[1:], strict=True):

@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from weighting.errors import LabelError
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -42,10 +44,61 @@ class Slice:
     Attributes:
         start: The first label it holds.
         ranks: Reaches the other parts.
+        size: Labels of the whole vocabulary; None if that is not known, and then not checked.
     """
 
     start: int
     ranks: Collectives
+    size: int | None = None
+
+
+def check_labels(labels: Tensor, vocabulary: int) -> None:
+    """Refuse labels that are neither in the vocabulary nor -100.
+
+    On CPU in eager mode at once.  On CUDA, and in compiled code, by an assertion in the stream of
+    operations, for which nothing waits; on other devices torch has no such assertion.
+
+    Args:
+        labels: Integers of any shape.
+        vocabulary: Labels run from 0 to one less.
+
+    Raises:
+        LabelError: Says which label, where, and what labels may be.
+        ValueError: They are not integers.
+    """
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        msg = f"labels are {labels.dtype}; give integers, from 0 to {vocabulary - 1}"
+        raise ValueError(msg)
+    if labels.device.type not in {"cpu", "cuda", "meta"}:
+        return
+    right = ((labels >= 0) & (labels < vocabulary)) | (labels == IGNORE_INDEX)
+    if torch.compiler.is_compiling() or labels.device.type != "cpu":
+        torch._assert_async(right.all(), _OUTSIDE)  # noqa: SLF001 - its name in torch's own docs
+        return
+    try:
+        torch._assert_async(right.all(), _OUTSIDE)  # noqa: SLF001 - here it raises at once
+    except RuntimeError:
+        raise LabelError(_about(labels, right, vocabulary)) from None
+
+
+_OUTSIDE = (
+    "a label is outside the vocabulary: labels run from 0 to one less than its size, and -100 is "
+    "ignored"
+)
+
+
+def _about(labels: Tensor, right: Tensor, vocabulary: int) -> str:
+    """Say which label is wrong, where it stands, and what it should be."""
+    place = (~right).nonzero()[0].tolist()
+    label, others = int(labels[tuple(place)]), int((~right).sum()) - 1
+    also = f", and {others} more are" if others else ""
+    hint = "give the model and its data the same tokenizer"
+    if label < 0:
+        hint = f"write {IGNORE_INDEX} for labels to ignore"
+    return (
+        f"label {label} at {place} is outside the vocabulary of {vocabulary}{also}; labels run "
+        f"from 0 to {vocabulary - 1}, and {IGNORE_INDEX} is ignored: {hint}"
+    )
 
 
 @torch.no_grad()

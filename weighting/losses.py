@@ -9,7 +9,7 @@ import torch.nn.functional as F  # noqa: N812 - the usual name
 from torch import Tensor
 
 from weighting.contract import Signals
-from weighting.logits import IGNORE_INDEX, TOPK, statistics
+from weighting.logits import IGNORE_INDEX, TOPK, check_labels, statistics
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -27,6 +27,7 @@ def weighted_cross_entropy(
     segment_ids: Tensor | None = None,
     ref_loss: Tensor | None = None,
     columns: Mapping[str, Tensor] | None = None,
+    sequence_ids: Tensor | None = None,
 ) -> tuple[Tensor, Weights]:
     """Return the weighted mean cross entropy of a batch, and the weights.
 
@@ -43,6 +44,9 @@ def weighted_cross_entropy(
         segment_ids: Document of each token, from 0 in each row.
         ref_loss: Loss of a reference model for each token, nats.
         columns: Dataset columns for each token, by name.
+        sequence_ids: Sequence of each token: equal ids in one row are one, counted from 0 in each
+            row or on from row to row.  None: each row of [B, L] is a sequence, and in [T] each
+            document.  A padding-free batch needs them, see `Signals`.
 
     Returns:
         The loss, nats, 0 for a batch without valid labels; and the weights.  Call
@@ -51,18 +55,23 @@ def weighted_cross_entropy(
 
     Raises:
         ValueError: Shapes differ, or a signal the spec needs is missing.
+        IndexError: A label is outside the vocabulary.  On CUDA, and in compiled code, an assertion
+            for which nothing waits says so.
     """
     if logits.shape[:-1] != labels.shape:
         msg = f"logits {[*logits.shape]} and labels {[*labels.shape]} do not belong together"
         raise ValueError(msg)
+    check_labels(labels, logits.shape[-1])
+    labels = labels.long()
     valid = labels != IGNORE_INDEX
     count = valid.sum().clamp(min=1)
     nll = token_loss(logits, labels)
     found = {"loss": nll.detach(), **signals_from(logits, labels, fn.needs)}
-    ids = {"valid": valid, "domain_ids": domain_ids, "segment_ids": segment_ids}
+    ids = {"domain_ids": domain_ids, "segment_ids": segment_ids, "sequence_ids": sequence_ids}
     given = {f"columns.{name}": value for name, value in (columns or {}).items()}
-    signals = signals_of({**found, **ids, **given, "ref_loss": ref_loss})
+    signals = signals_of({**found, "valid": valid, **ids, **given, "ref_loss": ref_loss})
     out = fn(signals, step)
+    fn.warn_of_one_unit(out, rows_are_sequences=sequence_ids is None)
     if fn.identity:
         flat = logits.flatten(0, -2).float()
         total = F.cross_entropy(flat, labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")

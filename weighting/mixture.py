@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from weighting.build import applied, order_problems
-from weighting.errors import Problem, SpecError
+from weighting.errors import Problem, SpecError, printable
 from weighting.spec import Spec, dumps
 from weighting.stages import MeanOne, Table
 
@@ -81,10 +81,6 @@ def mixture_text(
     spec = Spec(name=name, apply="sampling", factors={"pipeline": (table, MeanOne())})
     notes = [f"{key}: {value}" for key, value in provenance.items()]
     comments = [title, "", "  weighting train specs/linupper.yaml --mixture FILE", "", *notes]
-    lines = [f"# {_plain(line)}".rstrip() for text in comments for line in text.split("\n")]
+    # What is not printable would end a comment, or is what YAML forbids in one.
+    lines = [f"# {printable(line)}".rstrip() for text in comments for line in text.split("\n")]
     return "\n".join([*lines, dumps(spec, "yaml")])
-
-
-def _plain(line: str) -> str:
-    """Return a line without what would end a comment, or what YAML forbids in one."""
-    return "".join(x if x.isprintable() else " " for x in line)

@@ -134,15 +134,16 @@ def recorded(text: str, columns: Collection[str] = ()) -> Recorded:
     """
     wanted = [*dict.fromkeys(["loss", "step", *columns])]
     path = Path(text)
-    if path.suffix not in SUFFIXES and _is_number(text.partition(",")[0]):
+    kind = path.suffix.lower()
+    if kind not in SUFFIXES and _is_number(text.partition(",")[0]):
         found = _written(text)
     elif not os.path.isfile(text):  # noqa: PTH113 - Path.is_file raises on a name that is too long
         what = "is a directory" if os.path.isdir(text) else "no such file"  # noqa: PTH112
         msg = f'{text}: {what}; give a .jsonl or .parquet file, or numbers such as "1,2,3,5"'
         raise ValueError(msg)
-    elif path.suffix == ".jsonl":
+    elif kind == ".jsonl":
         found = _lines(path, text, wanted)
-    elif path.suffix == ".parquet":
+    elif kind == ".parquet":
         found = _rows(path, text, wanted)
     else:
         suffix = path.suffix or "it, a name without suffix"
@@ -234,11 +235,11 @@ def _rows(path: Path, name: str, wanted: list[str]) -> Recorded:
         # A run's own record says "columns.x" for a column x.
         has = {name.removeprefix("columns."): name for name in file.schema_arrow.names}
         table = file.read([has[column] for column in wanted if column in has])
-    except (pa.ArrowException, OSError) as error:
+        columns = {column: table[has[column]].to_pylist() for column in wanted if column in has}
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         reason = str(error).partition("\n")[0].partition(". ")[0]
         msg = f"{name}: cannot be read as parquet ({reason}); write it anew"
         raise ValueError(msg) from None
-    columns = {column: table[has[column]].to_pylist() for column in wanted if column in has}
     places = [f"{name}: row {row}" for row in range(1, file.metadata.num_rows + 1)]
     return Recorded(name, tuple(has), columns, places)
 

@@ -14,6 +14,8 @@ import unicodedata
 from html import escape
 from typing import TYPE_CHECKING, NamedTuple
 
+from weighting.html import escaped
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
@@ -120,15 +122,15 @@ def page(shaded: Shaded) -> str:
         f"<span class='{_class(level)}'>{_bound(level, r)}</span>"
         for level in range(-_SHADES, _SHADES + 1)
     )
-    facts = "".join(f"<p>{escape(fact)}</p>" for fact in shaded.facts)
+    facts = "".join(f"<p>{escaped(fact)}</p>" for fact in shaded.facts)
     sections = "".join(_section(shaded, index, r) for index in range(len(shaded.specs)))
     return (
         "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
         "<meta http-equiv='Content-Security-Policy' "
         "content=\"default-src 'none'; style-src 'unsafe-inline'\">"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-        f"<title>{escape(shaded.title)}</title><style>{_style()}</style></head>\n"
-        f"<body><h1>{escape(shaded.title)}</h1>\n{facts}\n"
+        f"<title>{escaped(shaded.title)}</title><style>{_style()}</style></head>\n"
+        f"<body><h1>{escaped(shaded.title)}</h1>\n{facts}\n"
         f"<div class='legend'><b>weight</b> {swatches}</div>\n"
         "<p>Hold the pointer over a token for its loss, entropy and weights. "
         "A bar marks where a window begins; in print, weights above one are underlined.</p>\n"
@@ -243,10 +245,10 @@ def _columns(text: str) -> int:
 def _section(shaded: Shaded, index: int, r: float) -> str:
     """Return one spec's view of the text."""
     spec = shaded.specs[index]
-    notes = "".join(f"<p>{escape(note)}</p>" for note in (_summary(shaded, index), *spec.notes))
+    notes = "".join(f"<p>{escaped(note)}</p>" for note in (_summary(shaded, index), *spec.notes))
     names = [each.name for each in shaded.specs]
     return (
-        f"<section><h2>{escape(spec.name)}</h2>{notes}\n"
+        f"<section><h2>{escaped(spec.name)}</h2>{notes}\n"
         f"<div class='text' dir='auto'>{''.join(_spans(shaded.tokens, names, index, r))}</div>"
         "</section>\n"
     )

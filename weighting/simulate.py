@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from weighting.build import Weighting, Weights, build, numbers
+from weighting.build import MOMENTS, Weighting, Weights, build, numbers, raise_if_nonfinite
 from weighting.losses import signals_of
 from weighting.schedules import Constant, Piecewise, Schedule, ShareOfN, Step
 from weighting.spec import Spec, resolve
@@ -133,7 +133,7 @@ def simulate_units(
         tensors["domain_ids"] = torch.tensor([index[name] for name in domain]).reshape(shape)
     tensors["segment_ids"] = torch.zeros_like(like, dtype=torch.long)  # one document
     out = fn(signals_of(tensors), step)
-    fn.check(out)
+    raise_if_nonfinite(spec, int(out.moments[-1, MOMENTS.index("nonfinite")]))
     return Simulated(fn, out)
 
 

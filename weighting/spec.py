@@ -27,6 +27,9 @@ Apply = Literal["loss", "sampling", "both"]
 
 SINGLE = "pipeline"
 """The name of the only factor of a spec written with `pipeline:`."""
+MAX_FACTORS = 100
+"""Of a spec."""
+_TOO_MANY = f"a spec has at most {MAX_FACTORS} factors, and this one more; leave some out"
 
 
 class _Marks:
@@ -84,6 +87,12 @@ class Spec(BaseModel):
         if empty:
             msg = f"factor {empty[0]!r} has no stage; write uniform for plain training"
             raise ValueError(msg)
+        if len(self.factors) > MAX_FACTORS:
+            raise ValueError(_TOO_MANY)
+        for name, pipeline in self.factors.items():
+            if len(pipeline) > arrow.MAX_STAGES:
+                msg = f"factor {name!r}: {arrow.TOO_MANY}"
+                raise ValueError(msg)
         if isinstance(self.apply, dict) and (unknown := sorted({*self.apply} - {*self.factors})):
             msg = f"apply names no factor {unknown[0]!r}{nearest(unknown[0], self.factors)}"
             raise ValueError(msg)
@@ -405,11 +414,14 @@ def _plugins(
 
 
 def _import_plugin(name: str) -> None:
-    """Import a module, from the working directory too, as `python -m` would."""
+    """Import a module, from the working directory too.
+
+    That is searched last: a file there may be called like a module of an installed package.
+    """
     here = str(Path.cwd())
     added = here not in sys.path and "" not in sys.path
     if added:
-        sys.path.insert(0, here)
+        sys.path.append(here)
     try:
         importlib.import_module(name)
     finally:
@@ -434,6 +446,10 @@ def _pipelines(
         if not isinstance(node, Map) or not node.entries:
             message = "factors: is a map from a name to its pipeline"
             problems.append(source.problem(message, node.span))
+            return found
+        if len(node.entries) > MAX_FACTORS:
+            place = node.entries[MAX_FACTORS][0].span
+            problems.append(source.problem(_TOO_MANY, place))
             return found
         for key, value in node.entries:
             if re.fullmatch(r"[^\W\d][\w-]*", key.text):

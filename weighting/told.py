@@ -9,8 +9,11 @@ import torch
 from typing_extensions import override
 
 from weighting.contract import Form, Scope, Signals, Source
+from weighting.saved import not_shares
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
     from torch import Tensor
 
 
@@ -27,6 +30,14 @@ class Told(Source):
         """Return log weights."""
         count = max(len(domains), 1)
         return {"log_weights": torch.full((count,), -math.log(count))}
+
+    @override
+    def problems_with_state(
+        self, state: Mapping[str, Tensor], domains: tuple[str, ...]
+    ) -> Iterator[tuple[str, str]]:
+        """Demand weights that sum to one."""
+        yield from super().problems_with_state(state, domains)
+        yield from not_shares(state, "log_weights", logs=True)
 
     @override
     def advance(self, signals: Signals, scope: Scope) -> dict[str, Tensor]:

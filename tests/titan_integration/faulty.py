@@ -39,13 +39,14 @@ class Run:
         ranks: How many.
         flags: Of torchtitan, after those above.
         first: What each rank calls before it trains; can be pickled.
+        meet: Of several nodes, how many and where they meet: `nodes` and `meeting` of `start`.
     """
 
-    def __init__(self, log, ranks, *flags, first=None):
+    def __init__(self, log, ranks, *flags, first=None, **meet):
         self.log = log
         self.log.unlink(missing_ok=True)
         command = ["-m", "torchtitan.train", *FLAGS, *map(str, flags)]
-        self.agent = start(ranks, command, (log, log), environment(), first)
+        self.agent = start(ranks, command, (log, log), environment(), first, **meet)
 
     def ended(self, patience):
         """Wait until it has ended; return its status and what was said."""

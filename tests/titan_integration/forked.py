@@ -32,6 +32,9 @@ def start(
     files: tuple[Path, Path],
     environment: Mapping[str, str],
     first: Callable[[], None] | None = None,
+    *,
+    nodes: int = 1,
+    meeting: str = "localhost:0",
 ) -> ForkServerProcess:
     """Start a command line of torchrun, and return its agent, the first of a process group.
 
@@ -43,14 +46,16 @@ def start(
         files: Where what they say goes, and their errors; may be one file.
         environment: The agent's, and theirs.
         first: What each rank calls before; can be pickled.
+        nodes: How many agents there will be, each started by a call of its own.
+        meeting: Where they meet, a host and a port.
     """
-    given = (ranks, [*command], files, {**environment}, Path.cwd(), first)
+    given = (ranks, [*command], files, {**environment}, Path.cwd(), first, nodes, meeting)
     agent = FORKS.Process(target=_be_agent, args=given)
     agent.start()
     return agent
 
 
-def _be_agent(ranks, command, files, environment, cwd, first):
+def _be_agent(ranks, command, files, environment, cwd, first, nodes, meeting):
     os.setsid()
     os.chdir(cwd)
     os.environ.clear()
@@ -58,12 +63,12 @@ def _be_agent(ranks, command, files, environment, cwd, first):
     for number, path in enumerate(files, 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
+        min_nodes=nodes,
+        max_nodes=nodes,
         nproc_per_node=ranks,
-        run_id=str(os.getpid()),
+        run_id=str(os.getpid()) if nodes == 1 else meeting,
         rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
+        rdzv_endpoint=meeting,
         start_method="fork",
         max_restarts=0,
         monitor_interval=0.1,

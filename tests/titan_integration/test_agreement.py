@@ -41,9 +41,9 @@ def test_ranks_of_every_spec_agree(case):
     assert on_two(part) == ["agreed"] * 2
 
 
-@pytest.mark.parametrize("what", ["spec", "step", "state"])
+@pytest.mark.parametrize("what", ["spec", "step", "state", "data set"])
 def test_what_differs_is_named_on_every_rank(what):
-    """Another spec on one rank, a step it is ahead, or a state that was not restored."""
+    """Another spec on one rank, a step it is ahead, a state that was not restored, other data."""
 
     def part(rank, ranks):
         odd = rank == 1
@@ -54,7 +54,8 @@ def test_what_differs_is_named_on_every_rank(what):
         if odd and what == "state":
             name, value = next((n, x) for n, x in fn.state_dict().items() if x.is_floating_point())
             fn.load_state_dict({name: value + 1}, strict=False)
-        check_agreement(fn, torch.tensor(7 + (odd and what == "step")), ranks)
+        step = torch.tensor(7 + (odd and what == "step"))
+        check_agreement(fn, step, ranks, data="half" if odd and what == "data set" else "whole")
 
     told = on_two(part)
     assert all(f"another {what}" in message for message in told), told

@@ -1,17 +1,22 @@
 """Configs: every stock Llama gets a weighting and nothing else; what cannot be right is refused."""
 
 import dataclasses
+import importlib
+import inspect
+from pathlib import Path
 
 import pytest
+import torchtitan
 from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss, MSELoss
+from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.models.llama3 import config_registry as stock
 from torchtitan.trainer import Trainer
 
 import weighting as wt
-from titan_integration import config_registry, with_weighting
+from titan_integration import config_registry, cpu, with_weighting
 from titan_integration.loss import WeightedChunkedLoss, WeightedCrossEntropyLoss
 from titan_integration.metrics import WeightedMetricsProcessor
-from titan_integration.preflight import read_spec, refuse_unsupported
+from titan_integration.preflight import read_spec, refuse_tokenizer, refuse_unsupported
 from titan_integration.resume import ResumingCheckpointManager
 from titan_integration.trainer import WeightedTrainer, WeightingConfig
 from titan_integration.validate import DomainValidator
@@ -71,6 +76,131 @@ def test_a_loss_keeps_its_settings():
     assert (weighted.num_chunks, weighted.loss_fn.global_vocab_size) == (3, 77)
 
 
+def shipped_configs():
+    """Return every config that torchtitan's own functions return on this machine, by name."""
+    found = {}
+    root = Path(torchtitan.__file__).parent
+    for file in sorted(root.rglob("config_registry.py")):
+        parts = ("torchtitan", *file.relative_to(root).with_suffix("").parts)
+        if "rl" in parts:  # needs vLLM, and importing it changes the environment
+            continue
+        module_name = ".".join(parts)
+        try:
+            module = importlib.import_module(module_name)
+        except ImportError:  # a package that is not installed here
+            continue
+        for name, function in inspect.getmembers(module, inspect.isfunction):
+            parameters = inspect.signature(function).parameters.values()
+            if function.__module__ != module_name or any(p.default is p.empty for p in parameters):
+                continue
+            try:
+                found[f"{parts[-2]}.{name}"] = function()
+            except (ImportError, ValueError):  # takes a package or a GPU that is not here
+                continue
+    return found
+
+
+def test_a_shipped_config_is_weighted_or_refused_by_name(monkeypatch):
+    """Configs of the host's Trainer keep their settings; those of other trainers are refused."""
+    monkeypatch.setattr(cpu, "use_cpu", lambda: False)  # what a CPU cannot do is tested elsewhere
+    taken, refused = [], []
+    for name, config in shipped_configs().items():
+        if type(config) is Trainer.Config:
+            if not isinstance(config.loss, ChunkedLossWrapper.Config | CrossEntropyLoss.Config):
+                continue
+            weighted = with_weighting(config)
+            assert type(weighted) is WeightedTrainer.Config
+            for field in dataclasses.fields(Trainer.Config):
+                if field.name not in REPLACED:
+                    assert getattr(weighted, field.name) == getattr(config, field.name), name
+            taken.append(name)
+        else:
+            with pytest.raises(ValueError, match="cannot weight") as error:
+                with_weighting(config)
+            message = str(error.value)
+            assert f"{type(config).__module__}.{type(config).__qualname__}" in message
+            assert f"builds {type(config)._owner.__module__}" in message
+            assert "start from a config of torchtitan.trainer.Trainer" in message
+            refused.append(type(config)._owner.__name__)
+    assert len(taken) >= 20
+    assert {
+        "FaultTolerantTrainer",
+        "FluxTrainer",
+        "GraphTrainer",
+        "HFTransformerTrainer",
+    } <= {*refused}
+
+
+def test_a_config_with_checks_of_its_own_is_refused():
+    """A subclass of the host's config builds the same trainer, but its checks would be lost."""
+
+    @dataclasses.dataclass(kw_only=True, slots=True)
+    class Checked(Trainer.Config):
+        def __post_init__(self):
+            Trainer.Config.__post_init__(self)
+
+    host = stock.llama3_debugmodel()
+    values = {field.name: getattr(host, field.name) for field in dataclasses.fields(host)}
+    with pytest.raises(ValueError, match=r"Checked: it has fields or checks of its own"):
+        with_weighting(Checked(**values))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (stock.llama3_debugmodel, "llama3_debugmodel: it is not a config yet; call the function"),
+        (None, "NoneType: it is no config of a torchtitan trainer"),
+        ({}, "dict: it is no config of a torchtitan trainer"),
+    ],
+)
+def test_what_is_no_config_is_refused(config, message):
+    """A function that was not called, or anything else, is named."""
+    with pytest.raises(ValueError, match="cannot weight") as error:
+        with_weighting(config)
+    assert message in str(error.value)
+
+
+class OwnTrainer(WeightedTrainer):
+    """A trainer of a user's own."""
+
+    @dataclasses.dataclass(kw_only=True, slots=True)
+    class Config(WeightedTrainer.Config):
+        """One more field."""
+
+        answer: int = 42
+
+
+def test_a_trainer_of_ones_own_is_kept():
+    """A subclass of WeightedTrainer stays what it is, with its fields and its weighting."""
+    host = with_weighting(stock.llama3_debugmodel(), "linupper")
+    values = {field.name: getattr(host, field.name) for field in dataclasses.fields(host)}
+    own = OwnTrainer.Config(**values, answer=43)
+    own.weighting.agree_every = 5
+
+    weighted = with_weighting(own, "mile")
+    assert type(weighted) is OwnTrainer.Config
+    assert weighted.answer == 43
+    assert (weighted.weighting.spec, weighted.weighting.agree_every) == ("mile", 5)
+    assert own.weighting.spec == "linupper"
+    assert with_weighting(own).weighting == own.weighting
+
+
+class OwnMetrics(MetricsProcessor):
+    """Metrics of a user's own."""
+
+    @dataclasses.dataclass(kw_only=True, slots=True)
+    class Config(MetricsProcessor.Config):
+        """The same fields."""
+
+
+def test_metrics_of_ones_own_are_refused_unless_they_can_be_weighted():
+    """Else the run would end in an assertion once the model is built."""
+    host = stock.llama3_debugmodel()
+    host.metrics = OwnMetrics.Config()
+    with pytest.raises(ValueError, match=r"OwnMetrics.Config; use MetricsProcessor.Config"):
+        with_weighting(host)
+
+
 def test_another_loss_is_refused():
     """A loss that is not the cross entropy cannot be weighted, and is named."""
     host = stock.llama3_debugmodel()
@@ -95,6 +225,7 @@ def refused(spec, **parallelism):
     memory = parallelism.pop("memory", None)
     config.loss.memory = memory or config.loss.memory
     config.weighting.reference = parallelism.pop("reference", "")
+    config.training.seq_len = parallelism.pop("seq_len", config.training.seq_len)
     for name, value in parallelism.items():
         setattr(config.parallelism, name, value)
     spec = wt.load(spec) if ":" not in spec else wt.loads(f"version: 1\n{spec}\n")
@@ -133,6 +264,17 @@ def test_a_part_of_each_sequence_is_not_enough_for_some():
     assert "load_balancer headtail" in refused("linupper", **balancer)
 
 
+def test_rows_that_context_parallelism_cannot_cut_are_refused():
+    """Each rank takes whole blocks of attention; the next length that does is named."""
+    for spec in ("linupper", "uniform"):
+        message = refused(spec, context_parallel_degree=2, seq_len=128)
+        assert "--training.seq_len 128 cannot be cut over 2 ranks" in message
+        assert "use a multiple of 256, as in --training.seq_len 256" in message
+    assert "multiple of 512" in refused("uniform", context_parallel_degree=4, seq_len=768)
+    assert refused("linupper", context_parallel_degree=2, seq_len=256) is None
+    assert refused("linupper", seq_len=100) is None
+
+
 def test_a_signal_nobody_gives_is_refused(monkeypatch):
     """A spec that reads what the trainer cannot give is refused by the name of the signal."""
 
@@ -167,3 +309,20 @@ def test_ranks_that_would_remember_apart_are_refused():
     with pytest.raises(ValueError, match="every rank remember something else"):
         refuse_unsupported(config, sketch(wt.loads(text.format("running(1)"))))
     refuse_unsupported(config, sketch(wt.loads(text.format("temperature(1)"))))
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused():
+    """Both sizes are told before anything is built; a smaller tokenizer is fine."""
+    config = config_registry.llama3_debugmodel()
+    refuse_tokenizer(config)
+    spec = config.model_spec
+    for size in (4096, 512):
+        model = dataclasses.replace(spec.model, vocab_size=size)
+        config.model_spec = dataclasses.replace(spec, model=model)
+        if size == 4096:
+            refuse_tokenizer(config)
+    with pytest.raises(ValueError, match=r"has 2048 tokens, and the model .* has 512; give the"):
+        refuse_tokenizer(config)
+    config.hf_assets_path = "nowhere"
+    with pytest.raises(ValueError, match="--hf_assets_path nowhere: no tokenizer there"):
+        refuse_tokenizer(config)

@@ -12,12 +12,14 @@ import torch
 pytest.importorskip("torchtitan")
 
 from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block_mask
+from torchtitan.components.lora import LoRAConverter
 from torchtitan.models.common.attention import (
     FlexAttention,
     VarlenAttention,
     get_causal_mask_mod,
     get_efficient_causal_mask_mod_for_packed_document,
 )
+from torchtitan.models.gpt_oss import config_registry as gpt_oss
 from torchtitan.models.llama3 import model_registry
 from torchtitan.models.llama3.config_registry import llama3_debugmodel
 from torchtitan.tools import utils
@@ -184,8 +186,26 @@ def test_prepare_config_refuses_a_window():
     config = llama3_debugmodel()
     windowed = VarlenAttention.Config(window_size=(16, 0))
     config.model_spec.model.layers[3].attention.inner_attention = windowed
-    with pytest.raises(NotImplementedError, match="window_size=\\(16, 0\\)"):
+    with pytest.raises(ValueError, match=r"window_size=\(16, 0\), which only a GPU computes"):
         cpu.prepare_config(config)
+
+
+@pytest.mark.parametrize("name", ["gpt_oss_debugmodel", "gpt_oss_debugmodel_flex", "gpt_oss_20b"])
+def test_attention_with_sinks_is_refused_before_anything_is_built(name):
+    """Sinks rescale what attention returns, in either attention; said with what to do."""
+    config = getattr(gpt_oss, name)()
+    with pytest.raises(ValueError, match=r"gpt_oss.model.Attention.Config has sinks, which only a"):
+        cpu.prepare_config(config)
+
+
+def test_lora_keeps_its_frozen_layers_and_gets_dense_attention():
+    """LoRA freezes by subclasses of configs, which build the same attention."""
+    config = llama3_debugmodel()
+    config.model_spec = model_registry("debugmodel", converters=[LoRAConverter.Config(rank=4)])
+    prepared(config)
+    for layer in config.model_spec.model.layers:
+        assert type(layer.attention.inner_attention) is cpu.DenseDocumentAttention.Config
+        assert "LoRA" in type(layer.attention.wo)._owner.__name__
 
 
 @pytest.mark.parametrize("scale", [None, 0.3])
@@ -235,7 +255,7 @@ def test_layers_share_one_dense_mask():
 def test_what_needs_scores_is_refused(name):
     """Nothing is dropped silently."""
     mask = document_mask([[128], [128]])
-    with pytest.raises(NotImplementedError, match="score_mod and out_transform"):
+    with pytest.raises(ValueError, match="has a score_mod or out_transform, which only a GPU"):
         dense()(*random_inputs(4), attention_masks=mask, **{name: lambda x, *_: x})
 
 

@@ -4,7 +4,9 @@ import functools
 import itertools
 import json
 import logging
+import os
 import random
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -22,6 +24,7 @@ from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
 from titan_integration.data import DomainTextDataLoader, load_documents
 from titan_integration.documents import hub_documents
+from titan_integration.identity import tokenizer_digest
 from titan_integration.packing import NUM_SHARDS
 from titan_integration.records import Columns
 from titan_integration.stdlib_text import DOMAINS, MAX_CHARS, read_stdlib, stdlib_text
@@ -610,7 +613,7 @@ def test_missing_paths(build, files, tmp_path):
     """A path that is not there is met with the names that are near."""
     with pytest.raises(ValueError, match=r"no such file or directory .did you mean a\.jsonl"):
         build(dataset=str(files / "a.json"))
-    with pytest.raises(ValueError, match=r"no \.jsonl, \.json, \.parquet file in this directory"):
+    with pytest.raises(ValueError, match=r"no \.jsonl, .*\.parquet file in this directory"):
         build(dataset=str(tmp_path))
     (tmp_path / "x.csv").write_text("a,b")
     with pytest.raises(ValueError, match=r"cannot read \.csv; use \.jsonl"):
@@ -675,3 +678,190 @@ def test_an_empty_state_changes_nothing(build):
     loader = build()
     loader.load_state_dict({})
     assert torch.equal(rows([loader], 1), rows([build()], 1))
+
+
+# --- changed data ---
+
+
+@pytest.fixture
+def scored(tmp_path):
+    """Return a function that writes 300 scored documents, changed by another function."""
+
+    def write(change=lambda _, record: record, count=300):
+        records = [r | {"ref_loss": i / 8} for i, r in enumerate(make_records(count))]
+        return write_json(tmp_path / "x.jsonl", [change(i, r) for i, r in enumerate(records)])
+
+    return write
+
+
+def unsampled(key, value):
+    """Return a change of five in six records, those that a sample of every fourth may miss."""
+    return lambda i, r: r | ({key: value(r[key])} if i % 12 not in {0, 4} else {})
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (unsampled("text", lambda text: text[::-1]), "texts of documents differ; look at x.jsonl"),
+        (unsampled("ref_loss", lambda x: x + 1), "values of column 'ref_loss' differ; look at x"),
+        (
+            lambda i, r: r | {"domain": "cab"[(i - 1) % 3 if i % 4 in {1, 2} else i % 3]},
+            "domains of documents differ; look at x.jsonl",
+        ),
+    ],
+    ids=["text", "column", "domain"],
+)
+def test_changed_documents_are_refused_on_resume(build, scored, change, told):
+    """Also where a sample of the documents is the same; the message names what and where."""
+    config = {"dataset": str(scored()), "columns": ["ref_loss"]}
+    state = build(**config).state_dict()
+    scored(change)
+    with pytest.raises(ValueError, match=rf"saved for other rows: {told}.*exclude_from_loading"):
+        build(**config).load_state_dict(state)
+
+
+def test_one_changed_number_of_a_token_is_refused(build, tokenizer, tmp_path):
+    """Also where a column has a number for each token."""
+    ids = tokenizer.encode("some text", add_bos=True, add_eos=True)
+    records = [{"text": "some text", "score": [0.5] * (len(ids) - 1)} for _ in range(100)]
+    config = {"dataset": str(write_json(tmp_path / "x.jsonl", records)), "columns": ["score"]}
+    state = build(**config).state_dict()
+    build(**config).load_state_dict(state)
+    records[50]["score"] = [0.5] * (len(ids) - 2) + [0.25]
+    write_json(tmp_path / "x.jsonl", records)
+    with pytest.raises(ValueError, match="values of column 'score' differ"):
+        build(**config).load_state_dict(state)
+
+
+def test_fewer_documents_are_refused_with_their_number(build, scored):
+    """And of a folder the files are named that have changed."""
+    path = scored()
+    write_json(path.with_name("y.jsonl"), make_records(10))
+    config = {"dataset": str(path.parent)}
+    state = build(**config).state_dict()
+    scored(count=150)
+    with pytest.raises(ValueError, match=r"documents = 310, now it is 160; look at x\.jsonl\. Res"):
+        build(**config).load_state_dict(state)
+
+
+def test_copied_and_touched_files_are_the_same_data(build, scored, tmp_path, caplog):
+    """So are those in another place, or with a column more that nobody uses."""
+    config = {"columns": ["ref_loss"]}
+    state = build(dataset=str(scored()), **config).state_dict()
+    copy = tmp_path / "elsewhere" / "other.jsonl"
+    copy.parent.mkdir()
+    scored(lambda _, r: {"unused": 1} | r).rename(copy)
+    os.utime(copy, (1, 1))
+    build(dataset=str(copy), **config).load_state_dict(state)
+    assert not caplog.records
+
+
+def older(state):
+    """Return a state as version 0.1.0 saved it."""
+    facts = json.loads(state["made_from"])
+    kept = ("seq_len", "vocab_size", "rows", "seed", "shards", "documents", "text", "domains")
+    return state | {"made_from": json.dumps({key: facts[key] for key in kept})}
+
+
+def test_states_of_an_earlier_version_resume_with_a_warning(build, scored, caplog):
+    """What they tell is compared as then: the number of documents, and a sample of the text."""
+    config = {"dataset": str(scored())}
+    state = older(build(**config).state_dict())
+    build(**config).load_state_dict(state)
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert "the checkpoint is of an earlier version" in warning
+    scored(lambda _, r: r | {"text": r["text"][::-1]})
+    with pytest.raises(ValueError, match="texts of documents differ"):
+        build(**config).load_state_dict(state)
+
+
+def test_a_sample_of_the_text_is_what_it_was_in_an_earlier_version(build, tmp_path):
+    """So that its states can be compared: these digits are those of version 0.1.0."""
+    path = write_json(tmp_path / "x.jsonl", make_records(300))
+    facts = json.loads(build(dataset=str(path)).state_dict()["made_from"])
+    assert facts["text"] == "7246697d5bc598ab"
+
+
+@pytest.mark.parametrize("change", ["rewritten", "longer", "another"])
+def test_changed_files_of_a_stream_are_refused(stream_files, build, tmp_path, change):
+    """A stream does not read them whole: names, sizes and samples of their bytes tell."""
+    state = build(**stream_files).state_dict()
+    path = tmp_path / "2.jsonl"
+    text = path.read_text()
+    if change == "rewritten":
+        path.write_text(text.replace("weight", "height"))
+    elif change == "longer":
+        path.write_text(text + text.splitlines()[0])
+    else:
+        path.rename(tmp_path / "20.jsonl")
+    with pytest.raises(ValueError, match=r"files have another name, size or content: 2"):
+        build(**stream_files).load_state_dict(state)
+
+
+def test_a_stream_of_copied_files_resumes_with_a_warning(stream_files, build, tmp_path, caplog):
+    """Their content was not compared whole, which is said once, by the first rank."""
+    loader = build(**stream_files)
+    rows([loader], 3)
+    state = loader.state_dict()
+    build(**stream_files).load_state_dict(state)
+    assert not [r for r in caplog.records if "data loader state" in r.getMessage()]
+    expected = rows([build(**stream_files)], 6)[3:]
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for path in sorted(tmp_path.glob("*.jsonl")):
+        os.utime(path.rename(elsewhere / path.name), (1, 1))
+    second = build(**stream_files | {"dataset": str(elsewhere)})
+    second.load_state_dict(state)
+    warnings = [r.getMessage() for r in caplog.records if "data loader state" in r.getMessage()]
+    assert len(warnings) == 1
+    assert "files of the data were written or copied since" in warnings[0]
+    assert torch.equal(rows([second], 3), expected)
+
+
+def test_a_stream_of_another_column_is_refused(stream_files, build):
+    """Its text would be another one, in the same files."""
+    state = build(**stream_files).state_dict()
+    other = build(**stream_files | {"domain_column": "", "domains": None})
+    with pytest.raises(ValueError, match="domain_column = 'domain', now it is ''"):
+        other.load_state_dict(state)
+
+
+def test_another_tokenizer_of_the_same_size_is_refused(build, tokenizer, tmp_path):
+    """Two entries of its vocabulary have changed places."""
+    folder = tmp_path / "other"
+    shutil.copytree(tokenizer.tokenizer_path, folder)
+    whole = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = whole["model"]["vocab"]
+    vocabulary["q"], vocabulary["z"] = vocabulary["z"], vocabulary["q"]
+    (folder / "tokenizer.json").write_text(json.dumps(whole))
+    other = HuggingFaceTokenizer(tokenizer_path=str(folder))
+    again = HuggingFaceTokenizer(tokenizer_path=tokenizer.tokenizer_path)
+    assert tokenizer_digest(tokenizer) == tokenizer_digest(again) != tokenizer_digest(other)
+    loader = DomainTextDataLoader.Config().build(
+        dp_world_size=1, dp_rank=0, tokenizer=other, seq_len=SEQ_LEN, local_batch_size=4
+    )
+    with pytest.raises(ValueError, match=r"tokenizer = .*, now it is"):
+        loader.load_state_dict(build().state_dict())
+
+
+def test_a_changed_column_or_file_of_a_downloaded_data_set_is_refused(build, files, monkeypatch):
+    """Its texts stay on disk: they are told by the files of the cache, its columns are read."""
+    open_file = datasets.load_dataset
+    path = str(files / "a.jsonl")
+
+    def built(change):
+        hub = open_file("json", data_files=path, split="train", cache_dir=str(files / "cache"))
+        hub = hub.map(change, cache_file_name=str(files / "cache" / f"{change.__name__}.arrow"))
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: hub)
+        return build(dataset="someone/something", columns=["n"])
+
+    def one(record):
+        return {"n": float(len(record["text"]))}
+
+    def two(record):
+        return {"n": float(len(record["text"]) + 1)}
+
+    state = built(one).state_dict()
+    built(one).load_state_dict(state)
+    with pytest.raises(ValueError, match="values of column 'n' differ; files have another name"):
+        built(two).load_state_dict(state)

@@ -12,7 +12,7 @@ from whole import whole_model
 import weighting as wt
 from titan_integration import config_registry
 from titan_integration.mixing import FILE
-from titan_integration.preflight import ask_for_rows, refuse_unsupported
+from titan_integration.preflight import ask_for_rows, refuse_one_domain, refuse_unsupported
 from weighting.build import sketch
 
 pytestmark = [
@@ -290,6 +290,34 @@ def test_doge_is_refused_where_it_would_be_wrong():
         assert "leave out scope and normalize" in refusal(f"{option}\npipeline: doge")
     drawn = "factors: {draw: uniform, domain: doge}\napply: {draw: sampling}"
     assert "leave out the mixture" in refusal(drawn)
+
+
+@pytest.mark.parametrize(
+    ("spec", "names"),
+    [
+        ("pipeline: mean(domain) -> exponentiated(0.1)", "pipeline"),
+        ("factors: {a: normalize -> temperature(1), b: doremi}", "b"),
+        ("pipeline: table(all=2) -> mean_one", "pipeline"),
+        ("pipeline: doge", "pipeline"),
+        ("apply: sampling\npipeline: table(all=1) -> mean_one", "pipeline"),
+        ("reduction: domain_mean\npipeline: uniform", "reduction: domain_mean"),
+    ],
+)
+def test_data_of_one_domain_is_refused_for_a_spec_that_weighs_domains(spec, names):
+    """Every weight would be 1; the error names the factor, the one domain and the flag."""
+    fn = sketch(wt.loads(f"version: 1\n{spec}\n"))
+    with pytest.raises(ValueError, match="name the column that tells domains") as caught:
+        refuse_one_domain(fn, ("all",))
+    assert f"domains ({names}), and the data has one, 'all'" in str(caught.value)
+    assert "--dataloader.domain_column" in str(caught.value)
+    refuse_one_domain(fn, ("web", "code"))
+    refuse_one_domain(fn, None)
+
+
+@pytest.mark.parametrize("name", ["uniform", "linupper-x-mile", "rho-1", "toremi-topics"])
+def test_data_of_one_domain_is_taken_by_a_spec_that_weighs_none(name):
+    """Sequences and tokens differ whatever the domains."""
+    refuse_one_domain(sketch(wt.load(name)), ("all",))
 
 
 def test_a_loader_without_domains_cannot_draw():

@@ -23,12 +23,14 @@ import torch.distributed.checkpoint as dcp
 from faulty import FLAGS, Before, Run, launched, use_first
 from forked import FORKS
 from runs import environment
+from tokenizers import Tokenizer
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from titan_integration import folder, launch, metrics
 from titan_integration.intact import IntactReader
+from titan_integration.tokenizer import ensure_tokenizer
 from weighting.files import read_lines
 from weighting.replay import read_record
 
@@ -560,3 +562,21 @@ def test_eight_first_uses_of_a_cache_at_once_make_whole_files(tmp_path):
     )
     assert {path.name for path in one} == {"tokenizer.json", "tokenizer_config.json"}
     assert eight == one
+
+
+# Vocabularies -------------------------------------------------------------------------------------
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_tokenizer_larger_than_the_model_ends_the_run(ranks, start, tmp_path):
+    """One message with both sizes and status 2, also where ranks share the vocabulary."""
+    whole = ensure_tokenizer()
+    shutil.copytree(whole, tmp_path / "tokenizer")
+    tokenizer = Tokenizer.from_file(str(whole / "tokenizer.json"))
+    tokenizer.add_tokens(["<|one more|>"])
+    tokenizer.save(str(tmp_path / "tokenizer" / "tokenizer.json"))
+    flags = [f"--hf_assets_path={tmp_path / 'tokenizer'}", f"--dump_folder={tmp_path / 'dump'}"]
+    flags.append(f"--parallelism.tensor_parallel_degree={ranks}")
+    run = start(ranks, *SIZE, *flags, "--training.steps=3")
+    assert "has 2049 tokens, and the model" in message(run.ended(PATIENCE))

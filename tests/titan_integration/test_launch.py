@@ -7,9 +7,11 @@ import subprocess
 import sys
 
 import pytest
+from faulty import Run
 from runs import environment
 
 from titan_integration import launch
+from weighting.files import read_lines
 
 
 def train(*arguments, timeout=240, cwd=None):
@@ -69,6 +71,91 @@ def test_a_stage_of_ones_own_trains_on_data_of_ones_own(tmp_path):
     assert "\x1b" not in done.stdout, "no colour codes in a pipe"
 
 
+SHADOWS = ("torch", "torchtitan", "numpy", "json", "random", "queue", "weighting", "tyro", "yaml")
+"""Modules that a file in the working folder is called like."""
+
+
+@pytest.fixture
+def hostile(tmp_path):
+    """Return a folder with files that must not be imported, a plugin, a config and data."""
+    for name in SHADOWS:
+        (tmp_path / f"{name}.py").write_text(f"raise SystemExit('{name}.py was imported')\n")
+    (tmp_path / "own_stages.py").write_text(
+        "import queue, random, torch\n"
+        "import weighting as wt\n"
+        "@wt.stage('triple')\n"
+        "class Triple(wt.Shape):\n"
+        "    def apply(self, x, scope):\n"
+        "        return x * 3\n"
+    )
+    (tmp_path / "own_configs.py").write_text(
+        "from titan_integration.config_registry import llama3_proxy\n"
+        "def small():\n"
+        "    config = llama3_proxy()\n"
+        "    config.training.seq_len = 64\n"
+        "    config.training.local_batch_size = 2\n"
+        "    config.training.steps = 2\n"
+        "    return config\n"
+        "def impossible():\n"
+        "    from titan_integration import with_weighting\n"
+        "    from torchtitan.models.flux.config_registry import flux_debugmodel\n"
+        "    return with_weighting(flux_debugmodel())\n"
+    )
+    spec = "version: 1\nplugins: [own_stages]\npipeline: normalize -> triple -> temperature(1)\n"
+    (tmp_path / "own.yaml").write_text(spec)
+    names = ("a\x1b[31mb\ne\u202ef\x85", "plain")
+    lines = [{"text": "A line of text. " * 40, "domain": name} for name in names * 20]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return tmp_path
+
+
+def in_folder(folder, *arguments):
+    """Return what `weighting` did, started as its script starts it: without the folder."""
+    return subprocess.run(
+        [sys.executable, "-P", "-m", "weighting", *arguments],
+        env=environment(),
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def test_files_called_like_modules_are_not_run_by_quick_commands(hostile):
+    """A plugin in the working folder is found, though it is searched last."""
+    for words in (["check"], ["simulate", "--losses", "1,2,3"], ["explain"]):
+        done = in_folder(hostile, words[0], "own.yaml", *words[1:], "--allow-plugins")
+        assert done.returncode == 0, done.stderr
+        assert "was imported" not in done.stdout + done.stderr
+    assert "own_stages.py" in done.stdout
+
+
+@pytest.mark.processes
+def test_files_called_like_modules_are_not_run_by_training(hostile):
+    """Plugin, config and data of the working folder train; nothing else of it is imported."""
+    module = ["--module", "own_configs", "--config", "small", "--ranks", "1"]
+    words = ["train", "own.yaml", "--allow-plugins", "--data", "data.jsonl", *module]
+    done = in_folder(hostile, *words, "--dump_folder=out", "--validator.enable")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "was imported" not in done.stdout + done.stderr
+    assert "Plugins: own_stages" in done.stdout
+    # What a terminal would obey in a domain's name is a question mark.
+    assert "Domains: a?[31mb?e?f?, plain" in done.stdout
+    assert all(c.isprintable() or c == "\n" for c in done.stdout + done.stderr)
+    assert (hostile / "out" / "weighting" / "metrics.jsonl").exists()
+
+
+@pytest.mark.processes
+def test_an_error_of_a_config_function_is_one_message(hostile):
+    """A config that cannot be weighted ends with status 2 and no traceback."""
+    module = ["--module", "own_configs", "--config", "impossible", "--ranks", "1"]
+    done = in_folder(hostile, "train", "linupper", *module)
+    assert done.returncode == 2
+    assert "error: cannot weight torchtitan.models.flux.trainer.FluxTrainer.Config" in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+
+
 @pytest.mark.processes
 def test_corrupt_data_is_one_error_on_one_rank_and_status_2(tmp_path):
     """Two ranks on a corrupt parquet file end with one message, no traceback, status 2."""
@@ -84,8 +171,64 @@ def test_corrupt_data_is_one_error_on_one_rank_and_status_2(tmp_path):
 
 
 @pytest.mark.processes
+def test_data_without_domains_is_one_error_for_a_spec_that_weighs_them(tmp_path):
+    """Group DRO on text without a domain column ends before training, on two ranks, status 2."""
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(json.dumps({"text": f"Line {i}. " * 40}) for i in range(40)))
+    out = tmp_path / "out"
+    flags = ["--training.steps=2", "--training.seq_len=64", f"--dump_folder={out}"]
+    done = train("group-dro", "--ranks", "2", "--data", str(data), *flags)
+
+    assert done.returncode == 2, done.stderr[-3000:]
+    output = done.stdout + done.stderr
+    assert output.count("error: ") == 1
+    assert "the data has one, 'all', so that every weight would be 1" in output
+    assert "--dataloader.domain_column" in output
+    assert "Traceback" not in output
+    assert not (out / "weighting" / "metrics.jsonl").exists()
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(("ranks", "times"), [(1, 1), (2, 0)])
+def test_a_run_says_once_that_its_batches_have_one_sequence(tmp_path, ranks, times):
+    """One row a batch: every weight is 1, which is logged once; with a row on another rank not."""
+    flags = [
+        "--training.local_batch_size=1",
+        "--training.global_batch_size=2",
+        "--training.steps=3",
+    ]
+    flags += ["--metrics.log_freq=1", f"--dump_folder={tmp_path}"]
+    run = Run(tmp_path / "log", ranks, "--weighting.spec=linupper", *flags)
+    status, said = run.ended(300)
+
+    assert status == 0, said[-3000:]
+    sentence = "linupper: pipeline compares sequences with each other, and every batch so far had"
+    assert said.count(sentence) == times
+    assert said.count("--training.local_batch_size") == times
+    lines = read_lines(tmp_path / "weighting" / "metrics.jsonl")
+    assert (max(line["weight/max"] for line in lines) > 1) == (ranks == 2)
+
+
+@pytest.mark.processes
+def test_a_run_says_once_that_its_batches_have_one_document_or_domain(tmp_path):
+    """Short rows of one domain each, one a batch: documents and domains have none beside them."""
+    spec = tmp_path / "spec.yaml"
+    spec.write_text(
+        "version: 1\nname: alone\nfactors:\n"
+        "  a: max(document) -> temperature(1)\n  b: mean(domain) -> temperature(1)\n"
+    )
+    flags = ["--training.local_batch_size=1", "--training.steps=2", "--dataloader.rows=drawn"]
+    flags += ["--metrics.log_freq=1", f"--dump_folder={tmp_path}"]
+    status, said = Run(tmp_path / "log", 1, f"--weighting.spec={spec}", *flags).ended(300)
+
+    assert status == 0, said[-3000:]
+    for factor, level in (("a", "document"), ("b", "domain")):
+        assert said.count(f"alone: {factor} compares {level}s with each other") == 1
+
+
+@pytest.mark.processes
 def test_an_error_of_another_rank_alone_is_shown_once(tmp_path):
-    """The output is the first rank's; what ends the second one alone is not lost with its own."""
+    """What the second rank alone finds wrong is said by the first, whose output is shown."""
     (tmp_path / "lonely_stages.py").write_text(
         "import os\nif os.environ.get('RANK') == '1':\n    raise RuntimeError('only here')\n"
     )
@@ -97,7 +240,7 @@ def test_an_error_of_another_rank_alone_is_shown_once(tmp_path):
     assert done.returncode == 2
     assert done.stderr.count("error: ") == 1
     error = next(line for line in done.stderr.splitlines() if "error: " in line)
-    assert error.startswith("[rank1]:error: ")
+    assert error.startswith("[rank0]:error: rank 1 on ")
     assert "only here" in error
     assert "Traceback" not in done.stderr
     assert "[rank1]" not in done.stdout

@@ -214,3 +214,37 @@ def test_an_output_layer_of_its_own_kind_is_called_as_it_is():
     logits = 2 * F.linear(hidden, head.weight)
     expected, _ = weighted_cross_entropy(logits, labels, tables.built(text), step=3)
     assert_close(loss, expected, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["uniform", "mile"])
+@pytest.mark.parametrize("memory", ["auto", "late", "keep", "recompute", "full"])
+def test_a_label_outside_the_vocabulary_is_refused(memory, name):
+    """In training, in validation, and over logits; its row and column are told."""
+    state, _, hidden, head, labels = example(tables.SPEC_TEXTS[name])
+    labels[2, 4], count = VOCABULARY + 1, torch.tensor(1)
+    loss, logits = chunked(state, head, memory), head(hidden)
+    whole = WeightedCrossEntropyLoss.Config().build(compile_config=None)
+    whole.state = state
+    for call in (
+        lambda: loss(hidden, labels, count),
+        lambda: loss(hidden.detach(), labels, count),
+        lambda: loss.token_losses(hidden, labels, head),
+        lambda: whole(logits, labels, count),
+        lambda: whole(logits.detach(), labels, count),
+        lambda: whole.token_losses(logits, labels, head),
+    ):
+        with pytest.raises(IndexError, match=r"label 12 at \[2, 4\] is outside the vocabulary"):
+            call()
+
+
+@pytest.mark.parametrize("name", ["uniform", "mile"])
+@pytest.mark.parametrize("memory", ["auto", "late", "keep", "recompute", "full"])
+def test_int32_labels_train_alike(memory, name):
+    """Over hidden states and over logits the loss is that of int64."""
+    state, _, hidden, head, labels = example(tables.SPEC_TEXTS[name])
+    loss, count, logits = chunked(state, head, memory), torch.tensor(20), head(hidden)
+    whole = WeightedCrossEntropyLoss.Config().build(compile_config=None)
+    whole.state = state
+    for each, pred in ((loss, hidden), (loss, hidden.detach()), (whole, logits)):
+        assert torch.equal(each(pred, labels.int(), count)[0], each(pred, labels, count)[0])
+    assert loss.token_losses(hidden, labels.int(), head).shape == labels.shape

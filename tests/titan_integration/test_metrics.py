@@ -1,11 +1,14 @@
 """Metrics files: what is written, read back and shown."""
 
+import io
 import json
+import math
 
 import pytest
 import torch
 
 import weighting as wt
+from titan_integration import metrics, series
 from titan_integration.metrics import set_aside, table
 from titan_integration.state import RunState
 from weighting.files import read_lines
@@ -89,6 +92,46 @@ def test_statistics_add_up_over_microbatches():
     assert state.statistics()["weight/max"] == 0
 
 
+def test_batches_of_one_sequence_are_noted_at_the_first_log_step_only():
+    """What the spec compares came alone in every batch: that is worth one sentence."""
+    alone, together = torch.rand(1, 3), torch.rand(2, 3)
+    for batches, noted in (([alone, alone], 1), ([alone, together], 0), ([together], 0)):
+        state = state_of("normalize -> temperature(1)")
+        state.begin_step(1)
+        assert state.warnings is None
+        for loss in batches:
+            state.weigh({"loss": loss})
+        state.statistics()
+        assert len(state.warnings) == noted
+        state.weigh({"loss": alone})
+        state.statistics()
+        assert len(state.warnings) == noted
+    assert "every batch so far had only one" in str(state_of_one_sequence().warnings)
+
+
+def state_of_one_sequence():
+    """Return the run state after a log step whose batch had one sequence."""
+    state = state_of("normalize -> temperature(1)")
+    state.weigh({"loss": torch.rand(1, 3)})
+    state.statistics()
+    return state
+
+
+@pytest.mark.parametrize("pipeline", ["table(a=2, b=1) -> mean_one", "mean(domain) -> mean_one"])
+@pytest.mark.parametrize("ids", [[[0, 0], [0, 0]], [[0, 0], [0, 1]]])
+def test_batches_of_one_domain_are_noted(pipeline, ids):
+    """A table's weight is scaled away in them, and a domain alone has none to be compared with."""
+    fn = wt.build(wt.loads(pipeline), domains=["a", "b"])
+    state = RunState(fn, torch.device("cpu"), allow_changed_spec=False)
+    known = {"domain_ids": torch.tensor(ids), "valid": torch.ones(2, 2, dtype=torch.bool)}
+    token = state.weigh({"loss": torch.rand(2, 2), **known}).token
+    state.add_by_domain(torch.rand(2, 2), token, known)
+    state.statistics()
+    one = torch.tensor(ids).sum() == 0
+    assert len(state.warnings) == one
+    assert torch.equal(token, torch.ones(2, 2)) == one
+
+
 def test_a_bad_signal_is_reported_at_the_next_log_step_only():
     """NaN passes through the loss without a word and is an error when statistics are read."""
     state = state_of("mean(sequence) -> temperature(1)")
@@ -101,3 +144,60 @@ def test_a_bad_signal_is_reported_at_the_next_log_step_only():
     with pytest.raises(wt.NonFiniteSignalError, match="3 tokens had a NaN or infinite signal"):
         state.statistics()
     assert state.statistics()["weight/nonfinite_frac"] == 0, "reported once"
+
+
+class CountingFile(io.FileIO):
+    """A file that counts the bytes that are read of it."""
+
+    taken = 0
+
+    def read(self, size=-1):
+        """Read and count."""
+        found = super().read(size)
+        self.taken += len(found)
+        return found
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"step": 7', b"x" * 200_000])
+def test_of_a_long_file_only_the_end_is_read(torn, tmp_path):
+    """A torn last line is taken away, whatever its length, and the rest is not looked at."""
+    path = tmp_path / "metrics.jsonl"
+    whole = b'{"step": 1}\n' * 200_000
+    path.write_bytes(whole + torn)
+    with CountingFile(path, "rb+") as file:
+        metrics._cut_torn_line(file)
+        assert file.taken <= len(torn) + 70_000
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("content", [b"", b"torn", b"\n"])
+def test_a_file_of_a_torn_line_alone_becomes_empty(content, tmp_path):
+    """Nothing, a part of a line, and an end of a line."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(content)
+    metrics.append_line(path, {"step": 2, "x": 1.0})
+    assert path.read_bytes() == content.replace(b"torn", b"") + b'{"step": 2, "x": 1.0}\n'
+
+
+def test_what_is_not_finite_is_null(tmp_path):
+    """Every JSON reader takes a line of metrics and what a run says of itself."""
+    path = tmp_path / "metrics.jsonl"
+    line = {"step": 3, "unweighted_loss": math.nan, "weighted_loss": math.inf}
+    line |= {"weight/max": math.nan, "weight/ess_frac": -math.inf, "a/capped_frac": math.nan}
+    metrics.append_line(path, line)
+    assert "NaN" not in path.read_text()
+    assert "Infinity" not in path.read_text()
+    assert math.isnan(read_lines(path)[0]["unweighted_loss"])
+    assert "     3      nan" in metrics.table(read_lines(path))
+    text = metrics.about(tmp_path / "run.json", {"config": {"a": math.inf}}, {"step": 1})
+    assert json.loads(text)["config"] == {"a": None}
+
+
+def test_a_comparison_goes_on_past_null(tmp_path):
+    """A run's lines are looked at while they come; a loss of null is not a number to show."""
+    path = tmp_path / "metrics.jsonl"
+    looks = series.new_lines(path)
+    assert next(looks) == []
+    path.write_text('{"step": 1, "unweighted_loss": null}\n{"step": 2, "unweighted_loss": NaN}\n')
+    found = next(looks)
+    assert all(math.isnan(line["unweighted_loss"]) for line in found)

@@ -5,15 +5,21 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
+from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from faulty import Run
 from runs import HERE, ROOT, SMALL, drive, environment, torchrun
+from torch import nn
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torchtitan.components.checkpointer.dcp import AsyncMode
 
 import weighting as wt
@@ -378,6 +384,255 @@ def test_a_memory_of_another_shape_is_refused(tmp_path):
     reason = rf"{name} is \[63\] there and \[64\] here.*exclude_from_loading weighting"
     with pytest.raises(ValueError, match=reason):
         resume._without_absent({"weighting": state}, folder)
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0, 0.5])
+def test_weights_of_domains_that_cannot_be_are_refused(value, tmp_path):
+    """With key, value, and the flags that go on from an earlier one or start afresh."""
+    spec = "mean(domain) -> exponentiated"
+    old = state_of(spec, ("code", "docs", "web"))
+    name = "pipeline__2_exponentiated__average"
+    old.fn.get_buffer(name).fill_(value)
+    folder = checkpoint(tmp_path / "step-2", weighting=old, **host_parts())
+    shown = rf"{name} is \[{value:g}, {value:g}, {value:g}\] and must be "
+    flags = r"--checkpoint.load_step N; .* --checkpoint.exclude_from_loading weighting"
+    state = {"weighting": state_of(spec, ("code", "docs", "web"))}
+    with pytest.raises(ValueError, match=f"{shown}.*{flags}"):
+        manager().dcp_load(state, str(folder), from_hf=False, from_quantized=False)
+
+
+@pytest.mark.usefixtures("group")
+def test_a_memory_of_another_type_is_refused(tmp_path):
+    """Fractions would be cut to whole numbers, and a text is none."""
+    state = state_of("rank(history=64) -> pow(3) -> bernoulli")
+    saved = state.state_dict()
+    name = next(key for key in saved if key.endswith("count"))
+    reasons = {"float32 there and torch.int64 here": torch.tensor(2.5), "no tensor there": "x"}
+    for step, (reason, value) in enumerate(reasons.items()):
+        folder = checkpoint(tmp_path / f"step-{step}", weighting={**saved, name: value})
+        with pytest.raises(ValueError, match=rf"{name} is \S*{reason}"):
+            resume._without_absent({"weighting": state}, folder)
+
+
+# Which folders are gone on from.
+
+
+@pytest.fixture
+def made(request, tmp_path):
+    """Return a function that makes a manager of a small model in a folder, as the host does."""
+    request.getfixturevalue("group")
+    managers = []
+
+    def make(**flags):
+        flags = {"enable": True, "interval": 1, "last_save_model_only": False, **flags}
+        states = {"train_state": Kept(step=0)}
+        managers.append(
+            resume.ResumingCheckpointManager(
+                resume.ResumingCheckpointManager.Config(**flags),
+                dataloader=Kept(row=0),
+                model_parts=[nn.Linear(2, 2)],
+                optimizers=Kept(lr=1.0),
+                lr_schedulers=Kept(epoch=1),
+                states=states,
+                sd_adapter=None,
+                base_folder=str(tmp_path),
+            )
+        )
+        return managers[-1]
+
+    yield make
+    for each in managers:
+        each.close()
+
+
+def steps_in(folder):
+    """Return the names in a folder, without what is being deleted."""
+    return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def test_half_of_every_checkpoint_is_not_started_over(made, tmp_path):
+    """As on a node that has some of the files: they are named, with the likely cause."""
+    manager = made()
+    for step in (1, 2):
+        manager.save(step)
+        (tmp_path / "checkpoint" / f"step-{step}" / "__0_0.distcp").unlink()
+    with pytest.raises(
+        ValueError, match=r"step-2: __0_0.distcp is missing.*nodes have this folder"
+    ):
+        made().load()
+    (tmp_path / "checkpoint" / "step-2" / ".metadata").unlink()
+    (tmp_path / "checkpoint" / "step-1" / ".metadata").unlink()
+    with pytest.raises(ValueError, match=r"step-2: it has no .metadata, .* a save came before it"):
+        made().load()
+    shutil.rmtree(tmp_path / "checkpoint" / "step-2")
+    assert made().load() is False, "a first save that was cut short"
+
+
+def test_a_step_that_is_not_there_is_said(made, tmp_path):
+    """With those that are."""
+    manager = made()
+    manager.save(1)
+    manager.save(3)
+    with pytest.raises(ValueError, match=r"load_step 2: .*checkpoint has no step-2; steps: 1, 3"):
+        manager.load(2)
+    shutil.rmtree(tmp_path / "checkpoint")
+    with pytest.raises(ValueError, match=r"load_step 2: .*checkpoint has no step-2; steps: none"):
+        manager.load(2)
+
+
+def test_where_to_start_from_is_checked_by_its_own_name(made, tmp_path):
+    """Nobody is told to leave out --checkpoint.load_step who has not given it."""
+    before = tmp_path / "before"
+    whole, torn = (checkpoint(before / f"step-{step}", **host_parts()) for step in (2, 4))
+    (torn / ".metadata").unlink()
+    exported = before / "step-5"
+    exported.mkdir()
+    (exported / "model.safetensors").touch()
+    given = {
+        torn: rf".*never finished; give the folder of a whole checkpoint, such as {whole}$",
+        before: rf".*never finished; give the folder of a whole checkpoint, such as {whole}$",
+        exported: ".*finished export .*; add --checkpoint.initial_load_in_hf$",
+    }
+    for folder, reason in given.items():
+        manager = made(initial_load_path=str(folder))
+        with pytest.raises(ValueError, match=f"^--checkpoint.initial_load_path {folder}: {reason}"):
+            manager.load()
+    manager = made(initial_load_path=str(whole), initial_load_in_hf=True)
+    with pytest.raises(ValueError, match=rf"no \*.safetensors in initial_load_path {whole}; leave"):
+        manager.load()
+    manager = made(initial_load_path=str(whole), initial_load_model_only=False)
+    (path,) = whole.glob("*.distcp")
+    data = bytearray(path.read_bytes())
+    data[data.index(torch.arange(1000.0).numpy().tobytes()[:64]) + 8] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=f"^--checkpoint.initial_load_path {whole}: .*ve another"):
+        manager.dcp_load({"layer.weight": torch.zeros(1000)}, str(whole), False, False)
+    alone = checkpoint(before / "step-6")
+    manager = made(initial_load_path=str(alone), initial_load_model_only=False)
+    with pytest.raises(ValueError, match=f"_path {alone}: .*--checkpoint.initial_load_model_only"):
+        manager.load()
+
+
+# Which are deleted.
+
+
+def test_the_last_whole_checkpoint_stays_while_the_next_is_written(made, tmp_path, monkeypatch):
+    """Torn ones do not count: not the one that is being written, nor a later one."""
+    folder = tmp_path / "checkpoint"
+    first = made(keep_latest_k=2, async_mode="async")
+    first.save(3)
+    first.maybe_wait_for_saving()
+    shutil.copytree(folder / "step-3", folder / "step-6")
+    (folder / "step-6" / "__0_0.distcp").unlink()
+
+    free, write = threading.Event(), FileSystemWriter.write_data
+
+    def slow(*args):
+        assert free.wait(60)
+        return write(*args)
+
+    monkeypatch.setattr(FileSystemWriter, "write_data", slow)
+    manager = made(keep_latest_k=2, async_mode="async")
+    (folder / "step-4").mkdir()  # or it is made a moment later, in the background
+    manager.save(4)
+    manager.close()  # and with it what deletes
+    assert resume.flaw(folder / "step-3") is None, "the only one if it were killed now"
+    free.set()
+    manager.maybe_wait_for_saving()
+    assert resume.flaw(folder / "step-4") is None
+    assert steps_in(folder) == ["step-3", "step-4", "step-6"]
+
+
+@pytest.mark.parametrize("mode", ["disabled", "async"])
+def test_only_whole_checkpoints_are_deleted(mode, made, tmp_path):
+    """What was moved away, is torn or was exported stays; deletions that were cut short go on."""
+    folder = tmp_path / "checkpoint"
+    for name in ("old-step-1", "step-2.bak", "step-1", ".step-0.0.deleted", "step-7"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "kept").touch()
+    (folder / "step-7" / "model.safetensors").touch()
+    manager = made(keep_latest_k=2, async_mode=mode)
+    for step in (2, 3, 4, 5, 6):
+        manager.save(step)
+        assert step == 2 or resume.latest_whole(folder) >= step - 1
+    manager.maybe_wait_for_saving()
+    manager.close()
+    others = ["old-step-1", "step-1", "step-2.bak", "step-7"]
+    kept = ["step-5", "step-6"] if mode == "disabled" else ["step-4", "step-5", "step-6"]
+    assert steps_in(folder) == sorted(others + kept)
+    assert not [*folder.glob(".*")], "what was deleted is gone"
+
+
+# Whose folder it is.
+
+
+def on_its_own_disk(place):
+    """Work where no other rank does, as on a node of its own."""
+    own = os.path.join(place, f"node{os.environ['RANK']}")  # noqa: PTH118 - before imports
+    os.makedirs(own, exist_ok=True)  # noqa: PTH103
+    os.chdir(own)
+    resume._PATIENCE = 1.0
+
+
+@pytest.mark.processes
+def test_ranks_that_save_to_folders_of_their_own_are_stopped(tmp_path):
+    """Before the first step, with one message; so is a restart on what such runs have left."""
+    flags = ["--dump_folder=out", "--training.local_batch_size=2", "--training.steps=4"]
+    flags += ["--weighting.spec=group-dro", "--checkpoint.enable", "--checkpoint.interval=2"]
+    first = partial(on_its_own_disk, str(tmp_path))
+    reason = "rank 1 on .* does not see what the first rank writes there, so each would keep a part"
+
+    def refused(there):
+        status, said = Run(tmp_path / "log", 2, *flags, first=first).ended(300)
+        assert status == 2, said
+        assert "Training starts" not in said
+        where = re.escape(f"out/checkpoint{there}")
+        assert len(re.findall(rf"^error: {where}: {reason}", said, re.MULTILINE)) == 1, said
+        assert socket.gethostname() in said
+
+    refused("")
+    assert not [*tmp_path.rglob("step-*")]
+
+    shared = [f"--dump_folder={tmp_path}/out", *flags[1:]]
+    status, said = Run(tmp_path / "log", 2, *shared).ended(300)
+    assert status == 0, said
+    for step in ("step-2", "step-4"):
+        parts = [tmp_path / f"node{rank}" / "out" / "checkpoint" / step for rank in range(2)]
+        for part in parts:
+            shutil.copytree(tmp_path / "out" / "checkpoint" / step, part)
+        (parts[0] / "__1_0.distcp").unlink()
+        (parts[1] / "__0_0.distcp").unlink()
+        (parts[1] / ".metadata").unlink()
+    refused(" (step-4: __1_0.distcp is missing)")
+
+
+@pytest.mark.processes
+def test_a_run_that_was_exported_does_not_start_over(tmp_path):
+    """More steps after a last save for Hugging Face: refused, or gone on from an earlier one."""
+    out = tmp_path / "out"
+    keep = ["--checkpoint.enable", "--checkpoint.last-save-model-only"]
+    keep += ["--checkpoint.last-save-in-hf", "--training.local_batch_size=2"]
+    flags = [f"--dump_folder={out}", "--weighting.spec=group-dro", *keep]
+    status, said = Run(tmp_path / "log", 1, *flags, "--training.steps=3").ended(300)
+    assert status == 0, said
+    more = [*flags, "--training.steps=5"]
+    status, said = Run(tmp_path / "log", 1, *more).ended(300)
+    assert status == 2, said
+    where = out / "checkpoint" / "step-3"
+    assert f"error: {where}: it is a finished export for Hugging Face" in said
+    assert f"--checkpoint.initial_load_path {where} --checkpoint.initial_load_in_hf" in said
+
+    new = [f"--dump_folder={tmp_path / 'new'}", *more[1:], "--checkpoint.interval=2"]
+    new += [f"--checkpoint.initial_load_path={where}", "--checkpoint.initial_load_in_hf"]
+    status, said = Run(tmp_path / "log", 1, *new).ended(300)
+    assert status == 0, said
+    status, said = Run(tmp_path / "log", 1, *new, "--training.steps=6").ended(300)
+    assert status == 0, said
+    new = tmp_path / "new" / "checkpoint"
+    assert f"Passing over {new / 'step-5'}: it is a finished export" in said
+    assert f"Going on from {new / 'step-4'}" in said
+    assert "Training starts at step 5" in said
 
 
 # Killed again and again.

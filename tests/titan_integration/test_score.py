@@ -2,7 +2,9 @@
 
 import json
 import random
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 from functools import partial
@@ -393,10 +395,16 @@ def test_a_disk_that_is_full_leaves_nothing_behind(tmp_path):
     """One message, the old file as it was, and no part of a new one."""
     out = tmp_path / "out.parquet"
     out.write_text("old")
-    (tmp_path / "out.parquet.part").symlink_to("/dev/full")
     block = [("record 0", {"text": "x"})], [np.ones(3, np.float32)]
-    with pytest.raises(ValueError, match=r"--out .*out.parquet: cannot write it: .*No space left"):
-        score_data.write(out, WRITTEN, iter([block]), {"per": "token", "checkpoint": "it"})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))  # as if 100 bytes were free
+    try:
+        with pytest.raises(ValueError, match=r"--out .*out.parquet: cannot write it: File too l"):
+            score_data.write(out, WRITTEN, iter([block]), {"per": "token", "checkpoint": "it"})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
     assert [path.name for path in tmp_path.iterdir()] == ["out.parquet"]
     assert out.read_text() == "old"
 
@@ -502,8 +510,8 @@ def test_only_what_was_given_is_handed_over(monkeypatch):
     monkeypatch.setattr(common.os, "execv", lambda _, command: called.extend(command))
     run("here", "--out", "a.parquet", "--overwrite", "--config=a", "--training.seq_len=8")
     at = called.index("--")
-    assert called[1:3] == ["-m", "titan_integration.score"]
-    assert sorted(called[3:at]) == [
+    assert called[1:5] == [*["-P", "-m", "titan_integration.run_module"], "titan_integration.score"]
+    assert sorted(called[5:at]) == [
         "--checkpoint=here",
         "--config=a",
         "--module=titan_integration",

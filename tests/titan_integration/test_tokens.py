@@ -357,9 +357,10 @@ def test_specs_and_flags_are_told_apart(monkeypatch):
     flags = ["--training.seq_len", "8"]
     run("mile", "loss -> temperature(1)", *flags, "--checkpoint=c", "--text=a.txt")
     at = called.index("--")
-    assert called[1:3] == ["-m", "titan_integration.tokens"]
+    assert called[1:3] == ["-P", "-m"]
+    assert called[3:5] == ["titan_integration.run_module", "titan_integration.tokens"]
     assert called[at:] == ["--", *flags]
-    given = dict(word.split("=", 1) for word in called[3:at])
+    given = dict(word.split("=", 1) for word in called[5:at])
     assert json.loads(given.pop("--specs")) == ["mile", "loss -> temperature(1)"]
     assert given == {
         "--checkpoint": "c",

@@ -1,5 +1,6 @@
 """Losses, signals and gradients from parts of the vocabulary against those from whole logits."""
 
+import generators as tables
 import pytest
 import torch
 import torch.distributed as dist
@@ -7,7 +8,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F  # noqa: N812 - the usual name
 
 from titan_integration.vocabulary import part_of, token_losses_of
-from weighting.logits import IGNORE_INDEX, statistics
+from weighting.logits import IGNORE_INDEX, Slice, statistics
 
 NEEDS = frozenset({"entropy", "error_norm", "columns.topk_entropy_3"})
 
@@ -50,3 +51,13 @@ def test_parts_give_what_the_whole_gives(ranks, vocab, tmp_path):
     """Equal and uneven parts give the signals and the gradient of the whole vocabulary."""
     address = f"file://{tmp_path}/rendezvous"
     mp.spawn(compare, args=(ranks, vocab, address), nprocs=ranks)
+
+
+@pytest.mark.parametrize("label", [-1, 8, 13])
+def test_a_label_that_no_rank_holds_is_refused(label):
+    """Whatever the part of this rank; a label on another rank is none of these."""
+    ranks = tables.Lockstep(1)
+    cut = Slice(4, tables.RankCollectives(ranks, 0), 8)
+    token_losses_of(torch.zeros(2, 4), torch.tensor([0, 7], dtype=torch.int32), cut)
+    with pytest.raises(IndexError, match=rf"label {label} at \[1\] .* of 8;"):
+        token_losses_of(torch.zeros(2, 4), torch.tensor([0, label]), cut)

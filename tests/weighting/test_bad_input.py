@@ -168,12 +168,10 @@ def test_a_disk_that_is_full_leaves_nothing(command, monkeypatch):
     """Nor a file of another name, and the message is of the name that was given."""
     put({"run/weighting/metrics.jsonl": METRICS})
 
-    def full(path, data):
-        path.open("wb").close()  # as far as it came
-        del data
-        raise OSError(28, "No space left on device", str(path))
+    def full(_):
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr("os.fsync", full)
     out = f"a{OUT_WANTED[command]}"
     message = f"--out {out}: No space left on device; choose another place\n"
     assert refused([*command.split(), "--out", out]) == message
@@ -213,6 +211,7 @@ LOSSES = {
         half(parquet({"loss": [1.0]})),
         "cut.parquet: cannot be read as parquet (...); write it anew",
     ),
+    "OTHER.PARQUET": (parquet({"a": [1]}), "OTHER.PARQUET: no column loss, in nats; it has a"),
     "other.parquet": (parquet({"a": [1]}), "other.parquet: no column loss, in nats; it has a"),
     "none.parquet": (
         parquet({"loss": pa.array([], pa.float32())}),

@@ -307,3 +307,14 @@ def test_plugins_are_imported_only_when_allowed(tmp_path, monkeypatch):
         assert allowed.exit_code == 0, allowed.output
         assert where in [line.strip() for line in allowed.output.splitlines()]
     assert "plugins" not in run("explain", "linupper").output
+
+
+@pytest.mark.parametrize("command", ["check", "explain"])
+def test_names_in_a_spec_cannot_move_the_cursor(command, tmp_path):
+    """Domains of a table and the name of a good file are printed without what a terminal obeys."""
+    path = tmp_path / "good\u202e\x1b[31m.yaml"
+    names = r'"a\u001b[31mb": 1, "c\u202ed": 2, "e\u0085f": 3'
+    path.write_text(f"version: 1\npipeline:\n- table: {{{names}}}\n- mean_one\n")
+    done = click.testing.CliRunner().invoke(main, [command, str(path)], color=True)
+    assert done.exit_code == 0, done.output
+    assert all(c.isprintable() or c == "\n" for c in done.output)

@@ -15,6 +15,7 @@ import yaml
 
 import weighting as wt
 from weighting.cli import main
+from weighting.errors import Problem, Source
 from weighting.registry import stages
 from weighting.schedules import SCHEDULES
 
@@ -205,7 +206,25 @@ def orders():
             yield f"{left} first, {right}", f"{left} -> {right}"
 
 
-FAMILIES = (bad_values, keys, brackets, deep, bombs, letters, plugins, sizes, orders)
+def many():
+    """More stages, factors or entries than a spec can mean, right and wrong ones."""
+    yield "101 stages", "normalize -> " + "abs -> " * 99 + "temperature(1)"
+    for count in (3_000, 30_000):
+        yield f"{count} stages", "normalize -> " + "abs -> " * count + "temperature(1)"
+        yield f"{count} wrong stages", "a(" + "->a(" * count
+        yield f"{count} arrows", "->" * count
+        yield f"{count} listed", "version: 1\npipeline:\n" + "- abs\n" * min(count, 3_000)
+    yield "lists of arrow texts", "version: 1\npipeline:\n" + f"- {'abs -> ' * 50}abs\n" * 90
+    yield (
+        "101 factors",
+        "version: 1\nfactors:\n" + "".join(f"  f{i}: temperature(1)\n" for i in range(101)),
+    )
+    yield "entries twice", "table(" + ", ".join(f"a{i}=1" for i in range(4_000)) + ", a7=1)"
+    yield "pairs twice", "table({" + ", ".join(f"a{i}: 1" for i in range(8_000)) + ", a7: 1})"
+    yield "arguments", "temperature(" + ", ".join("1" for _ in range(8_000)) + ")"
+
+
+FAMILIES = (many, bad_values, keys, brackets, deep, bombs, letters, plugins, sizes, orders)
 CASES = {f"{family.__name__}: {name}": text for family in FAMILIES for name, text in family()}
 BYTES_OF = {
     "random": bytes((i * 2_654_435_761 >> 7) & 255 for i in range(4_096)),
@@ -257,6 +276,39 @@ def test_a_hostile_text_is_refused_with_a_place(text):
     assert len(str(error)) < 20_000
     shown = str(error).replace("\n", "")
     assert shown.isprintable(), ascii(shown)
+
+
+def test_as_many_stages_and_factors_as_allowed_are_read():
+    """A hundred stages, in either spelling, and a hundred factors; one more is refused."""
+    listed = "version: 1\npipeline:\n- normalize\n" + "- abs\n" * 98 + "- temperature: 1\n"
+    for text in ("normalize -> " + "abs -> " * 98 + "temperature(1)", listed):
+        (pipeline,) = wt.loads(text).factors.values()
+        assert len(pipeline) == 100
+    factors = "".join(f"  f{i}: temperature(1)\n" for i in range(100))
+    spec = wt.loads("version: 1\nfactors:\n" + factors)
+    assert len(spec.factors) == 100
+    assert str(refused(lambda: wt.loads(CASES["many: 101 stages"]))).startswith(
+        "<spec>:1:704: a pipeline has at most 100 stages, and this one more; leave some out\n"
+    )
+    error = refused(lambda: wt.loads(CASES["many: 101 factors"]))
+    assert "<spec>:103:3: a spec has at most 100 factors, and this one more" in str(error)
+    with pytest.raises(ValueError, match="factor 'long': a pipeline has at most 100 stages"):
+        wt.Spec(factors={"long": pipeline * 2})
+    with pytest.raises(ValueError, match="a spec has at most 100 factors, and this one more"):
+        wt.Spec(factors={f"f{i}": pipeline for i in range(101)})
+
+
+def test_places_on_one_long_line_take_linear_time():
+    """Every problem points into the same text, which is not looked through for each."""
+    text = "\n" * 1_000 + "x" * 900_000
+    source = Source("it", text)
+    began = time.process_time()
+    places = [source.place(at, at + 1) for at in range(1_000, 901_000, 45)]
+    assert time.process_time() - began < 5 * SECONDS
+    assert (places[3].line, places[3].column, places[3].width) == (1_001, 136, 1)
+    error = wt.SpecError([Problem(f"wrong {i:05}", x) for i, x in enumerate(places)])
+    assert len(error.problems) == 20_000
+    assert str(error).endswith("\nand 19,950 more")
 
 
 @pytest.mark.parametrize("content", BYTES_OF.values(), ids=BYTES_OF)

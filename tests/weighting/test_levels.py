@@ -92,6 +92,52 @@ def test_missing_ids_are_asked_for(level, name):
         group(Signals(loss=torch.ones(2, 3)), level, K, Alone())
 
 
+def test_sequence_ids_tell_the_sequences_of_a_row():
+    """Equal ids in one row are one sequence, whether they begin anew in each row or count on."""
+    for ids in ([[0, 0, 1, 1], [0, 1, 1, 1]], [[0, 0, 1, 1], [2, 3, 3, 3]]):
+        signals = Signals(loss=torch.ones(2, 4), sequence_ids=torch.tensor(ids))
+        groups = group(signals, "sequence", 0, Alone())
+        found = groups.broadcast(groups.sum(signals.loss.flatten()))
+        assert found.view(2, 4).tolist() == [[2, 2, 2, 2], [1, 3, 3, 3]]
+
+
+def test_sequence_ids_may_count_beyond_the_length_of_a_row():
+    """Ids that count on through many short rows keep the sequences of each row apart."""
+    ids = torch.arange(12).view(4, 3)  # every token is a sequence
+    signals = Signals(loss=torch.ones(4, 3), sequence_ids=ids)
+    groups = group(signals, "sequence", 0, Alone())
+    assert groups.broadcast(groups.sum(signals.loss.flatten())).tolist() == [1.0] * 12
+
+
+def test_sequence_ids_too_far_apart_in_a_row_are_refused():
+    """Two ids that might count as one sequence are an error that names the row."""
+    valid = torch.tensor([[True, True, True], [True, True, False]])
+    signals = Signals(torch.ones(2, 3), valid, sequence_ids=torch.tensor([[3, 4, 5], [0, 3, 9]]))
+    with pytest.raises(ValueError, match=r"sequence_ids of row 1 run from 0 to 3"):
+        group(signals, "sequence", 0, Alone())
+
+
+@pytest.mark.parametrize("bad", [-1, 12])
+def test_sequence_ids_out_of_range_are_refused(bad):
+    """An id below 0, or one that no batch of so many tokens has, is an error with the range."""
+    ids = torch.tensor([[0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, bad]])
+    with pytest.raises(ValueError, match="sequence_ids must run from 0 to 11"):
+        group(Signals(loss=torch.ones(3, 4), sequence_ids=ids), "sequence", 0, Alone())
+
+
+def test_sequence_ids_of_another_shape_are_refused():
+    """One id per row instead of one per token is an error with both shapes."""
+    signals = Signals(loss=torch.ones(2, 3), sequence_ids=torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match=r"sequence_ids has shape \[2\], the loss \[2, 3\]"):
+        group(signals, "sequence", 0, Alone())
+
+
+def test_flat_tokens_without_any_ids_are_told_what_to_give():
+    """Flat tokens have no rows, so a level of sequences asks for ids by both names."""
+    with pytest.raises(ValueError, match=r"give Signals\(sequence_ids=...\), or segment_ids"):
+        group(Signals(loss=torch.ones(5)), "sequence", 0, Alone())
+
+
 def test_flat_tokens_without_sequences_have_one_per_document():
     """Flat tokens with document ids alone have one sequence per document."""
     signals = Signals(loss=torch.ones(5), segment_ids=torch.tensor([0, 0, 1, 2, 2]))
@@ -121,6 +167,13 @@ def test_a_row_may_begin_inside_a_document():
     """The rest of a document from an earlier row is document 0 of its row."""
     positions = torch.tensor([[5, 6, 0, 1, 0], [0, 1, 2, 3, 4], [0, 0, 0, 7, 8]])
     assert documents(positions).tolist() == [[0, 0, 1, 1, 2], [0, 0, 0, 0, 0], [0, 1, 2, 2, 2]]
+
+
+def test_flat_positions_tell_documents_too():
+    """Positions [T] give the ids of the row [1, T]."""
+    positions = torch.tensor([3, 4, 0, 1, 0, 0, 1])
+    assert documents(positions).tolist() == documents(positions[None])[0].tolist()
+    assert documents(positions).tolist() == [0, 0, 1, 1, 2, 3, 3]
 
 
 def test_document_weights_never_mix_documents():

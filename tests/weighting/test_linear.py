@@ -4,6 +4,7 @@ import generators as tables
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - the usual name
+from torch._dynamo.backends.common import aot_autograd
 from torch.testing import assert_close
 
 import weighting as wt
@@ -256,6 +257,59 @@ def test_the_gradient_can_be_had_once():
         loss.backward()
 
 
+# Sequences told by ids ----------------------------------------------------------------------------
+
+SAMPLES = (6, 3, 5, 4)
+
+
+def one_row(batch):
+    """Return a batch of padded samples as one row without padding, and its tokens' places."""
+    (hidden, weight), labels, given = batch
+    here = torch.arange(LENGTH) < torch.tensor(SAMPLES)[:, None]
+    places = here.flatten().nonzero().squeeze(-1)
+
+    def flattened(x):
+        return x.flatten(0, 1)[places][None]
+
+    rows = torch.arange(ROWS)[:, None].expand(ROWS, LENGTH)
+    columns = {name: flattened(x) for name, x in given["columns"].items()}
+    ids = {"segment_ids": given["segment_ids"] + LENGTH * rows, "sequence_ids": rows}
+    # Eighteen tokens, and ids of documents must be below that.
+    _, ids["segment_ids"] = ids["segment_ids"].unique(return_inverse=True)
+    new = {name: flattened(x) for name, x in {**given, **ids}.items() if name != "columns"}
+    leaves = [flattened(hidden).detach().requires_grad_(), weight]
+    return (leaves, flattened(labels), {**new, "columns": columns}), places
+
+
+@pytest.mark.parametrize("memory", ["auto", "keep", "recompute", "full"])
+@pytest.mark.parametrize("name", tables.SPEC_TEXTS)
+def test_a_padding_free_row_with_sequence_ids_trains_like_padded_rows(name, memory):
+    """Every shipped spec: loss, weights and gradients of the samples are those of their rows."""
+    text = tables.SPEC_TEXTS[name]
+    leaves, labels, given = example(text)
+    labels = labels.where(torch.arange(LENGTH) < torch.tensor(SAMPLES)[:, None], IGNORED)
+    expected = from_logits(leaves, labels, given, tables.built(text))
+    batch, places = one_row((leaves, labels, given))
+    loss, out, grads = from_hidden(*batch, tables.built(text), memory=memory, chunks=3)
+    # Sums of float32 in another order, as above.
+    assert_close(loss, expected[0], rtol=2e-5, atol=1e-6)
+    assert_close(out.token[0], expected[1].token.flatten()[places], rtol=1e-4, atol=1e-5)
+    by_row = expected[2][0].flatten(0, 1)
+    assert_close(grads[0][0], by_row[places], rtol=2e-4, atol=2e-5)
+    assert_close(grads[1], expected[2][1], rtol=2e-4, atol=2e-5)
+
+
+def test_late_is_refused_where_sequences_are_no_rows():
+    """A gradient for each row cannot serve a row of several sequences; a token's own weight can."""
+    text = tables.SPEC_TEXTS["linupper"]
+    batch, _ = one_row(example(text))
+    with pytest.raises(ValueError, match="use memory auto, keep or recompute"):
+        from_hidden(*batch, tables.built(text), memory="late")
+    text = tables.SPEC_TEXTS["mile"]
+    expected = from_logits(*batch, tables.built(text))
+    must_agree(from_hidden(*batch, tables.built(text), memory="late"), expected)
+
+
 # Which way ----------------------------------------------------------------------------------------
 
 MIB = 2**20
@@ -312,3 +366,94 @@ def test_shapes_must_belong_together():
     fn = tables.built(tables.SPEC_TEXTS["mile"])
     with pytest.raises(ValueError, match=r"labels \[4, 5\]"):
         wt.linear_weighted_cross_entropy(hidden, weight, labels[:, :-1], fn)
+
+
+# Labels -------------------------------------------------------------------------------------------
+
+MODES = ("auto", "late", "keep", "recompute", "full")
+
+
+@pytest.mark.parametrize("memory", MODES)
+@pytest.mark.parametrize("label", [VOCABULARY, VOCABULARY + 5, -1])
+@pytest.mark.parametrize("name", ["uniform", "mile"])
+def test_a_label_outside_the_vocabulary_is_an_index_error(name, label, memory):
+    """Every memory mode names the label, its row and column, and the vocabulary's size."""
+    leaves, labels, given = example(tables.SPEC_TEXTS[name])
+    labels[1, 2] = label
+    said = rf"label {label} at \[1, 2\] is outside the vocabulary of {VOCABULARY};"
+    with pytest.raises(IndexError, match=said):
+        from_hidden(leaves, labels, given, tables.built(tables.SPEC_TEXTS[name]), memory=memory)
+
+
+@pytest.mark.parametrize("memory", MODES)
+@pytest.mark.parametrize("name", ["uniform", "linupper", "mile"])
+def test_int32_labels_give_what_int64_labels_give(name, memory):
+    """Loss, weights and gradients are the same bits, whole logits included."""
+    leaves, labels, given = example(tables.SPEC_TEXTS[name])
+    fn = tables.built(tables.SPEC_TEXTS[name])
+    loss, out, grads = from_hidden(leaves, labels, given, fn, memory=memory)
+    other, again, others = from_hidden(leaves, labels.int(), given, fn, memory=memory)
+    assert torch.equal(loss, other)
+    assert torch.equal(out.token, again.token)
+    assert all(torch.equal(*pair) for pair in zip(grads, others, strict=True))
+
+
+# Compiled callers ---------------------------------------------------------------------------------
+
+
+def compiled_on(name, memory, backend):
+    """Return a compiled loss with its weights, and what it is called with."""
+    leaves, labels, given = example(tables.SPEC_TEXTS[name])
+    fn = tables.built(tables.SPEC_TEXTS[name]).eval()  # a state would move between two calls
+
+    def both(hidden, weight, labels, step):
+        how = {"memory": memory, "step": step, "chunks": 4, **given}
+        return wt.linear_weighted_cross_entropy(hidden, weight, labels, fn, **how)
+
+    torch._dynamo.reset()
+    return both, torch.compile(both, fullgraph=True, backend=backend), leaves, labels
+
+
+@pytest.mark.parametrize(
+    ("name", "memory", "backend"),
+    [
+        ("linupper", "late", "aot_eager"),
+        ("rho-1", "keep", "eager"),
+        ("group-dro", "recompute", "eager"),
+    ],
+)
+def test_a_compiled_function_returns_loss_and_weights(name, memory, backend):
+    """Both, and gradients, are what eager code gives; the weights carry factors and metrics."""
+    eager, compiled, leaves, labels = compiled_on(name, memory, backend)
+    loss, out = compiled(*leaves, labels, torch.tensor(3))
+    expected, other = eager(*leaves, labels, torch.tensor(3))
+    assert_close(loss, expected)
+    assert_close(out.token, other.token)
+    assert not out.token.requires_grad
+    assert_close(dict(out.factors), dict(other.factors))
+    assert_close(dict(out.metrics), dict(other.metrics))
+    assert_close(torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves))
+
+
+def test_compiled_code_refuses_labels_outside_the_vocabulary():
+    """By an assertion in the graph."""
+    _, compiled, leaves, labels = compiled_on("mile", "late", "aot_eager")
+    compiled(*leaves, labels, torch.tensor(3))
+    labels[1, 2] = VOCABULARY
+    with pytest.raises(RuntimeError, match="label is outside the vocabulary"):
+        compiled(*leaves, labels, torch.tensor(3))
+
+
+def test_a_compiler_gets_the_work_on_a_chunk_once():
+    """The graph calls it for each chunk, and holds no operation of it."""
+    names = []
+
+    def note(graph, _):
+        names.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    backend = aot_autograd(fw_compiler=note)
+    _, compiled, leaves, labels = compiled_on("mile", "late", backend)
+    compiled(*leaves, labels, torch.tensor(3))
+    assert names.count("invoke_subgraph") == 4
+    assert not [name for name in names if "expm1" in name]

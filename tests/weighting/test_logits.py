@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 import weighting as wt
 from weighting import linear, logits
-from weighting.logits import Slice, gradient_, statistics
+from weighting.logits import Slice, check_labels, gradient_, statistics
 
 IGNORED = -100
 TOKENS, VOCABULARY = 7, 11
@@ -399,3 +399,36 @@ def test_the_census_sees_what_waits(device):
     with Census() as census:
         x.cpu()
     assert census.waiting == ["aten._to_copy.default"]
+
+
+# Labels -------------------------------------------------------------------------------------------
+
+
+def test_wrong_labels_are_told_with_what_to_do():
+    """The first of them and how many more; -1 gets the number that is ignored."""
+    with pytest.raises(
+        IndexError, match=r"label 11 at \[2\] .* of 11, and 1 more are; .*tokenizer"
+    ):
+        check_labels(torch.tensor([0, -100, 11, 40]), 11)
+    with pytest.raises(ValueError, match=r"label -1 at \[1\] .*: write -100 for labels to ignore"):
+        check_labels(torch.tensor([0, -1]), 11)
+    with pytest.raises(ValueError, match=r"labels are torch\.float32; give integers"):
+        check_labels(torch.zeros(3), 11)
+    check_labels(torch.tensor([0, 10, -100]), 11)
+    check_labels(torch.tensor([], dtype=torch.int64), 11)
+
+
+def test_on_a_device_labels_are_checked_without_waiting(device):
+    """An assertion goes into the stream of operations."""
+    names = []
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    labels = torch.empty(4, 6, dtype=torch.int64, device=device)
+    with Census() as census, Names():
+        check_labels(labels, 11)
+    assert census.waiting == []
+    assert "aten._assert_async.msg" in names

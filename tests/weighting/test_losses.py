@@ -45,6 +45,25 @@ def table_spec(pipeline="table(a=0, b=1, c=2.5) -> mean_one"):
     return wt.build(wt.loads(f"version: 1\npipeline: {pipeline}\n"), domains=ABC)
 
 
+@pytest.mark.parametrize("linear", [False, True], ids=["logits", "hidden"])
+@pytest.mark.parametrize("flat", [False, True], ids=["[1, T]", "[T]"])
+def test_four_samples_in_one_row_weigh_like_four_rows(linear, flat):
+    """LinUpper weighs padding-free samples 1.354, 1.18, 1.354 and 0.111, as it does four rows."""
+    fn = wt.build(wt.load("linupper"))
+    losses = torch.tensor([3.0, 1.945, 3.0, 1.0])  # nats; the second is a little below the middle
+    rows = torch.stack([torch.zeros(4), losses.expm1().log()], -1)[:, None].expand(4, 5, 2)
+    labels, ids = torch.zeros(4, 5, dtype=torch.long), torch.arange(4)[:, None].expand(4, 5)
+    _, expected = wt.weighted_cross_entropy(rows, labels, fn)
+    assert_close(expected.token[:, 0], torch.tensor([1.354, 1.18, 1.354, 0.111]), rtol=0, atol=2e-3)
+    shape = (20,) if flat else (1, 20)
+    given = {"sequence_ids": ids.reshape(shape)}
+    call, *args = (wt.weighted_cross_entropy,)
+    if linear:
+        call, args = wt.linear_weighted_cross_entropy, [torch.eye(2)]
+    _, out = call(rows.reshape(*shape, 2), *args, labels.reshape(shape), fn, **given)
+    assert_close(out.token.flatten(), expected.token.flatten())
+
+
 @pytest.mark.parametrize("shape", [(3, 5), (15,), (1, 1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_uniform_is_cross_entropy_bit_by_bit(shape, dtype):
@@ -236,3 +255,21 @@ def test_a_missing_signal_is_asked_for(name, argument):
     logits, labels = example()
     with pytest.raises(ValueError, match=argument):
         wt.weighted_cross_entropy(logits, labels, tables.built(text))
+
+
+@pytest.mark.parametrize("spec", ["uniform", "linupper"])
+def test_a_label_outside_the_vocabulary_is_named(spec):
+    """With its place in the user's shape, rows or flat."""
+    fn = wt.build(wt.load(spec))
+    labels = torch.zeros(2, 3, dtype=torch.int64)
+    labels[1, 0] = 5
+    with pytest.raises(IndexError, match=r"label 5 at \[1, 0\] is outside the vocabulary of 5;"):
+        wt.weighted_cross_entropy(torch.zeros(2, 3, 5), labels, fn)
+
+
+def test_int32_labels_are_labels():
+    """They give the bits of int64."""
+    fn, logits = wt.build(wt.load("linupper")), torch.randn(2, 3, 5)
+    labels = torch.randint(0, 5, (2, 3))
+    losses = [wt.weighted_cross_entropy(logits, x, fn)[0] for x in (labels, labels.int())]
+    assert torch.equal(*losses)

@@ -4,7 +4,6 @@ import json
 import re
 import sys
 import xml.etree.ElementTree as ET
-from pathlib import Path
 
 import click.testing
 import matplotlib as mpl
@@ -272,11 +271,10 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "w.svg"
     path.write_text("before")
 
-    def full(_, data):
-        del data
+    def full(_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr("os.fsync", full)
     done = run("linupper", "--out", path)
     assert (done.exit_code, done.output) == (2, f"--out {path}: {FULL}\n")
     assert path.read_text() == "before"

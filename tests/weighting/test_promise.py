@@ -25,11 +25,12 @@ CALLS = {
         "domain=None"
     ),
     "weighted_cross_entropy": (
-        "logits, labels, fn, step=0, domain_ids=None, segment_ids=None, ref_loss=None, columns=None"
+        "logits, labels, fn, step=0, domain_ids=None, segment_ids=None, ref_loss=None, "
+        "columns=None, sequence_ids=None"
     ),
     "linear_weighted_cross_entropy": (
         "hidden, weight, labels, fn, bias=None, step=0, domain_ids=None, segment_ids=None, "
-        "ref_loss=None, columns=None, memory='auto', chunks=8"
+        "ref_loss=None, columns=None, memory='auto', chunks=8, sequence_ids=None"
     ),
     "stage": "name",
     "Signals": (
@@ -44,8 +45,8 @@ TESTING = {
     "assert_weights": "spec, expect, loss=None, step=0, atol=1e-06, share=False, signals",
 }
 TYPES = (
-    "Spec SpecError NonFiniteSignalError Weighting Weights Stage Source Pool Shape Weigh Constrain "
-    "Scope Number NonNegativeNumber PositiveNumber UnitNumber"
+    "Spec SpecError NonFiniteSignalError OneUnitWarning Weighting Weights Stage Source Pool Shape "
+    "Weigh Constrain Scope Number NonNegativeNumber PositiveNumber UnitNumber"
 )
 COMMANDS = (
     "check compare completion doctor explain list mix new-stage plot replay report schema score "

@@ -477,7 +477,8 @@ def test_texts_take_torchtitan_which_goes_on_with_the_same_words(run, monkeypatc
     arguments = ["replay", str(run), "--spec", "prop1", "upper", "--text", "--allow-plugins"]
     click.testing.CliRunner().invoke(main, arguments)
     assert called[1:] == [
-        *["-m", "titan_integration.retell", "--allow-plugins"],
+        *["-P", "-m", "titan_integration.run_module"],
+        *["titan_integration.retell", "--allow-plugins"],
         *["--", str(run), "prop1", "upper"],
     ]
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
@@ -512,3 +513,32 @@ def test_the_runs_own_weights_need_no_spec(run):
     text = printed(run)
     assert "recorded" in text
     assert "raised" not in text
+
+
+def test_names_in_a_record_cannot_move_the_cursor(tmp_path, monkeypatch):
+    """A spec's name, a hash, a domain and a folder from elsewhere are printed in one line each."""
+    bad = "a\x1b[2Jb\nerror: c\u202ed\x85e\r"
+    said = about(domains=(bad, *DOMAINS[1:])) | {"name": bad, "hash": bad}
+    steps = {
+        step: {**found, "domain": [bad if x == DOMAINS[0] else x for x in found["domain"]]}
+        for step, found in DATA.items()
+    }
+    monkeypatch.chdir(tmp_path)
+    run = write(tmp_path / "evil\x1b[2J", steps, said)
+    words = ["replay", str(run), "--spec", "linupper"]
+    done = click.testing.CliRunner().invoke(main, words, color=True)
+    assert done.exit_code == 0
+    assert "recorded under a?[2Jb?error: c?d?e? (a?[2Jb" in done.output
+    assert all(c.isprintable() for line in done.output.split("\n") for c in line)
+    assert not any(line.startswith("error") for line in done.output.split("\n"))
+
+
+@pytest.mark.parametrize("words", [["report"], ["replay"], ["check"], ["explain"]])
+def test_file_names_cannot_move_the_cursor(words, tmp_path):
+    """What is not there is named in printable characters."""
+    name = str(tmp_path / "a\x1b[2J\u202e.yaml")
+    more = ["--out", f"{tmp_path}/r.html"] if words == ["report"] else []
+    done = click.testing.CliRunner().invoke(main, [*words, name, *more], color=True)
+    assert done.exit_code == 2
+    assert "a?[2J?.yaml" in done.output
+    assert all(c.isprintable() or c == "\n" for c in done.output)

@@ -229,6 +229,23 @@ def test_names_are_escaped(tmp_path):
     assert 'a <i>&"b"' in page.words
 
 
+def test_names_cannot_turn_the_page_around(tmp_path):
+    """Control characters and marks of direction in names are question marks on the page."""
+    bad = "a\x1b[31mb\u202ec\x85d"
+    told = about("version: 1\npipeline: uniform\n", note=bad)
+    told["spec"] |= {"name": bad, "text": bad}
+    folder = write_run(
+        tmp_path / bad,
+        [line(s, domains=(bad, "plain"), factor=bad) for s in (1, 2, 3)],
+        [validation(3, domains=(bad, "plain"))],
+        told,
+    )
+    assert report(tmp_path / "r.html", folder).exit_code == 0
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert all(c.isprintable() or c == "\n" for c in page)
+    assert "a?[31mb?c?d" in page
+
+
 def test_a_run_with_next_to_nothing(tmp_path):
     """One line of two losses is a report, which says what there is not."""
     lines = [{"step": 1, "unweighted_loss": 2.0, "weighted_loss": math.nan}]

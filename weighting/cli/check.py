@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import click
 
-from weighting.cli.common import allow_plugins, complain, give_up, read, specs_named, wrapped
+from weighting.cli.common import (
+    allow_plugins,
+    complain,
+    echo,
+    give_up,
+    read,
+    specs_named,
+    wrapped,
+)
 from weighting.errors import SpecError
 from weighting.spec import imported
 
@@ -38,9 +46,9 @@ def check(specs: tuple[str, ...], *, allow_plugins: bool) -> None:
         reads = ", ".join(sorted(fn.needs)) or "nothing"
         name = argument if spec.name in {"unnamed", argument} else f"{argument}: {spec.name}"
         name = spec.name if "\n" in argument else name
-        click.echo("\n".join(wrapped(f"ok  {name}, {', '.join(does)}, reads {reads}")))
+        echo("\n".join(wrapped(f"ok  {name}, {', '.join(does)}, reads {reads}")))
         if spec.plugins:
-            click.echo(f"    plugins: {imported(spec)}")
+            echo(f"    plugins: {imported(spec)}")
     if wrong:
         count = f"{wrong} of {len(specs)} specs" if len(specs) > 1 else "the spec"
         give_up(f"{count} cannot be used")

@@ -13,7 +13,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from weighting.build import Weighting, sketch
-from weighting.errors import SpecError
+from weighting.errors import SpecError, printable
 from weighting.recorded import LAST_STEP
 from weighting.spec import Spec, resolve, shipped
 
@@ -55,9 +55,13 @@ def give_up(message: str) -> NoReturn:
 
 
 def complain(message: str) -> None:
-    """Print an error, question marks for what would move the cursor or change colours."""
-    plain = "".join(c if c.isprintable() or c == "\n" else "?" for c in message)
-    click.echo(plain, err=True)
+    """Print an error, as `echo` prints."""
+    click.echo(printable(message, keep="\n"), err=True)
+
+
+def echo(text: str) -> None:
+    """Print a text, question marks for what would move the cursor or change colours."""
+    click.echo(printable(text, keep="\n"))
 
 
 def check_out(out: str | Path, suffixes: Sequence[str] = ()) -> None:
@@ -105,7 +109,9 @@ def hand_over(module: str, options: Mapping[str, object], flags: Iterable[str]) 
     """
     if importlib.util.find_spec("torchtitan") is None:
         give_up("this needs torchtitan: pip install 'weighting-dsl[titan]'")
-    command = [sys.executable, "-m", f"titan_integration.{module}"]
+    # -P: a file of the working folder is not taken for a module of Python's or of a package.
+    command = [sys.executable, "-P", "-m", "titan_integration.run_module"]
+    command.append(f"titan_integration.{module}")
     for name, value in options.items():
         option = f"--{name.replace('_', '-')}"
         if value is True:

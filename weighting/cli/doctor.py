@@ -15,6 +15,7 @@ import torch
 
 from weighting import __version__
 from weighting.build import sketch
+from weighting.cli.common import echo
 from weighting.errors import SpecError
 from weighting.spec import load, shipped
 
@@ -42,9 +43,9 @@ def doctor() -> None:
     failed = False
     for finding in findings():
         mark = "ok " if finding.ok else "BAD"
-        click.echo(f"{mark} {finding.what:14} {finding.found}")
+        echo(f"{mark} {finding.what:14} {finding.found}")
         for line in finding.more.splitlines():
-            click.echo(f"    {line}")
+            echo(f"    {line}")
         failed = failed or not finding.ok
     if failed:
         sys.exit(2)
@@ -106,7 +107,7 @@ def _training() -> Iterator[Finding]:
         "print(ensure_tokenizer())"
     )
     done = subprocess.run(  # noqa: S603 - our own code
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False
     )
     if done.returncode:
         yield Finding("integration", "cannot be imported", ok=False, more=done.stderr.strip())

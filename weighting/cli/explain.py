@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from weighting import arrow, calls
 from weighting.build import build, numbers, tells_domains
-from weighting.cli.common import WIDTH, allow_plugins, read_or_exit, specs_named
+from weighting.cli.common import WIDTH, allow_plugins, echo, read_or_exit, specs_named
 from weighting.contract import Alone, Source, Weigh
 from weighting.errors import SpecError
 from weighting.linear import SHARE, Sizes, path_of
@@ -70,7 +70,7 @@ def explain(spec: str, steps: int | None, *, allow_plugins: bool) -> None:
       weighting explain "temperature(step(100, 0.4, at=500))" --steps 2000
     """  # noqa: D301
     read_spec, fn = read_or_exit(spec, plugins=allow_plugins)
-    click.echo("\n".join(explanation(read_spec, fn, steps)))
+    echo("\n".join(explanation(read_spec, fn, steps)))
 
 
 def explanation(spec: Spec, fn: Weighting, steps: int | None = None) -> list[str]:

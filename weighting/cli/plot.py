@@ -10,6 +10,7 @@ import click
 from weighting.cli.common import (
     allow_plugins,
     check_out,
+    echo,
     give_up,
     is_step,
     reason,
@@ -117,10 +118,10 @@ def plot(
         give_up(str(error))
     except OSError as error:
         give_up(f"--out {reason(error)}; choose another place")
-    click.echo(f"wrote {out}")
+    echo(f"wrote {out}")
     for each in named if kind != "schedules" else ():
         for note in remarks(each, per):
-            click.echo("\n".join(wrapped(note)))
+            echo("\n".join(wrapped(note)))
 
 
 def _schedules(named: list[Named], steps: list[int], losses: str | None) -> tuple[str, list[Panel]]:

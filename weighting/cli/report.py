@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from weighting.cli.common import check_out, give_up, reason
+from weighting.cli.common import check_out, echo, give_up, reason
 from weighting.cli.explain import explanation
 from weighting.report.page import write_report
 
@@ -37,4 +37,4 @@ def report(runs: tuple[Path, ...], out: Path) -> None:
         give_up(str(error))
     except OSError as error:
         give_up(f"--out {reason(error)}; choose another place")
-    click.echo(str(out))
+    echo(str(out))

@@ -19,6 +19,7 @@ from weighting.cli.common import (
     specs_named,
     wrapped,
 )
+from weighting.errors import printable
 from weighting.recorded import LAST_STEP, recorded
 from weighting.simulate import (
     DOMAIN,
@@ -435,14 +436,14 @@ def cut(text: str, width: int) -> str:
 
     Those that would move the cursor are question marks.
     """
-    shown = "".join(c if c.isprintable() else "?" for c in text)
+    shown = printable(text)
     return shown if len(shown) <= width else f"{shown[: width - 1]}…"
 
 
 def say(lines: Sequence[str]) -> None:
     """Print lines, in plainer characters where the terminal knows no others."""
     encoding = getattr(sys.stdout, "encoding", None) or "ascii"
-    text = "\n".join(lines)
+    text = "\n".join(map(printable, lines))
     try:
         text.encode(encoding)
     except UnicodeEncodeError:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from html import escape
 from typing import TYPE_CHECKING
+
+from weighting.html import escaped
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -125,7 +126,7 @@ def bar_chart(
         for j, (name, value) in enumerate(zip(names, row, strict=True)):
             if math.isfinite(value):
                 size = f"width='{x_of(value) - _LABEL:.1f}' height='{_BAR - 1}'"
-                told = f"<title>{escape(f'{label}, {name}: {number(value)}')}</title>"
+                told = f"<title>{escaped(f'{label}, {name}: {number(value)}')}</title>"
                 place = f"x='{_LABEL}' y='{y + j * _BAR}'"
                 parts.append(f"<rect class='bar {_look(j)}' {place} {size}>{told}</rect>")
     legend = [(_swatch(i, bar=True), name) for i, name in enumerate(names)]
@@ -194,7 +195,7 @@ def _hovers(lines: Sequence[Line], x_of: Callable[[float], float]) -> list[str]:
         ]
         place = f"x='{x_of(step) - width / 2:.1f}' y='{_TOP}'"
         size = f"width='{width:.1f}' height='{_BOTTOM - _TOP}'"
-        title = escape("\n".join(told))
+        title = escaped("\n".join(told))
         out.append(f"<rect class='h' {place} {size}><title>{title}</title></rect>")
     return out
 
@@ -211,7 +212,7 @@ def _swatch(style: int | None, *, bar: bool = False) -> str:
 
 
 def _svg(name: str, height: float, parts: Iterable[str]) -> str:
-    box = f"viewBox='0 0 {_WIDTH} {height:g}' role='img' aria-label='{escape(name)}'"
+    box = f"viewBox='0 0 {_WIDTH} {height:g}' role='img' aria-label='{escaped(name)}'"
     return f"<svg class='chart' {box}>{''.join(parts)}</svg>"
 
 
@@ -219,6 +220,6 @@ def _text(
     text: str, x: float, y: float, anchor: str, *, turned: bool = False, hover: str = ""
 ) -> str:
     turn = f" transform='rotate(-90 {x:g} {y:g})'" if turned else ""
-    title = f"<title>{escape(hover)}</title>" if hover else ""
+    title = f"<title>{escaped(hover)}</title>" if hover else ""
     place = f"x='{x:.1f}' y='{y:.1f}' text-anchor='{anchor}'"
-    return f"<text {place}{turn}>{title}{escape(text)}</text>"
+    return f"<text {place}{turn}>{title}{escaped(text)}</text>"

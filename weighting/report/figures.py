@@ -152,10 +152,11 @@ def domains(run: Run) -> list[Chart]:
 def domain_mass(run: Run, name: str) -> tuple[float, float]:
     """Return a domain's share of the tokens, and share x weight, each a mean over the lines."""
     share, weight = f"domain/{name}/share", f"domain/{name}/weight"
-    told = [(x.get(share, 0.0), x.get(weight, 0.0)) for x in run.lines if share in x]
-    if not told:
+    shares, weights = run.series(share), dict(run.series(weight))
+    if not shares:
         return math.nan, math.nan
-    return sum(s for s, _ in told) / len(told), sum(s * w for s, w in told) / len(told)
+    mass = sum(s * weights.get(step, 0.0) for step, s in shares)
+    return sum(s for _, s in shares) / len(shares), mass / len(shares)
 
 
 def bound_term(run: Run) -> list[Point]:

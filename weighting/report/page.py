@@ -12,6 +12,7 @@ from weighting import __version__
 from weighting.build import sketch
 from weighting.errors import SpecError
 from weighting.files import write_whole
+from weighting.html import escaped
 from weighting.report import figures, tables
 from weighting.report.read import read_runs
 
@@ -74,7 +75,12 @@ def page(runs: Sequence[Run], explain: Explain) -> str:
     folder = jinja2.FileSystemLoader(Path(__file__).parent)
     strict = jinja2.StrictUndefined
     environment = jinja2.Environment(
-        loader=folder, autoescape=True, undefined=strict, trim_blocks=True, lstrip_blocks=True
+        loader=folder,
+        autoescape=True,
+        finalize=_finalized,
+        undefined=strict,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters["drawn"] = _drawn
     return environment.get_template(_PAGE).render(
@@ -97,6 +103,11 @@ def _expansion(run: Run, explain: Explain) -> str:
         return "\n".join(explain(run.spec, sketch(run.spec)))
     except SpecError:
         return str(run.about["spec"]["text"])
+
+
+def _finalized(value: object) -> object:
+    """Return what a template writes, its words as `escaped` has them; drawings as they are."""
+    return value if isinstance(value, Markup) else Markup(escaped(str(value)))  # noqa: S704
 
 
 def _drawn(svg: str) -> Markup:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from weighting.errors import SpecError
-from weighting.files import read_lines
+from weighting.files import Lines, read_lines
 from weighting.replay import FOLDER as RECORD
 from weighting.replay import read_record
 from weighting.spec import loads
@@ -44,8 +43,8 @@ class Run:
 
     name: str
     folder: Path
-    lines: list[Line]
-    validations: list[Line]
+    lines: Lines
+    validations: Lines
     about: dict[str, Any]
     spec: Spec | None
     record: Record | None
@@ -53,11 +52,7 @@ class Run:
 
     def series(self, key: str) -> list[Point]:
         """Return a number's finite values by step."""
-        return [
-            (line["step"], line[key])
-            for line in self.lines
-            if key in line and math.isfinite(line[key])
-        ]
+        return [*self.lines.series(key)]
 
     def factors(self) -> list[str]:
         """Return the names of the factors, `weight`, the final token weights, being none."""
@@ -102,7 +97,7 @@ def _read_run(name: str, folder: Path) -> Run:
         msg = f"{path}: nothing was logged; a run logs every --metrics.log_freq steps"
         raise ValueError(msg)
     told = folder / FOLDER / VALIDATION
-    validations = read_lines(told) if told.is_file() else []
+    validations = read_lines(told) if told.is_file() else Lines()
     about = _read_about(folder / FOLDER / ABOUT)
     spec, missing = None, list[str]()
     if not validations:

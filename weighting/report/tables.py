@@ -176,8 +176,7 @@ def _late(run: Run) -> float:
 
 def _means(run: Run) -> list[Point]:
     """Return the mean over domains of the validation loss by step, nats."""
-    told = [(line["step"], line.get("domain_mean_loss", math.nan)) for line in run.validations]
-    return [(x, y) for x, y in told if math.isfinite(y)]
+    return [*run.validations.series("domain_mean_loss")]
 
 
 def _or_dash(x: float, form: str = ".4f") -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -11,8 +12,11 @@ from typing_extensions import override
 from weighting.chance import uniform
 from weighting.contract import Level, Scope, Weigh
 from weighting.registry import stage
+from weighting.saved import not_between
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
     from torch import Tensor
 
 
@@ -40,6 +44,14 @@ class Bernoulli(Weigh):
         return {"batches": torch.zeros((), dtype=torch.int64)}
 
     @override
+    def problems_with_state(
+        self, state: Mapping[str, Tensor], domains: tuple[str, ...]
+    ) -> Iterator[tuple[str, str]]:
+        """Demand a count."""
+        yield from super().problems_with_state(state, domains)
+        yield from not_between(state, 0, math.inf, "batches")
+
+    @override
     def advance(self, x: Tensor, scope: Scope) -> dict[str, Tensor]:
         """Count the batch."""
         return {"batches": scope.state["batches"] + 1}
@@ -48,5 +60,7 @@ class Bernoulli(Weigh):
     def apply(self, x: Tensor, scope: Scope) -> Tensor:
         """Return 1, or 1 / p, for what is kept."""
         p = x.clamp(0, 1)
-        kept = uniform(self.seed, scope.state["batches"], x.numel()) < p
+        draws = uniform(self.seed, scope.state["batches"], x.numel())
+        # By its place among the units there are: how many slots are empty changes no draw.
+        kept = draws[(scope.valid.cumsum(0) - 1).clamp(min=0)] < p
         return torch.where(kept, 1 / p.clamp(min=1e-6) if self.correct else torch.ones_like(p), 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -9,11 +10,14 @@ from typing_extensions import override
 
 from weighting.contract import News, Scope
 from weighting.registry import stage
+from weighting.saved import not_between, not_shares
 from weighting.schedules import Constant, NonNegativeNumber, UnitNumber
 from weighting.stages.exponentiated import raised
 from weighting.told import Told
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
     from torch import Tensor
 
 
@@ -45,6 +49,15 @@ class DoGE(Told):
         state = super().initial_state(domains)
         average = state["log_weights"].exp()
         return {**state, "average": average, "moves": torch.zeros((), dtype=torch.int64)}
+
+    @override
+    def problems_with_state(
+        self, state: Mapping[str, Tensor], domains: tuple[str, ...]
+    ) -> Iterator[tuple[str, str]]:
+        """Demand an average that sums to one, and a count."""
+        yield from super().problems_with_state(state, domains)
+        yield from not_shares(state, "average")
+        yield from not_between(state, 0, math.inf, "moves")
 
     @override
     def hear(self, news: Tensor, scope: Scope) -> dict[str, Tensor]:

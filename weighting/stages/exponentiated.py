@@ -11,9 +11,12 @@ from typing_extensions import override
 
 from weighting.contract import Level, Scope, Weigh
 from weighting.registry import stage
+from weighting.saved import not_between, not_shares
 from weighting.schedules import Constant, Number, UnitNumber
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
     from torch import Tensor
 
 
@@ -52,6 +55,16 @@ class Exponentiated(Weigh):
             "batches": torch.ones((), dtype=torch.int64),
             "last": torch.full((count,), self.unseen),
         }
+
+    @override
+    def problems_with_state(
+        self, state: Mapping[str, Tensor], domains: tuple[str, ...]
+    ) -> Iterator[tuple[str, str]]:
+        """Demand weights that sum to one, and a count."""
+        yield from super().problems_with_state(state, domains)
+        yield from not_shares(state, "log_weights", logs=True)
+        yield from not_shares(state, "average")
+        yield from not_between(state, 1, math.inf, "batches")
 
     @override
     def advance(self, x: Tensor, scope: Scope) -> dict[str, Tensor]:

@@ -9,9 +9,12 @@ from typing_extensions import override
 
 from weighting.contract import Scope, Shape
 from weighting.registry import stage
+from weighting.saved import not_between
 from weighting.schedules import Constant, UnitNumber
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
     from torch import Tensor
 
 
@@ -36,6 +39,14 @@ class Gate(Shape):
     def initial_state(self, domains: tuple[str, ...]) -> dict[str, Tensor]:
         """Return an average of one: equal scores."""
         return {"ess": torch.ones(())}
+
+    @override
+    def problems_with_state(
+        self, state: Mapping[str, Tensor], domains: tuple[str, ...]
+    ) -> Iterator[tuple[str, str]]:
+        """Demand a share."""
+        yield from super().problems_with_state(state, domains)
+        yield from not_between(state, 0, 1, "ess")
 
     @override
     def advance(self, x: Tensor, scope: Scope) -> dict[str, Tensor]:

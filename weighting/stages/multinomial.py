@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -11,9 +12,12 @@ from typing_extensions import override
 from weighting.chance import uniform
 from weighting.contract import Level, Scope, Weigh
 from weighting.registry import stage
+from weighting.saved import not_between
 from weighting.schedules import ShareNumber
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
     from torch import Tensor
 
 
@@ -42,6 +46,14 @@ class Multinomial(Weigh):
     def initial_state(self, domains: tuple[str, ...]) -> dict[str, Tensor]:
         """Return how many batches there have been."""
         return {"batches": torch.zeros((), dtype=torch.int64)}
+
+    @override
+    def problems_with_state(
+        self, state: Mapping[str, Tensor], domains: tuple[str, ...]
+    ) -> Iterator[tuple[str, str]]:
+        """Demand a count."""
+        yield from super().problems_with_state(state, domains)
+        yield from not_between(state, 0, math.inf, "batches")
 
     @override
     def advance(self, x: Tensor, scope: Scope) -> dict[str, Tensor]:

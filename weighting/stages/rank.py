@@ -10,8 +10,11 @@ from typing_extensions import override
 
 from weighting.contract import Level, Scope, Shape
 from weighting.registry import stage
+from weighting.saved import not_between
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
     from torch import Tensor
 
 
@@ -38,6 +41,15 @@ class Rank(Shape):
         if not self.history:
             return {}
         return {"seen": torch.zeros(self.history), "count": torch.zeros((), dtype=torch.int64)}
+
+    @override
+    def problems_with_state(
+        self, state: Mapping[str, Tensor], domains: tuple[str, ...]
+    ) -> Iterator[tuple[str, str]]:
+        """Demand no more scores than the history holds."""
+        yield from super().problems_with_state(state, domains)
+        if self.history:
+            yield from not_between(state, 0, self.history, "count")
 
     @override
     def advance(self, x: Tensor, scope: Scope) -> dict[str, Tensor]:

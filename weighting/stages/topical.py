@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -10,9 +11,12 @@ from typing_extensions import override
 
 from weighting.contract import Level, Scope, Weigh
 from weighting.registry import stage
+from weighting.saved import not_between, not_weights
 from weighting.schedules import Constant, NonNegativeNumber, UnitNumber
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
     from torch import Tensor
 
 
@@ -50,6 +54,15 @@ class Topical(Weigh):
             "times": torch.zeros(size),
             "batches": torch.zeros((), dtype=torch.int64),
         }
+
+    @override
+    def problems_with_state(
+        self, state: Mapping[str, Tensor], domains: tuple[str, ...]
+    ) -> Iterator[tuple[str, str]]:
+        """Demand weights and counts."""
+        yield from super().problems_with_state(state, domains)
+        yield from not_weights(state, "weights")
+        yield from not_between(state, 0, math.inf, "times", "batches")
 
     @override
     def advance(self, x: Tensor, scope: Scope) -> dict[str, Tensor]:
