@@ -1,5 +1,6 @@
 # make train      install what it takes, then train a small Llama with LinUpper on this machine
 # make test       install what it takes, then run every test
+# make quick      the tests that start no trainer in processes of its own
 # make lint       ruff and pyrefly, both quiet
 # make evidence   does it help? two experiments with regression, and a language model in ten minutes
 # make bench      what the weighting costs, of the loss and of a whole step, against torchtitan's own
@@ -15,13 +16,16 @@ STAMP  := $(VENV)/.installed
 LOCK   := .ci/requirements.txt
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
 
-.PHONY: train test lint evidence bench dist audit lock clean
+.PHONY: train test quick lint evidence bench dist audit lock clean
 
 train: $(STAMP)
 	$(BIN)/weighting train specs/linupper.yaml
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+quick: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not processes"
 
 lint: $(STAMP)
 	$(BIN)/ruff check --quiet .

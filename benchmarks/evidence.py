@@ -39,9 +39,9 @@ import torch.nn.functional as F  # noqa: N812 - the usual name
 from evidence_page import BUCKETS, write_page
 
 import weighting as wt
-from titan_integration import series
-from weighting.files import read_lines, write_whole
-from weighting.spec import resolve
+from titan_integration.commands import run_queue as series
+from weighting.language.read import resolve
+from weighting.runs.files import read_lines, write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -355,8 +355,8 @@ class Validation:
         """Read the text, and count how frequent words are in training."""
         from torchtitan.config import ConfigManager  # noqa: PLC0415 - takes seconds
 
-        from titan_integration import cpu  # noqa: PLC0415
-        from titan_integration.data import load_documents  # noqa: PLC0415
+        from titan_integration.data.loader import load_documents  # noqa: PLC0415
+        from titan_integration.host import cpu  # noqa: PLC0415
 
         entry = ["--module=titan_integration", f"--config={plan.config}"]
         config: Any = ConfigManager().parse_args([*entry, *plan.flags])
@@ -396,9 +396,9 @@ class Validation:
     @torch.no_grad()
     def losses(self, checkpoint: Path) -> list[torch.Tensor]:
         """Return the loss of every token of every document, in nats."""
-        from titan_integration.packing import Cut  # noqa: PLC0415
-        from titan_integration.reference import load_model  # noqa: PLC0415
-        from titan_integration.score_windows import laid_out, packed, windows  # noqa: PLC0415
+        from titan_integration.commands.score_windows import laid_out, packed, windows  # noqa: PLC0415
+        from titan_integration.data.packing import Cut  # noqa: PLC0415
+        from titan_integration.loss.reference_model import load_model  # noqa: PLC0415
 
         if self.model is None:
             self.config.model_spec.model.update_from_config(config=self.config)

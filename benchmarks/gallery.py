@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 
 import weighting as wt
-from weighting.build import Weighting, sketch
+from weighting.build import Plan, plan_of
+from weighting.loss.linear import LLAMA3_8B, matrix_products, path_of
 from weighting.spec import arrow_text
 from weighting.stages import Table
 
 WIDTH, HEIGHT, TOP = 240, 120, 4.0
-_SIGNALS = "one more forward of the output layer"
 _COSTS = {
     "ref_loss": "a forward pass of the reference model, unless the loss is a data column",
     "columns.short_loss_": "a second forward pass, on the short context",
@@ -51,6 +51,9 @@ probability is exp(-loss), the reference loss is 3 nats throughout, the short-co
 nat more than half the loss, a data column runs from 0 to 4 (one of topics through sets of them),
 and the domains follow one another from low losses to high ones.  Where a spec works inside each
 sequence, the 129 tokens are one.
+Costs are those of one sequence of 8,192 tokens through the output layer of Llama 3 8B, beside plain
+training, whose loss takes 3 products of the output layer: of hidden states, of their gradient and
+of the layer's.  `late` keeps nothing; `keep` the logits; `recompute` makes them twice.
 What only draws data is a flat line at 1, and so is what waits to be told of gradients.
 Schedules are shown at their last step, stages that remember after 200 such batches."""
 
@@ -58,7 +61,7 @@ Schedules are shown at their last step, stages that remember after 200 such batc
 def entry(path: Path, spec: wt.Spec) -> str:
     """Return the section of one spec."""
     title, formula, paper, differs = header(path.read_text(encoding="utf-8"))
-    fn = sketch(spec)
+    plan = plan_of(spec)
     pipelines = "\n".join(
         f"    {'' if len(spec.factors) == 1 else name + ': '}{arrow_text(pipeline)}"
         for name, pipeline in spec.factors.items()
@@ -75,37 +78,37 @@ def entry(path: Path, spec: wt.Spec) -> str:
             "",
             formula,
             "",
-            f"- Weighs: per {level(fn)}.  Reads: {', '.join(sorted(fn.needs)) or 'nothing'}.",
-            *acts(fn),
-            f"- Costs: {cost(fn)}.",
+            f"- Weighs: per {level(plan)}.  Reads: {', '.join(sorted(plan.needs)) or 'nothing'}.",
+            *acts(plan),
+            f"- Costs: {cost(plan)}.",
             f"- Paper: {paper}",
             f"- Differs{differs if differs.startswith(':') else ' ' + differs}",
         ]
     )
 
 
-def level(fn: Weighting) -> str:
+def level(plan: Plan) -> str:
     """Return the units that are weighed, factor by factor."""
     levels = (
         "domain"
-        if fn.applied[name] == "sampling" or "domain_ids" in steps[0].stage.reads()
+        if plan.targets[name] == "sampling" or "domain_ids" in steps[0].stage.reads()
         else steps[-1].level
-        for name, steps in fn.plans.items()
+        for name, steps in plan.factors.items()
     )
     return " x ".join(dict.fromkeys(levels))
 
 
-def acts(fn: Weighting) -> list[str]:
+def acts(plan: Plan) -> list[str]:
     """Return a line on what draws and what multiplies, if anything draws."""
-    if not fn.sampling:
+    if not plan.sampling:
         return []
-    names = {name: name if len(fn.plans) > 1 else "the weights" for name in fn.plans}
+    names = {name: name if len(plan.factors) > 1 else "the weights" for name in plan.factors}
     multiplied = [
         names[name] if where == "loss" else f"{names[name]} / share drawn"
-        for name, where in fn.applied.items()
+        for name, where in plan.targets.items()
         if where != "sampling"
     ]
-    drawn = " x ".join(names[name] for name in fn.sampling)
+    drawn = " x ".join(names[name] for name in plan.sampling)
     return [f"- Draws by: {drawn}.  Multiplies the loss by: {' x '.join(multiplied) or 'nothing'}."]
 
 
@@ -121,12 +124,19 @@ def header(text: str) -> tuple[str, str, str, str]:
     return lines[0].strip(), formula, " ".join(paper.split()), " ".join(differs.split())
 
 
-def cost(fn: Weighting) -> str:
+def cost(plan: Plan) -> str:
     """Return what a spec costs beside plain training, in words."""
-    found = [] if fn.identity else [_SIGNALS]
-    found += [text for name, text in _COSTS.items() if any(n.startswith(name) for n in fn.needs)]
-    found += [_NEWS[news] for news in sorted(fn.hears)]
+    found = [] if plan.identity else [path_in_words(plan)]
+    found += [text for name, text in _COSTS.items() if any(n.startswith(name) for n in plan.needs)]
+    found += [_NEWS[news] for news in sorted(plan.listens_to)]
     return "; ".join(found) or "nothing"
+
+
+def path_in_words(plan: Plan) -> str:
+    """Return the way through the output layer of Llama 3 8B, and what it takes."""
+    path = path_of(plan, LLAMA3_8B)
+    products = matrix_products(path.memory, plan.max_active_fraction())
+    return f"`{path.memory}`, {products:g} products of the output layer"
 
 
 def picture(spec: wt.Spec) -> str:
@@ -177,7 +187,9 @@ def curve(spec: wt.Spec) -> tuple[torch.Tensor, torch.Tensor]:
         segment_ids=torch.zeros_like(loss, dtype=torch.long),
         columns=columns,
     )
-    if any(step.stage.inside() == "sequence" for steps in fn.plans.values() for step in steps):
+    if any(
+        step.stage.inside() == "sequence" for steps in fn.plan.factors.values() for step in steps
+    ):
         signals = one_row(signals)
     for _ in range(200 if fn.state_dict() else 1):
         out = fn(signals, 10**6)

@@ -50,10 +50,10 @@ import torch.nn.functional as F  # noqa: N812 - the usual name
 from torch import Tensor, nn
 
 import weighting as wt
-from weighting.files import json_text, read_lines, write_whole, writing_whole
-from weighting.logits import TOPK
-from weighting.losses import token_loss
-from weighting.spec import resolve
+from weighting.language.read import resolve
+from weighting.loss.cross_entropy import token_loss
+from weighting.loss.logits import TOPK
+from weighting.runs.files import json_text, read_lines, write_whole, writing_whole
 
 
 class Size(NamedTuple):
@@ -203,7 +203,7 @@ def refuse(fn: wt.Weighting, args: argparse.Namespace) -> None:
     missing = sorted(x for x in fn.needs - SIGNALS if not x.startswith(TOPK))
     if missing:
         msg = f"{name} reads {', '.join(missing)}, which this script does not have"
-    elif fn.sampling or fn.hears:
+    elif fn.plan.sampling or fn.plan.listens_to:
         msg = (
             f"{name} draws data or waits for news, and rows come in one order here; use torchtitan"
         )

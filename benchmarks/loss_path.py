@@ -38,7 +38,7 @@ import torch.nn.functional as F  # noqa: N812 - the usual name
 from loss_ways import IGNORED, STOCK, Batch, Setting, Variant, batch_of, variants
 from torch import Tensor
 
-from weighting.linear import CHUNKS
+from weighting.loss.linear import CHUNKS
 
 # In 16 bits, the rounding of logits and of up to a hundred chunks that add up: 6 eps.  In float32,
 # sums of many terms: 40 eps.  A token that weighs what it should not is off by about one.

@@ -11,8 +11,8 @@ from torch import Tensor
 from typing_extensions import override
 
 import weighting as wt
-from weighting.linear import CHUNKS, Memory, Sizes, path_of
-from weighting.spec import resolve
+from weighting.language.read import resolve
+from weighting.loss.linear import CHUNKS, Memory, Sizes, path_of
 
 IGNORED = -100
 STOCK = "torchtitan chunked"
@@ -80,7 +80,7 @@ def variants(batch: Batch) -> list[Variant]:
     found = [Variant(STOCK, stock, f"unweighted{anew}")]
     sizes = Sizes.of(batch.labels, batch.weight)
     for spec in SPECS:
-        taken = path_of(built(spec, batch.hidden.device), sizes).memory
+        taken = path_of(built(spec, batch.hidden.device).plan, sizes).memory
         for memory in MODES:
             way = functools.partial(ours, spec=spec, memory=memory)
             found.append(Variant(f"{spec} {memory}", way, "auto" if memory == taken else ""))

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 
-from weighting.files import read_lines
+from weighting.runs.files import read_lines
 
 mpl.use("svg")
 import matplotlib.pyplot as plt

@@ -30,9 +30,9 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from titan_integration.data_files import local_files
-from titan_integration.records import Columns, domain_of, read_records, text_of
-from weighting.files import write_whole
+from titan_integration.data.data_files import local_files
+from titan_integration.data.records import Columns, domain_of, read_records, text_of
+from weighting.runs.files import write_whole
 
 SEQ_LEN = 512
 LARGEST = 2**16

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 import weighting as wt
-from weighting.spec import resolve
+from weighting.language.read import resolve
 
 mpl.use("svg")
 import itertools

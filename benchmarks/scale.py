@@ -17,12 +17,12 @@ from torch import Tensor
 from torchtitan.models.llama3 import llama3_configs
 
 import weighting as wt
-from weighting.build import Weighting, sketch
+from weighting.build import Weighting, plan_of
 from weighting.contract import Alone
-from weighting.linear import CHUNKS, SHARE, Memory, Sizes, path_of
-from weighting.linear import Path as Way
-from weighting.logits import Slice, statistics
-from weighting.spec import resolve
+from weighting.language.read import resolve
+from weighting.loss.linear import CHUNKS, SHARE, Memory, Sizes, path_of
+from weighting.loss.linear import Path as Way
+from weighting.loss.logits import Slice, statistics
 from weighting.testing.batches import batch
 
 FOLDER = Path(__file__).resolve().parent
@@ -268,7 +268,7 @@ def layer_of(model: Model, layout: Layout) -> Layer:
 def weighting_of(spec: str, *, on_ranks: bool) -> Weighting:
     """Return a spec as a rank builds it; its own selection may keep more on one of several."""
     if not on_ranks:
-        return sketch(resolve(spec))
+        return plan_of(resolve(spec))
     domains = [f"domain {i}" for i in range(DOMAINS)]
     return wt.build(resolve(spec), domains=domains, collectives=Counting(2))
 

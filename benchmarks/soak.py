@@ -29,7 +29,7 @@ mpl.use("svg")
 import matplotlib.pyplot as plt
 
 if TYPE_CHECKING:
-    from titan_integration.trainer import WeightedTrainer
+    from titan_integration.trainer.trainer import WeightedTrainer
 
 ROOT = Path(__file__).resolve().parent.parent
 SPEC = """\

@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from html import escape
 from pathlib import Path
 
-import weighting as wt
-from titan_integration.tokens import shaded_text
-from weighting.shading import Shaded, Token, reach, shade
+from titan_integration.commands.tokens import shaded_text
+from weighting.language.read import resolve
+from weighting.report.shading import Shaded, Token, reach, shade
 from weighting.spec import arrow_text
 
 WIDTH, MARGIN, TOP, LINE = 860, 20, 140, 20
@@ -104,7 +104,7 @@ def panel(
     """Yield what one spec makes of the text: a heading, shades, and the text over them."""
     left, width = MARGIN + index * (HALF + MARGIN), size * EM
     name = shaded.specs[index].name
-    pipelines = " × ".join(map(arrow_text, wt.spec.resolve(name).factors.values()))
+    pipelines = " × ".join(map(arrow_text, resolve(name).factors.values()))
     weights = [token.weights[index] for token in shaded.tokens if token.weights]
     span = f"{min(weights):.2f} to {max(weights):.2f}"
     yield words(f"{name}: {pipelines}", left, TOP - 32)

@@ -64,8 +64,8 @@ def families(reporter):
 
 def pytest_terminal_summary(terminalreporter):
     """Say how many tests of each family passed, and over how many stages and specs the laws."""
+    from weighting.language.find import shipped  # noqa: PLC0415
     from weighting.registry import stages  # noqa: PLC0415 - only when there is something to say
-    from weighting.spec import shipped  # noqa: PLC0415
 
     passed = terminalreporter.stats.get("passed", [])
     counts = families(terminalreporter)

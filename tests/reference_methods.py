@@ -451,11 +451,11 @@ class SelectiveBackprop:
         losses = sequence_losses(batch)
         self.history = ([x for x in losses if x is not None] + self.history)[:1024]
         weights = []
-        for x, draw in zip(losses, draws(0, self.batches, len(losses)), strict=True):
+        lots = iter(draws(0, self.batches, len(losses)))  # one for each sequence with a label
+        for x in losses:
             lower = sum(h < x for h in self.history) if x is not None else 0
-            weights.append(
-                1.0 if x is not None and draw < (lower / len(self.history)) ** 3 else 0.0
-            )
+            kept = x is not None and next(lots) < (lower / len(self.history)) ** 3
+            weights.append(1.0 if kept else 0.0)
         return mean_one(each(batch, lambda row, _: weights[row]), batch.valid, of_nothing=0.0)
 
 

@@ -1,9 +1,13 @@
 """The gallery is what the specs say now."""
 
 import importlib.util
+import re
 from pathlib import Path
 
+import generators as tables
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import weighting as wt
 
@@ -47,3 +51,62 @@ def test_every_picture_shows_something(path):
     assert weight.shape == loss.shape
     assert weight.isfinite().all()
     assert weight.max() > 0
+
+
+WIDTH, VOCABULARY = 7, 17
+"""Of an output layer; nothing else here has these sizes."""
+
+
+class CountsProducts(TorchDispatchMode):
+    """Adds up how many rows go through products of the output layer."""
+
+    def __init__(self):
+        """Begin with none."""
+        super().__init__()
+        self.rows = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        """Count and run one operator."""
+        if func.overloadpacket in {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_}:
+            sizes = [*args[-2].shape, args[-1].shape[1]]
+            if WIDTH in sizes and VOCABULARY in sizes:
+                self.rows += sizes[0] * sizes[1] * sizes[2] // (WIDTH * VOCABULARY)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("path", SPECS, ids=lambda path: path.stem)
+def test_the_costs_on_the_page_are_those_of_the_loss(path):
+    """The page's number of products of the output layer is what the named path really takes."""
+    page = (ROOT / "specs" / "README.md").read_text(encoding="utf-8")
+    section = page.partition(f"\n## {path.stem}\n")[2].partition("\n## ")[0]
+    text = path.read_text(encoding="utf-8")
+    fn = tables.built(text)
+    said = re.search(r"- Costs: `(late|keep|recompute)`, ([\d.]+) products of the output", section)
+    if fn.plan.identity:
+        assert said is None
+        return
+    memory, products = said[1], float(said[2])
+    rows, length = 4, 100
+    signals = tables.batch(rows, length, domains=tables.domains_of(text))
+    g = torch.Generator().manual_seed(0)
+    labels = torch.randint(VOCABULARY, (rows, length), generator=g)
+    hidden = torch.randn(rows, length, WIDTH, generator=g, requires_grad=True)
+    weight = torch.randn(VOCABULARY, WIDTH, generator=g, requires_grad=True)
+    columns = {k: x for k, x in signals.columns.items() if not k.startswith("topk_entropy")}
+
+    with CountsProducts() as counted:
+        loss, _ = wt.linear_weighted_cross_entropy(
+            hidden,
+            weight,
+            labels,
+            fn,
+            domain_ids=signals.domain_ids,
+            segment_ids=signals.segment_ids,
+            ref_loss=signals.ref_loss,
+            columns=columns,
+            memory=memory,
+        )
+        loss.backward()
+
+    # A selection may have one token more in each sequence than its share.
+    assert counted.rows / (rows * length) == pytest.approx(products, abs=0.05)

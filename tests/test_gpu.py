@@ -12,7 +12,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from weighting.files import read_lines
+from weighting.runs.files import read_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 12

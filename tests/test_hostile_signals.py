@@ -9,7 +9,7 @@ import torch
 from torch.testing import assert_close
 
 import weighting as wt
-from weighting.build import MOMENTS
+from weighting.build.statistics import MOMENTS
 
 CASES = tables.CASES
 WITHOUT_LUCK = [

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 import weighting as wt
-from weighting.chance import uniform
 from weighting.contract import Alone, Scope
-from weighting.levels import Groups
+from weighting.contract.levels import Groups
+from weighting.counter_rng import uniform
 from weighting.schedules import Constant
 
 positive = st.integers(-4, 4).map(lambda exponent: 2.0**exponent)

@@ -14,8 +14,9 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.testing import assert_close
 
 import weighting as wt
-from weighting.build import MOMENTS, plan, summarize
+from weighting.build.statistics import MOMENTS, summarize
 from weighting.contract import Scope, Stage
+from weighting.pipeline import expand
 from weighting.schedules import Constant, Linear, Piecewise, Schedule, Step
 from weighting.spec import arrow_text
 from weighting.testing.checks import check_pointwise
@@ -403,7 +404,7 @@ def test_no_value_is_ever_looked_at(case, monkeypatch):
 @each_case
 def test_stages_leave_alone_what_they_are_given(case):
     """No stage writes to the values it is given, and each returns float32 of their shape."""
-    for steps in tables.built(CASES[case]).plans.values():
+    for steps in tables.built(CASES[case]).plan.factors.values():
         valid = torch.arange(7) != 2  # one unit does not count
         x = torch.linspace(-1, 2, 7)
         for stage in (step.stage for step in steps[1:]):
@@ -732,8 +733,10 @@ def test_sequences_cut_over_ranks_weigh_like_whole_ones(case, in_order, ranks):
 # Local and late ----------------------------------------------------------------------------------
 
 BUILT = {case: tables.built(text) for case, text in CASES.items()}
-LOCAL = [case for case, fn in BUILT.items() if fn.local]
-LATE = [case for case, fn in BUILT.items() if fn.late != "token" and not fn.identity]
+LOCAL = [case for case, fn in BUILT.items() if fn.plan.token_local]
+LATE = [
+    case for case, fn in BUILT.items() if fn.plan.deferred_level != "token" and not fn.plan.identity
+]
 """Cases whose tokens wait for no number of their own; uniform is the trainer's own loss."""
 
 
@@ -764,7 +767,7 @@ def bad():
 def test_some_cases_are_local_and_some_late():
     """The two laws below speak of several cases of each kind."""
     assert {"spec mile", "spec linupper-x-mile", "spec dft", "spec uniform"} <= {*LOCAL}
-    assert {BUILT[case].late for case in LATE} == {None, "sequence"}
+    assert {BUILT[case].plan.deferred_level for case in LATE} == {None, "sequence"}
     assert {"spec rgd", "extra sequence-mean", "extra uniform-by-sequence"} <= {*LATE}
     assert {"spec cvar", "spec doremi-proxy", "stage max"}.isdisjoint(LATE)
     assert len(LOCAL) >= 20
@@ -796,7 +799,7 @@ def test_the_rest_of_a_weight_is_one_number_per_late_unit(case):
         fn = tables.built(CASES[case])
         token = fn(signals, 2).token.double()
         part = fn.local_part(signals, 2).double()
-        units = 1 if fn.late is None else len(token)
+        units = 1 if fn.plan.deferred_level is None else len(token)
         token, part = token.reshape(units, -1), part.reshape(units, -1)
         total = part.sum(1, keepdim=True)
         number = token.sum(1, keepdim=True) / torch.where(total > 0, total, 1)
@@ -811,7 +814,7 @@ MAY_LOOK_AROUND = {"threshold": "its threshold may be a quantile"}
 def every_stage():
     """Return the stages of all cases but pools, sugar spelled out, by what one writes for them."""
     other = tables.built("loss -> threshold(at=1)")
-    plans = [steps for fn in [*BUILT.values(), other] for steps in fn.plans.values()]
+    plans = [steps for fn in [*BUILT.values(), other] for steps in fn.plan.factors.values()]
     stages = [step.stage for steps in plans for step in steps]
     return {arrow_text((x,)): x for x in stages if not isinstance(x, wt.Pool)}
 
@@ -866,7 +869,7 @@ def test_some_cases_are_capped():
 def test_no_unit_weighs_more_than_its_cap(case, factor):
     """A factor that ends in `clamp` has no unit above it and keeps mean one over its units."""
     spec = wt.loads(CASES[case])
-    steps = plan(spec.factors[factor])
+    steps = expand(spec.factors[factor])
     level, clamp = steps[-1].level, steps[-1].stage
     for name, signals in hard_batches().items():
         for step in STEPS:

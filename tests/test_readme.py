@@ -10,7 +10,7 @@ import pytest
 import weighting as wt
 from weighting import registry
 from weighting.cli import main
-from weighting.spec import shipped
+from weighting.language.find import shipped
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

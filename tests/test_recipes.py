@@ -164,6 +164,29 @@ def test_every_signal_stands_with_its_target():
     assert_close(state(model), dict(fn.state_dict()))
 
 
+@pytest.mark.parametrize("told", [True, False], ids=["sequence_ids", "position_ids"])
+def test_a_padding_free_batch_weighs_its_samples_like_rows(told):
+    """What Hugging Face's flattening collator makes of rows gives the weights of those rows."""
+    from transformers import DataCollatorWithFlattening  # noqa: PLC0415 - no test extra
+
+    names = recipes.started("linupper")
+    model, _ = pair(names)
+    batch = collated(names["rows"][:6])
+    lengths = batch["attention_mask"].sum(1).tolist()
+    samples = [{"input_ids": x[:n]} for x, n in zip(batch["input_ids"], lengths, strict=True)]
+    flat = dict(DataCollatorWithFlattening()(samples))
+    if told:
+        flat["sequence_ids"] = torch.arange(6).repeat_interleave(torch.tensor(lengths))[None]
+    assert flat["input_ids"].shape == (1, sum(lengths))
+    with torch.no_grad():
+        expected, found = model(**batch), model(**flat)
+
+    here = batch["attention_mask"].bool()
+    assert expected["weights"].token.max() > 1.05
+    assert_close(found["weights"].token[0], expected["weights"].token[here], rtol=1e-4, atol=1e-4)
+    assert_close(found["loss"], expected["loss"], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("scope", ["microbatch", "rank"])
 def test_the_loss_counts_the_labels_of_other_ranks(scope):
     """The mean over all ranks' labels takes a factor; with scope: rank there are no others."""

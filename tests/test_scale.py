@@ -11,8 +11,8 @@ import test_collectives
 import torch
 from torchtitan.models.llama3 import model_registry
 
-from weighting.linear import CHUNKS, Batch, Head, begin
-from weighting.logits import Slice
+from weighting.loss.linear import CHUNKS, Batch, Head, begin
+from weighting.loss.logits import Slice
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 

@@ -10,7 +10,7 @@ import torch
 from reference_methods import FORMULAS, MEMORIES, reference
 
 import weighting as wt
-from weighting.spec import shipped
+from weighting.language.find import shipped
 
 NAMES = sorted(tables.SPEC_TEXTS)
 

@@ -21,10 +21,10 @@ from torchtitan.models.llama3 import config_registry as stock
 from torchtitan.models.llama3 import model_registry
 from torchtitan.tools.logging import logger
 
-from titan_integration.data import DomainTextDataLoader
+from titan_integration.data.loader import DomainTextDataLoader
+from titan_integration.data.tokenizer import ensure_tokenizer
 from titan_integration.paper import on_fineweb, on_slimpajama, resized
-from titan_integration.tokenizer import ensure_tokenizer
-from titan_integration.trainer import WeightedTrainer, with_weighting
+from titan_integration.trainer.trainer import WeightedTrainer, with_weighting
 
 if TYPE_CHECKING:
     from torchtitan.trainer import Trainer

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from weighting.build import applied, order_problems
+from weighting.build.checks import order_problems
+from weighting.build.targets import targets_of
 from weighting.errors import Problem, SpecError, printable
 from weighting.spec import Spec, dumps
 from weighting.stages import MeanOne, Table
@@ -32,13 +33,15 @@ def with_mixture(spec: Spec, mixture: Spec) -> Spec:
     """
     if problems := order_problems(mixture):
         raise SpecError(problems)
-    if {*applied(mixture).values()} != {"sampling"}:
+    if {*targets_of(mixture).values()} != {"sampling"}:
         message = (
             f"{mixture.name} is no mixture: every factor of one weighs domains, and it says "
             "apply: sampling"
         )
         raise SpecError([Problem(message)])
-    where: dict[str, Apply] = {name: acts for name, acts in applied(spec).items() if acts != "loss"}
+    where: dict[str, Apply] = {
+        name: acts for name, acts in targets_of(spec).items() if acts != "loss"
+    }
     if drawing := [name for name, acts in where.items() if acts == "sampling"]:
         message = (
             f"{spec.name} draws data by its factor {drawing[0]}, and {mixture.name} would as "

@@ -220,7 +220,7 @@ def _within(low: float, high: float, *, share: bool = False) -> AfterValidator:
 
 
 SCHEDULE_HERE = {"$comment": "a schedule"}
-"""Stands in a stage's JSON Schema where a schedule may; `weighting.schema` says what one is."""
+"""Stands in a stage's JSON Schema where a schedule may; `weighting.language.schema` defines it."""
 
 
 def _written(low: float, high: float, *, share: bool = False) -> WithJsonSchema:

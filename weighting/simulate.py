@@ -8,17 +8,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from weighting.build import MOMENTS, Weighting, Weights, build, numbers, raise_if_nonfinite
-from weighting.losses import signals_of
+from weighting.build import Weighting, Weights, build
+from weighting.build.statistics import MOMENTS, raise_if_nonfinite
+from weighting.language.read import resolve
+from weighting.loss.cross_entropy import signals_of
+from weighting.pipeline import has_cap, numbers
 from weighting.schedules import Constant, Piecewise, Schedule, ShareOfN, Step
-from weighting.spec import Spec, resolve
-from weighting.stages import Clamp
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from weighting.build import Plan
     from weighting.contract import Stage
-    from weighting.recorded import Recorded
+    from weighting.runs.loss_files import Recorded
+    from weighting.spec import Spec
 
     Values = Sequence[float] | Tensor
 
@@ -88,7 +91,7 @@ class Simulated:
     def capped_frac(self) -> float | None:
         """Share of units at their cap, of the factor with most; None where nothing is capped."""
         metrics = self.out.metrics
-        shares = (metrics[f"{name}/capped_frac"].item() for name in capped_factors(self.fn))
+        shares = (metrics[f"{name}/capped_frac"].item() for name in capped_factors(self.fn.plan))
         return max(shares, default=None)
 
 
@@ -138,13 +141,13 @@ def simulate_units(
 
 
 def simulate_recorded(
-    spec: Spec, fn: Weighting, losses: Recorded, step: int, *, one_sequence: bool = False
+    spec: Spec, plan: Plan, losses: Recorded, step: int, *, one_sequence: bool = False
 ) -> Simulated:
     """Return what a spec makes of recorded units, of those of the step where steps were recorded.
 
     Args:
         spec: The spec.
-        fn: What it builds to; a sketch will do.
+        plan: Its plan.
         losses: The units, with the columns of `columns_of`.
         step: Optimizer step.
         one_sequence: As for `simulate_units`.
@@ -155,13 +158,13 @@ def simulate_recorded(
     """
     here = losses.at(step)
     given: dict[str, Values] = {"loss": here.numbers("loss")}
-    for signal, column in columns_of(fn).items():
+    for signal, column in columns_of(plan).items():
         derived = signal == "target_prob" and column not in here.has
         if signal != "domain_ids" and not derived:
             given[signal] = here.numbers(column)
     written = written_domains(spec)
     # Whoever only draws by a table of its own weighs any data alike.
-    asks = "domain_ids" in fn.needs or (fn.sampling and not written)
+    asks = "domain_ids" in plan.needs or (plan.sampling and not written)
     domain = here.words(DOMAIN) if asks and DOMAIN in here.has else None
     # A batch may lack some of the spec's domains; that it has others is the spec's to tell.
     known = domain is None or {*domain} <= {*written}
@@ -175,20 +178,20 @@ DOMAIN = "domain"
 """The column of domain names."""
 
 
-def columns_of(fn: Weighting) -> dict[str, str]:
+def columns_of(plan: Plan) -> dict[str, str]:
     """Return the column of a file for each signal that a spec reads."""
     units = {"segment_ids", "sequence_ids"}
     named = {"domain_ids": DOMAIN}
     return {
-        name: named.get(name, name.removeprefix("columns.")) for name in sorted(fn.needs - units)
+        name: named.get(name, name.removeprefix("columns.")) for name in sorted(plan.needs - units)
     }
 
 
-def missing(label: str, fn: Weighting, losses: Recorded) -> str | None:
+def missing(label: str, plan: Plan, losses: Recorded) -> str | None:
     """Return which columns a spec reads that were not recorded, in a message, or None."""
     lacking = [
         column
-        for signal, column in columns_of(fn).items()
+        for signal, column in columns_of(plan).items()
         if column not in losses.has and signal != "target_prob"  # which the loss tells
     ]
     if not lacking:
@@ -205,12 +208,12 @@ def written_domains(spec: Spec) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for names in named for name in names))
 
 
-def capped_factors(fn: Weighting) -> list[str]:
+def capped_factors(plan: Plan) -> list[str]:
     """Return the factors that cap their weights and multiply the loss by them."""
     return [
         name
-        for name, steps in fn.plans.items()
-        if fn.applied[name] != "sampling" and any(isinstance(step.stage, Clamp) for step in steps)
+        for name, steps in plan.factors.items()
+        if plan.targets[name] != "sampling" and has_cap(steps)
     ]
 
 
@@ -230,9 +233,9 @@ class Changing(NamedTuple):
     schedule: Schedule
 
 
-def changing(fn: Weighting) -> Iterator[Changing]:
+def changing(plan: Plan) -> Iterator[Changing]:
     """Yield the numbers of a built spec that change over a run."""
-    for name, steps in fn.plans.items():
+    for name, steps in plan.factors.items():
         for step in steps:
             for argument, value in numbers(step.stage):
                 if not isinstance(value, Constant | ShareOfN):

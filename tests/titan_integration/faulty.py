@@ -10,7 +10,8 @@ import time
 from forked import start
 from runs import environment
 
-from titan_integration import launch, tokenizer
+from titan_integration.commands import train as launch
+from titan_integration.data import tokenizer
 
 FLAGS = [
     "--module=faulty",

@@ -3,7 +3,7 @@
 import torchtitan.train  # noqa: F401
 
 import titan_integration.paper
-import titan_integration.trainer  # noqa: F401
-from titan_integration.stdlib_text import stdlib_text
+import titan_integration.trainer.trainer  # noqa: F401
+from titan_integration.data.builtin_text import stdlib_text
 
 stdlib_text()  # read once, too

@@ -53,11 +53,12 @@ def main() -> None:
 
 def run(trainer: Any, config: Any, spec: wt.Spec, batches: list[Any]) -> dict[str, Any]:
     """Return where the tokens of the last step stand, their weights, and the gradients."""
-    from titan_integration.preflight import refuse_unsupported  # noqa: PLC0415 - after the device
-    from weighting.build import sketch  # noqa: PLC0415
+    from titan_integration.trainer.preflight import refuse_unsupported  # noqa: PLC0415 - after the device
+    from weighting.build import plan_of  # noqa: PLC0415
 
-    refuse_unsupported(config, sketch(spec))
-    trainer._join(config, spec)
+    plan = plan_of(spec)
+    refuse_unsupported(config, plan)
+    trainer._join(config, plan)
     trainer.loss_fn._path = None
     state, noted = trainer.state, {"where": [], "token": []}
     weigh, set_batch = state.weigh, state.set_batch

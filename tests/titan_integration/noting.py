@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from titan_integration import config_registry
-from titan_integration.trainer import WeightedTrainer
+from titan_integration.trainer.trainer import WeightedTrainer
 
 
 class NotingTrainer(WeightedTrainer):

@@ -8,10 +8,11 @@ from torchtitan.components.loss import CrossEntropyLoss
 from torchtitan.models.llama3 import config_registry as stock
 from torchtitan.trainer import Trainer
 
-from titan_integration import config_registry, cpu
-from titan_integration.data import DomainTextDataLoader
-from titan_integration.tokenizer import ensure_tokenizer
-from titan_integration.trainer import WeightedTrainer, with_weighting
+from titan_integration import config_registry
+from titan_integration.data.loader import DomainTextDataLoader
+from titan_integration.data.tokenizer import ensure_tokenizer
+from titan_integration.host import cpu
+from titan_integration.trainer.trainer import WeightedTrainer, with_weighting
 
 
 class PlainTextDataLoader(DomainTextDataLoader):

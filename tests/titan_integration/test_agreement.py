@@ -7,7 +7,7 @@ import pytest
 import torch
 from runs import torchrun
 
-from titan_integration.agreement import DisagreementError, check_agreement
+from titan_integration.observe.agreement import DisagreementError, check_agreement
 
 SPECS = [name for name in tables.CASES if name.startswith("spec ")]
 
@@ -83,7 +83,7 @@ import os, sys
 import torch, torch.distributed as dist
 sys.path.insert(0, sys.argv[1])
 import generators as tables
-from titan_integration.agreement import DisagreementError, check_agreement
+from titan_integration.observe.agreement import DisagreementError, check_agreement
 from titan_integration.collectives import OverRanks
 
 def main():  # nothing holds the group when the interpreter ends: its threads end with the last hold

@@ -6,7 +6,7 @@ import pytest
 import torch
 from runs import drive
 
-from titan_integration.reference import average_decay
+from titan_integration.loss.reference_model import average_decay
 
 SPEC = "excess_loss -> abs -> affine(shift=0.01) -> mean_one"
 

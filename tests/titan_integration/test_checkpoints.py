@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from titan_integration.checkpoints import (
+from titan_integration.host.checkpoints import (
     flaw,
     is_export,
     latest_whole,
@@ -15,7 +15,7 @@ from titan_integration.checkpoints import (
     stale,
     step_folders,
 )
-from titan_integration.reference import find_checkpoint
+from titan_integration.loss.reference_model import find_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 

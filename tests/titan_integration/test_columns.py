@@ -17,13 +17,13 @@ from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataLoader
 
 import weighting as wt
 from titan_integration import config_registry
-from titan_integration.data import DomainTextDataLoader
-from titan_integration.documents import hub_documents
-from titan_integration.packing import Cut, PackedRows
-from titan_integration.preflight import ask_for_columns, refuse_unsupported
-from titan_integration.records import Columns
-from titan_integration.state import RunState, data_columns, short_contexts
-from titan_integration.tokenizer import ensure_tokenizer
+from titan_integration.data.documents import hub_documents
+from titan_integration.data.loader import DomainTextDataLoader
+from titan_integration.data.packing import Cut, PackedRows
+from titan_integration.data.records import Columns
+from titan_integration.data.tokenizer import ensure_tokenizer
+from titan_integration.state.run_state import RunState, data_columns, short_contexts
+from titan_integration.trainer.preflight import ask_for_columns, refuse_unsupported
 
 COUNT = 60
 NAMES = ["score", "meta.quality", "ref_loss"]

@@ -13,7 +13,9 @@ import time
 import pytest
 from runs import ROOT, environment
 
-from titan_integration import comparing, progress, series
+from titan_integration.commands import compare as comparing
+from titan_integration.commands import progress
+from titan_integration.commands import run_queue as series
 
 SPECS = ("uniform", "group-dro")
 """The second keeps a state, which is to start afresh and to be resumed."""
@@ -142,7 +144,7 @@ def test_a_comparison_that_was_cut_off_goes_on(whole, tmp_path):
 
     process = started(tmp_path, 2)
     left = descendants(process.pid)
-    assert any("titan_integration.launch" in words for words in left.values())
+    assert any("titan_integration.commands.train" in words for words in left.values())
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     out, err = process.communicate(timeout=300)
     assert process.returncode == 130, err
@@ -152,7 +154,7 @@ def test_a_comparison_that_was_cut_off_goes_on(whole, tmp_path):
 
     process = started(tmp_path, 5)
     pids = descendants(process.pid)
-    trainer = min(pid for pid, words in pids.items() if "-m torchtitan.train" in words)
+    trainer = min(pid for pid, words in pids.items() if " torchtitan.train " in words)
     os.kill(trainer, signal.SIGKILL)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 1
@@ -342,7 +344,7 @@ def test_new_lines_are_read_once_and_a_new_file_from_its_start(tmp_path):
 def test_a_trainer_that_outlives_its_command_keeps_the_folder(tmp_path):
     """Killed for good, a command leaves what it started; until that ends, others are refused."""
     script = (
-        "import sys, pathlib; from titan_integration import series\n"
+        "import sys, pathlib; from titan_integration.commands import run_queue as series\n"
         "folder = pathlib.Path(sys.argv[1])\n"
         "with series.alone(folder) as lock:\n"
         "    series.logged(['sleep', '300'], folder / 'log', lock, lambda: None)\n"

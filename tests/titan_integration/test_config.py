@@ -13,16 +13,17 @@ from torchtitan.models.llama3 import config_registry as stock
 from torchtitan.trainer import Trainer
 
 import weighting as wt
-from titan_integration import config_registry, cpu, with_weighting
-from titan_integration.loss import WeightedChunkedLoss, WeightedCrossEntropyLoss
-from titan_integration.metrics import WeightedMetricsProcessor
-from titan_integration.preflight import read_spec, refuse_tokenizer, refuse_unsupported
-from titan_integration.resume import ResumingCheckpointManager
-from titan_integration.trainer import WeightedTrainer, WeightingConfig
-from titan_integration.validate import DomainValidator
+from titan_integration import config_registry, with_weighting
+from titan_integration.host import cpu
+from titan_integration.loss.loss import WeightedChunkedLoss, WeightedCrossEntropyLoss
+from titan_integration.observe.metrics import WeightedMetricsProcessor
+from titan_integration.observe.validation import DomainValidator
+from titan_integration.state.checkpoint import ResumingCheckpointManager
+from titan_integration.trainer.preflight import read_spec, refuse_tokenizer, refuse_unsupported
+from titan_integration.trainer.trainer import WeightedTrainer, WeightingConfig
 from weighting import registry
-from weighting.build import sketch
-from weighting.spec import find
+from weighting.build import plan_of
+from weighting.language.find import find
 
 REPLACED = {
     "checkpoint",
@@ -230,7 +231,7 @@ def refused(spec, **parallelism):
         setattr(config.parallelism, name, value)
     spec = wt.load(spec) if ":" not in spec else wt.loads(f"version: 1\n{spec}\n")
     try:
-        refuse_unsupported(config, sketch(spec))
+        refuse_unsupported(config, plan_of(spec))
     except ValueError as error:
         return str(error)
     return None
@@ -287,10 +288,10 @@ def test_a_signal_nobody_gives_is_refused(monkeypatch):
 
     monkeypatch.setattr(registry, "_STAGES", dict(registry.stages()))
     wt.stage("needs_attention")(NeedsAttention)
-    fn = sketch(wt.loads("needs_attention -> mean_one"))
+    plan = plan_of(wt.loads("needs_attention -> mean_one"))
     config = config_registry.llama3_debugmodel()
     with pytest.raises(ValueError, match="reads attention, which this trainer does not provide"):
-        refuse_unsupported(config, fn)
+        refuse_unsupported(config, plan)
 
 
 @pytest.mark.parametrize("name", ["uniform", "linupper-x-mile"])
@@ -307,8 +308,8 @@ def test_ranks_that_would_remember_apart_are_refused():
     config = config_registry.llama3_debugmodel()
     text = "version: 1\nscope: rank\npipeline: {}\n"
     with pytest.raises(ValueError, match="every rank remember something else"):
-        refuse_unsupported(config, sketch(wt.loads(text.format("running(1)"))))
-    refuse_unsupported(config, sketch(wt.loads(text.format("temperature(1)"))))
+        refuse_unsupported(config, plan_of(wt.loads(text.format("running(1)"))))
+    refuse_unsupported(config, plan_of(wt.loads(text.format("temperature(1)"))))
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused():

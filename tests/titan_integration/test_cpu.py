@@ -25,7 +25,7 @@ from torchtitan.models.llama3.config_registry import llama3_debugmodel
 from torchtitan.tools import utils
 from torchtitan.trainer import Trainer
 
-from titan_integration import cpu
+from titan_integration.host import cpu
 
 ROOT = Path(__file__).parents[2]
 
@@ -44,7 +44,7 @@ from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.models.llama3.config_registry import llama3_debugmodel
 from torchtitan.trainer import Trainer
 
-from titan_integration import cpu
+from titan_integration.host import cpu
 
 
 class NoTokenizer(BaseTokenizer):

@@ -22,13 +22,13 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
-from titan_integration.data import DomainTextDataLoader, load_documents
-from titan_integration.documents import hub_documents
-from titan_integration.identity import tokenizer_digest
-from titan_integration.packing import NUM_SHARDS
-from titan_integration.records import Columns
-from titan_integration.stdlib_text import DOMAINS, MAX_CHARS, read_stdlib, stdlib_text
-from titan_integration.tokenizer import ensure_tokenizer
+from titan_integration.data.builtin_text import DOMAINS, MAX_CHARS, read_stdlib, stdlib_text
+from titan_integration.data.documents import hub_documents
+from titan_integration.data.identity import tokenizer_digest
+from titan_integration.data.loader import DomainTextDataLoader, load_documents
+from titan_integration.data.packing import NUM_SHARDS
+from titan_integration.data.records import Columns
+from titan_integration.data.tokenizer import ensure_tokenizer
 
 SEQ_LEN = 128
 KEYS = ("input", "positions", "domain_ids")
@@ -275,7 +275,7 @@ sys.path.insert(0, root)
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
-from titan_integration.data import DomainTextDataLoader
+from titan_integration.data.loader import DomainTextDataLoader
 dist.init_process_group("gloo", init_method="file://" + rendezvous, rank=int(rank), world_size=2)
 loader = DomainTextDataLoader.Config(dataset=files).build(
     dp_world_size=2, dp_rank=int(rank), seq_len=128, local_batch_size=4,

@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from titan_integration.data import DomainTextDataLoader, load_documents
-from titan_integration.data_files import local_files, saved_dataset
-from titan_integration.score_data import open_source
+from titan_integration.commands.score_data import open_source
+from titan_integration.data.data_files import local_files, saved_dataset
+from titan_integration.data.loader import DomainTextDataLoader, load_documents
 
 TEXT = "enough letters to fill a row or two of sixteen tokens"
 GOOD = {"text": TEXT, "domain": "a"}
@@ -85,8 +85,11 @@ def test_every_kind_of_data_file_in_a_folder_is_read(tmp_path):
     put(tmp_path / "a/a.jsonl", record("one"))
     put(tmp_path / "b.JSONL", record("two"))
     put(tmp_path / "c.ndjson", record("three"))
-    put(tmp_path / "d.jsonl.gz", gzip.compress(record("four")) + gzip.compress(record("five")))
-    put(tmp_path / "e.JSON.GZ", gzip.compress(b'[{"text": "six"}]'))
+    put(
+        tmp_path / "d.jsonl.gz",
+        gzip.compress(record("four"), mtime=0) + gzip.compress(record("five")),
+    )
+    put(tmp_path / "e.JSON.GZ", gzip.compress(b'[{"text": "six"}]', mtime=0))
     with (
         pa.OSFile(str(tmp_path / "f.jsonl.zst"), "wb") as file,
         pa.CompressedOutputStream(file, "zstd") as packed,
@@ -257,7 +260,11 @@ def test_index_and_stream_refuse_the_same_lines(tmp_path, content, message, stre
     ("name", "content", "message"),
     [
         ("a.jsonl", lines(GOOD).decode().encode("utf-16"), ":1: not UTF-8 text but UTF-16; save"),
-        ("a.jsonl.gz", gzip.compress(lines(GOOD, GOOD))[:-8], ": cannot be read: Compressed f"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(lines(GOOD, GOOD), mtime=0)[:-8],
+            ": cannot be read: Compressed f",
+        ),
         ("a.jsonl.gz", lines(GOOD), ": cannot be read: Not a gzipped file"),
         ("a.jsonl.zst", lines(GOOD), ": cannot be read: "),
         ("a.json", b"\n\n[\n{oops\n]", ":4: invalid JSON"),

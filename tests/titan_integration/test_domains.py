@@ -11,9 +11,10 @@ from whole import whole_model
 
 import weighting as wt
 from titan_integration import config_registry
-from titan_integration.mixing import FILE
-from titan_integration.preflight import ask_for_rows, refuse_one_domain, refuse_unsupported
-from weighting.build import sketch
+from titan_integration.commands.mix import FILE
+from titan_integration.trainer.preflight import ask_for_rows, refuse_one_domain, refuse_unsupported
+from weighting.build import plan_of
+from weighting.build.domains import proportions
 
 pytestmark = [
     pytest.mark.processes,
@@ -117,7 +118,7 @@ def test_a_run_leaves_its_mixture_as_a_spec(doremi):
     text = (folder / "weighting" / FILE).read_text()
     fn = wt.build(wt.loads(text), domains=DOMAINS)
     shares = of_domains(lines[-1], "average")
-    assert fn.proportions().tolist() == pytest.approx(shares, abs=1e-6)
+    assert proportions(fn).tolist() == pytest.approx(shares, abs=1e-6)
     proxy = wt.load("doremi-proxy")
     for told in (f"# spec: doremi-proxy {proxy.hash}", "average of 5 steps", "# data: stdlib"):
         assert told in text
@@ -273,7 +274,7 @@ def refusal(spec, **changes):
         section, field = name.split("__")
         setattr(getattr(config, section), field, value)
     try:
-        refuse_unsupported(config, sketch(wt.loads(f"version: 1\n{spec}")))
+        refuse_unsupported(config, plan_of(wt.loads(f"version: 1\n{spec}")))
     except ValueError as error:
         return str(error)
     return ""
@@ -305,24 +306,24 @@ def test_doge_is_refused_where_it_would_be_wrong():
 )
 def test_data_of_one_domain_is_refused_for_a_spec_that_weighs_domains(spec, names):
     """Every weight would be 1; the error names the factor, the one domain and the flag."""
-    fn = sketch(wt.loads(f"version: 1\n{spec}\n"))
+    plan = plan_of(wt.loads(f"version: 1\n{spec}\n"))
     with pytest.raises(ValueError, match="name the column that tells domains") as caught:
-        refuse_one_domain(fn, ("all",))
+        refuse_one_domain(plan, ("all",))
     assert f"domains ({names}), and the data has one, 'all'" in str(caught.value)
     assert "--dataloader.domain_column" in str(caught.value)
-    refuse_one_domain(fn, ("web", "code"))
-    refuse_one_domain(fn, None)
+    refuse_one_domain(plan, ("web", "code"))
+    refuse_one_domain(plan, None)
 
 
 @pytest.mark.parametrize("name", ["uniform", "linupper-x-mile", "rho-1", "toremi-topics"])
 def test_data_of_one_domain_is_taken_by_a_spec_that_weighs_none(name):
     """Sequences and tokens differ whatever the domains."""
-    refuse_one_domain(sketch(wt.load(name)), ("all",))
+    refuse_one_domain(plan_of(wt.load(name)), ("all",))
 
 
 def test_a_loader_without_domains_cannot_draw():
     """A spec that draws needs the loader that can."""
     config = config_registry.stock.llama3_debugmodel()
-    fn = sketch(wt.load("uniform-domains"))
+    plan = plan_of(wt.load("uniform-domains"))
     with pytest.raises(ValueError, match=r"DomainTextDataLoader, or apply: loss"):
-        ask_for_rows(config, fn)
+        ask_for_rows(config, plan)

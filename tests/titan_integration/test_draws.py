@@ -13,10 +13,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
-from titan_integration.data import DomainTextDataLoader, load_documents, scaled
-from titan_integration.documents import Documents
-from titan_integration.packing import Cut, PackedRows
-from titan_integration.tokenizer import ensure_tokenizer
+from titan_integration.data.documents import Documents
+from titan_integration.data.loader import DomainTextDataLoader, load_documents, scaled
+from titan_integration.data.packing import Cut, PackedRows
+from titan_integration.data.tokenizer import ensure_tokenizer
 
 SEQ_LEN = 16
 KEYS = ("input", "positions", "domain_ids")
@@ -525,9 +525,9 @@ def test_states_of_other_rows(build, streamed):
     for config in ({}, streamed):
         state = build(**config).state_dict()
         for mode in ("mixed", "turns"):
-            with pytest.raises(ValueError, match=f"with rows = 'drawn', now it is '{mode}'"):
+            with pytest.raises(ValueError, match=f"rows = 'drawn', now it is '{mode}'"):
                 build(rows=mode, **config).load_state_dict(state)
-    with pytest.raises(ValueError, match="saved with seed = 0, now it is 1"):
+    with pytest.raises(ValueError, match="saved for other rows: seed = 0, now it is 1"):
         build(seed=1, **streamed).load_state_dict(build(**streamed).state_dict())
 
 

@@ -28,11 +28,13 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from titan_integration import folder, launch, metrics
-from titan_integration.intact import IntactReader
-from titan_integration.tokenizer import ensure_tokenizer
-from weighting.files import read_lines
-from weighting.replay import read_record
+from titan_integration.commands import train as launch
+from titan_integration.data.tokenizer import ensure_tokenizer
+from titan_integration.host import run_dir as folder
+from titan_integration.observe import metrics
+from titan_integration.state.checksums import IntactReader
+from weighting.runs.files import read_lines
+from weighting.runs.replay import read_record
 
 PATIENCE, SOON = 300, 60
 """Seconds for a run on a machine that does much else, and those from a fault to the end."""
@@ -158,15 +160,27 @@ def fill(place):
 
 
 WRITES = [
-    ("titan_integration.trainer:write_whole", 1, "{}/weighting/run.json: No space left"),
-    ("titan_integration.metrics:append_line", 2, "{}/weighting/metrics.jsonl: No space left"),
-    ("titan_integration.record:write_part", 1, r"{}/weighting/record, steps \d+ to \d+: .*No spa"),
+    ("titan_integration.trainer.trainer:write_whole", 1, "{}/weighting/run.json: No space left"),
+    (
+        "titan_integration.observe.metrics:append_line",
+        2,
+        "{}/weighting/metrics.jsonl: No space left",
+    ),
+    (
+        "titan_integration.observe.recorder:write_part",
+        1,
+        r"{}/weighting/record, steps \d+ to \d+: .*No spa",
+    ),
     (
         "torch.distributed.checkpoint.filesystem:FileSystemWriter.write_data",
         2,
         r"the checkpoint {}/checkpoint/step-\d+: .*MiB are free there\. Those before it are whole",
     ),
-    ("titan_integration.mixing:write_whole", 1, "{}/weighting/mixture.yaml: No space left"),
+    (
+        "titan_integration.observe.mixture:write_whole",
+        1,
+        "{}/weighting/mixture.yaml: No space left",
+    ),
 ]
 
 
@@ -368,7 +382,7 @@ def test_a_second_run_in_a_folder_is_refused_until_the_first_has_ended(start, tm
 def test_a_folder_is_free_again_when_its_process_is_killed(tmp_path):
     """Even if a child of that process lives on; within a process it may be taken again."""
     code = (
-        "import os, pathlib, sys, time; from titan_integration.folder import claim\n"
+        "import os, pathlib, sys, time; from titan_integration.host.run_dir import claim\n"
         "kept = claim(pathlib.Path(sys.argv[1]))\n"
         "child = os.fork()\n"
         "child and print(child, flush=True)\n"
@@ -503,8 +517,12 @@ class Jumps:
 
     def __call__(self):
         """Put counting functions in place."""
-        Before("titan_integration.metrics:append_line", 2, partial(jump, -40))()
-        Before("titan_integration.resume:ResumingCheckpointManager.dcp_save", 2, partial(jump, 9))()
+        Before("titan_integration.observe.metrics:append_line", 2, partial(jump, -40))()
+        Before(
+            "titan_integration.state.checkpoint:ResumingCheckpointManager.dcp_save",
+            2,
+            partial(jump, 9),
+        )()
 
 
 @pytest.mark.processes

@@ -12,10 +12,10 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 
-from titan_integration import resume
-from titan_integration.checkpoints import flaw, latest_whole
-from titan_integration.intact import IntactReader
-from titan_integration.reference import find_checkpoint, load_model
+from titan_integration.host.checkpoints import flaw, latest_whole
+from titan_integration.loss.reference_model import find_checkpoint, load_model
+from titan_integration.state import checkpoint as resume
+from titan_integration.state.checksums import IntactReader
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 

@@ -10,8 +10,8 @@ import pytest
 from faulty import Run
 from runs import environment
 
-from titan_integration import launch
-from weighting.files import read_lines
+from titan_integration.commands import train as launch
+from weighting.runs.files import read_lines
 
 
 def train(*arguments, timeout=240, cwd=None):
@@ -252,7 +252,7 @@ def test_an_interrupt_ends_ranks_without_a_word(tmp_path):
     (tmp_path / "waits.py").write_text(
         "import signal\nprint('ready', flush=True)\nsignal.pause()\n"
     )
-    code = "import sys; from titan_integration.launch import on_ranks; "
+    code = "import sys; from titan_integration.commands.train import on_ranks; "
     with subprocess.Popen(
         [sys.executable, "-c", f"{code}sys.exit(on_ranks(2, 'waits', []))"],
         cwd=tmp_path,

@@ -8,13 +8,13 @@ from torch import nn
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import titan_integration.cpu as on_cpu
+import titan_integration.host.cpu as on_cpu
 
 on_cpu.use_cpu()
 
-from titan_integration.loss import WeightedChunkedLoss, WeightedCrossEntropyLoss  # noqa: E402
-from titan_integration.state import RunState  # noqa: E402
-from weighting.losses import weighted_cross_entropy  # noqa: E402
+from titan_integration.loss.loss import WeightedChunkedLoss, WeightedCrossEntropyLoss  # noqa: E402
+from titan_integration.state.run_state import RunState  # noqa: E402
+from weighting.loss.cross_entropy import weighted_cross_entropy  # noqa: E402
 
 ROWS, LENGTH, WIDTH, VOCABULARY, IGNORED = 4, 6, 5, 11, -100
 WAITS = {"_local_scalar_dense", "nonzero", "_unique2", "bincount", "masked_select"}
@@ -128,7 +128,7 @@ def test_the_loss_over_logits_is_the_core_s(name):
 def test_no_step_waits_for_the_device(name, memory, monkeypatch):
     """Forward and backward ask for no value: a captured graph could hold them."""
     # What looks at values on CPU alone, where it costs nothing: whether ids are in range.
-    monkeypatch.setattr("weighting.levels._ids", lambda ids, *_: ids.reshape(-1).long())
+    monkeypatch.setattr("weighting.contract.levels._ids", lambda ids, *_: ids.reshape(-1).long())
     state, _, hidden, head, labels = example(tables.SPEC_TEXTS[name])
     loss_fn, count = chunked(state, head, memory), (labels != IGNORED).sum()
     with Census() as census:

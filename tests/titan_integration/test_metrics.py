@@ -8,10 +8,11 @@ import pytest
 import torch
 
 import weighting as wt
-from titan_integration import metrics, series
-from titan_integration.metrics import set_aside, table
-from titan_integration.state import RunState
-from weighting.files import read_lines
+from titan_integration.commands import run_queue as series
+from titan_integration.observe import metrics
+from titan_integration.observe.metrics import set_aside, table
+from titan_integration.state.run_state import RunState
+from weighting.runs.files import read_lines
 
 
 def line(step, **more):

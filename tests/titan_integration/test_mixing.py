@@ -13,7 +13,8 @@ import pytest
 from runs import ROOT, environment
 
 import weighting as wt
-from titan_integration import mixing
+from titan_integration.commands import mix as mixing
+from weighting.build.domains import proportions
 
 DOMAINS = ("alphabet", "digits", "mixed words")
 FLAGS = ("--training.seq_len=32", "--training.local_batch_size=6", "--metrics.log_freq=1")
@@ -78,7 +79,7 @@ def test_three_commands_from_text_to_a_weighted_run_on_a_mixture(doremi, data):
     text = (folder / "mixture.yaml").read_text()
     assert text in printed.replace("--mixture FILE", f"--mixture {folder / 'mixture.yaml'}")
     found = wt.build(wt.loads(text), domains=DOMAINS)
-    assert found.applied == {"pipeline": "sampling"}
+    assert found.plan.targets == {"pipeline": "sampling"}
     assert f"reference: {folder / 'runs' / 'reference' / 'checkpoint'}" in text
     given = ("--data", data, "--config", "llama3_proxy", "--training.steps", 2)
     given += ("--dump_folder", folder / "main")
@@ -86,7 +87,7 @@ def test_three_commands_from_text_to_a_weighted_run_on_a_mixture(doremi, data):
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     line = json.loads((folder / "main/weighting/metrics.jsonl").read_text().splitlines()[-1])
     drawn = [line[f"domain/{name}/drawn"] for name in DOMAINS]
-    assert drawn == pytest.approx(found.proportions().tolist(), abs=1e-6)
+    assert drawn == pytest.approx(proportions(found).tolist(), abs=1e-6)
     assert line["weight/max"] > line["weight/min"], "LinUpper weighs as well"
 
 
@@ -123,7 +124,7 @@ def test_a_search_that_was_killed_goes_on_and_finds_the_same(doremi, data, tmp_p
         wt.build(wt.load(x / "mixture.yaml"), domains=DOMAINS) for x in (folder, tmp_path)
     )
     # Another folder holds the same reference; one rank resumes bit for bit.
-    assert gone_on.proportions().tolist() == whole.proportions().tolist()
+    assert proportions(gone_on).tolist() == proportions(whole).tolist()
 
 
 def descendants(pid):
@@ -143,7 +144,7 @@ def test_doge_needs_no_reference(data, tmp_path):
     """One run of gradients compared finds DoGE's mixture."""
     done = ran(*mix("doge", data, tmp_path / "doge.yaml", tmp_path / "runs"))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    shares = wt.build(wt.load(tmp_path / "doge.yaml"), domains=DOMAINS).proportions()
+    shares = proportions(wt.build(wt.load(tmp_path / "doge.yaml"), domains=DOMAINS))
     assert shares.sum().item() == pytest.approx(1)
     assert shares.max() > shares.min()
     assert not (tmp_path / "runs" / "reference").exists()

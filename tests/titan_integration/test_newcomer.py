@@ -17,7 +17,7 @@ import torch
 from matplotlib import image
 from runs import environment
 
-from weighting.replay import read_record
+from weighting.runs.replay import read_record
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

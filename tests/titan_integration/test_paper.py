@@ -14,9 +14,10 @@ from tokenizers import Tokenizer, models
 from torchtitan.models.qwen3 import model_registry as qwen3
 
 import weighting as wt
-from titan_integration import config_registry, launch
+from titan_integration import config_registry
+from titan_integration.commands import train as launch
+from titan_integration.data.tokenizer import ensure_tokenizer
 from titan_integration.paper import EndOfTextTokenizer, resized, shrunk
-from titan_integration.tokenizer import ensure_tokenizer
 from weighting.stages import Table
 
 

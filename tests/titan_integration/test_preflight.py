@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 from torchtitan.trainer import Trainer
 
-from titan_integration import data, documents, preflight, trainer
 from titan_integration.config_registry import llama3_debugmodel
-from titan_integration.data import DomainTextDataLoader
-from weighting.spec import resolve
+from titan_integration.data import documents
+from titan_integration.data import loader as data
+from titan_integration.data.loader import DomainTextDataLoader
+from titan_integration.trainer import preflight, trainer
+from weighting.build import plan_of
+from weighting.language.read import resolve
 
 TABLE = "table(code=2, prse=1) -> mean_one"
 GOOD = [{"text": f"word {i} " * 20, "domain": ("code", "prose")[i % 2]} for i in range(40)]
@@ -113,7 +116,7 @@ def test_what_was_opened_before_is_not_read_again(config, monkeypatch):
     validate()(config)
     read, count = documents.local_documents, []
     monkeypatch.setattr(data, "local_documents", lambda *args: count.append(1) or read(*args))
-    facts = preflight.open_data(config, resolve("linupper"))
+    facts = preflight.open_data(config, plan_of(resolve("linupper")))
     assert facts["training"] == facts["validation"]
     opened = len(count)
     common = {"dp_world_size": 1, "dp_rank": 0, "seq_len": 32, "local_batch_size": 2}

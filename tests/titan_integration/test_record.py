@@ -12,9 +12,10 @@ from test_resume import kill_at_step_10
 from test_retell import write_data
 
 import weighting as wt
-from titan_integration.record import POSITION, ROOM, Layout, Recorder, asked
-from weighting.files import read_lines
-from weighting.replay import (
+from titan_integration.observe.recorder import POSITION, ROOM, Layout, Recorder, asked
+from weighting.language.read import resolve
+from weighting.runs.files import read_lines
+from weighting.runs.replay import (
     DOMAIN,
     FOLDER,
     ROW,
@@ -82,7 +83,7 @@ def test_a_run_refuses_wrong_words_at_once(tmp_path):
 
 def recorder(folder, text, spec="linupper", calls=1):
     """Return a recorder on a single rank, of steps of some calls."""
-    fn = wt.build(wt.spec.resolve(spec), domains=DOMAINS)
+    fn = wt.build(resolve(spec), domains=DOMAINS)
     return Recorder(asked(text), fn, Layout(calls, 3, 8, 1), folder / FOLDER, device=CPU)
 
 

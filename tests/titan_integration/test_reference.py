@@ -11,10 +11,10 @@ from whole import whole_model
 
 import weighting as wt
 from titan_integration import config_registry
-from titan_integration.preflight import refuse_unsupported
-from titan_integration.reference import find_checkpoint, load_model, short_context
-from weighting.build import sketch
-from weighting.losses import token_loss
+from titan_integration.loss.reference_model import find_checkpoint, load_model, short_context
+from titan_integration.trainer.preflight import refuse_unsupported
+from weighting.build import plan_of
+from weighting.loss.cross_entropy import token_loss
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 
@@ -236,9 +236,9 @@ def test_a_reference_that_is_of_no_use_is_refused(tmp_path):
     (tmp_path / ".metadata").touch()
     config = config_registry.llama3_debugmodel()
     config.weighting.reference = str(tmp_path)
-    refuse_unsupported(config, sketch(wt.loads("excess_loss -> select(0.6)")))
+    refuse_unsupported(config, plan_of(wt.loads("excess_loss -> select(0.6)")))
     with pytest.raises(ValueError, match=r"linupper reads no ref_loss; leave out --weighting\.ref"):
-        refuse_unsupported(config, sketch(wt.load("linupper")))
+        refuse_unsupported(config, plan_of(wt.load("linupper")))
     config.dataloader.columns = ["ref_loss"]
     with pytest.raises(ValueError, match=r"or from the column 'ref_loss' of --dataloader.columns"):
-        refuse_unsupported(config, sketch(wt.loads("excess_loss -> select(0.6)")))
+        refuse_unsupported(config, plan_of(wt.loads("excess_loss -> select(0.6)")))

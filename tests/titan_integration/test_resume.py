@@ -23,8 +23,8 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torchtitan.components.checkpointer.dcp import AsyncMode
 
 import weighting as wt
-from titan_integration import resume
-from titan_integration.state import RunState
+from titan_integration.state import checkpoint as resume
+from titan_integration.state.run_state import RunState
 
 SPEC = """
 version: 1
@@ -157,7 +157,7 @@ def test_another_spec_is_refused_with_a_diff(sharded, tmp_path):
     _, flags, _ = sharded
     other = tmp_path / "other.yaml"
     other.write_text(SPEC.format(at=6).replace("history=64", "history=32"))
-    launch = ["-m", "titan_integration.launch", "--ranks=2", f"--spec={other}", "--"]
+    launch = ["-m", "titan_integration.commands.train", "--ranks=2", f"--spec={other}", "--"]
     more = [*SMALL, *flags[1:], f"--dump_folder={copy_of(sharded, tmp_path)}/dump"]
     done = subprocess.run(
         [sys.executable, *launch, *more, "--training.local_batch_size=4"],

@@ -15,12 +15,12 @@ import torch
 from runs import drive, environment
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
-import weighting as wt
-from titan_integration import retell
-from titan_integration.data import DomainTextDataLoader
-from titan_integration.retell import texts
-from titan_integration.tokenizer import BOS, EOS, ensure_tokenizer
-from weighting.replay import ABOUT, FOLDER, read_record
+from titan_integration.commands import replay_text as retell
+from titan_integration.commands.replay_text import texts
+from titan_integration.data.loader import DomainTextDataLoader
+from titan_integration.data.tokenizer import BOS, EOS, ensure_tokenizer
+from weighting.language.read import resolve
+from weighting.runs.replay import ABOUT, FOLDER, read_record
 
 SEQ_LEN, RANKS, CALLS, ROWS = 24, 2, 3, 2  # of a run by hand; calls of a step, rows of a call
 STEP = RANKS * CALLS * ROWS
@@ -91,7 +91,7 @@ def record_by_hand(run, steps, spec):
 
 def by_hand(folder, tokenizer, spec="uniform", proportions=None, **config):
     """Leave what a run of four steps leaves; return its folder and the text of each sequence."""
-    run, spec = folder / "run", wt.spec.resolve(spec)
+    run, spec = folder / "run", resolve(spec)
     config = {"dataset": str(write_data(folder / "data.jsonl"))} | config
     loaders = [
         DomainTextDataLoader.Config(**config).build(

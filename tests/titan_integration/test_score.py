@@ -22,12 +22,14 @@ import torch.distributed.checkpoint as dcp
 from runs import drive, environment, seed_checkpoint
 from whole import whole_model
 
-from titan_integration import config_registry, cpu, score, score_data, score_windows
-from titan_integration.data import DomainTextDataLoader
-from titan_integration.packing import Cut
-from titan_integration.records import Columns
+from titan_integration import config_registry
+from titan_integration.commands import score, score_data, score_windows
+from titan_integration.data.loader import DomainTextDataLoader
+from titan_integration.data.packing import Cut
+from titan_integration.data.records import Columns
+from titan_integration.host import cpu
 from weighting.cli import common, main
-from weighting.losses import token_loss
+from weighting.loss.cross_entropy import token_loss
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:torch.distributed is disabled:UserWarning",
@@ -510,7 +512,8 @@ def test_only_what_was_given_is_handed_over(monkeypatch):
     monkeypatch.setattr(common.os, "execv", lambda _, command: called.extend(command))
     run("here", "--out", "a.parquet", "--overwrite", "--config=a", "--training.seq_len=8")
     at = called.index("--")
-    assert called[1:5] == [*["-P", "-m", "titan_integration.run_module"], "titan_integration.score"]
+    module = "titan_integration.host.run_module"
+    assert called[1:5] == ["-P", "-m", module, "titan_integration.commands.score"]
     assert sorted(called[5:at]) == [
         "--checkpoint=here",
         "--config=a",

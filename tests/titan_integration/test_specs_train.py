@@ -8,8 +8,8 @@ import pytest
 from runs import HERE, SMALL, torchrun
 
 import weighting as wt
-from weighting.build import sketch
-from weighting.spec import shipped
+from weighting.build import plan_of
+from weighting.language.find import shipped
 from weighting.stages import Table
 
 pytestmark = pytest.mark.processes
@@ -44,8 +44,8 @@ def write_data(path, domains):
 
 def rows_of(name):
     """Return what rows a spec asks of the loader."""
-    fn = sketch(wt.load(name))
-    return "turns" if "gradients" in fn.hears else "drawn" if fn.sampling else "mixed"
+    plan = plan_of(wt.load(name))
+    return "turns" if "gradients" in plan.listens_to else "drawn" if plan.sampling else "mixed"
 
 
 GROUPS = {}

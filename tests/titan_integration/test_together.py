@@ -12,7 +12,7 @@ import pytest
 from faulty import Run
 from runs import torchrun
 
-from titan_integration import together
+from titan_integration.host import together
 
 PATIENCE = 300
 FLAGS = [
@@ -106,7 +106,7 @@ def test_a_file_that_one_node_lacks_is_said_on_both(tmp_path, lacking):
 
 SCRIPT = """
 import os, sys
-from titan_integration.together import exchange, fail_together, refuse_other_data
+from titan_integration.host.together import exchange, fail_together, refuse_other_data
 rank = int(os.environ["RANK"])
 print(rank, exchange(f"a{rank}"), exchange(f"b{rank}"), flush=True)
 for error in (ValueError("bad data"), OSError("bad disk")):

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
-from titan_integration.tokenizer import BOS, EOS, cache_dir, ensure_tokenizer
+from titan_integration.data.tokenizer import BOS, EOS, cache_dir, ensure_tokenizer
 
-ENSURE = "from titan_integration.tokenizer import ensure_tokenizer; print(ensure_tokenizer())"
+ENSURE = "from titan_integration.data.tokenizer import ensure_tokenizer; print(ensure_tokenizer())"
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +24,7 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def little_text(monkeypatch):
     """Train on little text, where only the files matter."""
-    monkeypatch.setattr("titan_integration.tokenizer.SAMPLE_CHARS", 10_000)
+    monkeypatch.setattr("titan_integration.data.tokenizer.SAMPLE_CHARS", 10_000)
 
 
 def start(code):

@@ -15,9 +15,11 @@ from runs import environment, seed_checkpoint
 from whole import whole_model
 
 import weighting as wt
-from titan_integration import config_registry, tokens
+from titan_integration import config_registry
+from titan_integration.commands import tokens
 from weighting.cli import common, main
-from weighting.shading import Shaded, Token, Weighed
+from weighting.language.read import resolve
+from weighting.report.shading import Shaded, Token, Weighed
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:torch.distributed is disabled:UserWarning",
@@ -53,7 +55,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def seed(folder):
     """Return the folder of a checkpoint of the debug model."""
-    return seed_checkpoint(folder / "seed", SMALL)
+    return seed_checkpoint(folder / "seed", SMALL, "--debug.seed=1")
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +124,7 @@ def expected(model, ids, step):
     loss = -log_p.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
     found = [loss, -(log_p.exp() * log_p).sum(-1)]
     for text in SPECS:
-        fn = wt.build(wt.spec.resolve(text))
+        fn = wt.build(resolve(text))
         found.append(wt.weighted_cross_entropy(logits, labels, fn, step=step)[1].token)
     return torch.stack([x[valid] for x in found], -1)
 
@@ -358,7 +360,7 @@ def test_specs_and_flags_are_told_apart(monkeypatch):
     run("mile", "loss -> temperature(1)", *flags, "--checkpoint=c", "--text=a.txt")
     at = called.index("--")
     assert called[1:3] == ["-P", "-m"]
-    assert called[3:5] == ["titan_integration.run_module", "titan_integration.tokens"]
+    assert called[3:5] == ["titan_integration.host.run_module", "titan_integration.commands.tokens"]
     assert called[at:] == ["--", *flags]
     given = dict(word.split("=", 1) for word in called[5:at])
     assert json.loads(given.pop("--specs")) == ["mile", "loss -> temperature(1)"]

@@ -19,12 +19,12 @@ from torchtitan.components.validate import Validator
 from torchtitan.config import ParallelismConfig
 from torchtitan.tools import utils
 
-from titan_integration import cpu
-from titan_integration.data import DomainTextDataLoader
-from titan_integration.loss import WeightedCrossEntropyLoss
-from titan_integration.metrics import append_line
-from titan_integration.tokenizer import ensure_tokenizer
-from titan_integration.validate import FILE, DomainValidator, add_tokens, summarize, table
+from titan_integration.data.loader import DomainTextDataLoader
+from titan_integration.data.tokenizer import ensure_tokenizer
+from titan_integration.host import cpu
+from titan_integration.loss.loss import WeightedCrossEntropyLoss
+from titan_integration.observe.metrics import append_line
+from titan_integration.observe.validation import FILE, DomainValidator, add_tokens, summarize, table
 
 DOMAINS = ["prose", "rare", "sums", "verse"]
 """Of the validation text, in the order of their ids."""

@@ -7,8 +7,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F  # noqa: N812 - the usual name
 
-from titan_integration.vocabulary import part_of, token_losses_of
-from weighting.logits import IGNORE_INDEX, Slice, statistics
+from titan_integration.loss.vocab_parallel import part_of, token_losses_of
+from weighting.loss.logits import IGNORE_INDEX, Slice, statistics
 
 NEEDS = frozenset({"entropy", "error_norm", "columns.topk_entropy_3"})
 

@@ -13,8 +13,8 @@ from torchtitan.config import ConfigManager
 from torchtitan.tools.logging import init_logger
 
 import weighting as wt
-from titan_integration.preflight import ask_for_columns
-from weighting.build import sketch
+from titan_integration.trainer.preflight import ask_for_columns
+from weighting.build import plan_of
 
 STEPS = 5
 
@@ -27,7 +27,7 @@ def main() -> None:
     init_logger()
     config = ConfigManager().parse_args(flags)
     for name in names:
-        ask_for_columns(config, sketch(wt.load(name)).needs)
+        ask_for_columns(config, plan_of(wt.load(name)).needs)
     trainer = config.build()
     batches = trainer.batch_generator(trainer.dataloader)
     found = {}
@@ -41,7 +41,7 @@ def main() -> None:
     trainer.metrics_processor.log = note
     step = 0
     for name in names:
-        trainer._join(config, wt.load(name))
+        trainer._join(config, plan_of(wt.load(name)))
         losses.clear()
         largest, smallest = [], []
         for _ in range(STEPS):

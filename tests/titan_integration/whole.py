@@ -2,8 +2,8 @@
 
 import torch
 
-from titan_integration import cpu
-from titan_integration.reference import find_checkpoint, load_model
+from titan_integration.host import cpu
+from titan_integration.loss.reference_model import find_checkpoint, load_model
 
 
 def whole_model(config, seq_len, checkpoint=None):

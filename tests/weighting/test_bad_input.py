@@ -17,7 +17,7 @@ import pytest
 
 import weighting as wt
 from weighting.cli import common, main
-from weighting.replay import ABOUT
+from weighting.runs.replay import ABOUT
 
 KNOWING = [
     name

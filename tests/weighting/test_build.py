@@ -8,7 +8,7 @@ import torch
 from torch.testing import assert_close
 
 import weighting as wt
-from weighting.build import MOMENTS
+from weighting.build.statistics import MOMENTS
 
 NONFINITE = MOMENTS.index("nonfinite")
 LEVELS = {

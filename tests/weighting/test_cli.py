@@ -7,12 +7,13 @@ import pytest
 import torch
 
 import weighting as wt
-from weighting.build import sketch
+from weighting.build import plan_of
+from weighting.build.domains import proportions
 from weighting.cli import main
-from weighting.linear import Sizes, path_of
+from weighting.language.find import shipped
+from weighting.loss.linear import Sizes, path_of
 from weighting.registry import stages
 from weighting.schedules import SCHEDULES
-from weighting.spec import shipped
 
 
 def run(*arguments):
@@ -160,10 +161,10 @@ def test_explain_words_what_comes_late(pipeline, words):
 @pytest.mark.parametrize("name", ["mile", "linupper", "rho-loss", "sstoken", "group-dro"])
 def test_explain_takes_the_way_that_training_takes(name):
     """The examples are what `path_of` says of such a layer, for one sequence and for two."""
-    fn = sketch(wt.load(name))
+    plan = plan_of(wt.load(name))
     out = " ".join(run("explain", name).output.split())
     for rows, label in ((1, "1 sequence"), (2, "2 sequences")):
-        path = path_of(fn, Sizes(rows * 8192, rows, 128256, 4096, 2, 5 * 10**9))
+        path = path_of(plan, Sizes(rows * 8192, rows, 128256, 4096, 2, 5 * 10**9))
         assert f"{label} {path} " in out
 
 
@@ -259,7 +260,7 @@ def test_the_effective_shares_are_those_of_the_weights(spec):
     drawn, effective = (torch.tensor([float(row[i]) for row in shown]) for i in (1, 2))
     fn = wt.build(read, domains=names)
     if hasattr(fn, "drawn"):
-        fn.drawn.copy_(fn.proportions())
+        fn.drawn.copy_(proportions(fn))
     counts = (drawn * 60).round().long()  # whole numbers of tokens, of equal losses
     ids = torch.arange(len(names)).repeat_interleave(counts)[None]
     token = fn(wt.Signals(loss=torch.ones(ids.shape), domain_ids=ids)).token

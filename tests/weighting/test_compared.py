@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import weighting as wt
-from weighting.compared import compared_levels, domains_compared
+from weighting.build.compared import compared_levels, domains_compared
 
 DOMAINS = ("code", "web")
 SHIPPED = {name: tables.built(text) for name, text in tables.SPEC_TEXTS.items()}

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the usual name
 
 import weighting as wt
+from weighting.build.domains import average_weights, domain_weights, proportions, send_feedback
 
 MOVES = 200
 SIZES = [1, 2, 10]
@@ -128,12 +129,12 @@ def built(text, count):
 
 def told(fn, factor="pipeline"):
     """Return a factor's weights of the domains, sum one."""
-    return fn.domain_weights()[factor].tolist()
+    return domain_weights(fn)[factor].tolist()
 
 
 def average(fn):
     """Return the average over the run of the only factor that keeps one, sum one."""
-    (found,) = fn.average_weights().values()
+    (found,) = average_weights(fn).values()
     return found.tolist()
 
 
@@ -244,7 +245,7 @@ def test_doge(count, text, rate, share):
     assert average(fn) == close(rule.a)  # until it moves there is nothing else to export
     for step, found in enumerate(gradients(count), 1):
         g = torch.tensor(found, dtype=torch.float64)
-        fn.tell("gradients", g @ g.T, step)
+        send_feedback(fn, "gradients", g @ g.T, step)
         rule.move(found, rate(step), 5, share)
         assert told(fn) == close(rule.a), step
     assert len(rule.past) == MOVES
@@ -260,10 +261,10 @@ def test_doge_outlives_a_gradient_that_is_not_finite():
     fn, calm = built("doge-proxy", 2), built("doge-proxy", 2)
     good = torch.tensor([[4.0, 1.0], [1.0, 0.5]])
     for bad in (torch.nan, torch.inf):
-        fn.tell("gradients", torch.tensor([[bad, 1.0], [1.0, 0.5]]))
+        send_feedback(fn, "gradients", torch.tensor([[bad, 1.0], [1.0, 0.5]]))
     assert told(fn) == close([0.5, 0.5])
     for one in (fn, calm):
-        one.tell("gradients", good)
+        send_feedback(one, "gradients", good)
     assert told(fn) == close(told(calm))
     assert told(fn)[0] > 0.5
 
@@ -282,7 +283,7 @@ def test_dynamic_loading(count, drop):
         gaps = [rng.randint(-256, 256) / 256 for _ in targets]
         losses = [None if rng.random() < 0.2 else sum(x) for x in zip(targets, gaps, strict=True)]
         news = torch.tensor([math.nan if x is None else x for x in losses])
-        fn.tell("validation", news, step)
+        send_feedback(fn, "validation", news, step)
         rule.move(losses, targets)
         away += None in losses
         assert told(fn) == close(rule.a), step
@@ -296,9 +297,9 @@ def test_news_moves_who_listens_and_nobody_else(news):
     x = {"gradients": torch.tensor([[4.0, 1.0], [1.0, 0.5]]), "validation": torch.tensor([3.0, 2])}
     for kind, pipeline in text.items():
         fn = built(pipeline, 2)
-        assert fn.hears == {kind}
+        assert fn.plan.listens_to == {kind}
         fn(signals_of([(0, 1.0, 1.0, True), (1, 4.0, 1.0, True)]), 1)
-        fn.tell(news, x[news], 1)
+        send_feedback(fn, news, x[news], 1)
         moved = told(fn) != close([0.5, 0.5])
         assert moved == (kind == news)
         assert not moved or told(fn)[0] > 0.5
@@ -364,9 +365,9 @@ def doremi_finds(chains, rng):
     fn, model = built("doremi-proxy", 3), Model()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for step in range(1, steps + 1):
-        proportions = fn.proportions(step)
-        fn.drawn.copy_(proportions)
-        which = torch.multinomial(proportions, ROWS, replacement=True, generator=rng)
+        drawn_by = proportions(fn, step)
+        fn.drawn.copy_(drawn_by)
+        which = torch.multinomial(drawn_by, ROWS, replacement=True, generator=rng)
         words, ids = drawn(chains, which, rng)
         loss, _ = wt.linear_weighted_cross_entropy(
             model(words[:, :-1], ids),
@@ -398,8 +399,8 @@ def doge_finds(chains, rng):
             gradient = torch.autograd.grad(loss, parameters)
             found.append(torch.cat([g.flatten() for g in gradient]))
         rows = torch.stack(found)
-        fn.tell("gradients", rows @ rows.T, step)
-        combined = fn.domain_weights(step)["pipeline"] @ rows
+        send_feedback(fn, "gradients", rows @ rows.T, step)
+        combined = domain_weights(fn, step)["pipeline"] @ rows
         sizes = [p.numel() for p in parameters]
         for parameter, g in zip(parameters, combined.split(sizes), strict=True):
             parameter.grad = g.view_as(parameter)

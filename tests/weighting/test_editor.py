@@ -14,7 +14,7 @@ import torch
 
 import weighting as wt
 from weighting.cli import main
-from weighting.schema import schema
+from weighting.language.schema import schema
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 

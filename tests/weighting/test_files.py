@@ -8,7 +8,7 @@ import tracemalloc
 
 import pytest
 
-from weighting.files import json_text, open_lock, read_lines, write_whole, writing_whole
+from weighting.runs.files import json_text, open_lock, read_lines, write_whole, writing_whole
 
 
 def test_a_link_under_the_name_of_the_part_is_not_followed(tmp_path):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from weighting.contract import Alone, Signals
-from weighting.levels import documents, group
+from weighting.contract.levels import documents, group
 
 LEVELS = ("document", "sequence", "domain")
 K = len(tables.DOMAINS)

@@ -8,7 +8,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.testing import assert_close
 
 import weighting as wt
-from weighting.linear import Sizes, path_of
+from weighting.loss.linear import Sizes, path_of
 
 IGNORED = -100
 ROWS, LENGTH, WIDTH, VOCABULARY = 4, 6, 5, 11
@@ -333,7 +333,7 @@ def test_the_way_is_the_cheapest_within_the_budget(name, rows, memory, expected)
     """Late where it needs less memory than kept logits, and twice when neither fits."""
     fn = tables.built(tables.SPEC_TEXTS[name])
     sizes = Sizes(rows * 64, rows, 8192, 80, 4, 256 * MIB)
-    path = path_of(fn, sizes, memory)
+    path = path_of(fn.plan, sizes, memory)
     assert path.memory == expected
     extra = {"late": (rows - 1) * 8192 * 80 * 4, "keep": rows * 64 * 8192 * 4, "recompute": 0}
     assert path.extra == (0 if name in {"uniform", "mile"} else extra[expected])
@@ -346,10 +346,10 @@ def test_calls_that_wait_each_keep_what_they_take():
     sizes = Sizes(64, 1, 8192, 80, 4, 256 * MIB)
     layer, logits = 8192 * 80 * 4, 64 * 8192 * 4
 
-    late = path_of(fn, sizes, "late", parts=8)
+    late = path_of(fn.plan, sizes, "late", parts=8)
     assert (late.units, late.extra) == (1, 7 * layer)
     assert "a gradient of the output layer a call" in str(late)
-    auto = path_of(fn, sizes, parts=8)
+    auto = path_of(fn.plan, sizes, parts=8)
     assert (auto.memory, auto.extra) == ("keep", 8 * logits)
 
 
@@ -357,7 +357,7 @@ def test_late_is_refused_for_weights_of_single_tokens():
     """A selection of tokens cannot be late-bound; the message says what can."""
     fn = tables.built(tables.SPEC_TEXTS["rho-1"])
     with pytest.raises(ValueError, match="auto, keep or recompute"):
-        path_of(fn, Sizes(64, 4, 100, 8, 4, MIB), "late")
+        path_of(fn.plan, Sizes(64, 4, 100, 8, 4, MIB), "late")
 
 
 def test_shapes_must_belong_together():

@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import weighting as wt
-from weighting import linear, logits
-from weighting.logits import Slice, check_labels, gradient_, statistics
+from weighting.loss import linear, logits
+from weighting.loss.logits import Slice, check_labels, gradient_, statistics
 
 IGNORED = -100
 TOKENS, VOCABULARY = 7, 11
@@ -347,7 +347,7 @@ def test_statistics_and_gradient_never_wait(device):
         (name, memory)
         for name, text in tables.SPEC_TEXTS.items()
         for memory in ("late", "keep", "recompute")
-        if memory != "late" or tables.built(text).late != "token"
+        if memory != "late" or tables.built(text).plan.deferred_level != "token"
     ],
 )
 def test_a_step_never_waits(name, memory, device):

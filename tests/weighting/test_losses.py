@@ -10,7 +10,7 @@ import torch.nn.functional as F  # noqa: N812 - the usual name
 from torch.testing import assert_close
 
 import weighting as wt
-from weighting.losses import signals_from, token_loss
+from weighting.loss.cross_entropy import signals_from, token_loss
 
 IGNORED = -100
 ABC = ("a", "b", "c")
@@ -85,7 +85,7 @@ def test_uniform_is_cross_entropy_bit_by_bit(shape, dtype):
 def test_constrained_uniform_is_uniform(pipeline):
     """Constraints leave weights of one alone, so the spec still counts as plain training."""
     fn = wt.build(wt.loads(pipeline))
-    assert fn.identity
+    assert fn.plan.identity
     logits, labels = example()
     loss, _ = wt.weighted_cross_entropy(logits, labels, fn)
     assert torch.equal(loss, F.cross_entropy(logits.flatten(0, 1), labels.flatten()))
@@ -96,7 +96,7 @@ def test_weights_that_happen_to_be_one_give_cross_entropy(pipeline):
     """Computed weights of one agree with plain cross entropy to float32 rounding."""
     logits, labels = example()
     fn = wt.build(wt.loads(pipeline))
-    assert not fn.identity
+    assert not fn.plan.identity
     loss, out = wt.weighted_cross_entropy(logits, labels, fn)
     assert_close(out.token, (labels != IGNORED).float(), rtol=1e-6, atol=0)
     (gradient,) = torch.autograd.grad(loss, logits)
@@ -194,7 +194,7 @@ def test_a_weight_of_zero_hides_a_nan_loss():
 @pytest.mark.parametrize("block", [1, 21, 2**20])
 def test_signals_of_the_distribution_are_their_formulas(block, monkeypatch):
     """Entropy and error norm are those of the softmax, however many rows are taken at a time."""
-    monkeypatch.setattr("weighting.logits._BLOCK", block)
+    monkeypatch.setattr("weighting.loss.logits._BLOCK", block)
     logits, labels = example()
     got = signals_from(logits, labels, frozenset({"entropy", "error_norm", "loss"}))
     assert set(got) == {"entropy", "error_norm"}

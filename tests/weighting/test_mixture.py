@@ -11,6 +11,13 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 import weighting as wt
+from weighting.build.domains import (
+    average_weights,
+    domain_weights,
+    live_weights,
+    proportions,
+    send_feedback,
+)
 from weighting.mixture import MIXTURE, mixture_text, with_mixture
 
 DOMAINS = tables.DOMAINS
@@ -123,10 +130,10 @@ def test_a_factor_acts_where_the_spec_says(case):
     """Where it acts, who draws, what is read and whether the loss is the host's follow from it."""
     lines, (applied, sampling, needs, identity) = ACTS[case]
     fn = built(*lines)
-    assert fn.applied == applied
-    assert fn.sampling == sampling
+    assert fn.plan.targets == applied
+    assert fn.plan.sampling == sampling
     assert fn.needs == needs
-    assert fn.identity == identity
+    assert fn.plan.identity == identity
 
 
 @pytest.mark.parametrize("case", [case for case, (_, given) in ACTS.items() if given[-1]])
@@ -148,7 +155,7 @@ def test_what_draws_multiplies_nothing(name):
     other = shipped("linupper" if "linupper" in name else "uniform")
     for step in range(3):
         assert_close(fn(signals, step).token, other(signals, step).token, rtol=1e-6, atol=1e-6)
-    factor = fn.sampling[0]
+    factor = fn.plan.sampling[0]
     assert torch.equal(fn(signals, 3).factors[factor], signals.valid.float())
 
 
@@ -165,7 +172,7 @@ def test_proportions_are_the_table_normalised():
             rng.shuffle(weights)
             entries = ", ".join(f"d{i}={x!r}" for i, x in enumerate(weights))
             read = spec("apply: sampling", f"pipeline: table({entries}) -> mean_one")
-            p = wt.build(read, domains=[f"d{i}" for i in range(count)]).proportions()
+            p = proportions(wt.build(read, domains=[f"d{i}" for i in range(count)]))
             assert p.sum().item() == pytest.approx(1, abs=1e-12)
             # The entries are float32.
             assert p.tolist() == pytest.approx([x / sum(weights) for x in weights], abs=1e-6)
@@ -174,38 +181,38 @@ def test_proportions_are_the_table_normalised():
 def test_proportions_follow_the_order_of_the_domains():
     """It is the domains given to `build` that say where each is found."""
     fn = wt.build(spec("apply: sampling", f"pipeline: {TABLE}"), domains=DOMAINS[::-1])
-    assert fn.proportions().tolist() == pytest.approx([2 / 8, 2 / 8, 0, 1 / 8, 3 / 8])
+    assert proportions(fn).tolist() == pytest.approx([2 / 8, 2 / 8, 0, 1 / 8, 3 / 8])
 
 
 def test_all_domains_are_drawn_alike_by_uniform():
     """Each gets its K-th."""
-    assert shipped("uniform-domains").proportions().tolist() == pytest.approx([0.2] * 5)
+    assert proportions(shipped("uniform-domains")).tolist() == pytest.approx([0.2] * 5)
 
 
 def test_proportions_follow_a_schedule():
     """A table that changes is read at the step of the batch to be drawn."""
     fn = built("apply: sampling", f"pipeline: '{TABLE.replace('code=3', f'code={UNITS}')}'")
-    assert fn.draws_live
+    assert fn.plan.draws_live
     for step, code in {0: 1, 1: 3, 2: 5, 4: 9, 100: 9}.items():
         expected = [x / (code + 5) for x in (code, 1, 0, 2, 2)]
-        assert fn.proportions(step).tolist() == pytest.approx(expected)
-        assert fn.proportions(torch.tensor(step)).tolist() == pytest.approx(expected)
+        assert proportions(fn, step).tolist() == pytest.approx(expected)
+        assert proportions(fn, torch.tensor(step)).tolist() == pytest.approx(expected)
 
 
 def test_factors_that_draw_multiply():
     """The proportions are those of the product of their weights."""
     fn = built("apply: sampling", "factors:", f"  a: {TABLE}", f"  b: {OTHER}", "  c: uniform")
-    assert not fn.draws_live
-    assert fn.proportions().tolist() == pytest.approx([3 / 9, 4 / 9, 0, 2 / 9, 0])
+    assert not fn.plan.draws_live
+    assert proportions(fn).tolist() == pytest.approx([3 / 9, 4 / 9, 0, 2 / 9, 0])
 
 
 def test_what_does_both_draws_only_when_nothing_else_does():
     """A factor that says `sampling` draws alone; two that do both draw by their product."""
     factors = ["factors:", f"  a: {TABLE}", f"  b: {OTHER}"]
     fn = built("apply: {a: sampling, b: both}", *factors)
-    assert fn.proportions().tolist() == pytest.approx([3 / 8, 1 / 8, 0, 2 / 8, 2 / 8])
+    assert proportions(fn).tolist() == pytest.approx([3 / 8, 1 / 8, 0, 2 / 8, 2 / 8])
     fn = built("apply: both", *factors)
-    assert fn.proportions().tolist() == pytest.approx([3 / 9, 4 / 9, 0, 2 / 9, 0])
+    assert proportions(fn).tolist() == pytest.approx([3 / 9, 4 / 9, 0, 2 / 9, 0])
 
 
 LIVE = {
@@ -221,24 +228,24 @@ LIVE = {
 def test_proportions_follow_the_state(name, word):
     """A batch in which a domain has a high loss raises its share, and evaluation changes none."""
     fn = built(f"apply: {word}", f"pipeline: {LIVE[name]}")
-    assert fn.draws_live
-    assert fn.proportions().tolist() == pytest.approx([0.2] * 5)
+    assert fn.plan.draws_live
+    assert proportions(fn).tolist() == pytest.approx([0.2] * 5)
     high = tokens(3, 3, 3, 3, 3)
     high.loss[high.domain_ids == 1] = 4.0
     fn.eval()
     fn(high)
-    assert fn.proportions().tolist() == pytest.approx([0.2] * 5)
+    assert proportions(fn).tolist() == pytest.approx([0.2] * 5)
     fn.train()
     seen = []
     for step in range(1, 21):  # the bandit explores for eight batches of five domains
         out = fn(high, step)
-        seen.append(fn.proportions(step)[1].item())
+        seen.append(proportions(fn, step)[1].item())
         if word == "sampling":
             assert torch.equal(out.token, torch.ones_like(high.loss))
-    p = fn.proportions(21)
+    p = proportions(fn, 21)
     assert p.sum().item() == pytest.approx(1, abs=1e-12)
     assert max(seen) > 0.25
-    told = fn.domain_weights(21)["pipeline"]
+    told = domain_weights(fn, 21)["pipeline"]
     assert_close(p, told.double(), rtol=1e-6, atol=0)  # float32 weights that sum to one
 
 
@@ -250,11 +257,11 @@ def test_proportions_are_those_of_the_weights_after_their_bounds():
     for fn in (plain, mixed, capped):
         fn(tokens(1, 0, 0, 0, 2, loss=5.0))
         fn(tokens(1, 3, 0, 0, 0, loss=3.0))
-    p = plain.proportions()
+    p = proportions(plain)
     assert p.max() > 0.35
-    assert_close(mixed.proportions(), 0.5 * p + 0.1, rtol=1e-5, atol=0)  # float32 weights
-    assert capped.proportions().max().item() == pytest.approx(1.5 / 5, abs=1e-6)
-    assert capped.proportions().sum().item() == pytest.approx(1, abs=1e-12)
+    assert_close(proportions(mixed), 0.5 * p + 0.1, rtol=1e-5, atol=0)  # float32 weights
+    assert proportions(capped).max().item() == pytest.approx(1.5 / 5, abs=1e-6)
+    assert proportions(capped).sum().item() == pytest.approx(1, abs=1e-12)
 
 
 def test_news_moves_the_proportions():
@@ -262,11 +269,11 @@ def test_news_moves_the_proportions():
     fn = shipped("dynamic-loading")
     starts = [x / 6 for x in (2, 1, 1, 1, 1)]
     fn(tables.batch(4, 6), 1)
-    assert fn.proportions(1).tolist() == pytest.approx(starts)
+    assert proportions(fn, 1).tolist() == pytest.approx(starts)
     targets = torch.tensor([2.5, 3, 2.8, 2, 2.6])
     behind = torch.tensor([0.0, 0.5, 0.0, 0.0, -0.5])
-    fn.tell("validation", targets + behind, 1)
-    found = fn.proportions(2)
+    send_feedback(fn, "validation", targets + behind, 1)
+    found = proportions(fn, 2)
     raised = torch.tensor(starts).double() * behind.double().exp()
     # Smoothing takes 1e-4.
     assert_close(found, raised / raised.sum(), rtol=0, atol=1e-4)
@@ -275,12 +282,12 @@ def test_news_moves_the_proportions():
 def test_doge_tells_the_proportions_of_a_later_run():
     """It draws nothing itself; its weights of the domains sum to one, and follow the gradients."""
     fn = shipped("doge-proxy")
-    assert fn.sampling == ()
-    assert fn.domain_weights()["pipeline"].tolist() == pytest.approx([0.2] * 5)
+    assert fn.plan.sampling == ()
+    assert domain_weights(fn)["pipeline"].tolist() == pytest.approx([0.2] * 5)
     gram = torch.eye(5)
     gram[2, 2] = 4
-    fn.tell("gradients", gram, 1)
-    told = fn.domain_weights()["pipeline"]
+    send_feedback(fn, "gradients", gram, 1)
+    told = domain_weights(fn)["pipeline"]
     assert told.sum().item() == pytest.approx(1, abs=1e-6)
     assert told.argmax() == 2
 
@@ -305,11 +312,11 @@ MOVES = {
 def test_weights_of_domains_that_move(name):
     """Only those of factors that remember move, and some keep an average; all sum to one."""
     fn = shipped(name)
-    live, averaged = fn.live_weights(), fn.average_weights()
+    live, averaged = live_weights(fn), average_weights(fn)
     assert (tuple(live), tuple(averaged)) == MOVES[name]
-    assert fn.moves_domains == bool(live)
-    assert fn.draws_live == any(factor in live for factor in fn.sampling)
-    for w in (*live.values(), *averaged.values(), *fn.domain_weights().values()):
+    assert fn.plan.moves_domains == bool(live)
+    assert fn.plan.draws_live == any(factor in live for factor in fn.plan.sampling)
+    for w in (*live.values(), *averaged.values(), *domain_weights(fn).values()):
         assert w.sum().item() == pytest.approx(1, abs=1e-6)
         assert w.shape == (len(fn.domains),)
 
@@ -329,11 +336,11 @@ def test_ranks_draw_alike(case):
         return fn
 
     first, second = tables.Lockstep(2).run(one)
-    weights = first.domain_weights(25)
-    assert torch.equal(first.proportions(25), second.proportions(25))
-    assert weights.keys() == whole.domain_weights(25).keys()
-    for name, w in whole.domain_weights(25).items():
-        assert torch.equal(weights[name], second.domain_weights(25)[name])
+    weights = domain_weights(first, 25)
+    assert torch.equal(proportions(first, 25), proportions(second, 25))
+    assert weights.keys() == domain_weights(whole, 25).keys()
+    for name, w in domain_weights(whole, 25).items():
+        assert torch.equal(weights[name], domain_weights(second, 25)[name])
         assert_close(weights[name], w, rtol=1e-5, atol=1e-7)  # sums in another order
     assert max(x.max() for x in weights.values()) > 0.21, "no weight moved"
 
@@ -356,7 +363,7 @@ def test_a_token_weighs_what_undoes_the_draw():
             f"  draw: {table(drawn)}",
             f"  weigh: {table(w)}",
         )
-        p = fn.proportions(trial)
+        p = proportions(fn, trial)
         fn.drawn.copy_(p)
         signals = tokens(*(rng.randint(1, 9) for _ in DOMAINS))
         token = fn(signals, trial).token
@@ -376,7 +383,7 @@ def test_a_batch_in_the_proportions_drawn_has_the_gradient_of_the_weights():
         f"  draw: {table([1.0, 2.0, 3.0, 4.0, 10.0])}",
         f"  weigh: {table([5.0, 1.0, 1.0, 2.0, 1.0])}",
     )
-    fn.drawn.copy_(fn.proportions())
+    fn.drawn.copy_(proportions(fn))
     signals = tokens(1, 2, 3, 4, 10)
     logits = torch.zeros(1, 20, 2, requires_grad=True)
     labels = torch.zeros(1, 20, dtype=torch.int64)
@@ -396,12 +403,12 @@ def test_the_multiplier_is_the_weight_over_the_share_drawn():
         f"  draw: {table([1.0, 2.0, 3.0, 4.0, 10.0])}",
         "  weigh: mean(domain) -> exponentiated",
     )
-    p = fn.proportions()
+    p = proportions(fn)
     fn.drawn.copy_(p)
     signals = tokens(1, 1, 1, 1, 1)
     signals.loss[0, 2] = 2.0
     token = fn(signals, 1).token[0]
-    a = fn.domain_weights(1)["weigh"]
+    a = domain_weights(fn, 1)["weigh"]
     assert a[2] > 0.3
     assert_close(token.double(), a.double() / p, rtol=1e-6, atol=0)  # float32 quotients
 
@@ -409,7 +416,7 @@ def test_the_multiplier_is_the_weight_over_the_share_drawn():
 def test_what_draws_by_its_own_weights_leaves_the_loss_alone():
     """With `apply: both` and nothing else to draw, weight and correction cancel."""
     fn = built("apply: both", f"pipeline: {TABLE}")
-    fn.drawn.copy_(fn.proportions())
+    fn.drawn.copy_(proportions(fn))
     signals = tokens(2, 1, 0, 5, 3)
     assert_close(fn(signals).token, torch.ones_like(signals.loss))
     never = fn(tokens(2, 1, 3, 5, 3))  # docs are never drawn, and weigh 0
@@ -446,8 +453,8 @@ def test_one_graph_serves_every_draw():
     for step in range(1, 5):
         signals = tables.batch(4, 6, seed=70 + step)
         for one in (fn, twin):
-            one.drawn.copy_(one.proportions(step))
-            one.tell("gradients", torch.eye(5) * torch.arange(1, 6), step)
+            one.drawn.copy_(proportions(one, step))
+            send_feedback(one, "gradients", torch.eye(5) * torch.arange(1, 6), step)
         with torch._dynamo.config.patch(error_on_recompile=True):
             got = compiled(signals, torch.tensor(step))
         seen.append(fn(signals, step).token)
@@ -462,7 +469,7 @@ MIX = "version: 1\nname: mix\napply: sampling\npipeline: " + TABLE
 PLAIN = [
     name
     for name, text in tables.SPEC_TEXTS.items()
-    if not tables.built(text).sampling and {*tables.domains_of(text)} == {*DOMAINS}
+    if not tables.built(text).plan.sampling and {*tables.domains_of(text)} == {*DOMAINS}
 ]
 """Shipped specs that draw nothing."""
 
@@ -478,9 +485,13 @@ def test_a_mixture_draws_and_leaves_the_weights(name):
     before = wt.load(name)
     joined = with_mixture(before, wt.loads(MIX))
     fn, plain = wt.build(joined, domains=DOMAINS), wt.build(before, domains=DOMAINS)
-    assert fn.sampling == (MIXTURE,)
-    assert fn.proportions(1).tolist() == pytest.approx([x / 8 for x in (3, 1, 0, 2, 2)])
-    assert (fn.needs, fn.identity, fn.late) == (plain.needs, plain.identity, plain.late)
+    assert fn.plan.sampling == (MIXTURE,)
+    assert proportions(fn, 1).tolist() == pytest.approx([x / 8 for x in (3, 1, 0, 2, 2)])
+    assert (fn.needs, fn.plan.identity, fn.plan.deferred_level) == (
+        plain.needs,
+        plain.plan.identity,
+        plain.plan.deferred_level,
+    )
     for step in range(1, 4):
         signals = tables.batch(4, 6, seed=80 + step)
         assert torch.equal(fn(signals, step).token, plain(signals, step).token)
@@ -518,8 +529,8 @@ def test_a_mixture_of_several_factors_keeps_them_apart():
     assert list(joined.factors) == ["pipeline", "mixture-start", "mixture-catch_up"]
     assert (joined.normalize, joined.reduction) == ("none", "sequence_mean")
     fn = wt.build(joined, domains=DOMAINS)
-    assert fn.proportions().tolist() == pytest.approx([x / 6 for x in (2, 1, 1, 1, 1)])
-    assert fn.hears == {"validation"}
+    assert proportions(fn).tolist() == pytest.approx([x / 6 for x in (2, 1, 1, 1, 1)])
+    assert fn.plan.listens_to == {"validation"}
     assert wt.loads(wt.dumps(joined)) == joined
 
 
@@ -527,8 +538,8 @@ def test_a_mixture_draws_for_what_did_both():
     """A factor that weighed what it drew goes on to weigh, over what the mixture draws."""
     base = spec("apply: both", f"pipeline: {table([5.0, 1.0, 1.0, 2.0, 1.0])}")
     fn = wt.build(with_mixture(base, wt.loads(MIX)), domains=DOMAINS)
-    assert fn.applied == {"pipeline": "both", MIXTURE: "sampling"}
-    p = fn.proportions()
+    assert fn.plan.targets == {"pipeline": "both", MIXTURE: "sampling"}
+    p = proportions(fn)
     assert p.tolist() == pytest.approx([x / 8 for x in (3, 1, 0, 2, 2)])
     fn.drawn.copy_(p)
     token = fn(tokens(1, 1, 0, 1, 1)).token[0]
@@ -606,7 +617,7 @@ ODD = [
 def test_any_domain_may_be_in_a_mixture(name):
     """However odd its name, the text reads back, draws it, and joins another spec."""
     read = wt.loads(mixture_text("m", {name: 0.25, "other": 0.75}, "A title.", {}))
-    assert wt.build(read, domains=[name, "other"]).proportions().tolist() == [0.25, 0.75]
+    assert proportions(wt.build(read, domains=[name, "other"])).tolist() == [0.25, 0.75]
     joined = with_mixture(wt.load("linupper"), read)
     assert wt.loads(wt.dumps(joined)) == joined
 
@@ -620,19 +631,19 @@ def test_any_domain_may_be_in_a_mixture(name):
         max_size=8,
     ).filter(lambda x: sum(x.values()) > 1e-6)
 )
-def test_a_mixture_reads_back_in_its_proportions(proportions):
+def test_a_mixture_reads_back_in_its_proportions(found):
     """Shares are written to six places."""
-    read = wt.loads(mixture_text("found", proportions, "A title.", {"steps": 100}))
+    read = wt.loads(mixture_text("found", found, "A title.", {"steps": 100}))
     assert read.name == "found"
     assert read.apply == "sampling"
-    fn = wt.build(read, domains=list(proportions))
-    total = sum(proportions.values())
+    fn = wt.build(read, domains=list(found))
+    total = sum(found.values())
     written = read.factors["pipeline"][0].weights
-    for domain, x in proportions.items():
+    for domain, x in found.items():
         assert written[domain].value == pytest.approx(x / total, abs=0.51e-6)
     # Half a millionth off for each domain, which the sum spreads over all of them.
-    shares = [x / total for x in proportions.values()]
-    assert fn.proportions().tolist() == pytest.approx(shares, abs=0.51e-6 * (len(shares) + 1))
+    shares = [x / total for x in found.values()]
+    assert proportions(fn).tolist() == pytest.approx(shares, abs=0.51e-6 * (len(shares) + 1))
 
 
 HOSTILE = [

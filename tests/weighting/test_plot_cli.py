@@ -12,7 +12,7 @@ import torch
 from matplotlib import image
 
 import weighting as wt
-from weighting.build import applied
+from weighting.build.targets import targets_of
 from weighting.cli import main
 from weighting.cli.figures import COLOURS, picture
 from weighting.cli.panels import (
@@ -24,8 +24,8 @@ from weighting.cli.panels import (
     schedules,
 )
 from weighting.cli.simulate import read_named
-from weighting.recorded import recorded
-from weighting.spec import shipped
+from weighting.language.find import shipped
+from weighting.runs.loss_files import recorded
 
 SVG = "{http://www.w3.org/2000/svg}"
 STEP = "normalize -> temperature(step(100, 0.4, at=500)) -> clamp(linear(2, 4, over=900))"
@@ -152,7 +152,7 @@ def test_no_two_lines_look_alike():
 def test_every_shipped_spec_is_drawn_or_says_why_not(name, tmp_path):
     """Weights of every spec are drawn, but of those that only draw data, which say so."""
     done = run(name, "--out", tmp_path / "w.svg")
-    if {*applied(wt.load(name)).values()} == {"sampling"}:
+    if {*targets_of(wt.load(name)).values()} == {"sampling"}:
         assert done.exit_code == 2
         assert done.output == f"{name} only draws data: every loss weighs 1; leave it out\n"
         return

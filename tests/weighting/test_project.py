@@ -9,8 +9,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from weighting.capped_simplex import cap, raise_to
 from weighting.contract import Alone, Scope
-from weighting.project import cap, raise_to
 
 # Weights have mean one over their scope, as every `Weigh` stage gives them.
 weights = st.lists(

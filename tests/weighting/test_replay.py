@@ -8,10 +8,12 @@ import pytest
 import torch
 
 import weighting as wt
-from weighting.build import sketch
+from weighting.build import plan_of
 from weighting.cli import main
 from weighting.cli.replay import report
-from weighting.replay import (
+from weighting.language.read import resolve
+from weighting.report.charts import number
+from weighting.runs.replay import (
     ABOUT,
     FOLDER,
     left_out,
@@ -21,7 +23,6 @@ from weighting.replay import (
     summary,
     unit_of,
 )
-from weighting.report.charts import number
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -112,14 +113,14 @@ def run(tmp_path):
 )
 def test_a_replay_is_a_simulation_of_each_step(spec, run):
     """Where all sequences are as long, each step weighs as wt.simulate does at that step."""
-    spec = wt.spec.resolve(spec)
+    spec = resolve(spec)
     record = read_record(run)
     found = [*zip(record.steps, replay(spec, record).weight.split(N), strict=True)]
     # A simulation has no memory: with one, only the first step is the same.
-    for step, weight in found[:1] if sketch(spec).state_dict() else found:
+    for step, weight in found[:1] if plan_of(spec).has_state else found:
         data = DATA[step.step]
-        signals = {"ref_loss": data["ref_loss"]} if "ref_loss" in sketch(spec).needs else {}
-        domain = data["domain"] if "domain_ids" in sketch(spec).needs else None
+        signals = {"ref_loss": data["ref_loss"]} if "ref_loss" in plan_of(spec).needs else {}
+        domain = data["domain"] if "domain_ids" in plan_of(spec).needs else None
         expected = wt.simulate(spec, data["loss"], step.step, domain=domain, **signals)
         # Sums in another order.
         torch.testing.assert_close(weight, expected, rtol=1e-5, atol=1e-6)
@@ -171,8 +172,8 @@ def test_documents_weigh_as_in_the_run(pipeline, reduction, tmp_path):
     record = read_record(tmp_path, "document")
     assert left_out(record)[0] == 0
     fn, found = wt.build(spec, domains=DOMAINS), replay(spec, record).weight
-    assert unit_of(fn) == "document"
-    assert obstacle(fn, record) is None
+    assert unit_of(fn.plan) == "document"
+    assert obstacle(fn.plan, record) is None
     sizes = [len(step.row) for step in record.steps]
     for weight, (step, data) in zip(found.split(sizes), DOCUMENTS.items(), strict=True):
         rows, tokens = torch.tensor(data["row"]), torch.tensor(data["tokens"])
@@ -311,7 +312,7 @@ def test_domains_of_all_files_have_one_index(tmp_path):
 )
 def test_what_was_not_recorded_is_said_in_a_line(spec, reason, run):
     """Specs that ask for more than the means over sequences are refused, with what that is."""
-    found = obstacle(sketch(wt.spec.resolve(spec)), read_record(run))
+    found = obstacle(plan_of(resolve(spec)), read_record(run))
     assert reason in found
     assert "\n" not in found
 
@@ -320,10 +321,10 @@ def test_a_record_without_losses_says_how_to_get_them(tmp_path):
     """A run with uniform weights records NaN; what reads no loss can be replayed all the same."""
     blank = {1: {**DATA[1], "loss": [float("nan")] * N}}
     record = read_record(write(tmp_path, blank, about("uniform")))
-    refused = obstacle(sketch(wt.spec.resolve("linupper")), record)
+    refused = obstacle(plan_of(resolve("linupper")), record)
     assert refused == "it reads loss, which uniform records only with --loss.memory late"
     table = wt.loads("table(code=1, docs=2, data=0.5) -> mean_one")
-    assert obstacle(sketch(table), record) is None
+    assert obstacle(plan_of(table), record) is None
     assert replay(table, record).weight.unique().numel() == 3
 
 
@@ -364,7 +365,7 @@ def test_the_report_says_what_the_numbers_are(run):
     """Numbers stand in the row and column of their name."""
     text = printed(run, "--spec", "prop1", "--spec", "mile", "temperature(2)")
     record = read_record(run)
-    found = summary(record, replay(wt.spec.resolve("prop1"), record).weight)
+    found = summary(record, replay(resolve("prop1"), record).weight)
     lines = {line[:26].strip(): line[26:].split() for line in text.splitlines()}
     recorded = summary(record, record.flat("weight"))
     assert lines["largest weight"][:2] == [f"{recorded.largest:.4f}", f"{found.largest:.4f}"]
@@ -380,7 +381,7 @@ def test_the_report_says_what_the_numbers_are(run):
 def test_the_sequences_most_moved_are_shown(run):
     """They are those of all steps whose weight a spec raises, or lowers, by the most."""
     record = read_record(run)
-    change = replay(wt.spec.resolve("prop1"), record).weight - record.flat("weight")
+    change = replay(resolve("prop1"), record).weight - record.flat("weight")
     text = printed(run, "--spec", "prop1")
     raised, lowered = text.partition("most raised by prop1")[2].split("most lowered by prop1")
     for part, order in ((raised, change.argsort(descending=True)), (lowered, change.argsort())):
@@ -477,8 +478,8 @@ def test_texts_take_torchtitan_which_goes_on_with_the_same_words(run, monkeypatc
     arguments = ["replay", str(run), "--spec", "prop1", "upper", "--text", "--allow-plugins"]
     click.testing.CliRunner().invoke(main, arguments)
     assert called[1:] == [
-        *["-P", "-m", "titan_integration.run_module"],
-        *["titan_integration.retell", "--allow-plugins"],
+        *["-P", "-m", "titan_integration.host.run_module"],
+        *["titan_integration.commands.replay_text", "--allow-plugins"],
         *["--", str(run), "prop1", "upper"],
     ]
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)

@@ -299,7 +299,7 @@ def test_user_errors_are_one_message_and_leave_no_file(two, tmp_path):
 
 def test_what_the_trainer_says_of_a_run_is_understood(tmp_path):
     """A first start sets another run's file aside; a resumed run keeps its facts and adds one."""
-    from titan_integration import metrics  # noqa: PLC0415 - only this test is about a trainer
+    from titan_integration.observe import metrics  # noqa: PLC0415 - only this test is about a trainer
 
     folder = write_run(
         tmp_path / "run", [line(1), line(2)], about=about("version: 1\npipeline: abs")

@@ -6,6 +6,7 @@ from torch import nn
 
 import weighting as wt
 from weighting import registry
+from weighting.build.domains import send_feedback
 
 DOMAINS = ("web", "code", "docs")
 NAN, INF = float("nan"), float("inf")
@@ -149,11 +150,11 @@ def test_what_a_run_leaves_is_loaded(name, dtype):
         bits = torch.randint(0, 8, (4, 6), generator=state).float()
         columns = {"bits": bits}
         fn(wt.Signals(loss, ref_loss=loss / 2, domain_ids=ids, columns=columns), step)
-        if "gradients" in fn.hears:
+        if "gradients" in fn.plan.listens_to:
             factor = torch.randn(3, 9, generator=state)
-            fn.tell("gradients", factor @ factor.T, step)
-        if "validation" in fn.hears:
-            fn.tell("validation", torch.tensor([1.0, NAN, 3.0]), step)
+            send_feedback(fn, "gradients", factor @ factor.T, step)
+        if "validation" in fn.plan.listens_to:
+            send_feedback(fn, "validation", torch.tensor([1.0, NAN, 3.0]), step)
 
 
 def test_a_state_without_all_of_a_stage_is_loaded_as_far_as_it_goes():

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 import weighting as wt
-from weighting.schema import schema
+from weighting.language.schema import schema
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SPECS = sorted((ROOT / "specs").glob("*.yaml"))

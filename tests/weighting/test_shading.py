@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weighting import shading
-from weighting.shading import Shaded, Token, Weighed
+from weighting.report import shading
+from weighting.report.shading import Shaded, Token, Weighed
 
 TINY = Shaded(
     "tiny.txt",

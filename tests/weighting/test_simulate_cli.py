@@ -16,11 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import weighting as wt
-from weighting.build import sketch
+from weighting.build import plan_of
 from weighting.cli import main
-from weighting.recorded import recorded
+from weighting.language.find import shipped
+from weighting.runs.loss_files import recorded
 from weighting.simulate import columns_of, simulate_units, written_domains
-from weighting.spec import shipped
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -220,7 +220,7 @@ def test_the_longest_bar_is_the_highest_weight():
 def complete(spec, path):
     """Write sixteen units with all that a spec reads; return them and the path."""
     domains = [*written_domains(spec)] or ["a", "b"]
-    columns = set(columns_of(sketch(spec)).values()) - {"domain"}
+    columns = set(columns_of(plan_of(spec)).values()) - {"domain"}
     g = torch.Generator().manual_seed(0)
     values = {name: torch.rand(16, generator=g) * 4 for name in sorted(columns | {"loss"})}
     if "target_prob" in values:
@@ -238,15 +238,15 @@ def test_every_shipped_spec_simulates(name, tmp_path):
     spec = wt.load(name)
     units, path = complete(spec, tmp_path / "units.jsonl")
     lines = printed(name, "--losses", path, "--over", "0:20000")
-    fn = sketch(spec)
+    plan = plan_of(spec)
     step = int(re.match(r"step (\d+)", lines[1])[1])
-    if {*fn.applied.values()} == {"sampling"}:
+    if {*plan.targets.values()} == {"sampling"}:
         assert f"{name} draws data by domain, and leaves the loss alone" in lines
         assert not any("ESS/n" in line for line in lines)
         return
     given = {
         signal: [unit[column] for unit in units]
-        for signal, column in columns_of(fn).items()
+        for signal, column in columns_of(plan).items()
         if signal != "domain_ids"
     }
     given.setdefault("loss", [unit["loss"] for unit in units])
@@ -261,8 +261,8 @@ def test_every_shipped_spec_simulates(name, tmp_path):
 def test_every_shipped_spec_weighs_bare_losses_or_says_what_it_needs(name):
     """On losses alone a spec weighs them, or one line names it, its columns, and what there is."""
     done = run(name, "--losses", "1,2,3,5")
-    fn = sketch(wt.load(name))
-    lacking = [c for s, c in columns_of(fn).items() if s not in {"loss", "target_prob"}]
+    plan = plan_of(wt.load(name))
+    lacking = [c for s, c in columns_of(plan).items() if s not in {"loss", "target_prob"}]
     if not lacking:
         assert done.exit_code == 0, done.output
         return

@@ -15,8 +15,9 @@ import pytest
 
 import weighting as wt
 from weighting.cli import main
-from weighting.replay import ABOUT
-from weighting.spec import resolve, shipped
+from weighting.language.find import shipped
+from weighting.language.read import resolve
+from weighting.runs.replay import ABOUT
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PLAIN = {"NO_COLOR": "1", "TERM": "dumb"}

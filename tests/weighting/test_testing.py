@@ -17,7 +17,7 @@ from hypothesis import given
 from torch import Tensor
 
 import weighting as wt
-from weighting.spec import shipped
+from weighting.language.find import shipped
 from weighting.testing import (
     CHECKS,
     assert_weights,

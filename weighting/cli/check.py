@@ -14,7 +14,7 @@ from weighting.cli.common import (
     wrapped,
 )
 from weighting.errors import SpecError
-from weighting.spec import imported
+from weighting.language.plugins import imported
 
 
 @click.command()
@@ -31,19 +31,19 @@ def check(specs: tuple[str, ...], *, allow_plugins: bool) -> None:
     wrong = 0
     for argument in specs:
         try:
-            spec, fn = read(argument, plugins=allow_plugins)
+            spec, plan = read(argument, plugins=allow_plugins)
         except SpecError as error:
             wrong += 1
             complain(str(error))
             continue
         levels = dict.fromkeys(
             f"per {steps[-1].level}"
-            for name, steps in fn.plans.items()
-            if fn.applied[name] != "sampling"
+            for name, steps in plan.factors.items()
+            if plan.targets[name] != "sampling"
         )
         does = [f"weighs {' x '.join(levels)}"] if levels else []
-        does += ["draws by domain"] if fn.sampling else []
-        reads = ", ".join(sorted(fn.needs)) or "nothing"
+        does += ["draws by domain"] if plan.sampling else []
+        reads = ", ".join(sorted(plan.needs)) or "nothing"
         name = argument if spec.name in {"unnamed", argument} else f"{argument}: {spec.name}"
         name = spec.name if "\n" in argument else name
         echo("\n".join(wrapped(f"ok  {name}, {', '.join(does)}, reads {reads}")))

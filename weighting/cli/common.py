@@ -12,13 +12,18 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 from click.shell_completion import CompletionItem
 
-from weighting.build import Weighting, sketch
+from weighting.build import plan_of
 from weighting.errors import SpecError, printable
-from weighting.recorded import LAST_STEP
-from weighting.spec import Spec, resolve, shipped
+from weighting.language.find import shipped
+from weighting.language.read import resolve
+from weighting.runs.loss_files import LAST_STEP
+from weighting.spec import Spec
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
+
+    from weighting.build import Plan
+    from weighting.spec import Spec
 
 WIDTH = 80
 """Columns of a terminal, and of what is written into a pipe."""
@@ -30,17 +35,17 @@ allow_plugins = click.option(
 )
 
 
-def read(argument: str, *, plugins: bool) -> tuple[Spec, Weighting]:
-    """Return the spec an argument means, and what it builds to.
+def read(argument: str, *, plugins: bool) -> tuple[Spec, Plan]:
+    """Return the spec an argument means, and its plan.
 
     Raises:
         SpecError: It is wrong.
     """
     spec = resolve(argument, allow_plugins=plugins)
-    return spec, sketch(spec)
+    return spec, plan_of(spec)
 
 
-def read_or_exit(argument: str, *, plugins: bool) -> tuple[Spec, Weighting]:
+def read_or_exit(argument: str, *, plugins: bool) -> tuple[Spec, Plan]:
     """Return what `read` does; on an error print it and exit with status 2."""
     try:
         return read(argument, plugins=plugins)
@@ -103,15 +108,15 @@ def hand_over(module: str, options: Mapping[str, object], flags: Iterable[str]) 
     """Go on as a module of the torchtitan integration.
 
     Args:
-        module: Its name.
+        module: Its name among `titan_integration.commands`.
         options: By name; one that is None or False is left out, True is given without a value.
         flags: The user's further flags for torchtitan.
     """
     if importlib.util.find_spec("torchtitan") is None:
         give_up("this needs torchtitan: pip install 'weighting-dsl[titan]'")
     # -P: a file of the working folder is not taken for a module of Python's or of a package.
-    command = [sys.executable, "-P", "-m", "titan_integration.run_module"]
-    command.append(f"titan_integration.{module}")
+    command = [sys.executable, "-P", "-m", "titan_integration.host.run_module"]
+    command.append(f"titan_integration.commands.{module}")
     for name, value in options.items():
         option = f"--{name.replace('_', '-')}"
         if value is True:

@@ -66,4 +66,4 @@ def compare(
     for text in specs:
         read_or_exit(text, plugins=allow_plugins)
     options |= {"specs": json.dumps(specs), "out": out, "allow_plugins": allow_plugins}
-    hand_over("comparing", options, words[len(specs) :])
+    hand_over("compare", options, words[len(specs) :])

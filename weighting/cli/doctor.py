@@ -14,10 +14,11 @@ import click
 import torch
 
 from weighting import __version__
-from weighting.build import sketch
+from weighting.build import plan_of
 from weighting.cli.common import echo
 from weighting.errors import SpecError
-from weighting.spec import load, shipped
+from weighting.language.find import shipped
+from weighting.language.read import load
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -74,7 +75,7 @@ def _specs() -> Finding:
     wrong: list[str] = []
     for name, path in shipped().items():
         try:
-            sketch(load(path))
+            plan_of(load(path))
         except SpecError as error:
             wrong.append(f"{name}: {error}")
     return Finding("specs", f"{len(shipped())} shipped", ok=not wrong, more="\n".join(wrong))
@@ -101,8 +102,9 @@ def _training() -> Iterator[Finding]:
     The trainer's command line would say no more than "config function not found".
     """
     code = (
-        "from titan_integration import versions, config_registry\n"
-        "from titan_integration.tokenizer import ensure_tokenizer\n"
+        "from titan_integration import config_registry\n"
+        "from titan_integration.host import versions\n"
+        "from titan_integration.data.tokenizer import ensure_tokenizer\n"
         "print(versions.found() == versions.TESTED, *map(' '.join, versions.TESTED.items()))\n"
         "print(ensure_tokenizer())"
     )

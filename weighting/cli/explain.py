@@ -11,16 +11,20 @@ import click
 import torch
 from typing_extensions import override
 
-from weighting import arrow, calls
-from weighting.build import build, numbers, tells_domains
+from weighting.build import build
+from weighting.build.domains import domain_weights, proportions
+from weighting.build.trace import statistics_of
 from weighting.cli.common import WIDTH, allow_plugins, echo, read_or_exit, specs_named
 from weighting.contract import Alone, Source, Weigh
 from weighting.errors import SpecError
-from weighting.linear import SHARE, Sizes, path_of
-from weighting.recorded import LAST_STEP
+from weighting.language import arrow, calls
+from weighting.language.plugins import imported
+from weighting.loss.linear import LLAMA3_8B, matrix_products, path_of
+from weighting.pipeline import numbers, weighs_domains
+from weighting.runs.loss_files import LAST_STEP
 from weighting.schedules import Constant
 from weighting.simulate import changing, turns
-from weighting.spec import arrow_text, dumps, imported
+from weighting.spec import arrow_text, dumps
 from weighting.stages import Table
 from weighting.testing.subject import as_subject
 
@@ -29,8 +33,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from weighting.build import Step as PlannedStage
-    from weighting.build import Weighting
+    from weighting.build import Plan
+    from weighting.pipeline import Step as PlannedStage
     from weighting.spec import Spec
 
 _SPANS = {
@@ -45,10 +49,6 @@ _SCOPES = {
     "running": "the microbatch, on all data-parallel ranks, and the 1,024 units before it",
     "step": "all microbatches of the optimizer step, on all data-parallel ranks",
 }
-_EXAMPLE = Sizes(
-    tokens=8192, rows=1, vocabulary=128256, width=4096, itemsize=2, budget=80 * 10**9 // SHARE
-)
-"""The output layer of Llama 3 8B in bfloat16 on a device of 80 GB; see `linear.budget`."""
 
 
 @click.command()
@@ -73,10 +73,10 @@ def explain(spec: str, steps: int | None, *, allow_plugins: bool) -> None:
     echo("\n".join(explanation(read_spec, fn, steps)))
 
 
-def explanation(spec: Spec, fn: Weighting, steps: int | None = None) -> list[str]:
+def explanation(spec: Spec, plan: Plan, steps: int | None = None) -> list[str]:
     """Return the lines of an explanation, at most 80 columns wide where words allow."""
     lines = [f"{spec.name}  (version {spec.version}, hash {spec.hash})"]
-    for name, planned in fn.plans.items():
+    for name, planned in plan.factors.items():
         lines += ["", f"{name}: one weight per {planned[-1].level}"]
         lines += _wrapped("written", arrow_text(spec.factors[name]).split(" -> "))
         lines += _wrapped("means", [_in_full(step) for step in planned])
@@ -84,14 +84,14 @@ def explanation(spec: Spec, fn: Weighting, steps: int | None = None) -> list[str
         lines += [_row(step) for step in planned]
     lines += [
         "",
-        *_ending(spec, fn),
-        *_domains(spec, fn),
+        *_ending(spec, plan),
+        *_domains(spec, plan),
         "",
-        *_loss_path(spec, fn),
+        *_loss_path(spec, plan),
         *_exchanges(spec),
         "",
     ]
-    lines += _schedules(fn, steps)
+    lines += _schedules(plan, steps)
     lines += ["as a YAML list:", ""]
     lines += [piece for line in dumps(spec, "yaml").splitlines() for piece in _yaml(line)]
     return lines
@@ -116,24 +116,24 @@ def _in_full(step: PlannedStage) -> str:
 
 def _row(step: PlannedStage) -> str:
     stage = step.stage
-    over = "none"
+    over, found = "none", statistics_of(stage, step.level)
     if stage.kind == "pool":
         over = f"over the tokens of the {step.level}"
     elif inside := stage.inside():
-        over = f"{stage.statistics} in each {inside}"
-    elif stage.statistics:
-        over = f"{stage.statistics} over {_SPANS[step.level]}"
+        over = f"{found} in each {inside}"
+    elif found:
+        over = f"{found} over {_SPANS[step.level]}"
     text = _in_full(step)
     text = text if len(text) <= 25 else text[:22] + "..."  # noqa: PLR2004 - the column's width
     return f"  {text:25} {f'{stage.gives} per {step.level}':19} {over}"
 
 
-def _ending(spec: Spec, fn: Weighting) -> Iterator[str]:
+def _ending(spec: Spec, plan: Plan) -> Iterator[str]:
     yield f"scope: {spec.scope}, statistics run over"
     yield f"  {_SCOPES[spec.scope]}"
-    multiplied = [name for name in fn.plans if fn.applied[name] != "sampling"]
+    multiplied = [name for name in plan.factors if plan.targets[name] != "sampling"]
     product = " x ".join(multiplied) if len(multiplied) > 1 else "the weights"
-    if fn.identity:
+    if plan.identity:
         yield "final: every weight is one; the loss is the trainer's own, bitwise"
     elif spec.normalize == "none":
         yield f"final: {product}, not normalised"
@@ -147,17 +147,17 @@ def _ending(spec: Spec, fn: Weighting) -> Iterator[str]:
         "drop": "dropped: its unit weighs 0 and is counted",
     }
     yield f"a non-finite signal is {action[spec.on_nonfinite]}"
-    yield f"signals: {', '.join(sorted(fn.needs)) or 'none'}"
+    yield f"signals: {', '.join(sorted(plan.needs)) or 'none'}"
     if spec.plugins:
         yield f"plugins: {imported(spec)}"
 
 
-def _domains(spec: Spec, fn: Weighting) -> Iterator[str]:
+def _domains(spec: Spec, plan: Plan) -> Iterator[str]:
     """Say where the weights of domains act, and what comes of drawing and multiplying."""
     weighing = [
         name
-        for name, steps in fn.plans.items()
-        if fn.applied[name] != "loss" or steps[-1].level == "domain" or _is_told(name, fn)
+        for name, steps in plan.factors.items()
+        if plan.targets[name] != "loss" or steps[-1].level == "domain" or _is_told(name, plan)
     ]
     if not weighing:
         return
@@ -168,23 +168,25 @@ def _domains(spec: Spec, fn: Weighting) -> Iterator[str]:
     }
     yield from ["", "domains: p_d, the share drawn, and w_d, a factor's weight"]
     for name in weighing:
-        draws = " and draws by w" if fn.sampling == (name,) and fn.applied[name] == "both" else ""
-        yield f"  {name:12} {fn.applied[name]:9} {acts[fn.applied[name]]}{draws}"
-    both = [name for name in weighing if fn.applied[name] == "both"]
-    drawn: list[str] = [f"w[{name}]" for name in (both or fn.sampling)]
+        draws = (
+            " and draws by w" if plan.sampling == (name,) and plan.targets[name] == "both" else ""
+        )
+        yield f"  {name:12} {plan.targets[name]:9} {acts[plan.targets[name]]}{draws}"
+    both = [name for name in weighing if plan.targets[name] == "both"]
+    drawn: list[str] = [f"w[{name}]" for name in (both or plan.sampling)]
     drawn = drawn or ["p, as the data comes,"]
-    multiplied = [f"w[{name}]" for name in weighing if fn.applied[name] == "loss"]
+    multiplied = [f"w[{name}]" for name in weighing if plan.targets[name] == "loss"]
     if spec.reduction == "domain_mean":  # every domain counts alike, whatever there is of it
         drawn = ["1 / K"]
     yield f"  effective    {' x '.join([*drawn, *multiplied])}"
     yield from _shares(spec, weighing)
 
 
-def _is_told(name: str, fn: Weighting) -> bool:
+def _is_told(name: str, plan: Plan) -> bool:
     """Tell whether a factor weighs domains, and not all of them alike."""
-    source = fn.plans[name][0].stage
+    source = plan.factors[name][0].stage
     assert isinstance(source, Source)
-    return tells_domains(fn.plans[name]) and "domain_ids" in source.reads()
+    return weighs_domains(plan.factors[name]) and "domain_ids" in source.reads()
 
 
 def _shares(spec: Spec, weighing: list[str]) -> Iterator[str]:
@@ -199,18 +201,18 @@ def _shares(spec: Spec, weighing: list[str]) -> Iterator[str]:
         return
     if fn.state_dict():
         return
-    told = fn.domain_weights(1)
+    told = domain_weights(fn, 1)
     even = torch.full((len(names),), 1 / len(names))
-    p = fn.proportions(1).float() if fn.sampling else even
+    p = proportions(fn, 1).float() if fn.plan.sampling else even
     effective = even if spec.reduction == "domain_mean" else p
     for name in weighing:
-        if fn.applied[name] == "loss":
+        if fn.plan.targets[name] == "loss":
             effective = effective * told[name]
-    for name in [name for name in weighing if fn.applied[name] == "both"]:
+    for name in [name for name in weighing if fn.plan.targets[name] == "both"]:
         effective = effective * told[name] / p
     effective = effective / effective.sum()
     width = max(len("domain"), *map(len, names))
-    note = "" if fn.sampling else "  (if the data has as much of each)"
+    note = "" if fn.plan.sampling else "  (if the data has as much of each)"
     moves = any(not isinstance(x, Constant) for stage in stages for _, x in numbers(stage))
     note += "  (at step 1)" if moves else ""
     yield f"    {'domain':{width}}   drawn  effective{note}"
@@ -218,60 +220,64 @@ def _shares(spec: Spec, weighing: list[str]) -> Iterator[str]:
         yield f"    {name:{width}}  {values[0]:6.4f}  {values[1]:9.4f}"
 
 
-def _loss_path(spec: Spec, fn: Weighting) -> Iterator[str]:
+def _loss_path(spec: Spec, plan: Plan) -> Iterator[str]:
     """Say which weights are known when, and what it takes to wait for the others."""
-    if fn.identity:
+    if plan.identity:
         yield "loss path: the trainer's own loss, nothing added"
         return
     yield "loss path: how weights meet the output layer, width D x vocabulary V"
-    known = ", ".join(fn.local)
+    known = ", ".join(plan.token_local)
     yield from _wrapped("local", [f"{known}: known token by token" if known else "nothing"])
-    yield from _wrapped("late", [_comes_late(spec, fn)])
+    yield from _wrapped("late", [_comes_late(spec, plan)])
     yield f"  {'memory':11}{'products':10}more memory, in elements"
     extra = {"late": "none", "keep": "T x V, T tokens on a rank", "recompute": "none"}
-    if fn.late == "sequence":
+    if plan.deferred_level == "sequence":
         extra["late"] = "(n - 1) x D x V, n sequences on a rank"
-    if fn.late == "token":
+    if plan.deferred_level == "token":
         del extra["late"]
-    share = fn.most()
+    share = plan.max_active_fraction()
     skips = {"keep": "1 + 2k", "recompute": "1 + 3k"} if share < 1 else {}
-    products = {"late": "3", "keep": "3", "recompute": "4", **skips}
+    products = {memory: f"{matrix_products(memory):g}" for memory in extra} | skips
     for memory, elements in extra.items():
         yield f"  {memory:11}{products[memory]:10}{elements}"
     if skips:
-        yield f"  k = {share:g} of the tokens can weigh more than 0{_elsewhere(spec, fn)}"
-    tokens, _, vocabulary, width, *_ = _EXAMPLE
+        yield f"  k = {share:g} of the tokens can weigh more than 0{_elsewhere(spec, plan)}"
+    tokens, _, vocabulary, width, *_ = LLAMA3_8B
     sizes = f"D {width}, V {vocabulary}, bfloat16, {tokens} tokens a sequence, 80 GB"
     yield f"  auto takes, for {sizes}:"
     for rows in (1, 2):
-        path = path_of(fn, _EXAMPLE._replace(tokens=rows * tokens, rows=rows))
+        path = path_of(plan, LLAMA3_8B._replace(tokens=rows * tokens, rows=rows))
         label = f"    {rows} sequence{'s' * (rows > 1):2}  "
         yield from textwrap.wrap(
             f"{path}", 80, initial_indent=label, subsequent_indent=" " * len(label)
         )
 
 
-def _comes_late(spec: Spec, fn: Weighting) -> str:
+def _comes_late(spec: Spec, plan: Plan) -> str:
     """Say what is known only with the whole batch, and in which units."""
-    if fn.late is None:
-        scaled = [fn.plans[name][-1].stage for name in fn.local if spec.normalize == "none"]
+    if plan.deferred_level is None:
+        scaled = [
+            plan.factors[name][-1].stage for name in plan.token_local if spec.normalize == "none"
+        ]
         if scaled and all(stage.pointwise for stage in scaled):
             return "nothing"
         return "one number, which scales all weights to mean one"
     levels = [
-        f"{name} per {fn.plans[name][-1].level}"
-        for name in fn.plans
-        if name not in fn.local and fn.applied[name] != "sampling"
+        f"{name} per {plan.factors[name][-1].level}"
+        for name in plan.factors
+        if name not in plan.token_local and plan.targets[name] != "sampling"
     ]
     if spec.reduction != "token_mean":
         levels.append(f"reduction per {spec.reduction.removesuffix('_mean')}")
-    return f"{', '.join(levels)}: a number for each {fn.late}"
+    return f"{', '.join(levels)}: a number for each {plan.deferred_level}"
 
 
-def _elsewhere(spec: Spec, fn: Weighting) -> str:
+def _elsewhere(spec: Spec, plan: Plan) -> str:
     """Say where a selection leaves a rank no smaller share, as it spans ranks."""
-    last = (steps[-1].stage for steps in fn.plans.values())
-    selecting = (stage for stage in last if isinstance(stage, Weigh) and stage.most() < 1)
+    last = (steps[-1].stage for steps in plan.factors.values())
+    selecting = (
+        stage for stage in last if isinstance(stage, Weigh) and stage.max_active_fraction() < 1
+    )
     on_rank = spec.scope == "rank" or all(x.inside() == "sequence" for x in selecting)
     return "" if on_rank else "; more on some of several ranks"
 
@@ -326,9 +332,9 @@ def _in_words(calls: Counter[str]) -> str:
     return ", ".join(texts)
 
 
-def _schedules(fn: Weighting, steps: int | None) -> list[str]:
+def _schedules(plan: Plan, steps: int | None) -> list[str]:
     """Return a table of every number that changes, at telling steps of the run."""
-    moving = [(found.label, found.schedule) for found in changing(fn)]
+    moving = [(found.label, found.schedule) for found in changing(plan)]
     if not moving:
         return ["schedules: none, every number is constant", ""]
     moments = sorted({turn for _, schedule in moving for turn in turns(schedule)})

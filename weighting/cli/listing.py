@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import click
 
 from weighting.cli.common import one_line
+from weighting.language.find import shipped
 from weighting.registry import stages
 from weighting.schedules import SCHEDULES
-from weighting.spec import shipped
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

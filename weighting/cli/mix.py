@@ -40,4 +40,4 @@ def mix(method: str, out: str, flags: tuple[str, ...], **options: object) -> Non
     """  # noqa: D301
     check_out(out)
     check_data(options["data"])
-    hand_over("mixing", {"method": method, "out": out, **options}, flags)
+    hand_over("mix", {"method": method, "out": out, **options}, flags)

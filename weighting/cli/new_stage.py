@@ -255,10 +255,7 @@ class $cls(wt.Constrain):
         "0.55897, 0.92159, 1.51944",
     ),
     "pool": _Body(
-        _TORCH.replace(
-            "import weighting as wt\n",
-            "import weighting as wt\nfrom weighting.levels import Groups\n",
-        ),
+        _TORCH,
         '''\
 class $cls(wt.Pool):
     """Root of the mean square: a unit scores high when some of its tokens do.
@@ -266,7 +263,7 @@ class $cls(wt.Pool):
     score_u = sqrt(sum_{t in u} score_t ** 2 / |u|)
     """
 
-    def pool(self, score: Tensor, valid: Tensor, groups: Groups) -> Tensor:
+    def pool(self, score: Tensor, valid: Tensor, groups: wt.Groups) -> Tensor:
         """Return a score for each unit, [T] -> [U], of its valid tokens."""
         squares = groups.sum(torch.where(valid, score**2, 0))
         return (squares / groups.sum(valid.float()).clamp(min=1)).sqrt()

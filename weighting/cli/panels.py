@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from weighting.cli.simulate import Named
-    from weighting.recorded import Recorded
+    from weighting.runs.loss_files import Recorded
     from weighting.simulate import Changing
 
     Xs = Sequence[float] | Sequence[str]
@@ -157,7 +157,7 @@ def histogram(
     found: dict[tuple[str, int], Tensor] = {}
     for each in named:
         for step in steps:
-            simulated = simulate_recorded(each.spec, each.fn, losses, step, one_sequence=one)
+            simulated = simulate_recorded(each.spec, each.plan, losses, step, one_sequence=one)
             found[each.label, step] = simulated.weight
     highest = max(weight.max().item() for weight in found.values()) or 1.0
     edges = torch.linspace(0, highest, _BINS + 1)
@@ -180,7 +180,7 @@ def schedules(named: Sequence[Named], steps: Sequence[int]) -> list[Panel]:
     Raises:
         ValueError: No number changes.
     """
-    moving = [(each, number) for each in named for number in changing(each.fn)]
+    moving = [(each, number) for each in named for number in changing(each.plan)]
     if not moving:
         names = ", ".join(each.label for each in named)
         msg = f"{names}: every number is constant, there is no schedule to draw"
@@ -243,7 +243,7 @@ def _all_read(named: Sequence[Named]) -> list[str]:
 
 def _read(each: Named) -> set[str]:
     """Return the signals that a spec's weights are drawn against."""
-    read = {"loss" if name == "target_prob" else name for name in columns_of(each.fn)}
+    read = {"loss" if name == "target_prob" else name for name in columns_of(each.plan)}
     # Without names, domains are made up, and there is nothing to draw them against.
     return read if written_domains(each.spec) else read - {"domain_ids"}
 
@@ -262,7 +262,7 @@ def _of_recorded(
     here = losses.at(step)
     by_domain = signal == "domain_ids"
     x = here.words(DOMAIN) if by_domain else here.numbers(signal.removeprefix("columns."))
-    found = simulate_recorded(each.spec, each.fn, losses, step, one_sequence=one)
+    found = simulate_recorded(each.spec, each.plan, losses, step, one_sequence=one)
     return x, found.weight.tolist()
 
 
@@ -271,7 +271,7 @@ def _spread(each: Named, step: int, *, signal: str, one: bool) -> tuple[Xs, list
     names = [*written_domains(each.spec)]
     by_domain = signal == "domain_ids"
     count = len(names) if by_domain else UNITS
-    read = {name for name in columns_of(each.fn) if name not in {"domain_ids", "target_prob"}}
+    read = {name for name in columns_of(each.plan) if name not in {"domain_ids", "target_prob"}}
     spreads = {name: _signal(name) for name in read | {"loss"}}
     given = {
         name: torch.full((count,), (spread.low + spread.high) / 2)

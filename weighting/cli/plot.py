@@ -34,7 +34,7 @@ from weighting.cli.simulate import (
     read_named,
     remarks,
 )
-from weighting.files import write_whole
+from weighting.runs.files import write_whole
 from weighting.simulate import changing
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def _weights(
         ValueError: There is nothing to draw, or the losses cannot be used.
     """
     for each in named:
-        if only_draws(each.fn):
+        if only_draws(each.plan):
             msg = f"{each.label} only draws data: every loss weighs 1; leave it out"
             raise ValueError(msg)
     if losses is None and kind == "histogram":
@@ -153,7 +153,7 @@ def _weights(
         raise ValueError(msg)
     given = read_losses(losses, named) if losses is not None else None
     shown = steps or [chosen_step(named, given, None)[0]]
-    timed = steps or (given and given.steps()) or any([*changing(each.fn)] for each in named)
+    timed = steps or (given and given.steps()) or any([*changing(each.plan)] for each in named)
     at = f", step{'s' * (len(shown) > 1)} {', '.join(map(str, shown))}" if timed else ""
     one = per == "token"
     if given is None:

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import click
 import torch
 
-from weighting.build import sketch
+from weighting.build import plan_of
 from weighting.cli.common import WIDTH, allow_plugins, give_up, hand_over, specs_named, wrapped
 from weighting.cli.simulate import Named, cut, number, read_named, say
 from weighting.errors import SpecError
-from weighting.replay import (
+from weighting.language.read import loads
+from weighting.runs.replay import (
     Record,
     Replayed,
     Summary,
@@ -24,7 +25,6 @@ from weighting.replay import (
     summary,
     unit_of,
 )
-from weighting.spec import loads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -92,7 +92,7 @@ def replay_command(
       weighting replay outputs/linupper --spec prop1 --text
     """  # noqa: D301
     if text:
-        hand_over("retell", {"allow_plugins": allow_plugins}, [str(run), *specs, *more])
+        hand_over("replay_text", {"allow_plugins": allow_plugins}, [str(run), *specs, *more])
     report(run, [*specs, *more], plugins=allow_plugins)
 
 
@@ -108,12 +108,12 @@ def report(run: Path, specs: Sequence[str], *, plugins: bool, texts: Texts | Non
     named = read_named(specs, plugins=plugins)
     try:
         record = read_record(run)
-        per_document = any(unit_of(spec.fn) == "document" for spec in named)
+        per_document = any(unit_of(spec.plan) == "document" for spec in named)
         documents = read_record(run, "document") if per_document else record
     except ValueError as error:
         give_up(str(error))
     records = {"sequence": record, "document": documents if documents.steps else record}
-    done = [(spec, _column(spec, records[unit_of(spec.fn)])) for spec in named]
+    done = [(spec, _column(spec, records[unit_of(spec.plan)])) for spec in named]
     refused = [_refusal(spec, found) for spec, found in done if isinstance(found, str)]
     if refused and len(refused) == len(done):
         give_up("\n".join([*refused, _ELSEWHERE]))
@@ -142,9 +142,9 @@ def _report(
             remarks.append(_refusal(spec, found))
             continue
         columns.append(found)
-        if spec.fn.state_dict():
+        if spec.plan.has_state:
             remarks.append(f"{found.label} remembers: its state saw the recorded steps alone")
-        if spec.fn.sampling:
+        if spec.plan.sampling:
             remarks.append(f"{found.label} draws data, which is as it was: only weights are shown")
     remarks.append("row is the sequence's place in the step's batch")
     levels = {column.record.level: column.record for column in columns} or {record.level: record}
@@ -197,7 +197,7 @@ def _replays(
 
 def _column(named: Named, record: Record) -> _Column | str:
     """Return what a spec makes of a record, or why nothing."""
-    if reason := obstacle(named.fn, record):
+    if reason := obstacle(named.plan, record):
         return reason
     try:
         found = replay(named.spec, record)
@@ -210,7 +210,7 @@ def _own_cap(record: Record, *, plugins: bool) -> float | None:
     """Return the share of units at a cap of the run's own spec, as far as a replay can tell."""
     try:
         spec = loads(record.about["spec"], allow_plugins=plugins)
-        return None if obstacle(sketch(spec), record) else replay(spec, record).capped
+        return None if obstacle(plan_of(spec), record) else replay(spec, record).capped
     except SpecError:  # plugins that may not be imported, or are not there
         return None
 

@@ -11,8 +11,8 @@ from typing import Any
 import click
 
 from weighting.cli.common import give_up, reason
-from weighting.files import write_whole
-from weighting.schema import schema
+from weighting.language.schema import schema
+from weighting.runs.files import write_whole
 
 NAME = "weighting.schema.json"
 _SETTINGS = Path(".vscode") / "settings.json"

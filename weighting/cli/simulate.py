@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import click
 import torch
 
+from weighting.build.domains import proportions
 from weighting.cli.common import (
     WIDTH,
     allow_plugins,
@@ -20,7 +21,7 @@ from weighting.cli.common import (
     wrapped,
 )
 from weighting.errors import printable
-from weighting.recorded import LAST_STEP, recorded
+from weighting.runs.loss_files import LAST_STEP, recorded
 from weighting.simulate import (
     DOMAIN,
     changing,
@@ -37,8 +38,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from weighting.build import Weighting
-    from weighting.recorded import Recorded
+    from weighting.build import Plan
+    from weighting.runs.loss_files import Recorded
     from weighting.simulate import Simulated
 
 _ALL = 20
@@ -61,7 +62,7 @@ class Named(NamedTuple):
 
     label: str
     spec: Spec
-    fn: Weighting
+    plan: Plan
 
 
 def _run(_: click.Context, __: click.Parameter, text: str | None) -> tuple[int, int] | None:
@@ -142,10 +143,10 @@ def read_named(arguments: Sequence[str], *, plugins: bool, shown: int = _SHORTES
     """
     found: list[Named] = []
     for argument in arguments:
-        spec, fn = read_or_exit(argument, plugins=plugins)
+        spec, plan = read_or_exit(argument, plugins=plugins)
         unnamed = spec.name == Spec.model_fields["name"].default
         label = argument if unnamed and "\n" not in argument else spec.name
-        found.append(Named(label, spec, fn))
+        found.append(Named(label, spec, plan))
     heads = [cut(each.label, shown) for each in found]
     return [
         each._replace(label=f"{i}: {each.label}") if heads.count(head) > 1 else each
@@ -159,9 +160,9 @@ def read_losses(text: str, named: Sequence[Named]) -> Recorded:
     Raises:
         ValueError: They cannot be read, or lack such a column.
     """
-    wanted = {column for each in named for column in columns_of(each.fn).values()}
+    wanted = {column for each in named for column in columns_of(each.plan).values()}
     given = recorded(text, wanted | {DOMAIN})
-    lacking = [missing(each.label, each.fn, given) for each in named]
+    lacking = [missing(each.label, each.plan, given) for each in named]
     if messages := [message for message in lacking if message]:
         raise ValueError("\n".join(messages))
     return given
@@ -179,7 +180,7 @@ def chosen_step(
     turned = [
         (last_turn(number.schedule), number.label, each.label)
         for each in named
-        for number in changing(each.fn)
+        for number in changing(each.plan)
     ]
     if not turned:
         return 1, "no number changes over the run"
@@ -189,19 +190,19 @@ def chosen_step(
 
 def remarks(each: Named, per: str) -> Iterator[str]:
     """Yield what one must know to read a spec's weights of a single batch."""
-    fn, name = each.fn, cut(each.label, 32)
-    steps = [step for factor in fn.plans.values() for step in factor]
+    plan, name = each.plan, cut(each.label, 32)
+    steps = [step for factor in plan.factors.values() for step in factor]
     inside = sorted({within for step in steps if (within := step.stage.inside())})
     if per == "sequence" and {*inside} & {"sequence", "document"}:
         yield f"{name} works inside each sequence, and each is one token here; see --per token"
     if per == "token" and any(step.level in {"sequence", "document"} for step in steps):
         yield f"{name} weighs sequences, and all losses are one here"
     told = {"gradients": "of gradients", "validation": "how validation went"}
-    for news in sorted(fn.hears):
-        yield f"{name} waits to be told {told[news]} between batches; nobody does here"
-    if fn.state_dict():
+    for kind in sorted(plan.listens_to):
+        yield f"{name} waits to be told {told[kind]} between batches; nobody does here"
+    if plan.has_state:
         yield f"{name} remembers earlier batches; this is its first"
-    if "both" in fn.applied.values():
+    if "both" in plan.targets.values():
         yield f"{name} divides by the shares in which domains are drawn, here all alike"
 
 
@@ -214,13 +215,13 @@ def _report(named: list[Named], given: Recorded, step: int, why: str, per: str) 
     yield cut(f"step {step}, {why}", WIDTH)
     yield from (cut(each.label, WIDTH) for each in named if re.match(r"\d+: ", each.label))
     done = [
-        simulate_recorded(each.spec, each.fn, given, step, one_sequence=per == "token")
+        simulate_recorded(each.spec, each.plan, given, step, one_sequence=per == "token")
         for each in named
     ]
     weighing = [
         (each.label, found)
         for each, found in zip(named, done, strict=True)
-        if not only_draws(each.fn)
+        if not only_draws(each.plan)
     ]
     loss = torch.tensor(here.numbers("loss"))
     for start in range(0, len(weighing), _SIDE_BY_SIDE):
@@ -229,12 +230,12 @@ def _report(named: list[Named], given: Recorded, step: int, why: str, per: str) 
     if len(weighing) > 1:
         yield ""
         yield from _top(loss, weighing)
-    if any("domain_ids" in each.fn.needs and not only_draws(each.fn) for each in named):
+    if any("domain_ids" in each.plan.needs and not only_draws(each.plan) for each in named):
         for start in range(0, len(weighing), _SIDE_BY_SIDE):
             yield ""
             yield from _by_domain(here.words(DOMAIN), weighing[start : start + _SIDE_BY_SIDE])
     for each, found in zip(named, done, strict=True):
-        if each.fn.sampling:
+        if each.plan.sampling:
             yield ""
             yield from _draws(each, found, step)
     notes = [note for each in named for note in remarks(each, per)]
@@ -243,9 +244,9 @@ def _report(named: list[Named], given: Recorded, step: int, why: str, per: str) 
         yield from wrapped(note)
 
 
-def only_draws(fn: Weighting) -> bool:
+def only_draws(plan: Plan) -> bool:
     """Tell whether a spec leaves the loss alone."""
-    return {*fn.applied.values()} == {"sampling"}
+    return {*plan.targets.values()} == {"sampling"}
 
 
 def _weights(
@@ -363,13 +364,13 @@ def _by_domain(domain: list[str], shown: Sequence[tuple[str, Simulated]]) -> Ite
 def _draws(each: Named, found: Simulated, step: int) -> Iterator[str]:
     """Yield in which proportions a spec draws, where the domains are known."""
     fn, name = found.fn, cut(each.label, 32)
-    alone = ", and leaves the loss alone" if only_draws(fn) else ""
+    alone = ", and leaves the loss alone" if only_draws(fn.plan) else ""
     if fn.domains == ("all",):
         yield f"{name} draws data by domain{alone};"
         yield f"a column {DOMAIN} tells of which domains, and the proportions"
         return
     yield f"{name} draws data by domain{alone}"
-    shares = fn.proportions(step).tolist()
+    shares = proportions(fn, step).tolist()
     rows = [f"{cut(name, 20):20}" for name in fn.domains]
     yield from _table(f"{DOMAIN:20}", rows, ["proportion"], [shares], max(shares))
 
@@ -388,7 +389,7 @@ def _points(named: list[Named], given: Recorded, first: int, last: int) -> list[
             raise ValueError(msg)
         return _some(steps, 9)
     turned = {
-        turn for each in named for found in changing(each.fn) for turn in turns(found.schedule)
+        turn for each in named for found in changing(each.plan) for turn in turns(found.schedule)
     }
     inside = sorted(turn for turn in turned if first < turn < last)
     parts = 4 if inside else 8
@@ -405,7 +406,7 @@ def _some(steps: list[int], most: int) -> list[int]:
 
 def _over(named: list[Named], given: Recorded, steps: list[int], per: str) -> Iterator[str]:
     """Yield effective sample size, maximum and share at the cap at steps of a run."""
-    weighing = [each for each in named if not only_draws(each.fn)]
+    weighing = [each for each in named if not only_draws(each.plan)]
     if not steps or not weighing:
         return
     pairs = [weighing[i : i + 2] for i in range(0, len(weighing), 2)]
@@ -417,7 +418,7 @@ def _over(named: list[Named], given: Recorded, steps: list[int], per: str) -> It
             cells: list[str] = []
             for each in pair:
                 found = simulate_recorded(
-                    each.spec, each.fn, given, step, one_sequence=per == "token"
+                    each.spec, each.plan, given, step, one_sequence=per == "token"
                 )
                 capped = "-" if found.capped_frac is None else f"{found.capped_frac:.4f}"
                 highest = number(found.weight.max().item())

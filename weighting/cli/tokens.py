@@ -11,11 +11,11 @@ import click
 from weighting.build import build
 from weighting.cli.common import allow_plugins, give_up, hand_over, read_or_exit
 from weighting.errors import SpecError
-from weighting.logits import TOPK
-from weighting.recorded import LAST_STEP
+from weighting.loss.logits import TOPK
+from weighting.runs.loss_files import LAST_STEP
 
 if TYPE_CHECKING:
-    from weighting.build import Weighting
+    from weighting.build import Plan
     from weighting.spec import Spec
 
 _MOST = 3
@@ -64,24 +64,24 @@ def tokens(words: tuple[str, ...], *, allow_plugins: bool, **options: object) ->
     if not 1 <= len(specs) <= _MOST:
         give_up(f"one to {_MOST} specs, before torchtitan's flags; there are {len(specs)}")
     for text in specs:
-        spec, fn = read_or_exit(text, plugins=allow_plugins)
-        if why := refusal(spec, fn):
+        spec, plan = read_or_exit(text, plugins=allow_plugins)
+        if why := refusal(spec, plan):
             give_up(f"{text}: {why}")
     options |= {"specs": json.dumps(specs), "allow_plugins": allow_plugins}
     hand_over("tokens", options, words[len(specs) :])
 
 
-def refusal(spec: Spec, fn: Weighting) -> str | None:
+def refusal(spec: Spec, plan: Plan) -> str | None:
     """Return why a text and a model alone do not tell the weights of a spec, or None."""
-    lacking = sorted(x for x in fn.needs - _FROM_LOGITS if not x.startswith(TOPK))
-    if {*fn.applied.values()} == {"sampling"}:
+    lacking = sorted(x for x in plan.needs - _FROM_LOGITS if not x.startswith(TOPK))
+    if {*plan.targets.values()} == {"sampling"}:
         return "it draws data and leaves the loss alone: every token of a text weighs one"
     if "ref_loss" in lacking:
         return "it reads the loss of a reference model; weights here are from one model alone"
     if lacking:
         name = lacking[0].removeprefix("columns.")
         return f"it reads the column {name!r}, which a plain text does not have"
-    if fn.hears:
+    if plan.listens_to:
         return "it is told between batches how training goes, and here nothing trains"
     try:
         build(spec, domains=["text"])

@@ -55,4 +55,4 @@ def train(
             give_up(str(error))
     options |= {"spec": spec, "mixture": mixture, "allow_plugins": allow_plugins}
     check_data(options["data"])
-    hand_over("launch", options, flags)
+    hand_over("train", options, flags)

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from weighting.html import escaped
+from weighting.language.html import escaped
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from weighting.build import sketch
+from weighting.build import plan_of
+from weighting.contract import Constrain
 from weighting.errors import SpecError
 from weighting.report.charts import Chart, Line, bar_chart, line_chart
-from weighting.stages.clamp import Clamp
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -196,15 +196,15 @@ def _caps(run: Run) -> list[tuple[str, list[Point]]]:
     if run.spec is None:
         return []
     try:
-        plans = sketch(run.spec).plans
+        plans = plan_of(run.spec).factors
     except SpecError:
         return []
     found: list[tuple[str, list[Point]]] = []
     for name, steps in plans.items():
-        for stage in (step.stage for step in steps if isinstance(step.stage, Clamp)):
-            assert isinstance(stage, Clamp)
+        for stage in (step.stage for step in steps if isinstance(step.stage, Constrain)):
             times = [line["step"] for line in run.lines]
-            points = [(x, stage.max(torch.tensor(x)).item()) for x in times]
+            caps = [(x, stage.cap(torch.tensor(x))) for x in times]
+            points = [(x, cap.item()) for x, cap in caps if cap is not None]
             if any(y != _BOUND[0] for _, y in points):
                 found.append((f"{run.name}: cap of {name}", points))
     return found

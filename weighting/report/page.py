@@ -9,22 +9,22 @@ import jinja2
 from markupsafe import Markup
 
 from weighting import __version__
-from weighting.build import sketch
+from weighting.build import plan_of
 from weighting.errors import SpecError
-from weighting.files import write_whole
-from weighting.html import escaped
+from weighting.language.html import escaped
 from weighting.report import figures, tables
 from weighting.report.read import read_runs
+from weighting.runs.files import write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from weighting.build import Weighting
+    from weighting.build import Plan
     from weighting.report.charts import Chart
     from weighting.report.read import Run
     from weighting.spec import Spec
 
-    Explain = Callable[[Spec, Weighting], list[str]]
+    Explain = Callable[[Spec, Plan], list[str]]
 
 _PAGE = "page.html.j2"
 
@@ -100,7 +100,7 @@ def _expansion(run: Run, explain: Explain) -> str:
     if run.spec is None:
         return str(run.about["spec"]["text"]) if run.about else ""
     try:
-        return "\n".join(explain(run.spec, sketch(run.spec)))
+        return "\n".join(explain(run.spec, plan_of(run.spec)))
     except SpecError:
         return str(run.about["spec"]["text"])
 

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from weighting.errors import SpecError
-from weighting.files import Lines, read_lines
-from weighting.replay import FOLDER as RECORD
-from weighting.replay import read_record
-from weighting.spec import loads
+from weighting.language.read import loads
+from weighting.runs.files import Lines, read_lines
+from weighting.runs.replay import FOLDER as RECORD
+from weighting.runs.replay import read_record
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from weighting.replay import Record
+    from weighting.runs.replay import Record
     from weighting.spec import Spec
 
 FOLDER, METRICS, VALIDATION, ABOUT = "weighting", "metrics.jsonl", "validation.jsonl", "run.json"

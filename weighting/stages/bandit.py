@@ -37,8 +37,7 @@ class Bandit(Weigh):
 
     levels: ClassVar[tuple[Level, ...]] = ("domain",)
     scaled: ClassVar[bool] = False  # over all domains, absent ones too
-    standing: ClassVar[bool] = True
-    statistics: ClassVar[str] = "sum"
+    known_between_batches: ClassVar[bool] = True
     reward: NonNegativeNumber = Constant(value=0.1)
 
     @override

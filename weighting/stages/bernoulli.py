@@ -9,8 +9,8 @@ import torch
 from pydantic import Field
 from typing_extensions import override
 
-from weighting.chance import uniform
 from weighting.contract import Level, Scope, Weigh
+from weighting.counter_rng import uniform
 from weighting.registry import stage
 from weighting.saved import not_between
 

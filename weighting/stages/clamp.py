@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from typing_extensions import override
 
+from weighting.capped_simplex import cap as capped
 from weighting.contract import Constrain, Scope
-from weighting.project import cap
 from weighting.registry import stage
 from weighting.schedules import CapNumber
 
@@ -29,10 +29,14 @@ class Clamp(Constrain):
     Differs: the authors' code has no cap; it holds there by itself only for tau above 1.38-1.44.
     """
 
-    statistics: ClassVar[str] = "sum"
     max: CapNumber
 
     @override
     def apply(self, x: Tensor, scope: Scope) -> Tensor:
         """Return the capped weights."""
-        return cap(x, self.max(scope.step), scope)
+        return capped(x, self.max(scope.step), scope)
+
+    @override
+    def cap(self, step: Tensor) -> Tensor | None:
+        """Return `max`."""
+        return self.max(step)

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from typing_extensions import override
 
-from weighting.contract import News, Scope
+from weighting.contract import Feedback, Scope
+from weighting.contract.feedback_source import FeedbackSource
 from weighting.registry import stage
 from weighting.saved import not_between, not_shares
 from weighting.schedules import Constant, NonNegativeNumber, UnitNumber
 from weighting.stages.exponentiated import raised
-from weighting.told import Told
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @stage("doge")
-class DoGE(Told):
+class DoGE(FeedbackSource):
     """Raise domains whose gradient points where those of all domains do, step by step.
 
     x_d = min(max(g_d . sum_e g_e, 0) / mean_e |g_e|, most)
@@ -38,7 +38,7 @@ class DoGE(Told):
     Differs: the learning rate in it is constant unless step_size is a schedule.
     """
 
-    hears: ClassVar[News | None] = "gradients"
+    listens_to: ClassVar[Feedback | None] = "gradients"
     step_size: NonNegativeNumber = Constant(value=0.05)
     most: NonNegativeNumber = Constant(value=5)
     smoothing: UnitNumber = Constant(value=0)
@@ -60,11 +60,11 @@ class DoGE(Told):
         yield from not_between(state, 0, math.inf, "moves")
 
     @override
-    def hear(self, news: Tensor, scope: Scope) -> dict[str, Tensor]:
+    def on_feedback(self, feedback: Tensor, scope: Scope) -> dict[str, Tensor]:
         """Take one step of the update."""
         state, step = scope.state, scope.step
-        length = news.diagonal().clamp(min=0).sqrt().mean()
-        helps = (news.sum(1) / (length + 1e-6)).clamp(min=0)
+        length = feedback.diagonal().clamp(min=0).sqrt().mean()
+        helps = (feedback.sum(1) / (length + 1e-6)).clamp(min=0)
         gains = self.step_size(step) * torch.minimum(helps, self.most(step))
         gains = torch.where(gains.isfinite(), gains, 0)  # one bad batch must not end the memory
         weights = raised(state["log_weights"], gains, self.smoothing(step))

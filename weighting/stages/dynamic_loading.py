@@ -8,12 +8,12 @@ import torch
 from pydantic import Field
 from typing_extensions import override
 
-from weighting.contract import News, Scope
+from weighting.contract import Feedback, Scope
+from weighting.contract.feedback_source import FeedbackSource
 from weighting.registry import stage
 from weighting.schedules import NonNegativeNumber
 from weighting.stages.exponentiated import raised
 from weighting.stages.table import misfit
-from weighting.told import Told
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +22,7 @@ _SMOOTHING = 1e-4
 
 
 @stage("dynamic_loading")
-class DynamicLoading(Told):
+class DynamicLoading(FeedbackSource):
     """Raise domains whose validation loss is above a target: dynamic_loading(web=1.9, code=0.7).
 
     a <- a * exp(loss_d - targets_d) / Z;   a <- (1 - c) * a + c / K, c = 1e-4;   w = K * a
@@ -36,7 +36,7 @@ class DynamicLoading(Told):
     max(loss - target, 0).
     """
 
-    hears: ClassVar[News | None] = "validation"
+    listens_to: ClassVar[Feedback | None] = "validation"
     collects: ClassVar[str | None] = "targets"
     targets: Annotated[dict[str, NonNegativeNumber], Field(min_length=1)]
 
@@ -46,10 +46,10 @@ class DynamicLoading(Told):
         return misfit("dynamic_loading", self.targets, domains)
 
     @override
-    def hear(self, news: Tensor, scope: Scope) -> dict[str, Tensor]:
+    def on_feedback(self, feedback: Tensor, scope: Scope) -> dict[str, Tensor]:
         """Take one step of the update."""
         targets = torch.stack([self.targets[name](scope.step) for name in scope.domains])
-        gains = torch.where(news.isfinite(), news - targets, 0)
+        gains = torch.where(feedback.isfinite(), feedback - targets, 0)
         smoothing = torch.full_like(targets[0], _SMOOTHING)
         weights = raised(scope.state["log_weights"], gains, smoothing)
         return {"log_weights": weights.log()}

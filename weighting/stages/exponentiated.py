@@ -38,8 +38,7 @@ class Exponentiated(Weigh):
 
     levels: ClassVar[tuple[Level, ...]] = ("domain",)
     scaled: ClassVar[bool] = False  # over all domains, absent ones too
-    standing: ClassVar[bool] = True
-    statistics: ClassVar[str] = "sum"
+    known_between_batches: ClassVar[bool] = True
     step_size: Number = Constant(value=1)
     smoothing: UnitNumber = Constant(value=1e-3)
     absent: Literal["last", "skip"] = "last"

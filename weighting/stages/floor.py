@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from typing_extensions import override
 
+from weighting.capped_simplex import raise_to
 from weighting.contract import Constrain, Scope
-from weighting.project import raise_to
 from weighting.registry import stage
 from weighting.schedules import FloorNumber
 
@@ -25,7 +25,6 @@ class Floor(Constrain):
     To mix with uniform weights instead, as DoReMi smooths, use interpolate.
     """
 
-    statistics: ClassVar[str] = "sum"
     min: FloorNumber
 
     @override

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 from typing_extensions import override
@@ -31,7 +31,6 @@ class Gate(Shape):
     arXiv:1803.00942, whose tau is 1 / sqrt(e): ess_below 0.25 is their threshold of 2.
     """
 
-    statistics: ClassVar[str] = "sum"
     ess_below: UnitNumber
     decay: UnitNumber = Constant(value=0.9)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 from typing_extensions import override
 
-from weighting.contract import Scope, Stage, Sugar, Weigh, Within
+from weighting.contract import DeferredScale, Scope, Stage, Sugar, Weigh, Within
 from weighting.registry import stage
 
 if TYPE_CHECKING:
@@ -28,8 +28,6 @@ class MeanOne(Weigh):
     that also count ignored positions.
     """
 
-    statistics: ClassVar[str] = "sum"
-
     within: Within | None = None
 
     @override
@@ -38,21 +36,26 @@ class MeanOne(Weigh):
         return self.within
 
     @override
+    def deferred_scale(self) -> DeferredScale | None:
+        """Return the clamped scores, and their division by the mean; None within units."""
+        return None if self.within else DeferredScale(_raw, _scale)
+
+    @override
     def apply(self, x: Tensor, scope: Scope) -> Tensor:
         """Return the weights."""
-        w = self.raw(x)
+        w = _raw(x)
         total, count = scope.sum(torch.stack([w, torch.ones_like(w)]))
-        return self.scale(w, total, count)
+        return _scale(w, total, count)
 
-    def raw(self, x: Tensor) -> Tensor:
-        """Return the weights before they are scaled."""
-        return x.clamp(0, 1e30)  # a finite sum of up to 1e8 scores
 
-    def scale(self, raw: Tensor, total: Tensor, count: Tensor) -> Tensor:
-        """Return raw weights scaled to mean one, given their sum and number."""
-        zero = total <= 0
-        # Dividing first keeps scores of 1e-40 from overflowing n / sum.
-        return torch.where(zero, 1, raw / torch.where(zero, 1, total) * count)
+def _raw(x: Tensor) -> Tensor:
+    return x.clamp(0, 1e30)  # a finite sum of up to 1e8 scores
+
+
+def _scale(raw: Tensor, total: Tensor, count: Tensor) -> Tensor:
+    zero = total <= 0
+    # Dividing first keeps scores of 1e-40 from overflowing n / sum.
+    return torch.where(zero, 1, raw / torch.where(zero, 1, total) * count)
 
 
 @stage("token_scale")

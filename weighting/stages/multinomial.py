@@ -9,8 +9,8 @@ import torch
 from pydantic import Field
 from typing_extensions import override
 
-from weighting.chance import uniform
 from weighting.contract import Level, Scope, Weigh
+from weighting.counter_rng import uniform
 from weighting.registry import stage
 from weighting.saved import not_between
 from weighting.schedules import ShareNumber
@@ -37,7 +37,6 @@ class Multinomial(Weigh):
 
     levels: ClassVar[tuple[Level, ...]] = ("document", "sequence", "domain")
     scaled: ClassVar[bool] = False
-    statistics: ClassVar[str] = "sum"
     draws: ShareNumber
     correct: bool = False
     seed: int = Field(default=0, ge=0, lt=2**31)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 from typing_extensions import override
@@ -28,8 +28,6 @@ class Normalize(Shape):
     2x/range - (max+min)/range with range at least 1e-6, which cancels when the range is small
     and does not reach [-1, 1] when it is below 1e-6.
     """
-
-    statistics: ClassVar[str] = "min, max"
 
     within: Within | None = None
 

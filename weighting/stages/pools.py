@@ -14,7 +14,7 @@ from weighting.registry import stage
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from weighting.levels import Groups
+    from weighting.contract.levels import Groups
 
 
 def _not_zero(tilt: float) -> float:

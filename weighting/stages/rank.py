@@ -32,7 +32,6 @@ class Rank(Shape):
     """
 
     levels: ClassVar[tuple[Level, ...]] = ("sequence", "domain")
-    statistics: ClassVar[str] = "order"
     history: int = Field(default=0, ge=0, le=1_000_000)  # all are sorted at every step
 
     @override

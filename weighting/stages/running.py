@@ -30,7 +30,6 @@ class Running(Weigh):
     """
 
     scaled: ClassVar[bool] = False
-    statistics: ClassVar[str] = "max, mean"
     tau: PositiveNumber
     decay: UnitNumber = Constant(value=0.9)
 

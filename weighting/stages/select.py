@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 from pydantic import Field, model_validator
@@ -32,7 +32,6 @@ class Select(Weigh):
     ICML, arXiv:2206.07137; Chen et al. (2024), arXiv:2402.14270 (the slice).
     """
 
-    statistics: ClassVar[str] = "k-th largest"
     keep: ShareNumber
     slice: int = Field(default=0, ge=0)
 
@@ -44,7 +43,7 @@ class Select(Weigh):
         return self.within
 
     @override
-    def most(self) -> float:
+    def max_active_fraction(self) -> float:
         """Return the largest `keep`."""
         return max(self.keep.extremes())
 

@@ -11,7 +11,7 @@ from typing_extensions import override
 from weighting.contract import Scope, Signals, Source
 from weighting.errors import nearest
 from weighting.registry import stage
-from weighting.schedules import NonNegativeNumber
+from weighting.schedules import Constant, NonNegativeNumber
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -33,6 +33,11 @@ class Table(Source):
     needs: ClassVar[frozenset[str]] = frozenset({"domain_ids"})
     collects: ClassVar[str | None] = "weights"
     weights: Annotated[dict[str, NonNegativeNumber], Field(min_length=1)]
+
+    @override
+    def always_zero(self) -> frozenset[str]:
+        """Return the domains with a constant 0."""
+        return frozenset(name for name, x in self.weights.items() if x == Constant(value=0))
 
     @override
     def problem_with(self, domains: tuple[str, ...]) -> str | None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 from typing_extensions import override
 
+from weighting.capped_simplex import TINY
 from weighting.contract import Scope, Weigh, Within
-from weighting.project import TINY
 from weighting.registry import stage
 from weighting.schedules import PositiveNumber
 
@@ -31,7 +31,6 @@ class Temperature(Weigh):
     weights, after Qi et al. 2021).
     """
 
-    statistics: ClassVar[str] = "max, sum"
     tau: PositiveNumber
 
     within: Within | None = None

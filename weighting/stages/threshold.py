@@ -33,13 +33,12 @@ class Threshold(Weigh):
     """
 
     scaled: ClassVar[bool] = False
-    statistics: ClassVar[str] = "quantile"
     at: Number | None = None
     quantile: UnitNumber | None = None
     side: Literal["above", "below"] = "above"
 
     @override
-    def most(self) -> float:
+    def max_active_fraction(self) -> float:
         """Return the share on that side of the quantile; all units for a fixed threshold."""
         if self.quantile is None:
             return 1.0

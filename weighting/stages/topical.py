@@ -37,8 +37,7 @@ class Topical(Weigh):
 
     levels: ClassVar[tuple[Level, ...]] = ("domain",)
     scaled: ClassVar[bool] = False
-    standing: ClassVar[bool] = True
-    statistics: ClassVar[str] = "mean"
+    known_between_batches: ClassVar[bool] = True
     every: int = Field(default=100, ge=1)
     lift: UnitNumber = Constant(value=1)
     low: NonNegativeNumber = Constant(value=0.1)

@@ -37,7 +37,6 @@ class Topics(Source):
     """
 
     gives: ClassVar[Form] = "weight"
-    statistics: ClassVar[str] = "sums per topic"
     key: Annotated[str, Field(min_length=1)]
     number: int = Field(ge=1, le=24)  # bits a float32 holds exactly
     every: int = Field(default=100, ge=1)

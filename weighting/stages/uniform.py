@@ -21,6 +21,7 @@ class Uniform(Source):
     weight_t = 1
     """
 
+    always_one: ClassVar[bool] = True
     pointwise: ClassVar[bool] = True
     gives: ClassVar[Form] = "weight"
 

@@ -16,8 +16,9 @@ from torch._subclasses.fake_tensor import (
 from typing_extensions import override
 
 from weighting.contract import Constrain, Pool, Scope, Shape, Signals, Source, Weigh
+from weighting.language.read import loads
 from weighting.schedules import Constant, Linear, Piecewise, Schedule, Step
-from weighting.spec import dumps, loads
+from weighting.spec import dumps
 from weighting.testing.batches import flat, mapped, mapped_floats, valid_of
 from weighting.testing.ranks import Lockstep
 from weighting.testing.subject import Call, Checkable, Subject, Trial, as_subject
@@ -288,7 +289,7 @@ def check_pointwise(subject: Subject) -> None:
         for part in (part for part in trial.parts if part.pointwise):
             joins = isinstance(part, Pool) or part.inside() is not None
             _must(not joins, _LIES.format("it brings units together"))
-            remembers = part.initial_state(subject.domains) and not part.hears
+            remembers = part.initial_state(subject.domains) and not part.listens_to
             _must(not remembers, _LIES.format("it remembers"))
         for signals in _hard_flat(subject).values():
             for call in trial.run(signals):

@@ -113,7 +113,7 @@ _CLAIMS = {"loads": _loads, "round trips": _round_trips, "laws": _laws}
 def _load(path: Path) -> Spec:
     # This module is imported by every run of pytest on the machine; the language, and torch with
     # it, only when there is a spec to test.
-    from weighting.spec import load  # noqa: PLC0415
+    from weighting.language.read import load  # noqa: PLC0415
 
     here = Path.cwd()
     return load(path.relative_to(here) if path.is_relative_to(here) else path)

@@ -9,7 +9,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from weighting.build import Weighting, build, plan
+from weighting.build import Weighting, build
 from weighting.contract import (
     Alone,
     Collectives,
@@ -24,10 +24,12 @@ from weighting.contract import (
     Stage,
     Weigh,
 )
-from weighting.levels import group
+from weighting.contract.levels import group
+from weighting.language.read import resolve
+from weighting.pipeline import expand
 from weighting.registry import stages
 from weighting.schedules import Constant
-from weighting.spec import Spec, arrow_text, resolve
+from weighting.spec import Spec, arrow_text
 from weighting.stages import Loss, Mean, Normalize, Temperature
 from weighting.testing.batches import DOMAINS, batch, hard_batches, valid_of
 
@@ -121,7 +123,7 @@ def as_subject(thing: Checkable) -> Subject:
     if isinstance(thing, Spec):
         return _spec_subject(thing, thing.name)
     stage = _instance(thing)
-    parts = tuple(step.stage for step in plan((Loss(), stage)))[1:]
+    parts = tuple(step.stage for step in expand((Loss(), stage)))[1:]
     levels: list[Level] = [
         level for level in _LEVELS if all(level in part.levels for part in parts)
     ]
@@ -152,7 +154,7 @@ def _instance(thing: object) -> Stage:
 
 
 def _spec_subject(spec: Spec, label: str) -> Subject:
-    parts = {name: tuple(s.stage for s in plan(steps)) for name, steps in spec.factors.items()}
+    parts = {name: tuple(s.stage for s in expand(steps)) for name, steps in spec.factors.items()}
     every = tuple(stage for stages in parts.values() for stage in stages)
     return Subject(label, None, {"spec": spec}, parts, _domains(every), tuple(_columns(every)))
 

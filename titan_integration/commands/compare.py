@@ -1,0 +1,366 @@
+"""A comparison of specs: one run of each from the same first weights, and the report of them.
+
+`weighting compare` ends up here.  What can be found wrong without training is said before anything
+is made; then one checkpoint of step 0 is, and the runs follow one by one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import os
+import re
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+from titan_integration.commands import run_queue as series
+from titan_integration.commands import train as launch
+from titan_integration.commands.progress import SEED, View, cut
+from titan_integration.data.data_files import local_files, saved_dataset
+from titan_integration.data.records import Columns, domain_of, numbers_of, read_records
+from titan_integration.data.records import text_of as check_text
+from titan_integration.observe.metrics import FILE, FOLDER
+from weighting.build import plan_of
+from weighting.cli.explain import explanation
+from weighting.errors import printable
+from weighting.language.read import resolve
+from weighting.mixture import with_mixture
+from weighting.report.page import write_report
+from weighting.report.read import read_runs
+from weighting.runs.files import read_lines
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from titan_integration.data.loader import DomainTextDataLoader
+    from titan_integration.trainer.trainer import WeightedTrainer
+    from weighting.spec import Spec
+
+ORDERS, REPORT = "compare.json", "report.html"
+"""What all runs were asked for, and where the report of them goes."""
+OWN = {
+    "--dump_folder": "--folder",
+    "--training.steps": "--steps",
+    "--debug.seed": "--seed",
+    "--checkpoint.folder": "--folder",
+    "--checkpoint.initial_load_path": "--seed",
+    "--weighting.spec": "SPEC",
+    "--weighting.mixture": "--mixture",
+    "--weighting.reference": "--reference",
+}
+"""Flags of torchtitan that a comparison sets, and what sets them."""
+_COMMON = ("config", "module", "data", "ranks", "seed", "mixture", "reference", "flags")
+"""Orders that all runs follow."""
+_DEGREES = ("data_parallel_replicate", "data_parallel_shard", "tensor_parallel")
+_DEGREES += ("pipeline_parallel", "context_parallel", "expert_parallel")
+_LINES = 12
+"""So many lines of the log of a run that failed are shown."""
+
+
+class Run(NamedTuple):
+    """A run of a comparison.
+
+    Attributes:
+        name: Its folder, below that of the comparison.
+        text: The spec as the user gave it.
+        spec: What weighs and draws.
+        flags: What it is given and others may not be.
+    """
+
+    name: str
+    text: str
+    spec: Spec
+    flags: list[str]
+
+
+class RunFailedError(Exception):
+    """A run ended with another status than 0; holds what to say, and that status."""
+
+    def __init__(self, message: str, status: int) -> None:
+        self.status = status
+        super().__init__(message)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Compare; return 0, 2 for an error of the user's, a run's status, or 130 if interrupted."""
+    args = _parse(sys.argv[1:] if arguments is None else arguments)
+    try:
+        _compare(args)
+    except (ValueError, OSError) as error:
+        sys.stderr.write(printable(f"error: {error}\n", keep="\n"))
+        return 2
+    except RunFailedError as error:
+        sys.stderr.write(printable(f"error: {error}\n", keep="\n"))
+        return error.status
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; the same command goes on\n")
+        return 130
+    return 0
+
+
+def table(folders: Sequence[Path]) -> str:
+    """Return what runs came to and how far that is from the first one: losses at the end, nats."""
+    runs = read_runs(folders)
+    told = {"unweighted": [run.lines[-1].get("unweighted_loss", math.nan) for run in runs]}
+    if any(run.validations for run in runs):
+        ends = [run.validations[-1] if run.validations else {} for run in runs]
+        told["validation"] = [line.get("domain_mean_loss", math.nan) for line in ends]
+    names = [cut(run.name) for run in runs]
+    width = max(map(len, names))
+    rows = [f"{'':{width}}" + "".join(f"  {kind:>10}  difference" for kind in told)]
+    for i, name in enumerate(names):
+        cells = [
+            f"  {losses[i]:10.4f}" + (f"  {losses[i] - losses[0]:+10.4f}" if i else " " * 12)
+            for losses in told.values()
+        ]
+        rows.append(f"{name:{width}}{''.join(cells)}".rstrip())
+    means = "; validation: mean over domains" if len(told) > 1 else ""
+    return "\n".join([*rows, "", f"last losses in nats, differences to {names[0]}{means}"])
+
+
+def _compare(args: argparse.Namespace) -> None:
+    runs = _runs(args)
+    folder = Path(args.folder)
+    out = Path(args.out or folder / REPORT)
+    _refuse_unwritable(folder / ORDERS, "--folder")
+    _refuse_unwritable(out, "--out")
+    launch.check_config(args.module, args.config)
+    steps = _preflight(args, runs)
+    begun = [name for name in (SEED, *_names(runs)) if series.begun(folder / name)]
+    orders: dict[str, Any] = {name: getattr(args, name) for name in _COMMON} | {"steps": steps}
+    binding = [*orders] if begun else []
+    orders |= {_order(run.name): run.spec.hash for run in runs}
+    binding += [_order(run.name) for run in runs if run.name in begun]
+    series.refuse_changed(folder / ORDERS, orders, "a comparison", binding)
+    folder.mkdir(parents=True, exist_ok=True)
+    _catch_signals()
+    with series.alone(folder) as lock:
+        series.note(folder / ORDERS, orders)
+        _train(args, runs, steps, lock)
+    folders = [folder / run.name for run in runs]
+    write_report(folders, out, explanation)
+    print(printable(f"\n{table(folders)}\n\nreport: {out}", keep="\n"))  # noqa: T201 - the result
+
+
+def _order(name: str) -> str:
+    return f"the spec of {name}"
+
+
+# Before anything is made --------------------------------------------------------------------------
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = launch.common_parser("python -m titan_integration.commands.compare")
+    parser.add_argument("--specs", required=True, type=json.loads, help="A list, as JSON.")
+    parser.add_argument("--folder", default="outputs/compare")
+    parser.add_argument("--out")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--mixture")
+    parser.add_argument("--reference")
+    parser.add_argument("--allow-plugins", action="store_true")
+    return parser.parse_args(arguments)
+
+
+def _runs(args: argparse.Namespace) -> list[Run]:
+    """Return the runs, each with a folder of its own.
+
+    Raises:
+        ValueError: A spec is wrong, given twice, or the only one, or a flag is not the user's.
+    """
+    if len(args.specs) < 2:  # noqa: PLR2004 - it takes two
+        msg = f"a comparison takes two specs or more; given: {', '.join(args.specs) or 'none'}"
+        raise ValueError(msg)
+    for flag, option in OWN.items():
+        if launch.value_of(args.flags, flag) is not None:
+            msg = f"{flag} is set for every run; leave it out, and use {option}"
+            raise ValueError(msg)
+    mixture = resolve(args.mixture, allow_plugins=args.allow_plugins) if args.mixture else None
+    runs: list[Run] = []
+    for text in args.specs:
+        spec = resolve(text, allow_plugins=args.allow_plugins)
+        name = _free(spec.name, [SEED, *_names(runs)])
+        spec = with_mixture(spec, mixture) if mixture else spec
+        reads = "ref_loss" in plan_of(spec).needs
+        twin = next((run for run in runs if run.spec.hash == spec.hash), None)
+        if twin is not None:
+            msg = f"{text} and {twin.text} are the same weighting; give it once"
+            raise ValueError(msg)
+        flags = ["--weighting.mixture", args.mixture] if mixture else []
+        flags += ["--weighting.reference", args.reference] if args.reference and reads else []
+        runs.append(Run(name, text, spec, flags))
+    if args.reference and not any("--weighting.reference" in run.flags for run in runs):
+        msg = f"none of the specs reads ref_loss; leave out --reference {args.reference}"
+        raise ValueError(msg)
+    return runs
+
+
+def _free(name: str, taken: Sequence[str]) -> str:
+    """Return the name, or the first of name-2, name-3, ... that is not taken."""
+    number, found = 1, name
+    while found in taken:
+        number += 1
+        found = f"{name}-{number}"
+    return found
+
+
+def _names(runs: Sequence[Run]) -> list[str]:
+    return [run.name for run in runs]
+
+
+def _refuse_unwritable(path: Path, option: str) -> None:
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if path.is_dir() or not above.is_dir() or not os.access(above, os.W_OK):
+        msg = f"{option}: {path} cannot be written; take another"
+        raise ValueError(msg)
+
+
+def _preflight(args: argparse.Namespace, runs: Sequence[Run]) -> int:
+    """Have the host read the flags of all runs, and refuse what one of them would; return steps.
+
+    Raises:
+        ValueError: A run cannot be.
+        SystemExit: There is no such flag; the host has said so.
+    """
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # each run says it in its log
+    try:
+        configs = [_checked(args, run) for run in runs]
+    finally:
+        logging.disable(before)
+    return configs[0].training.steps
+
+
+def _checked(args: argparse.Namespace, run: Run) -> WeightedTrainer.Config:
+    # Importing the host takes seconds; what is plainly wrong has been said by now.
+    from torchtitan.config import ConfigManager  # noqa: PLC0415
+
+    from titan_integration.data.loader import DomainTextDataLoader  # noqa: PLC0415
+    from titan_integration.host import cpu  # noqa: PLC0415
+    from titan_integration.observe.recorder import asked  # noqa: PLC0415
+    from titan_integration.trainer import preflight  # noqa: PLC0415
+    from titan_integration.trainer.trainer import WeightedTrainer  # noqa: PLC0415
+
+    cpu.use_cpu()
+    steps = ["--training.steps", str(args.steps)] if args.steps else []
+    given = argparse.Namespace(**{**vars(args), "flags": [*steps, *run.flags, *args.flags]})
+    flags = launch.host_flags(given, run.text, str(Path(args.folder) / run.name))
+    flags += ["--weighting.allow_plugins"] if args.allow_plugins else []
+    config = ConfigManager().parse_args([*flags, *given.flags])
+    if not isinstance(config, WeightedTrainer.Config):
+        msg = f"{args.module}.{args.config} has no weighting; give it one with with_weighting"
+        raise ValueError(msg)  # noqa: TRY004 - the user named it
+    plan = plan_of(run.spec)
+    if config.weighting.record:
+        asked(config.weighting.record)
+    preflight.refuse_unsupported(config, plan)
+    preflight.ask_for_columns(config, plan.needs)
+    preflight.ask_for_rows(config, plan)
+    if isinstance(config.dataloader, DomainTextDataLoader.Config):
+        _check_data(config.dataloader, run.name)
+    return config
+
+
+def _check_data(loader: DomainTextDataLoader.Config, name: str) -> None:
+    """Check that local data is there, and that its first record has what a run reads."""
+    from titan_integration.data.documents import embedded_documents  # noqa: PLC0415
+
+    columns = Columns(loader.text_column, loader.domain_column, tuple(loader.columns))
+    data = loader.dataset_path or loader.dataset
+    try:
+        if loader.dataset_path or data.startswith((".", "/", "~")):
+            path = Path(data).expanduser()
+            if saved_dataset(path, loader.split):
+                return
+            for place, record in read_records(local_files(path, loader.split)[0], columns):
+                check_text(record, columns, place)
+                domain_of(record, columns, place)
+                numbers_of(record, columns, place)
+                break
+        elif data == "stdlib" and columns.numbers:
+            embedded_documents(loader.split, loader.domains, columns.numbers)
+    except ValueError as error:
+        msg = f"{name}: {error}"
+        raise ValueError(msg) from error
+
+
+# The runs -----------------------------------------------------------------------------------------
+
+
+def _train(args: argparse.Namespace, runs: Sequence[Run], steps: int, lock: int) -> None:
+    """Train what is not trained yet.
+
+    Raises:
+        RunFailedError: A run has failed; those after it were not begun.
+    """
+    folder = Path(args.folder)
+    done = [min(max(series.last_saved(folder / run.name), 0), steps) for run in runs]
+    common = ["--debug.seed", str(args.seed)]
+    with View(steps, done) as view:
+        if series.last_saved(folder / SEED) < 0:
+            view.seed()
+            whole = [f"--parallelism.{degree}_degree=1" for degree in _DEGREES]
+            flags = [*args.flags, *whole, "--checkpoint.create_seed_checkpoint"]
+            one = argparse.Namespace(**{**vars(args), "ranks": 1, "flags": flags})
+            words = series.command(one, "uniform", folder / SEED, steps, common)
+            _run(args, SEED, words, lock, view)
+        first = folder / SEED / series.CHECKPOINTS / "step-0"
+        common += ["--checkpoint.initial_load_path", str(first.resolve())]
+        common += ["--checkpoint.interval", str(max(steps // 10, 1))]
+        for run, at in zip(runs, done, strict=True):
+            if at == steps:
+                view.say(f"{cut(run.name)}: trained already")
+                continue
+            more = [*run.flags, *common]
+            words = series.command(args, run.text, folder / run.name, steps, more)
+            view.begin(run.name, at)
+            _run(args, run.name, words, lock, view)
+            view.end(read_lines(folder / run.name / FOLDER / FILE)[-1]["unweighted_loss"])
+
+
+def _run(args: argparse.Namespace, name: str, words: list[str], lock: int, view: View) -> None:
+    """Have a run write its log to its end, and show what it does.
+
+    Raises:
+        RunFailedError: It has failed.
+    """
+    folder = Path(args.folder)
+    log = folder / f"{name}.log"
+    before = log.stat().st_size if log.exists() else 0
+    lines = series.new_lines(folder / name / FOLDER / FILE)
+    if status := series.logged(words, log, lock, lambda: view.look(next(lines))):
+        with log.open(encoding="utf-8", errors="replace") as file:
+            file.seek(before)
+            told = "\n".join(f"    {line}" for line in telling(file.read()))
+        msg = (
+            f"{name} ended with status {status}; its log, {log}, ends with\n{told}\n"
+            "when that is mended, the same command goes on"
+        )
+        raise RunFailedError(msg, status)
+
+
+def telling(log: str) -> list[str]:
+    """Return the lines of a log that say why a run ended: its last error, or its last lines."""
+    plain = (re.sub(r"^\[rank\d+\]:", "", line).rstrip() for line in log.splitlines())
+    lines = [line for line in plain if line]
+    said = [i for i, line in enumerate(lines) if line.startswith("error: ")]
+    return lines[said[-1] :][:_LINES] if said else lines[-_LINES:]
+
+
+def _catch_signals() -> None:
+    """Have what would end this process end the run too; signals that are ignored stay so."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, _stop)
+
+
+def _stop(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

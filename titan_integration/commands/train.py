@@ -1,0 +1,220 @@
+"""Start torchtitan's trainer through torchrun with what this machine needs; say where results are.
+
+`weighting train` ends up here.  The flags a user gives come last and win.  `weighting score` starts
+its ranks with the same functions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import re
+import signal
+import sys
+import tempfile
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import get_args_parser
+from torch.distributed.run import run as torchrun
+
+from titan_integration.host.run_dir import refuse_unwritable
+from weighting.errors import nearest, printable
+from weighting.language.read import resolve
+from weighting.runs.files import read_lines
+
+RUN_MODULE = "titan_integration.host.run_module"
+"""What starts each rank's module."""
+_FOR_CPU = {"llama3_debugmodel", "llama3_proxy"}
+_ON_CPU = {
+    "--training.steps": "60",
+    "--training.seq_len": "128",
+    "--training.local_batch_size": "16",
+}
+"""What a laptop can train in minutes: 16 sequences of 128 tokens a step."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the trainer; return the exit status: 0, 2 for an error of the user's, or the ranks'."""
+    args = _parse(sys.argv[1:] if arguments is None else arguments)
+    try:
+        check_config(args.module, args.config)
+        flags = _flags(args, resolve(args.spec, allow_plugins=args.allow_plugins).name)
+        folder = Path(value_of(flags, "--dump_folder") or ".")
+        refuse_unwritable(folder)
+    except ValueError as error:
+        sys.stderr.write(printable(f"error: {error}\n", keep="\n"))
+        return 2
+    code = on_ranks(args.ranks, "torchtitan.train", flags)
+    if code == 0 and "--checkpoint.create_seed_checkpoint" not in flags:
+        _report(folder)
+    return code
+
+
+def common_parser(prog: str) -> argparse.ArgumentParser:
+    """Return a parser of what all runs on ranks are given: model, data and further flags."""
+    parser = argparse.ArgumentParser(prog=prog)
+    parser.add_argument("--config", default="llama3_debugmodel")
+    parser.add_argument("--module", default="titan_integration")
+    parser.add_argument("--data")
+    parser.add_argument("--ranks", type=int)
+    parser.add_argument("flags", nargs="*")
+    return parser
+
+
+def check_config(module: str, config: str) -> None:
+    """Check that there is a config function of this name, if it is to be one of ours.
+
+    Raises:
+        ValueError: There is none; says which there are.
+    """
+    if message := _unknown_config(module, config):
+        raise ValueError(message)
+
+
+def host_flags(args: argparse.Namespace, spec: str, folder: str) -> list[str]:
+    """Return torchtitan's flags for what `common_parser` has read, but for the user's own flags.
+
+    Those are to follow; where they are, defaults are left out, as `folder` for `--dump_folder`.
+    """
+    flags = ["--module", args.module, "--config", args.config, "--weighting.spec", spec]
+    defaults = {"--dump_folder": folder}
+    if not torch.accelerator.is_available() and args.config in _FOR_CPU:
+        defaults |= _ON_CPU
+    for flag, value in defaults.items():
+        if value_of(args.flags, flag) is None:
+            flags += [flag, value]
+    if not sys.stdout.isatty():
+        flags.append("--metrics.disable_color_printing")
+    if args.data:
+        is_local = Path(args.data).exists()
+        flags += ["--dataloader.dataset_path" if is_local else "--dataloader.dataset", args.data]
+    return flags
+
+
+def value_of(flags: list[str], flag: str) -> str | None:
+    """Return what a command line gives for a flag, in either spelling; the last one counts."""
+    found = None
+    names = {flag, flag.replace("_", "-")}
+    for index, word in enumerate(flags):
+        name, equals, value = word.partition("=")
+        if name in names:
+            found = value if equals else flags[index + 1] if index + 1 < len(flags) else None
+    return found
+
+
+def on_ranks(ranks: int | None, module: str, flags: list[str]) -> int:
+    """Run a module on ranks of this machine, by default one per accelerator; return the status.
+
+    The first rank's output is shown, and what ended another one alone; the status is 0, that of the
+    rank that failed, or 128 + n for signal n.
+    """
+    ranks = ranks or max(1, torch.accelerator.device_count())
+    if not torch.accelerator.is_available():
+        # Ranks share the cores; more threads than that only get in each other's way.
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    os.environ["PYTHONSAFEPATH"] = "1"  # as -P, which torchrun does not hand on
+    options = ["--standalone", f"--nproc-per-node={ranks}", "--local-ranks-filter=0"]
+    # The ranks have said what was wrong, so torchrun adds nothing of its own.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    # torchrun passes on what ends it, and an interrupted rank would show where that met it.
+    options.append("--signals-to-handle=SIGTERM,SIGHUP,SIGQUIT")
+    signal.signal(signal.SIGINT, _end_ranks)
+    with tempfile.TemporaryDirectory() as logs:
+        options += ["--role=rank", "--tee=3", f"--log-dir={logs}"]
+        try:
+            torchrun(get_args_parser().parse_args([*options, "-m", RUN_MODULE, module, *flags]))
+        except ChildFailedError as error:
+            # A rank that fails first decides; the others are stopped by a signal.
+            codes = {x.local_rank: x.exitcode for x in error.failures.values() if x.exitcode > 0}
+            if codes and 0 not in codes:
+                sys.stderr.write(_last_words(Path(logs), min(codes)))
+            sys.stderr.write(_killed(error))
+            return max(codes.values(), default=1)
+        except SignalException as stopped:  # the ranks have been ended
+            by = signal.SIGINT if isinstance(stopped, _Interrupted) else stopped.sigval
+            sys.stderr.write(f"stopped by {by.name}\n")
+            return 128 + by
+    return 0
+
+
+class _Interrupted(SignalException):
+    """An interrupt, which ranks are told as a termination: that ends them without a word."""
+
+    def __init__(self) -> None:
+        super().__init__("interrupted", signal.SIGTERM)
+
+
+def _end_ranks(*_: object) -> NoReturn:
+    raise _Interrupted
+
+
+def _killed(error: ChildFailedError) -> str:
+    """Say which rank was ended by a signal, if one was; torchrun ends the others by SIGTERM."""
+    signals = {x.local_rank: -x.exitcode for x in error.failures.values() if x.exitcode < 0}
+    killed = {rank: number for rank, number in signals.items() if number != signal.SIGTERM}
+    if not killed:
+        return ""
+    rank = min(killed)
+    name = signal.Signals(killed[rank]).name
+    short = ", as when memory runs short" if name == "SIGKILL" else ""
+    return f"error: rank {rank} was ended by {name}{short}\n"
+
+
+def _last_words(logs: Path, rank: int) -> str:
+    """Return the error that ended a rank which is not shown, or its last lines."""
+    files = logs.glob(f"*/attempt_*/{rank}/stderr.log")
+    text = "".join(file.read_text(encoding="utf-8", errors="replace") for file in files)
+    _, error, message = text.rpartition("\nerror: ")
+    lines = (error + message).strip().splitlines() if error else text.splitlines()[-_TAIL:]
+    return "".join(f"[rank{rank}]:{printable(line)}\n" for line in lines)
+
+
+_TAIL = 30
+"""Lines of a traceback that say where it comes from."""
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = common_parser("python -m titan_integration.commands.train")
+    parser.add_argument("--spec", required=True)
+    parser.add_argument("--mixture")
+    parser.add_argument("--allow-plugins", action="store_true")
+    return parser.parse_args(arguments)
+
+
+def _flags(args: argparse.Namespace, name: str) -> list[str]:
+    """Return torchtitan's command line: ours first, the user's after it."""
+    flags = host_flags(args, args.spec, f"outputs/{name}")
+    flags += ["--weighting.mixture", args.mixture] if args.mixture else []
+    flags += ["--weighting.allow_plugins"] if args.allow_plugins else []
+    return [*flags, *args.flags]
+
+
+def _unknown_config(module: str, config: str) -> str | None:
+    """Return what is wrong with the name of a config function of ours, or None.
+
+    The file is read as text: importing it, and torchtitan with it, takes ten seconds.
+    """
+    if module != "titan_integration":
+        return None
+    text = Path(__file__).parent.with_name("config_registry.py").read_text(encoding="utf-8")
+    known = re.findall(r"^def ([a-z]\w+)\(", text, re.MULTILINE)
+    if config in known:
+        return None
+    return f"no config function {config!r}{nearest(config, known)}; there are {', '.join(known)}"
+
+
+def _report(folder: Path) -> None:
+    from titan_integration.observe.metrics import FILE, FOLDER, table  # noqa: PLC0415
+
+    path = folder / FOLDER / FILE
+    if path.exists():
+        print(f"\n{table(read_lines(path))}\n\nmetrics: {path}")  # noqa: T201 - the result
+
+
+if __name__ == "__main__":
+    sys.exit(main())

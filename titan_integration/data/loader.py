@@ -1,0 +1,423 @@
+"""The data loader: rows of packed documents that carry the domain of every token."""
+
+import functools
+import hashlib
+import json
+import math
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+from torchtitan.components.dataloader import ParallelAwareDataloader
+from torchtitan.components.tokenizer import BaseTokenizer
+from torchtitan.tools.logging import logger
+from typing_extensions import override
+
+from titan_integration.data.data_files import local_files, saved_dataset, suffix_of
+from titan_integration.data.documents import (
+    Documents,
+    embedded_documents,
+    hub_documents,
+    local_documents,
+    open_hub,
+    open_saved,
+)
+from titan_integration.data.identity import differences, files_of, name_in, tokenizer_digest, unsure
+from titan_integration.data.packing import Cut, Encode, PackedRows, RowMode
+from titan_integration.data.records import DEFAULT_DOMAIN_COLUMN, ONLY_DOMAIN, Columns
+from titan_integration.data.stream_sources import HubStream, LocalStream, Source
+from titan_integration.data.streaming import StreamedRows
+
+EMBEDDED = "stdlib"
+
+
+class DomainTextDataLoader(ParallelAwareDataloader):
+    """Yield ``({"input", "positions", "domain_ids"}, labels)``, each int64 ``[B, L]``.
+
+    Columns come along as float32 ``"columns.<name>"``: at all its tokens a document's one value, or
+    at each the value that belongs to its label. ``positions`` is 0 where a document, or the rest of
+    one from an earlier row, starts. Labels never cross documents. The global batch does not depend
+    on the number of ranks, in order and content (but for ``streaming``).
+
+    The saved state is one small entry per virtual shard, written by the ranks that read the shard,
+    instead of one entry per rank. Before the first batch the state lists all of them, which is what
+    a checkpoint is then asked for: together the ranks have saved them all, so that a state fits any
+    number of ranks.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(ParallelAwareDataloader.Config):
+        """What to read; ``persistent_workers`` has no effect, as a loader is read once.
+
+        One worker is enough: each reads all of its rank's text, and they yield batches in turn.
+        """
+
+        dataset: str = EMBEDDED
+        """``stdlib`` (the running Python's own library), a file or directory (.jsonl, .ndjson,
+        .json, each also .gz or .zst, .parquet, or what ``save_to_disk`` wrote), or a Hugging Face
+        name. A file or directory in ``dataset_path`` wins."""
+
+        hf_name: str | None = None
+        """Configuration name of a Hugging Face data set."""
+
+        split: str = "train"
+        """``train`` or ``validation``; a directory's sub-directory; Hugging Face's split."""
+
+        text_column: str = "text"
+        """Column of the text; dots reach into nested records."""
+
+        domain_column: str = DEFAULT_DOMAIN_COLUMN
+        """Column of the domain, such as ``meta.redpajama_set_name``; empty: one domain, ``all``."""
+
+        domains: list[str] | None = None
+        """Domain names in the order of their ids; default: the sorted names in the data (so give
+        them where the training and validation text may not have the same domains)."""
+
+        columns: list[str] = field(default_factory=list)
+        """Columns of numbers that the batches carry: one for each document, or a list of one for
+        each predicted token (each but the first, begin and end of text included). Dots reach into
+        nested records. Those that the weighting's spec reads are added by the trainer."""
+
+        streaming: bool = False
+        """Read local files or Hugging Face data as a stream, instead of by index. Rows of one
+        domain each read it once for each domain, which takes as many times the reading."""
+
+        infinite: bool = True
+        """Start over when the text ends."""
+
+        rows: RowMode = "mixed"
+        """``mixed``: documents as they come. ``drawn``: each row is of one domain, drawn with the
+        loader's ``proportions``. ``turns``: each batch is of one domain, batch ``i`` (of all ranks,
+        from 0) of domain ``i mod K`` of ``K``."""
+
+        seed: int = 0
+        """Seed of the order of documents (a stream keeps its own) and of the draws of domains."""
+
+    domains: tuple[str, ...]
+    """Domain names in the order of their ids."""
+    documents: Documents | None
+    """What was opened; None of a stream."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        dp_world_size: int,
+        dp_rank: int,
+        tokenizer: BaseTokenizer,
+        seq_len: int,
+        local_batch_size: int,
+        snapshot_every_n_steps: int | None = 1,
+        **kwargs: Any,  # noqa: ANN401, ARG002 -- the host passes what other loaders need
+    ) -> None:
+        """Open the data and check it.
+
+        Args:
+            config: What to read.
+            dp_world_size: Number of data-parallel ranks.
+            dp_rank: This rank.
+            tokenizer: Its begin and end of text tokens are added to every document.
+            seq_len: Tokens of a row.
+            local_batch_size: Rows of a batch on this rank.
+            snapshot_every_n_steps: Accepted for the host; the state here is up to date after every
+                batch.
+            kwargs: Ignored.
+
+        Raises:
+            ValueError: For anything wrong with the data or its description; names the place and the
+                fix.
+        """
+        if config.seed < 0:
+            msg = f"seed {config.seed} is negative; set --dataloader.seed to 0 or more"
+            raise ValueError(msg)
+        if config.rows not in get_args(RowMode):
+            msg = f"rows {config.rows!r}; set --dataloader.rows to {', '.join(get_args(RowMode))}"
+            raise ValueError(msg)
+        if config.rows != "mixed" and not config.infinite:
+            msg = (
+                f"rows {config.rows!r} of a text that is read once: it would end domain by domain; "
+                "set --dataloader.infinite or --dataloader.rows mixed"
+            )
+            raise ValueError(msg)
+        encode = functools.partial(tokenizer.encode, add_bos=True, add_eos=True)
+        cut = Cut(seq_len, local_batch_size, dp_rank, dp_world_size)
+        where = config.dataset_path or config.dataset
+        made_from: dict[str, Any] = {"seq_len": seq_len, "vocab_size": tokenizer.get_vocab_size()}
+        made_from |= {"rows": config.rows, "tokenizer": tokenizer_digest(tokenizer)}
+        rows: PackedRows | StreamedRows
+        if config.streaming:
+            rows, self.documents = _streamed_rows(config, encode, cut), None
+            made_from |= {"stream": where, "split": config.split, "hf_name": config.hf_name}
+            made_from |= {"text_column": config.text_column, "domain_column": config.domain_column}
+            made_from |= {"seed": config.seed} if config.rows == "drawn" else {}
+            if path := local_path(config):
+                saved = saved_dataset(path, config.split)
+                files = sorted(saved.glob("*.arrow")) if saved else local_files(path, config.split)
+                made_from |= files_of({name_in(path, file): file for file in files})
+        else:
+            documents = _kept.pop(_key(config), None) or load_documents(config)
+            self.documents = documents
+            rows = PackedRows(
+                documents,
+                encode,
+                cut,
+                rows=config.rows,
+                seed=config.seed,
+                infinite=config.infinite,
+            )
+            rows.check_size(where)
+            made_from |= {"seed": config.seed, "shards": rows.num_shards}
+            made_from |= {"documents": len(documents), "text": _fingerprint(documents)}
+            made_from |= {"content": documents.content}
+            if documents.stored:
+                made_from |= files_of({file.name: file for file in documents.stored})
+        self.domains = rows.domains
+        self._rows = rows
+        self._mode = config.rows
+        self._iterated = False
+        self._state = dict(rows.state)
+        self._made_from = made_from | {"domains": list(rows.domains)}
+        self._columns = list(config.columns)
+        with warnings.catch_warnings():
+            # torchdata 0.11 calls a function that torch 2.15 has deprecated; there is nothing a
+            # user could do.
+            warnings.filterwarnings("ignore", "'set_vital' is deprecated", UserWarning)
+            super().__init__(
+                rows,
+                dp_rank=dp_rank,
+                dp_world_size=dp_world_size,
+                batch_size=None,  # whole batches, so that each brings along the state it leads to
+                collate_fn=_unchanged,
+                num_workers=config.num_workers,
+                prefetch_factor=config.prefetch_factor,
+                pin_memory=config.pin_memory and torch.cuda.is_available(),
+                snapshot_every_n_steps=snapshot_every_n_steps,
+            )
+
+    @property
+    def proportions(self) -> tuple[float, ...]:
+        """How often rows of each domain are drawn, in the order of ``domains``; they sum to one.
+
+        Uniform until they are set, to any numbers from 0 on, of which one is positive. The next
+        batch is drawn with them, also in the middle of a run: set the same on all ranks, after the
+        same batch. They are in no saved state; whoever sets them sets them again.
+
+        Raises:
+            ValueError: If rows are not drawn, if worker processes have drawn ahead already, or for
+                anything else than a number from 0 on for each domain, not all 0.
+        """
+        self._check_drawn()
+        return self._rows.pools.proportions
+
+    @proportions.setter
+    def proportions(self, proportions: Iterable[float]) -> None:
+        self._check_drawn()
+        if self._iterated and self.num_workers:
+            msg = (
+                "data loader: proportions cannot change now, as worker processes draw rows ahead; "
+                "set --dataloader.num_workers 0"
+            )
+            raise ValueError(msg)
+        self._rows.pools.proportions = scaled(proportions, self.domains)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Facts and digests that are alike on all ranks whose loaders yield rows of one stream."""
+        facts = {key: fact for key, fact in self._made_from.items() if key != "modified"}
+        return facts | {"columns": self._columns}
+
+    def _check_drawn(self) -> None:
+        if self._mode != "drawn":
+            msg = (
+                f"data loader: rows {self._mode!r} are not drawn and have no proportions; set "
+                "--dataloader.rows drawn"
+            )
+            raise ValueError(msg)
+
+    @override
+    # The host only ever takes iter() of a loader and next() of that.
+    # pyrefly: ignore [bad-override]
+    def __iter__(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        """Yield batches from the loaded state on; iterating again starts there again."""
+        self._iterated = True
+        self._state = self._rows.own_state()
+        for inputs, labels, moved in super().__iter__():
+            self._state |= moved
+            yield inputs, labels
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Return what it takes to go on after the last batch that was yielded."""
+        return {"made_from": json.dumps(self._made_from, sort_keys=True), **self._state}
+
+    @override
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Start from a saved state, of any number of ranks; an empty one changes nothing.
+
+        Raises:
+            ValueError: If the state is damaged, or of other data, another row length or another
+                tokenizer.
+        """
+        if not state_dict:
+            return
+        try:
+            made_from = dict(json.loads(state_dict["made_from"]))
+        except (KeyError, TypeError, ValueError):
+            msg = (
+                f"data loader state: 'made_from' is {state_dict.get('made_from')!r}; the "
+                "checkpoint is damaged or of another loader. To start the data afresh: "
+                "--checkpoint.exclude_from_loading dataloader"
+            )
+            raise ValueError(msg) from None
+        if different := differences(made_from, self._made_from):
+            msg = (
+                f"data loader state: saved for other rows: {'; '.join(different)}. Restore the "
+                "data, or start it afresh: --checkpoint.exclude_from_loading dataloader"
+            )
+            raise ValueError(msg)
+        if (doubt := unsure(made_from, self._made_from)) and self.dp_rank == 0:
+            logger.warning(f"data loader state: {doubt}")
+        self._rows.load(state_dict)
+        self._state = dict(self._rows.state)
+
+
+def scaled(proportions: Iterable[float], domains: tuple[str, ...]) -> tuple[float, ...]:
+    """Return the proportions of domains, scaled to sum one.
+
+    Raises:
+        ValueError: For another number of them, one that is not a finite number from 0 on, or if all
+            are 0.
+    """
+    numbers = [float(p) for p in proportions]
+    if len(numbers) != len(domains):
+        msg = (
+            f"data loader: {len(numbers)} proportions for {len(domains)} domains; give one for "
+            f"each of {', '.join(domains)}, in this order"
+        )
+        raise ValueError(msg)
+    for number, domain in zip(numbers, domains, strict=True):
+        if not 0 <= number < math.inf:
+            msg = (
+                f"data loader: the proportion of domain {domain!r} is {number}; give finite "
+                "numbers from 0 on"
+            )
+            raise ValueError(msg)
+    if not any(numbers):
+        msg = "data loader: every proportion is 0, so that no row can be drawn; make one positive"
+        raise ValueError(msg)
+    largest = max(numbers)  # first, as a sum of the largest numbers there are would be infinite
+    total = math.fsum(number / largest for number in numbers)
+    return tuple(number / largest / total for number in numbers)
+
+
+def keep_open(config: DomainTextDataLoader.Config, documents: Documents) -> None:
+    """Hand the documents that a loader has opened to the next one of the same data."""
+    _kept[_key(config)] = documents
+
+
+_kept: dict[str, Documents] = {}
+"""What `keep_open` was given and no loader has taken, by what was to be read."""
+
+
+_OF_ROWS = {"infinite", "rows", "seed"} | {f.name for f in fields(ParallelAwareDataloader.Config)}
+"""Settings that say how rows are made, and not what is opened."""
+
+
+def _key(config: DomainTextDataLoader.Config) -> str:
+    names = {f.name for f in fields(config)} - _OF_ROWS | {"dataset", "dataset_path"}
+    return repr([(name, getattr(config, name)) for name in sorted(names)])
+
+
+def load_documents(config: DomainTextDataLoader.Config) -> Documents:
+    """Open the documents that a configuration names, by index.
+
+    Raises:
+        ValueError: For anything wrong with the data or its description.
+    """
+    columns = _columns(config)
+    if config.dataset == EMBEDDED and config.dataset_path is None:
+        return embedded_documents(config.split, config.domains, config.columns)
+    if path := local_path(config):
+        if folder := saved_dataset(path, config.split):
+            return hub_documents(open_saved(folder), columns, config.domains, str(folder))
+        return local_documents(path, config.split, columns, config.domains)
+    dataset = open_hub(config.dataset, config.hf_name, config.split, streaming=False)
+    return hub_documents(dataset, columns, config.domains, config.dataset)
+
+
+def _streamed_rows(config: DomainTextDataLoader.Config, encode: Encode, cut: Cut) -> StreamedRows:
+    where = config.dataset_path or config.dataset
+    if where == EMBEDDED:
+        msg = (
+            "dataset 'stdlib' is in memory and cannot be streamed; leave out --dataloader.streaming"
+        )
+        raise ValueError(msg)
+    if config.domain_column and not config.domains:
+        msg = (
+            f"{where}: a stream does not tell its domains beforehand; list them in "
+            "--dataloader.domains, or set --dataloader.domain_column '' for a single one"
+        )
+        raise ValueError(msg)
+    if not config.infinite and cut.num_ranks > 1:
+        msg = (
+            f"{where}: a stream does not tell its length, so {cut.num_ranks} ranks could stop at "
+            "different steps and hang; limit the steps (--validator.steps) or leave out "
+            "--dataloader.streaming"
+        )
+        raise ValueError(msg)
+    if config.num_workers > 1:
+        msg = f"{where}: a stream can use at most one worker, not {config.num_workers}"
+        raise ValueError(msg)
+    columns = _columns(config)
+    domains = tuple(config.domains or ()) if config.domain_column else (ONLY_DOMAIN,)
+    rows = StreamedRows(
+        _source(config, columns, cut),
+        encode,
+        cut,
+        columns,
+        domains,
+        rows=config.rows,
+        seed=config.seed,
+        infinite=config.infinite,
+    )
+    rows.check_first()
+    return rows
+
+
+def _source(config: DomainTextDataLoader.Config, columns: Columns, cut: Cut) -> Source:
+    path = local_path(config)
+    if path is None:
+        stream = open_hub(config.dataset, config.hf_name, config.split, streaming=True)
+        return HubStream(stream, config.dataset, cut)
+    if folder := saved_dataset(path, config.split):
+        return HubStream(open_saved(folder).to_iterable_dataset(), str(folder), cut)
+    return LocalStream(path, config.split, columns, cut)
+
+
+def _columns(config: DomainTextDataLoader.Config) -> Columns:
+    return Columns(config.text_column, config.domain_column, tuple(config.columns))
+
+
+def local_path(config: DomainTextDataLoader.Config) -> Path | None:
+    """Return the file or directory that a configuration names; None if it names none."""
+    # Not Path's methods, which raise for an unknown user and for a name that is too long.
+    if config.dataset_path is not None:
+        return Path(os.path.expanduser(config.dataset_path))  # noqa: PTH111
+    path = Path(os.path.expanduser(config.dataset))  # noqa: PTH111
+    looks_local = config.dataset.startswith((".", "/", "~")) or suffix_of(path) != ""
+    return path if looks_local or os.path.exists(path) else None  # noqa: PTH110
+
+
+def _fingerprint(documents: Documents) -> str:
+    """Hash a few documents of all parts, to notice that a state belongs to other text."""
+    few = range(0, len(documents), max(1, len(documents) // 64))
+    return hashlib.sha256(repr([documents[i] for i in few]).encode()).hexdigest()[:16]
+
+
+def _unchanged(batch: Any) -> Any:  # noqa: ANN401
+    return batch

@@ -1,0 +1,177 @@
+"""Where a streamed run's records come from: local files, or a data set of Hugging Face.
+
+A source gives one rank its part of the records, epoch by epoch, each with its place for messages
+and with the position after it, a dict from which reading goes on.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import datasets
+import numpy as np
+from datasets.distributed import split_dataset_by_node
+from torchtitan.tools.logging import logger, warn_once
+
+from titan_integration.data.data_files import local_files
+from titan_integration.data.packing import Cut, is_count
+from titan_integration.data.records import Columns, read_records
+
+Position = dict[str, Any]
+Record = Mapping[str, Any]
+
+
+class Source(Protocol):
+    """Records of one rank, to be read again and again."""
+
+    where: str
+    """Names the source in messages."""
+
+    def read(self, epoch: int, position: Position | None) -> Iterator[tuple[str, Record, Position]]:
+        """Yield place, record and the position after it, from a position in an epoch on.
+
+        Raises:
+            ValueError: If something cannot be read; names the place.
+        """
+        ...
+
+    def checked(self, epoch: int, position: Position) -> Position:
+        """Return a position that was saved, in today's form.
+
+        Raises:
+            ValueError: If reading cannot go on there.
+        """
+        ...
+
+
+class LocalStream:
+    """Local files in the order of their paths; from the second epoch on in one that it determines.
+
+    If the number of ranks divides that of the files, each rank reads files of its own. Otherwise
+    all read all files, and of every ``num_ranks`` records each rank keeps one.
+    """
+
+    def __init__(self, path: Path, split: str, columns: Columns, cut: Cut) -> None:
+        """List the files; raises ValueError if there are none."""
+        self.where = str(path)
+        self._files = local_files(path, split)
+        self._columns = columns
+        self._cut = cut
+
+    def read(self, epoch: int, position: Position | None) -> Iterator[tuple[str, Record, Position]]:
+        """Yield this rank's records; a position is the number of a file and of a record in it."""
+        files, step, offset = self._part(epoch)
+        first, start = (position["file"], position["record"]) if position else (0, 0)
+        records = (
+            (place, record, {"file": i, "name": files[i].name, "record": number})
+            for i in range(first, len(files))
+            for number, (place, record) in enumerate(
+                read_records(files[i], self._columns, start if i == first else 0),
+                start=1 + (start if i == first else 0),
+            )
+        )
+        while len(some := list(islice(records, step))) > offset:
+            place, record, _ = some[offset]
+            yield place, record, some[-1][-1]
+
+    def checked(self, epoch: int, position: Position) -> Position:
+        """Return a position, also one that an older version saved in Hugging Face's form."""
+        files, _, _ = self._part(epoch)
+        found, name = position, position.get("name")
+        if "examples_iterable" in position:
+            found, name = _of_hugging_face(position), None
+            warn_once(
+                logger,
+                f"{self.where}: an older version saved where the stream was, without the names of "
+                "its files; if there are other files now than it read (it passed over .ndjson, "
+                "and suffixes in capitals), the stream goes on elsewhere",
+            )
+        file, record = found.get("file", -1), found.get("record", -1)
+        if not (is_count(file) and is_count(record) and file <= len(files)):
+            msg = (
+                f"data loader state: the stream of {self.where} is at {position!r}, which cannot "
+                "be; the checkpoint is damaged or of other files. To start the data afresh: "
+                "--checkpoint.exclude_from_loading dataloader"
+            )
+            raise ValueError(msg)
+        if found is not position:  # it may count on from one file into the next
+            while file < len(files) and record > (held := self._count(files[file])):
+                file, record = file + 1, record - held
+        now = files[file].name if file < len(files) else None
+        if name not in {None, now}:
+            msg = (
+                f"data loader state: the stream is in {name!r}, file {file} of epoch {epoch} on "
+                f"this rank, but now that is {now!r}: files of {self.where} were added, removed "
+                "or renamed. Restore them, or start the data afresh: "
+                "--checkpoint.exclude_from_loading dataloader"
+            )
+            raise ValueError(msg)
+        return {"file": file, "name": now, "record": record}
+
+    def _count(self, file: Path) -> int:
+        return sum(1 for _ in read_records(file, self._columns))
+
+    def _part(self, epoch: int) -> tuple[list[Path], int, int]:
+        """Return the files this rank reads, and of how many records in turn it keeps which."""
+        files, cut = list(self._files), self._cut
+        if epoch:
+            order = list(range(len(files)))
+            np.random.default_rng(epoch).shuffle(order)
+            files = [files[i] for i in order]
+        if len(files) % cut.num_ranks:
+            return files, cut.num_ranks, cut.rank
+        return files[cut.rank :: cut.num_ranks], 1, 0
+
+
+class HubStream:
+    """An iterable data set of Hugging Face, which splits it among the ranks."""
+
+    def __init__(self, dataset: datasets.IterableDataset, where: str, cut: Cut) -> None:
+        """Take this rank's part."""
+        self.where = where
+        self._dataset = split_dataset_by_node(dataset, cut.rank, cut.num_ranks)
+
+    def read(self, epoch: int, position: Position | None) -> Iterator[tuple[str, Record, Position]]:
+        """Yield this rank's records; a position is Hugging Face's, and how many were read."""
+        stream = copy.deepcopy(self._dataset)  # so that reading again starts over
+        before = dict(position or {})
+        number = before.pop("records_read", 0)
+        records: Iterator[Record] | None = None
+        while True:
+            place = f"{self.where}: record {number} of this rank's part of the stream"
+            try:
+                if records is None:
+                    # Hugging Face reorders the files by the epoch, and resumes only within one.
+                    stream.set_epoch(epoch)
+                    if before:
+                        stream.load_state_dict(before)
+                    records = iter(stream)
+                record = next(records)
+                after = copy.deepcopy(stream.state_dict())
+            except StopIteration:
+                return
+            except Exception as error:
+                reason = str(error).strip().partition("\n")[0]
+                msg = f"{place}: cannot be read: {type(error).__name__}: {reason}"
+                raise ValueError(msg) from error
+            number += 1
+            yield place, record, {**after, "records_read": number}
+
+    def checked(self, epoch: int, position: Position) -> Position:  # noqa: ARG002
+        """Return a position as it is: only Hugging Face knows what it means."""
+        return position
+
+
+def _of_hugging_face(position: Position) -> Position:
+    """Return a position that an older version saved, when Hugging Face read local files too."""
+    try:
+        inner = position["examples_iterable"]
+        # Either where reading is, or where its present chunk of records began, and how far on.
+        began = inner.get("previous_state")
+        passed = inner["num_chunks_since_previous_state"] if began else 0
+        at = began or inner.get("examples_iterable", inner)
+        return {"file": at["shard_idx"], "record": at["shard_example_idx"] + passed}
+    except (AttributeError, KeyError, TypeError):
+        return {}

@@ -1,0 +1,210 @@
+"""Rows of a stream of records, for text that does not fit in memory."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NoReturn
+
+from torch.utils.data import IterableDataset
+
+from titan_integration.data.packing import (
+    Batch,
+    Cut,
+    Encode,
+    Piece,
+    RowMode,
+    RowPools,
+    batch_of,
+    cut_piece,
+    is_count,
+    whole_piece,
+)
+from titan_integration.data.records import (
+    ONLY_DOMAIN,
+    Columns,
+    check_encodable,
+    domain_of,
+    numbers_of,
+    text_of,
+)
+from titan_integration.data.stream_sources import Position, Source
+
+
+class StreamedRows(IterableDataset[Batch]):
+    """The local batches of one rank from a stream, in the stream's own order.
+
+    Differs from ``PackedRows``: the records are split among the ranks, so here the rows do depend
+    on the number of ranks, and a saved state only fits the same number. Where rows are of one
+    domain each, every domain has a stream of its own, which passes over the others: the source is
+    read once for each domain, which takes as many times the reading. Records without text are
+    passed over.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        encode: Encode,
+        cut: Cut,
+        columns: Columns,
+        domains: tuple[str, ...],
+        *,
+        rows: RowMode,
+        seed: int,
+        infinite: bool,
+    ) -> None:
+        """Take this rank's part of a stream."""
+        self.domains = domains
+        self.pools = RowPools(rows, len(domains), seed)
+        self._only = (None,) if rows == "mixed" else domains
+        self._source = source
+        self._encode = encode
+        self._columns = columns
+        self._seq_len = cut.seq_len
+        self._local_batch = cut.local_batch
+        self._global_batch = cut.local_batch * cut.num_ranks
+        self._first_row = cut.local_batch * cut.rank
+        self._infinite = infinite
+        self._key = f"dp_rank_{cut.rank}"
+        # Text, because Hugging Face's nested state has no fixed shape and a checkpoint entry must
+        # have one.
+        self.state: dict[str, Any] = {
+            "world_size": cut.num_ranks,
+            "row": 0,
+            self._key: json.dumps([[0, None, 0]] * len(self._only)),
+        }
+
+    def own_state(self) -> dict[str, Any]:
+        """Return the starting state."""
+        return dict(self.state)
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Start from a saved state.
+
+        Raises:
+            ValueError: If it was saved by another number of ranks or with other files, or is
+                damaged.
+        """
+        if state.get("world_size") != self.state["world_size"]:
+            msg = (
+                f"data loader state: saved with {state.get('world_size')} data-parallel ranks, "
+                f"now there are {self.state['world_size']}; a streamed data set can only resume "
+                "with the same number"
+            )
+            raise ValueError(msg)
+        positions: list[Any] = []
+        try:
+            positions = json.loads(state[self._key])
+            sound = len(positions) == len(self._only) and all(
+                is_count(epoch) and is_count(offset) and (source is None or type(source) is dict)
+                for epoch, source, offset in positions
+            )
+        except (KeyError, TypeError, ValueError):
+            sound = False
+        for key, fine in (("row", is_count(state.get("row"))), (self._key, sound)):
+            if not fine:
+                msg = f"data loader state: {key!r} is {state.get(key)!r}; the checkpoint is damaged"
+                raise ValueError(msg)
+        positions = [
+            [epoch, source and self._source.checked(epoch, source), offset]
+            for epoch, source, offset in positions
+        ]
+        self.state = {key: state[key] for key in self.state} | {self._key: json.dumps(positions)}
+
+    def check_first(self) -> None:
+        """Read the records up to the first one with text.
+
+        Raises:
+            ValueError: If there is none, or one cannot be read, or has not the columns or a domain.
+        """
+        for place, record, _ in self._source.read(0, None):
+            if text := text_of(record, self._columns, place):
+                self._whole(text, record, self._domain(record, place), place)
+                return
+        self._raise_empty(None, ())
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield this rank's batches."""
+        positions = json.loads(self.state[self._key])
+        packed = [
+            self._rows(only, *position)
+            for only, position in zip(self._only, positions, strict=True)
+        ]
+        row = self.state["row"]
+        while True:
+            pools, _ = self.pools.of_batch(row, self._global_batch)
+            rows: list[list[Piece]] = []
+            for pool in pools[self._first_row : self._first_row + self._local_batch]:
+                pieces, positions[pool] = next(packed[pool], (None, None))
+                if pieces is None:
+                    return
+                rows.append(pieces)
+            row += self._global_batch
+            moved = {"row": row, self._key: json.dumps(positions)}
+            yield *batch_of(rows, self._columns.numbers), moved
+
+    def _rows(
+        self, only: str | None, epoch: int, position: Position | None, skip: int
+    ) -> Iterator[tuple[list[Piece], tuple[int, Any, int]]]:
+        """Yield rows with (epoch, position before the last document, tokens of it used).
+
+        Of one domain only, unless it is None.
+        """
+        pieces: list[Piece] = []
+        room = self._seq_len
+        while True:
+            empty = position is None and not skip  # until there is something in a whole epoch
+            found: set[str] = set()
+            for place, record, after in self._source.read(epoch, position):
+                text = text_of(record, self._columns, place)
+                domain = self._domain(record, place) if text else None
+                if domain is None:
+                    continue
+                found.add(domain)
+                if only not in {None, domain}:
+                    continue
+                whole = self._whole(text, record, domain, place)
+                offset, skip = skip, 0
+                while (take := min(len(whole.tokens) - 1 - offset, room)) > 0:
+                    pieces.append(cut_piece(whole, offset, take))
+                    empty = False
+                    offset += take
+                    room -= take
+                    if not room:
+                        yield pieces, (epoch, position, offset)
+                        pieces, room = list[Piece](), self._seq_len
+                position = after
+            if not self._infinite:
+                return
+            if empty:
+                self._raise_empty(only, found)
+            epoch, position, skip = epoch + 1, None, 0
+
+    def _raise_empty(self, only: str | None, found: Iterable[str]) -> NoReturn:
+        there = f" of domain {only!r}" if only else ""
+        msg = (
+            f"{self._source.where}: this rank's part of the stream has no text{there} to predict "
+            f"(domains found: {', '.join(sorted(found)) or 'none'})"
+        )
+        raise ValueError(msg)
+
+    def _domain(self, record: Mapping[str, Any], place: str) -> str:
+        name = domain_of(record, self._columns, place)
+        if name is None and self.domains == (ONLY_DOMAIN,):
+            return ONLY_DOMAIN
+        if name not in self.domains:
+            what = (
+                f"domain {name!r}" if name else f"no column {self._columns.domain!r}, whose value"
+            )
+            msg = f"{place}: {what} must be one of 'domains' ({', '.join(self.domains)})"
+            raise ValueError(msg)
+        return name
+
+    def _whole(self, text: str, record: Mapping[str, Any], domain: str, place: str) -> Piece:
+        check_encodable(text, self._columns.text, place)
+        check_encodable(text, self._columns.text, place)
+        return whole_piece(
+            self._encode(text),
+            self.domains.index(domain),
+            self._columns.numbers,
+            numbers_of(record, self._columns, place),
+            lambda: place,
+        )

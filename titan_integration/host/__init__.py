@@ -1,0 +1,1 @@
+"""What the host, its processes and its folders need from us."""

@@ -1,0 +1,38 @@
+"""Run a module as `python -P -m` does, with the working folder searched last for imports.
+
+    python -P -m titan_integration.host.run_module titan_integration.commands.train --spec linupper
+
+A plugin or config module of the user's may be in the working folder; a file there that is called
+like a module of Python's or of an installed package must not be taken for it.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+from pathlib import Path
+
+
+def main() -> None:
+    """Run the module that is the first argument; the others are its own.
+
+    On a rank, a ValueError that reaches this point is one of the user's, as of a config function.
+    """
+    module, *arguments = sys.argv[1:]
+    sys.argv = [module, *arguments]
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except ValueError:
+        if "RANK" not in os.environ:
+            raise
+        from titan_integration.trainer.trainer import exit_on_user_error  # noqa: PLC0415 - takes seconds
+
+        with exit_on_user_error():
+            raise
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,293 @@
+"""The weighted loss in the host's trainer.
+
+The host's chunked loss hands over hidden states and the output layer; the core's late-bound pass
+takes losses, signals and gradients from them without a second pass for weights that look at the
+whole batch.  Validation calls the same objects without gradient and stays the host's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torchtitan.components.loss import BaseLoss, ChunkedLossWrapper, CrossEntropyLoss
+from torchtitan.tools.logging import logger
+from typing_extensions import override
+
+from titan_integration.loss.vocab_parallel import (
+    losses_with_gradient,
+    plain,
+    signals,
+    size_of,
+    slice_of,
+)
+from weighting.loss.cross_entropy import weighted_sum
+from weighting.loss.linear import Batch, Head, Memory, Path, Sizes, begin, late_bound, path_of
+from weighting.loss.logits import check_labels
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torchtitan.config import CompileConfig
+
+    from titan_integration.state.run_state import Part, RunState
+
+Outcome = tuple[Tensor, dict[str, Tensor]]
+
+
+class WeightedCrossEntropyLoss(CrossEntropyLoss):
+    """Weighted cross entropy over full logits, [B, L, V]."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(CrossEntropyLoss.Config):
+        """The host's fields."""
+
+    state: RunState | None = None
+    """Set by the trainer before the first step."""
+
+    @override
+    def __call__(
+        self,
+        pred: Tensor,
+        labels: Tensor,
+        global_valid_tokens: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Outcome:
+        """Return the loss of logits for labels [B, L]; weighted when training."""
+        del kwargs
+        call = _call(self.state, pred, labels, global_valid_tokens)
+        if call is not None and not call.state.fn.plan.identity:
+            return _from_logits(pred, self.global_vocab_size, call), {}
+        check_labels(plain(labels), size_of(pred, self.global_vocab_size))
+        outcome = super().__call__(pred, labels.long(), global_valid_tokens)
+        return outcome if call is None else call.record_plain(*outcome)
+
+    def token_losses(self, pred: Tensor, labels: Tensor, lm_head: nn.Module) -> Tensor:
+        """Return the loss of every token, [B, L], without gradient; `pred` is logits."""
+        del lm_head
+        return signals(pred, labels, self.global_vocab_size, frozenset())["loss"]
+
+
+class WeightedChunkedLoss(ChunkedLossWrapper):
+    """Weighted cross entropy over hidden states, [B, L, D], and the output layer."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(ChunkedLossWrapper.Config):
+        """The host's fields, and how weights that come late are met."""
+
+        memory: Memory = "auto"
+        """late: one more gradient of the output layer for each further sequence on a rank. keep:
+        all logits of a microbatch. recompute: a second product of the output layer. full: the
+        output layer as it is, on all tokens at once. auto: late or keep, whichever needs less
+        memory, if that is at most a sixteenth of the device's; recompute otherwise."""
+
+    state: RunState | None = None
+    """Set by the trainer before the first step."""
+
+    def __init__(self, config: Config, *, compile_config: CompileConfig | None = None) -> None:
+        """Build the inner loss, which validation uses."""
+        super().__init__(config, compile_config=compile_config)
+        self.memory = config.memory
+        self._path: Path | None = None
+
+    @override
+    def __call__(
+        self,
+        pred: Tensor,
+        labels: Tensor,
+        global_valid_tokens: Tensor | None = None,
+        **loss_inputs: Any,
+    ) -> Outcome:
+        """Return the loss of hidden states for labels [B, L]; weighted when training."""
+        assert self.lm_head is not None, "the trainer sets lm_head"
+        self._check(labels, self.lm_head)
+        call = _call(self.state, pred, labels, global_valid_tokens)
+        if call is None:
+            loss_inputs.pop("positions", None)
+            return super().__call__(pred, labels.long(), global_valid_tokens, **loss_inputs)
+        if call.state.fn.plan.identity and self.memory == "auto":
+            return call.record_plain(*super().__call__(pred, labels.long(), global_valid_tokens))
+        if self.memory == "full":
+            return _from_logits(self.lm_head(pred), self._vocab_size, call), {}
+        with self._gathered(self.lm_head, for_long=call.waits) as head:
+            batch = Batch(
+                plain(labels).long(),
+                head,
+                self._path_for(call, head),
+                call.state.fn.needs,
+                call.state.local_part,
+                call.part.known(plain(labels)),
+                1 / plain(call.global_valid_tokens),
+            )
+            hidden = plain(pred, partial=head.cut is not None).to(head.weight.dtype)
+            if not pred.requires_grad:
+                call.note(begin(batch, hidden, wants=(False, False))[0])
+                return pred.new_zeros(()), {}
+            note = call.note if call.waits else None
+            return late_bound(hidden, batch, lambda found: (call.weigh(found),), note=note)[0], {}
+
+    def token_losses(self, pred: Tensor, labels: Tensor, lm_head: nn.Module) -> Tensor:
+        """Return the loss of every token, [B, L], without gradient; `pred` is hidden states."""
+        self._check(labels, lm_head)
+        chunks = (pred.chunk(self.num_chunks, dim=1), labels.chunk(self.num_chunks, dim=1))
+        with torch.no_grad():
+            return torch.cat(
+                [
+                    signals(lm_head(hidden), label, self._vocab_size, frozenset())["loss"]
+                    for hidden, label in zip(*chunks, strict=True)
+                ],
+                dim=1,
+            )
+
+    def _check(self, labels: Tensor, lm_head: nn.Module) -> None:
+        """Refuse labels outside the vocabulary, before they are cut into chunks."""
+        if isinstance(weight := getattr(lm_head, "weight", None), Tensor):
+            check_labels(plain(labels), size_of(weight, self._vocab_size))
+
+    @property
+    def _vocab_size(self) -> int | None:
+        return getattr(self.loss_fn, "global_vocab_size", None)
+
+    @contextlib.contextmanager
+    def _gathered(self, lm_head: nn.Module, *, for_long: bool) -> Iterator[Head]:
+        """Give the output layer's parameters, whole but for tensor parallelism.
+
+        Args:
+            lm_head: The output layer.
+            for_long: They are needed until the backward pass, and not for this pass alone.
+
+        Raises:
+            ValueError: The layer does more than a linear one, such as an adapter or float8.
+        """
+        if type(lm_head).forward is not nn.Linear.forward:
+            msg = (
+                f"the output layer is a {type(lm_head).__qualname__}, which has products of its "
+                "own; set --loss.memory full"
+            )
+            raise ValueError(msg)
+        if isinstance(lm_head, FSDPModule):
+            lm_head.unshard()
+        assert isinstance(lm_head.weight, Tensor)
+        bias = getattr(lm_head, "bias", None)
+        cut = slice_of(lm_head.weight, self._vocab_size)
+        yield Head(plain(lm_head.weight), None if bias is None else plain(bias), cut)
+        if isinstance(lm_head, FSDPModule) and not for_long:
+            lm_head.reshard()
+
+    def _path_for(self, call: _Call, head: Head) -> Path:
+        """Return the way through the output layer, chosen at the first batch and said once."""
+        labels, state = plain(call.labels), call.state
+        sizes = Sizes.of(labels, head.weight)
+        chunk = -(-sizes.tokens // self.num_chunks)
+        if state.ahead:  # signals are all that is wanted
+            return Path("recompute", 1, chunk, None, 0)
+        if call.part.token is not None:  # weights known token by token
+            return Path("late", 1, chunk, None, 0)
+        if self._path is None:
+            parts = state.calls if call.waits else 1
+            self._path = path_of(
+                state.fn.plan,
+                sizes,
+                self.memory,
+                chunks=self.num_chunks,
+                parts=parts,
+                collectives=state.fn.collectives,
+            )
+            logger.info(f"Weighted loss: {self._path}")
+        return self._path
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call of the loss that trains, and the part of a batch it is about."""
+
+    state: RunState
+    part: Part
+    labels: Tensor
+    global_valid_tokens: Tensor
+
+    @property
+    def waits(self) -> bool:
+        """Whether its weights come with those of calls yet to be made."""
+        return self.state.together and not self.state.ahead and self.part.token is None
+
+    def weigh(self, found: dict[str, Tensor]) -> Tensor:
+        """Return the weight of each token, given the signals the predictions tell."""
+        if self.waits:
+            self.state.weigh_noted()
+        token, known = self.part.token, self.part.known(plain(self.labels))
+        if token is None:
+            token = self.state.weigh({**found, **known}).token
+        losses = found["loss"].sum(), weighted_sum(found["loss"], token)
+        count = plain(self.global_valid_tokens)
+        self.state.add_losses(losses[0] / count, losses[1] / count)
+        self.state.add_by_domain(found["loss"], token, known)
+        self._record({**found, **known}, token)
+        return token
+
+    def note(self, found: dict[str, Tensor]) -> None:
+        """Keep the signals until the others of its batch are there."""
+        self.state.note(self.part, {**found, **self.part.known(plain(self.labels))})
+
+    def record_plain(self, loss: Tensor, metrics: dict[str, Tensor]) -> Outcome:
+        """Note the statistics of a batch whose weights are one by construction."""
+        labels = plain(self.labels)
+        nothing, known = torch.zeros_like(labels, dtype=torch.float32), self.part.known(labels)
+        token = self.state.weigh({**known, "loss": nothing}).token
+        self.state.add_by_domain(None, token, known)
+        self._record(known, token)
+        self.state.add_losses(plain(loss), plain(loss))
+        return loss, metrics
+
+    def _record(self, signals: dict[str, Tensor], token: Tensor) -> None:
+        """Note each sequence's signals and weight, if that was asked for."""
+        if self.state.recorder is not None:
+            assert self.part.number is not None, "set_batch numbers the calls"
+            self.state.recorder.add(self.part.number, signals, token)
+
+
+def _call(
+    state: RunState | None, pred: Tensor, labels: Tensor, global_valid_tokens: Tensor | None
+) -> _Call | None:
+    """Return what a call is about, or None if it does not train."""
+    if state is None or (not pred.requires_grad and not state.ahead):
+        return None
+    part = state.part(labels)
+    if part is None:
+        return None
+    if global_valid_tokens is None:
+        global_valid_tokens = torch.ones((), device=pred.device)
+    return _Call(state, part, labels, global_valid_tokens)
+
+
+def _from_logits(logits: Tensor, vocab_size: int | None, call: _Call) -> Tensor:
+    """Return the weighted loss of full logits."""
+    nll, found = losses_with_gradient(logits, call.labels, vocab_size, call.state.fn.needs)
+    if call.state.ahead:
+        call.note(found)
+        return nll.new_zeros(())
+    assert not call.waits, "refused at the start"
+    return weighted_sum(nll, call.weigh(found)) / plain(call.global_valid_tokens)
+
+
+def weighted_loss_config(stock: BaseLoss.Config) -> BaseLoss.Config:
+    """Return the weighted counterpart of a stock loss config, with the same settings.
+
+    Raises:
+        ValueError: The loss is not the cross entropy, chunked or not.
+    """
+    if isinstance(stock, WeightedChunkedLoss.Config | WeightedCrossEntropyLoss.Config):
+        return stock
+    if type(stock) is ChunkedLossWrapper.Config and type(stock.loss_fn) is CrossEntropyLoss.Config:
+        return WeightedChunkedLoss.Config(num_chunks=stock.num_chunks, loss_fn=stock.loss_fn)
+    if type(stock) is CrossEntropyLoss.Config:
+        return WeightedCrossEntropyLoss.Config(global_vocab_size=stock.global_vocab_size)
+    msg = (
+        f"cannot weight the loss {type(stock).__qualname__}; "
+        "use CrossEntropyLoss, alone or in a ChunkedLossWrapper"
+    )
+    raise ValueError(msg)

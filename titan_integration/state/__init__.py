@@ -1,0 +1,1 @@
+"""What a run keeps between steps, and saves."""

@@ -1,0 +1,115 @@
+"""What keeps a spec from being built: order, levels, targets, domains; every problem at once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from weighting.build.targets import drawing, target_problems, targets_of
+from weighting.contract import Pool, Source, Stage
+from weighting.errors import Problem
+from weighting.pipeline import expand, signals_read
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from weighting.spec import Spec
+
+
+def order_problems(spec: Spec) -> list[Problem]:
+    """Return every place where the stages of a spec do not fit together."""
+    problems: list[Problem] = []
+    for factor, pipeline in spec.factors.items():
+        for index, message in _misfits(pipeline):
+            place, where = spec.place(factor, index), ""
+            if place is None:
+                where = f"{factor}, stage {index + 1}: "
+            problems.append(Problem(where + message, place))
+        steps = expand(pipeline)
+        alone = all(step.stage.pointwise for step in steps)
+        level = steps[-1].level
+        if spec.scope == "running" and level in {"token", "domain"} and not alone:
+            message = (
+                f"{factor} weighs per {level}, and scope: running remembers documents and "
+                "sequences: tokens are too many, domains return in every batch; "
+                "leave scope out, or pool to sequences"
+            )
+            problems.append(Problem(message, spec.place(factor, len(pipeline) - 1)))
+    return problems or target_problems(spec)
+
+
+def domain_problems(spec: Spec, domains: Sequence[str] | None) -> list[Problem]:
+    """Return where a spec does not fit the domains of the data; None when they are not known."""
+    needed = "needs domain names; give build(spec, domains=[...])"
+    if spec.reduction == "domain_mean" and not domains:
+        return [Problem(f"reduction: domain_mean {needed}")]
+    if {*targets_of(spec).values()} != {"loss"} and not domains:
+        return [Problem(f"to draw by domain {needed}")]
+    problems: list[Problem] = []
+    for factor, pipeline in spec.factors.items():
+        for step in expand(pipeline):
+            if "domain_ids" not in signals_read([step]):
+                continue
+            place = spec.place(factor, step.index)
+            if not domains:
+                return [Problem(f"{factor} {needed}", place)]
+            reason = isinstance(step.stage, Source) and step.stage.problem_with(tuple(domains))
+            if reason:
+                problems.append(Problem(reason, place))
+    drawn = drawing(targets_of(spec))
+    sources = [expand(spec.factors[name])[0].stage for name in drawn]
+    never = {name for x in sources if isinstance(x, Source) for name in x.always_zero()}
+    if domains and never >= {*domains} and not problems:
+        message = f"nothing can be drawn: every domain has weight 0 in {' or '.join(drawn)}"
+        problems.append(Problem(message, spec.place(drawn[0], 0)))
+    return problems
+
+
+def _misfits(pipeline: tuple[Stage, ...]) -> Iterator[tuple[int, str]]:
+    """Yield (index, message) for every stage that cannot stand where it is written."""
+    sound: list[Stage] = []
+    for index, stage in enumerate(pipeline):
+        if message := _misfit(stage, sound):
+            yield index, message
+        else:
+            sound.append(stage)  # a misfit is passed over, lest it make others
+    if len(sound) < len(pipeline):
+        return
+    for step in expand(pipeline):
+        if step.level not in step.stage.levels:
+            fits = " or ".join(f"mean({level})" for level in step.stage.levels if level != "token")
+            message = f"{step.stage.name} cannot weigh units of level {step.level}"
+            yield step.index, f"{message}; put {fits} before it"
+        if step.stage.inside() and step.level != "token":
+            message = f"{step.stage.name} works within each {step.stage.inside()} on tokens only"
+            yield step.index, f"{message}, and this score is per {step.level}"
+    if sound[-1].gives != "weight":
+        yield len(pipeline) - 1, f"the pipeline ends in a score; {_TO_WEIGHT} at its end"
+
+
+def _misfit(stage: Stage, earlier: list[Stage]) -> str | None:
+    """Return why a stage cannot follow the earlier ones, or begin a pipeline, or None."""
+    if not earlier:
+        if stage.takes == "weight":
+            return f"{stage.name} changes weights and cannot come first; {_TO_WEIGHT} before it"
+        return None
+    before = earlier[-1]
+    if stage.takes is None:
+        return f"{stage.name} starts a pipeline and cannot follow {before.name}"
+    if stage.takes == "weight" and before.gives == "score":
+        return (
+            f"{stage.name} takes a weight, but {before.name} gives a score; {_TO_WEIGHT} before it"
+        )
+    if stage.takes == "score" and before.gives == "weight":
+        message = f"{stage.name} takes a score, but {before.name} has already made weights of it"
+        return f"{message}; a pipeline weighs once, at its end"
+    if isinstance(stage, Pool):
+        if any(isinstance(other, Pool) for other in earlier):
+            return f"{stage.name}({stage.level}) pools tokens, but they are already pooled"
+        first = earlier[0]
+        if first.takes == "score":
+            stands = f"{first.name} at the head stands for loss -> mean(sequence) -> {first.name}"
+            return f"{stands}; put {stage.name}({stage.level}) before it"
+    return None
+
+
+_TO_WEIGHT = "put temperature(...) or mean_one"

@@ -1,0 +1,1 @@
+"""Text <-> spec: YAML, arrow text, and how specs show elsewhere."""

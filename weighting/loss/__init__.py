@@ -1,0 +1,1 @@
+"""Signals and the weighted cross entropy, from logits or straight from hidden states."""

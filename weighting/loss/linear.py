@@ -1,0 +1,615 @@
+"""Weighted cross entropy straight from hidden states: the output layer, chunk by chunk, late-bound.
+
+A weight that looks at the whole batch is known only when every loss is, but the gradient of the
+output layer is linear in it.  So one pass over the chunks takes the losses *and* the gradient under
+the part of the weights that is known at once, with one accumulator of the output layer's gradient
+for each unit whose weight comes late; when the weights are known, the gradient is scaled.
+
+    u_t = a_t * r(unit of t)     a: known in the chunk,   r: known after all chunks
+    dh_t = r * a_t * dh'_t       dW = sum_units r * sum_{t in unit} a_t * dW'_t
+
+That is three matrix products of the output layer, the floor, and no logits are kept.  Weights that
+come late for every single token cannot be had so; then the logits are kept, or computed twice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - the usual name
+from torch import Tensor
+from typing_extensions import override
+
+from weighting.build import Weights
+from weighting.loss.cross_entropy import signals_of, weighted_cross_entropy, weighted_sum
+from weighting.loss.logits import IGNORE_INDEX, Slice, check_labels, gradient_, statistics
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from weighting.build import Plan, Weighting
+    from weighting.contract import Collectives
+
+Memory = Literal["auto", "late", "keep", "recompute", "full"]
+CHUNKS = 8
+"""Chunks a batch is cut into where nothing else is asked."""
+
+
+def linear_weighted_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    fn: Weighting,
+    *,
+    bias: Tensor | None = None,
+    step: int | Tensor = 0,
+    domain_ids: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    ref_loss: Tensor | None = None,
+    columns: Mapping[str, Tensor] | None = None,
+    memory: Memory = "auto",
+    chunks: int = CHUNKS,
+    sequence_ids: Tensor | None = None,
+) -> tuple[Tensor, Weights]:
+    """Return the weighted mean cross entropy of a batch from hidden states, and the weights.
+
+        logits = hidden @ weight.T + bias
+        loss   = sum_t u_t * nll_t / number of valid labels
+
+    The same as `weighted_cross_entropy` of the logits, which never exist but for a chunk of tokens
+    at a time.  The gradient is made in the forward pass, so it can be had once.
+
+    Args:
+        hidden: [B, L, D] or [T, D], the input of the output layer.
+        weight: [V, D], that layer's weight; tied to the embedding or not.
+        labels: [B, L] or [T] int; -100 is ignored.
+        fn: A built spec.
+        bias: [V], the layer's bias, if it has one.
+        step: Optimizer step.
+        domain_ids: Domain of each token, in the order given to `build`.
+        segment_ids: Document of each token, from 0 in each row.
+        ref_loss: Loss of a reference model for each token, nats.
+        columns: Dataset columns for each token, by name.
+        memory: How weights that come late are met; see `path_of`.
+        chunks: Into how many chunks the batch is cut; more take less memory.
+        sequence_ids: Sequence of each token: equal ids in one row are one, counted from 0 in each
+            row or on from row to row.  None: each row of [B, L] is a sequence, and in [T] each
+            document.  A padding-free batch needs them, see `Signals`.
+
+    Returns:
+        The loss, nats; and the weights, of which `fn.check(weights)` says now and then whether a
+        signal was not finite.
+
+    Raises:
+        ValueError: Shapes differ, a signal the spec needs is missing, or `memory` cannot serve
+            the spec or the dtype.
+        IndexError: A label is outside the vocabulary.  On CUDA, and in compiled code, an assertion
+            for which nothing waits says so.
+    """
+    if hidden.shape[:-1] != labels.shape or hidden.shape[-1] != weight.shape[-1]:
+        msg = (
+            f"hidden {[*hidden.shape]}, weight {[*weight.shape]} and labels {[*labels.shape]} do "
+            "not belong together; give [B, L, D], [V, D] and [B, L]"
+        )
+        raise ValueError(msg)
+    given = {"domain_ids": domain_ids, "segment_ids": segment_ids, "sequence_ids": sequence_ids}
+    given["ref_loss"] = ref_loss
+    if memory == "full":
+        logits = F.linear(hidden, weight, bias)
+        return weighted_cross_entropy(logits, labels, fn, step=step, columns=columns, **given)
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    if weight.dtype == torch.float16:
+        msg = (
+            "the gradient is made before any loss scaling, where float16 loses it; use bfloat16, "
+            "or memory='full'"
+        )
+        raise ValueError(msg)
+    check_labels(labels, len(weight))
+    labels = labels.long()
+    columns = {f"columns.{name}": value for name, value in (columns or {}).items()}
+    given = {"valid": labels != IGNORE_INDEX, **given, **columns}
+    known = {name: value for name, value in given.items() if value is not None}
+
+    def weigh(found: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        out = fn(signals_of({**found, **known}), step)
+        units = (out.compared[name] for name in fn.compares)
+        return out.token, out.moments, *out.factors.values(), *units
+
+    def local(found: dict[str, Tensor]) -> Tensor:
+        return fn.local_part(signals_of(found), step)
+
+    sizes = Sizes.of(labels, weight)
+    if sequence_ids is not None:  # a row may hold several sequences, each with a weight of its own
+        sizes = sizes._replace(rows=0)
+    batch = Batch(
+        labels,
+        Head(weight, bias),
+        path_of(fn.plan, sizes, memory, chunks=chunks, collectives=fn.collectives),
+        fn.needs,
+        local,
+        known,
+        1 / known["valid"].sum().clamp(min=1),
+    )
+    loss, (token, moments, *rest) = late_bound(hidden, batch, weigh)
+    factors, units = rest[: len(fn.plan.factors)], rest[len(fn.plan.factors) :]
+    out = Weights(
+        token,
+        dict(zip(fn.plan.factors, factors, strict=True)),
+        moments,
+        dict(zip(fn.compares, units, strict=True)),
+    )
+    fn.warn_of_one_unit(out, rows_are_sequences=sequence_ids is None)
+    return loss, out
+
+
+class Head(NamedTuple):
+    """An output layer: its weight [V, D], its bias [V], how its vocabulary is cut over ranks."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    cut: Slice | None = None
+
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """Return the logits of hidden states [T, D], [T, V]."""
+        if self.bias is None:
+            return torch.mm(hidden, self.weight.t(), out=out)
+        return torch.addmm(self.bias, hidden, self.weight.t(), out=out)
+
+
+class Sizes(NamedTuple):
+    """How large the output layer's work is on this rank.
+
+    Attributes:
+        tokens: Tokens of the batch.
+        rows: Sequences of the batch, if each is a row; 0 where ids tell them.
+        vocabulary: Rows of the weight.
+        width: Columns of the weight.
+        itemsize: Bytes of an element of the weight.
+        budget: Bytes that may be spent beside one chunk of logits.
+    """
+
+    tokens: int
+    rows: int
+    vocabulary: int
+    width: int
+    itemsize: int
+    budget: int
+
+    @classmethod
+    def of(cls, labels: Tensor, weight: Tensor) -> Sizes:
+        """Return the sizes for labels [B, L] or [T] and a weight [V, D]."""
+        rows = labels.shape[0] if labels.dim() > 1 else 0
+        vocabulary, width = weight.shape
+        item = weight.element_size()
+        return cls(labels.numel(), rows, vocabulary, width, item, budget(weight.device))
+
+
+SHARE = 16
+"""Of an accelerator's memory, the part that may be spent is one in so many."""
+
+
+def budget(device: torch.device) -> int:
+    """Return a sixteenth of an accelerator's memory, or 1 GiB of a CPU's, in bytes."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory // SHARE
+    return 2**30
+
+
+class Path(NamedTuple):
+    """How a batch goes through the output layer.
+
+    Attributes:
+        memory: late, keep or recompute.
+        units: How many late units there are; they share the tokens evenly.
+        chunk: Tokens in a chunk, at most.
+        most: How many tokens can weigh more than 0; all of them when None.
+        extra: Bytes beside one chunk of logits and the gradients themselves.
+    """
+
+    memory: Literal["late", "keep", "recompute"]
+    units: int
+    chunk: int
+    most: int | None
+    extra: int
+
+    def __str__(self) -> str:
+        """Say what is done, and what it costs."""
+        if self.memory == "late":
+            kept = "nothing kept" if self.extra == 0 else "a gradient of the output layer a call"
+            what = f"one pass, {kept}"
+            if self.units > 1:
+                what = f"one pass, {self.units} gradients of the output layer"
+        elif self.memory == "keep":
+            what = "logits kept until the weights are known"
+        else:
+            what = "logits computed twice"
+        if self.most is not None:
+            what += f"; gradients of at most {self.most} tokens"
+        return f"{self.memory} ({what}; {self.extra / 2**20:.1f} MiB beside a chunk)"
+
+
+def path_of(
+    plan: Plan,
+    sizes: Sizes,
+    memory: Memory = "auto",
+    *,
+    chunks: int = CHUNKS,
+    parts: int = 1,
+    collectives: Collectives | None = None,
+) -> Path:
+    """Return the way through the output layer for a spec, given the sizes of a call.
+
+        late       3 matrix products; a gradient of the layer for each further sequence
+        keep       3 matrix products; all logits, in the dtype they come in
+        recompute  4 matrix products; nothing more
+
+    The last two skip the gradient of tokens that a selection drops.  `auto` takes the one of the
+    first two that needs less memory, if that is within the budget, and recompute otherwise.
+    Where weights wait for `parts` calls, what each keeps is there at once, and counted.
+
+    Raises:
+        ValueError: `late` is asked for, but the weights come late for every token.
+    """
+    late = "token" if plan.deferred_level == "sequence" and not sizes.rows else plan.deferred_level
+    units = sizes.rows if late == "sequence" else 1
+    extra = {
+        "late": (units * parts - 1) * sizes.vocabulary * sizes.width * sizes.itemsize,
+        "keep": parts * sizes.tokens * sizes.vocabulary * sizes.itemsize,
+        "recompute": 0,
+    }
+    if late == "token":
+        del extra["late"]
+        if memory == "late":
+            msg = f"{plan.spec.name} weighs every token late; use memory auto, keep or recompute"
+            raise ValueError(msg)
+    taken = memory
+    if memory == "auto":
+        least = min(extra.keys() - {"recompute"}, key=lambda name: extra[name])
+        taken = least if extra[least] <= sizes.budget else "recompute"
+    assert taken in extra, "full logits take no path"
+    chunk = max(1, -(-sizes.tokens // chunks))
+    share = plan.max_active_fraction(collectives)
+    most = None
+    if taken != "late" and share < 1 and sizes.rows:
+        most = min(sizes.tokens, math.ceil(share * sizes.tokens * parts) + sizes.rows * parts)
+    return Path(taken, units if taken == "late" else 1, chunk, most, extra[taken])
+
+
+LLAMA3_8B = Sizes(
+    tokens=8192, rows=1, vocabulary=128256, width=4096, itemsize=2, budget=80 * 10**9 // SHARE
+)
+"""The output layer of Llama 3 8B for one sequence, in bfloat16 on a device of 80 GB."""
+
+
+def matrix_products(memory: str, active_fraction: float = 1.0) -> float:
+    """Return how many products of the output layer's size a path takes; an unweighted loss takes 3.
+
+    Args:
+        memory: late, keep or recompute.
+        active_fraction: Share of the tokens that may weigh more than 0.
+    """
+    further = {"late": 2.0, "keep": 2 * active_fraction, "recompute": 3 * active_fraction}
+    return 1 + further[memory]
+
+
+class Batch(NamedTuple):
+    """A batch at the output layer.
+
+    Attributes:
+        labels: [B, L] or [T] int.
+        head: The output layer.
+        path: How to go through it.
+        needs: Names of the signals to take.
+        local: From signals of some tokens to the part of their weights that they alone decide.
+        known: Signals known before the pass, by name, in the shape of the labels.
+        scale: 0-D; multiplies the loss.
+    """
+
+    labels: Tensor
+    head: Head
+    path: Path
+    needs: frozenset[str]
+    local: Callable[[dict[str, Tensor]], Tensor]
+    known: Mapping[str, Tensor]
+    scale: Tensor
+
+
+class Gradients(NamedTuple):
+    """Of the loss: with respect to hidden states [T, D], weight and bias; None where unwanted."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+Weigh = Callable[[dict[str, Tensor]], tuple[Tensor, ...]]
+"""From signals by name, each in the shape of the labels, to token weights and what else to hand
+on."""
+
+
+def late_bound(
+    hidden: Tensor,
+    batch: Batch,
+    weigh: Weigh,
+    *,
+    note: Callable[[dict[str, Tensor]], None] | None = None,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return sum(weight * nll) * scale, differentiable in hidden states, weight and bias.
+
+    Args:
+        hidden: [B, L, D] or [T, D].
+        batch: The batch.
+        weigh: Gives the weights.
+        note: If given, weights are not yet to be had in the forward pass: `note` then gets the
+            signals, 0 is returned, and `weigh` is called in the backward pass.
+
+    Returns:
+        The sum, 0-D; and what `weigh` gave, if it was called, without gradient.
+    """
+    head = batch.head
+    loss, *given = _LateBound.apply(hidden, head.weight, head.bias, batch, weigh, note)
+    return loss, tuple(given)
+
+
+class _LateBound(torch.autograd.Function):
+    """Makes the gradient once the weights are there; hands it out times whatever arrives."""
+
+    @staticmethod
+    @override
+    # Autograd calls it with what `apply` was given.
+    def forward(  # pyrefly: ignore[bad-override]
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        batch: Batch,
+        weigh: Weigh,
+        note: Callable[[dict[str, Tensor]], None] | None,
+    ) -> tuple[Tensor, ...]:
+        of_hidden, of_weight, of_bias = ctx.needs_input_grad[:3]
+        found, finish = begin(batch, hidden, wants=(of_hidden, of_weight or of_bias))
+        ctx.shape, ctx.gradients = hidden.shape, None
+        if note is None:
+            given = weigh(found)
+            # Compiled code knows only what the function returns of what was made in it.
+            ctx.mark_non_differentiable(*given)
+            loss, gradients = finish(given[0])
+            ctx.gradients = lambda: gradients
+            return loss, *given
+        note(found)
+        ctx.gradients = lambda: finish(weigh(found)[0])[1]
+        return (torch.zeros_like(batch.scale),)
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            msg = "the gradient is made once and can be had once; call the loss again"
+            raise RuntimeError(msg)
+        gradients, ctx.gradients = ctx.gradients(), None
+        of_hidden, of_weight, of_bias = (_times_(x, grads[0].view(1)) for x in gradients)
+        of_hidden = None if of_hidden is None else of_hidden.view(ctx.shape)
+        return of_hidden, of_weight, of_bias, None, None, None
+
+
+Finish = Callable[[Tensor], tuple[Tensor, Gradients]]
+"""From token weights to the loss, 0-D, and its gradients; to be called once."""
+
+
+def begin(
+    batch: Batch, hidden: Tensor, *, wants: tuple[bool, bool] = (True, True)
+) -> tuple[dict[str, Tensor], Finish]:
+    """Take the signals of a batch, and all of the gradient that does not wait for its weights.
+
+    Args:
+        batch: The batch.
+        hidden: [B, L, D] or [T, D].
+        wants: Whether gradients of hidden states, and of weight and bias, are wanted.
+
+    Returns:
+        Signals by name, `loss` among them, in the shape of the labels; and how to finish.
+    """
+    known = {name: value.reshape(-1) for name, value in batch.known.items()}
+    flat = batch._replace(labels=batch.labels.reshape(-1), known=known)
+    through = _late if batch.path.memory == "late" else _twice
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        found, finish = through(flat, hidden.detach().reshape(-1, hidden.shape[-1]), wants)
+    return {name: x.reshape(batch.labels.shape) for name, x in found.items()}, finish
+
+
+def _late(
+    batch: Batch, hidden: Tensor, wants: tuple[bool, bool]
+) -> tuple[dict[str, Tensor], Finish]:
+    """Go once: gradients under the local part of the weights, per late unit."""
+    units = batch.path.units
+    sums = _Sums(batch.head, hidden, wants, units)
+    signals: list[dict[str, Tensor]] = []
+    parts: list[Tensor] = []
+    compiling = torch.compiler.is_compiling()
+    room = None if compiling else _room(batch.head, hidden, batch.path.chunk)
+    for unit, span in _spans(len(hidden), units, batch.path.chunk):
+        known = {name: value[span] for name, value in batch.known.items()}
+        rows, labels = hidden[span], batch.labels[span]
+        if room is None:
+            # A copy, as what is compiled once for all chunks must not share memory with others.
+            known = {name: value.clone() for name, value in known.items()}
+            given = rows.clone(), labels.clone(), known, None
+            found, part, d_logits = _compiled_chunk(batch, *given)
+        else:
+            found, part, d_logits = _chunk(batch, rows, labels, known, room[: len(rows)])
+        sums.add(d_logits, span, unit)
+        signals.append(found)
+        parts.append(part)
+    found, part = _joined(signals), torch.cat(parts)
+
+    @torch.no_grad()
+    def finish(token: Tensor) -> tuple[Tensor, Gradients]:
+        token = token.reshape(-1) * batch.scale
+        whole, local = (x.view(units, -1).sum(1) for x in (token, part))
+        late = torch.where(whole > 0, whole / torch.where(local > 0, local, 1), 0)
+        return weighted_sum(found["loss"], token), sums.scaled(late)
+
+    return found, finish
+
+
+def _chunk(
+    batch: Batch, rows: Tensor, labels: Tensor, known: dict[str, Tensor], room: Tensor | None
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Return a chunk's signals, the local part of its weights, and its logits' gradient by that."""
+    head = batch.head
+    logits = head.logits(rows, out=room)
+    found = statistics(logits, labels, batch.needs, head.cut)
+    lse = found.pop("lse")
+    part = batch.local({**found, **known})
+    part = torch.where(found["loss"].isfinite(), part, 0)
+    return found, part, gradient_(logits, labels, lse, part, head.cut)
+
+
+_compiled_chunk = cast("Any", torch.compiler.nested_compile_region(_chunk))
+"""For compiled callers: one graph for chunks of a size, where unrolled ones take a minute."""
+
+
+def _twice(
+    batch: Batch, hidden: Tensor, wants: tuple[bool, bool]
+) -> tuple[dict[str, Tensor], Finish]:
+    """Go once for the signals and, when the weights are known, once more for the gradients."""
+    head, path = batch.head, batch.path
+    spans = [span for _, span in _spans(len(hidden), 1, path.chunk)]
+    keep = path.memory == "keep"
+    room = _room(head, hidden, len(hidden) if keep else path.chunk)
+    signals: list[dict[str, Tensor]] = []
+    for span in spans:
+        rows = hidden[span]
+        logits = head.logits(rows, out=room[span] if keep else room[: len(rows)])
+        signals.append(statistics(logits, batch.labels[span], batch.needs, head.cut))
+    lse = torch.cat([part.pop("lse") for part in signals])
+    found = _joined(signals)
+    # The second pass begins where the first one ended.
+    last = None if keep or path.most is not None else spans[-1]
+
+    @torch.no_grad()
+    def finish(token: Tensor) -> tuple[Tensor, Gradients]:
+        weight = token.reshape(-1) * batch.scale
+        loss = weighted_sum(found["loss"], weight)
+        sums = _Sums(head, hidden, wants, 1)
+        pieces: list[slice | Tensor] = [*reversed(spans)]
+        if path.most is not None:
+            weight, rows = _selected(weight, path.most)
+            pieces = [*rows.split(path.chunk)]
+        for piece in pieces:
+            rows = hidden[piece]
+            logits = room[piece] if keep else room[: len(rows)]
+            if not keep and piece is not last:
+                head.logits(rows, out=logits)
+            gradient_(logits, batch.labels[piece], lse[piece], weight[piece], head.cut)
+            sums.add(logits, piece, 0)
+        return loss, sums.total()
+
+    return found, finish
+
+
+def _room(head: Head, hidden: Tensor, tokens: int) -> Tensor:
+    """Return room for the logits of so many tokens, [tokens, V], which all chunks share."""
+    return hidden.new_empty(tokens, len(head.weight))
+
+
+def _selected(weight: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Return the weights and where the first `most` that are not 0 stand.
+
+    If more tokens tie at the threshold of a selection than there is room for, those that fit carry
+    the weight of the others.
+    """
+    rows = (weight == 0).to(torch.int8).argsort(stable=True)[:most]
+    carried, total = weight[rows].sum(), weight.sum()
+    crowded = (weight > 0).sum() > most
+    return weight * torch.where(crowded, total / torch.where(crowded, carried, 1), 1), rows
+
+
+def _spans(tokens: int, units: int, chunk: int) -> Iterator[tuple[int, slice]]:
+    """Yield the late unit and the tokens of each chunk: even, and never of two units."""
+    each = tokens // units
+    chunks = -(-each // chunk)
+    size = -(-each // max(chunks, 1))
+    for unit in range(units):
+        for start in range(unit * each, (unit + 1) * each, size):
+            yield unit, slice(start, min(start + size, (unit + 1) * each))
+
+
+def _joined(signals: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([part[name] for part in signals]) for name in signals[0]}
+
+
+class _Sums:
+    """Sums of the output layer's gradients, one of the weight's for each late unit."""
+
+    def __init__(self, head: Head, hidden: Tensor, wants: tuple[bool, bool], units: int) -> None:
+        self._head, self._hidden, self._units = head, hidden, units
+        of_hidden, of_weight = wants
+        self._d_hidden = torch.zeros_like(hidden) if of_hidden else None
+        # Apart, so that the first can outlive the others as the parameter's gradient.
+        self._d_weight = [torch.empty_like(head.weight) for _ in range(units if of_weight else 0)]
+        no_bias = not of_weight or head.bias is None
+        shape = units, len(head.weight)
+        self._d_bias = None if no_bias else head.weight.new_zeros(shape, dtype=torch.float32)
+        self._empty = [True] * units
+
+    def add(self, d_logits: Tensor, rows: slice | Tensor, unit: int) -> None:
+        """Add what some tokens of a unit contribute, given the gradient of their logits."""
+        hidden = self._hidden[rows]
+        if self._d_hidden is not None:
+            self._d_hidden[rows] = d_logits @ self._head.weight
+        if self._d_weight:
+            into = self._d_weight[unit]
+            if self._empty[unit]:
+                torch.mm(d_logits.t(), hidden, out=into)
+            else:
+                into.addmm_(d_logits.t(), hidden)
+        if self._d_bias is not None:
+            self._d_bias[unit] += d_logits.sum(0, dtype=torch.float32)
+        self._empty[unit] = False
+
+    def scaled(self, late: Tensor) -> Gradients:
+        """Return the gradients under the late part of each unit's weights, [units]."""
+        if self._d_hidden is not None:
+            _times_(self._d_hidden.view(self._units, -1), late[:, None])
+        if self._d_weight:
+            _fold_(self._d_weight, late)
+        if self._d_bias is not None:
+            self._d_bias[0] = late @ self._d_bias
+        return self.total()
+
+    def total(self) -> Gradients:
+        """Return the gradients of the first unit, which holds all."""
+        d_weight = self._d_weight[0] if self._d_weight else None
+        d_bias = None if self._d_bias is None else self._d_bias[0].to(self._head.weight.dtype)
+        return Gradients(self._d_hidden, d_weight, d_bias)
+
+
+def _times_(x: Tensor | None, factor: Tensor) -> Tensor | None:
+    """Multiply in place, in float32 whatever the dtype of x: a factor of one dimension or more."""
+    return None if x is None else torch.mul(x, factor, out=x)
+
+
+def _fold_(of_units: list[Tensor], late: Tensor) -> None:
+    """Replace the first of some [V, D] by sum_u late_u * x_u, summed in float32."""
+    if len(of_units) == 1:
+        _times_(of_units[0], late)
+        return
+    # Compiled code makes no such pieces in memory: there the loop would be unrolled for nothing.
+    folds = 1 if torch.compiler.is_compiling() else _FOLDS
+    size = -(-len(of_units[0]) // folds)
+    for first, *others in zip(*(x.split(size) for x in of_units), strict=True):
+        total = first.float() * late[0]
+        for other, factor in zip(others, late[1:], strict=True):
+            total.addcmul_(other.float(), factor)
+        first.copy_(total)
+
+
+_FOLDS = 16
+"""Pieces in which gradients are folded: what is float32 for a moment is one of them."""

@@ -1,0 +1,133 @@
+"""A pipeline spelled out: implied head and sugar expanded, each step with the level it leaves."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from weighting.contract import Constrain, Level, Pool, Source, Stage, Weigh
+from weighting.schedules import Constant, Schedule, ShareOfN
+from weighting.stages import Loss, Mean
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+
+class Step(NamedTuple):
+    """A stage of an expanded pipeline.
+
+    Attributes:
+        stage: The stage; never sugar.
+        index: Place in the pipeline as written.
+        level: Level of what it returns.
+    """
+
+    stage: Stage
+    index: int
+    level: Level
+
+
+def expand(pipeline: tuple[Stage, ...]) -> tuple[Step, ...]:
+    """Return the steps a pipeline stands for.
+
+    A pipeline that starts with a pool reads the loss; one that starts with another stage that takes
+    a score reads each sequence's mean loss.
+    """
+    head: tuple[Stage, ...] = ()
+    if pipeline[0].kind == "pool":
+        head = (Loss(),)
+    elif pipeline[0].takes == "score":
+        head = (Loss(), Mean(level="sequence"))
+    steps: list[Step] = []
+    level: Level = "token"
+    for index, written in [*((0, stage) for stage in head), *enumerate(pipeline)]:
+        for stage in _without_sugar(written):
+            if isinstance(stage, Pool):
+                level = stage.level
+            steps.append(Step(stage, index, level))
+    return tuple(steps)
+
+
+def numbers(stage: Stage) -> Iterator[tuple[str, Schedule]]:
+    """Yield the numbers of a stage that may change over training, by name."""
+    for field in type(stage).model_fields:
+        value = getattr(stage, field)
+        if isinstance(value, dict):
+            yield from value.items()
+        elif isinstance(value, Schedule):
+            yield field, value
+
+
+_LEVEL_IDS: dict[str, str] = {"domain": "domain_ids", "document": "segment_ids"}
+
+
+def signals_read(steps: Sequence[Step]) -> frozenset[str]:
+    """Return the fields of `Signals` that some steps read, columns as "columns.name"."""
+    read = (step.stage.reads() for step in steps if isinstance(step.stage, Source))
+    levels = {step.level for step in steps} | {step.stage.inside() for step in steps}
+    ids = {_LEVEL_IDS[level] for level in levels if level in _LEVEL_IDS}
+    return frozenset(ids).union(*read)
+
+
+def is_identity(steps: Sequence[Step]) -> bool:
+    """Tell whether every weight is one by construction."""
+    rest = [step.stage for step in steps]
+    while isinstance(rest[-1], Constrain):  # which keep the mean, and so a weight of one
+        rest.pop()
+    return rest[-1].always_one
+
+
+def is_token_local(steps: Sequence[Step]) -> bool:
+    """Tell whether a token's weight is known from that token alone, but for a common scale."""
+    *rest, last = [step.stage for step in steps]
+    on_tokens = all(step.level == "token" for step in steps)
+    scaled_last = isinstance(last, Weigh) and last.deferred_scale() is not None
+    return on_tokens and all(x.pointwise for x in rest) and (scaled_last or last.pointwise)
+
+
+def weighs_domains(steps: Sequence[Step]) -> bool:
+    """Tell whether a pipeline has a weight for each domain that is known between batches."""
+    source, *rest = [step.stage for step in steps]
+    assert isinstance(source, Source)
+    if any(stage.inside() for stage in rest):
+        return False
+    if steps[-1].level == "domain":
+        weigh = next(i for i, stage in enumerate(rest) if isinstance(stage, Weigh))
+        after = rest[weigh + 1 :]
+        return rest[weigh].known_between_batches and all(isinstance(x, Constrain) for x in after)
+    of_domain = source.known_between_batches or source.reads() <= {"domain_ids"}
+    on_tokens = all(step.level == "token" for step in steps)
+    return of_domain and on_tokens and not has_state(steps[1:])
+
+
+def has_cap(steps: Sequence[Step]) -> bool:
+    """Tell whether a stage bounds the largest weight."""
+    constrains = (step.stage for step in steps if isinstance(step.stage, Constrain))
+    return any(stage.cap(torch.tensor(0)) is not None for stage in constrains)
+
+
+def has_state(steps: Sequence[Step]) -> bool:
+    """Tell whether a stage remembers something between batches."""
+    return any(step.stage.initial_state(("",)) for step in steps)
+
+
+def has_state_of_batches(steps: Sequence[Step]) -> bool:
+    """Tell whether a batch changes what a stage remembers, and not only feedback between them."""
+    stages = (step.stage for step in steps)
+    return any(stage.initial_state(("",)) and not stage.listens_to for stage in stages)
+
+
+def has_schedule(steps: Sequence[Step]) -> bool:
+    """Tell whether a number of a stage changes over training."""
+    found = (number for step in steps for _, number in numbers(step.stage))
+    return any(not isinstance(number, Constant | ShareOfN) for number in found)
+
+
+def _without_sugar(stage: Stage) -> Iterator[Stage]:
+    parts = stage.expand()
+    if parts == (stage,):
+        yield stage
+    else:
+        for part in parts:
+            yield from _without_sugar(part)

@@ -1,0 +1,450 @@
+"""What specs would have done to the sequences, or documents, that a run recorded.
+
+A record has the mean of each signal over the tokens of a unit, a sequence or a document, so a spec
+can be replayed as far as it asks for no more than that.  Units then weigh as if each were one
+token; what tokens count for in the run, in scaling to mean one and in `reduction`, is put right by
+their number.  Only the mean over a domain is that of its units, alike however long they are.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from weighting.build import build
+from weighting.build.domains import proportions
+from weighting.build.statistics import MOMENTS
+from weighting.contract import Pool, Source
+from weighting.loss.cross_entropy import signals_of
+from weighting.simulate import capped_factors
+from weighting.spec import SINGLE
+from weighting.stages import (
+    Column,
+    ContextGain,
+    Entropy,
+    ErrorNorm,
+    ExcessLoss,
+    Loss,
+    Mean,
+    TargetProb,
+    TopkEntropy,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    import pyarrow as pa
+    from torch import Tensor
+
+    from weighting.build import Plan
+    from weighting.contract import Level
+    from weighting.pipeline import Step as PlannedStage
+    from weighting.spec import Spec
+
+FOLDER = "weighting/record"
+"""Where a run's record is, below its dump folder."""
+SEQUENCES, DOCUMENTS, TOKENS = "sequences", "documents", "tokens"
+"""What the names of its files begin with."""
+STEP, ROW, DOMAIN, VALID, WEIGHT = "step", "row", "domain", "tokens", "mean_weight"
+"""Columns that every file has; all others are signals.
+
+`row` is the sequence's place in the step's batch, `domain` that of most of its tokens, `tokens`
+how many labels count.
+"""
+DOCUMENT = "document"
+"""Column of the files of documents: its place in its sequence, from 0.
+
+A column named as the files says how many its sequence has, recorded or not.
+"""
+ABOUT = "weighting.record"
+"""Key in a file's metadata of what is said of the run, as JSON."""
+
+_MEANS = (
+    Column,
+    ContextGain,
+    Entropy,
+    ErrorNorm,
+    ExcessLoss,
+    Loss,
+    TargetProb,
+    TopkEntropy,
+)
+"""Sources whose mean over tokens is what they make of the signals' means."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """The sequences, or documents, of one step, in the order of the data.
+
+    Attributes:
+        step: The optimizer step.
+        row: Place in the step's batch of each, or of its sequence, [n].
+        document: Its place in its sequence, [n]; 0 for sequences.
+        documents: How many its sequence has, [n]; 1 for sequences.
+        domain: Index of the domain of most of its tokens, [n].
+        tokens: Its valid tokens, float, [n].
+        weight: Mean weight of these, [n].
+        signals: Their mean signals by name, nats or as the signal is, [n] each.
+        about: What is said of the run that recorded the step.
+    """
+
+    step: int
+    row: Tensor
+    document: Tensor
+    documents: Tensor
+    domain: Tensor
+    tokens: Tensor
+    weight: Tensor
+    signals: dict[str, Tensor]
+    about: dict[str, Any]
+
+    def batches(self, scope: str) -> Iterator[Tensor]:
+        """Yield the places of the units that a scope weighs together."""
+        if scope == "step":
+            yield torch.arange(len(self.row))
+            return
+        of = self.row // self.about["batch_rows"]
+        if scope == "rank":
+            ranks = self.about["ranks"]
+            of = of * ranks + self.row // self.about["rank_rows"] % ranks
+        for one in of.unique():
+            yield (of == one).nonzero().flatten()
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a run recorded.
+
+    Attributes:
+        about: What is said of the run by its last file: `name` and `spec` of its weighting, and
+            its `domains`.
+        domains: Names of the domains, in the order of their indices.
+        steps: Its recorded steps, ascending.
+        level: What a unit is, "sequence" or "document".
+    """
+
+    about: dict[str, Any]
+    domains: tuple[str, ...]
+    steps: tuple[Step, ...]
+    level: Level = "sequence"
+
+    @property
+    def signals(self) -> frozenset[str]:
+        """The signals that were recorded, at every step."""
+        found = (
+            {name for name, x in step.signals.items() if not x.isnan().all()} for step in self.steps
+        )
+        return frozenset.intersection(*map(frozenset, found))
+
+    def flat(self, name: str) -> Tensor:
+        """Return an attribute of all steps' units, one after the other."""
+        return torch.cat([getattr(step, name) for step in self.steps])
+
+
+def read_record(run: Path, level: Level = "sequence") -> Record:
+    """Return what a run recorded; of a step that was trained twice, the later record.
+
+    Args:
+        run: Its dump folder.
+        level: What of, "sequence" or "document"; without recorded documents there are no steps.
+
+    Raises:
+        ValueError: There is no record, or a file of it cannot be read.
+    """
+    files = sorted((run / FOLDER).glob(f"{SEQUENCES}-*.parquet"))
+    if not files:
+        what = "no such folder"
+        if os.path.exists(run):  # noqa: PTH110 - Path.exists raises on a name that is too long
+            what = f"no record in {FOLDER}" if run.is_dir() else "is a file"
+        msg = f"{run}: {what}; give the --dump_folder of a run with --weighting.record every=10"
+        raise ValueError(msg)
+    parts = [_read(file) for file in files]
+    about = parts[-1].about
+    named = (name for part in [parts[-1], *parts] for name in part.about["domains"])
+    domains = tuple(dict.fromkeys(named))
+    found: dict[int, Step | None] = {}
+    for file, part in zip(files, parts, strict=True):
+        own: _Part | None = part
+        if level == "document":
+            # Those count that were written beside the step's sequences.
+            found |= dict.fromkeys(part.columns[STEP].tolist())
+            beside = file.with_name(file.name.replace(SEQUENCES, DOCUMENTS))
+            own = _read(beside, DOCUMENT, DOCUMENTS) if beside.exists() else None
+        if own is not None:
+            found |= {step.step: step for step in _steps(own, domains)}
+    there = (found[at] for at in sorted(found))
+    return Record(about, domains, tuple(step for step in there if step), level)
+
+
+def unit_of(plan: Plan) -> Level:
+    """Return of what a record must be for a spec, "document" if a factor weighs per document."""
+    levels = {
+        steps[-1].level for name, steps in plan.factors.items() if plan.targets[name] != "sampling"
+    }
+    return "document" if "document" in levels else "sequence"
+
+
+def left_out(record: Record) -> tuple[int, int]:
+    """Return how many documents were not recorded, and of how many."""
+    there = 0
+    for step in record.steps:
+        begins = step.row.diff(prepend=torch.tensor([-1])) != 0
+        there += int(step.documents[begins].sum())
+    return there - sum(len(step.row) for step in record.steps), there
+
+
+def obstacle(plan: Plan, record: Record) -> str | None:
+    """Return why a record cannot tell what a spec would have done, or None.
+
+    Args:
+        plan: The spec's.
+        record: What was recorded.
+    """
+    for name, steps in plan.factors.items():
+        if plan.targets[name] == "sampling":
+            continue
+        who = "it" if name == SINGLE else name
+        feedback = [step.stage.listens_to for step in steps if step.stage.listens_to]
+        if feedback:
+            return f"{who} waits for {feedback[0]}, and only batches were recorded"
+        if reason := _too_fine(steps, record.level):
+            return f"{who} {reason}"
+    needed = {name for name in plan.needs if not name.endswith("_ids")}
+    lacking = sorted(name.removeprefix("columns.") for name in needed - record.signals)
+    if lacking:
+        if lacking[0] == "loss":
+            return "it reads loss, which uniform records only with --loss.memory late"
+        names = " and ".join(lacking)
+        return f"it reads {names}, which the run's own spec did not; record one that does"
+    return None
+
+
+class Replayed(NamedTuple):
+    """What a spec made of a record: weights of all its units, and the share of units at a cap."""
+
+    weight: Tensor
+    capped: float | None
+
+
+def replay(spec: Spec, record: Record) -> Replayed:
+    """Return the weight that a spec gives to each recorded unit, step by step.
+
+    What it remembers moves with the recorded steps alone.
+
+    Args:
+        spec: One without an `obstacle`.
+        record: What was recorded.
+
+    Raises:
+        SpecError: The spec does not fit the domains.
+    """
+    fn = build(spec, domains=record.domains or None)
+    known = record.signals
+    capping = [[*fn.plan.factors].index(name) for name in capped_factors(fn.plan)]
+    moments = torch.zeros(len(fn.plan.factors) + 1, len(MOMENTS))
+    found: list[Tensor] = []
+    for step in record.steps:
+        if "both" in fn.plan.targets.values():
+            fn.get_buffer("drawn").copy_(proportions(fn, step.step))
+        weight = torch.zeros_like(step.weight)
+        for chosen in step.batches(spec.scope):
+            signals = {name: step.signals[name][chosen] for name in known}
+            signals.setdefault("loss", torch.zeros(len(chosen)))
+            signals["valid"], signals["domain_ids"] = step.tokens[chosen] > 0, step.domain[chosen]
+            signals["segment_ids"] = torch.zeros_like(chosen)
+            out = fn(signals_of({name: x[:, None] for name, x in signals.items()}), step.step)
+            weight[chosen] = _scaled(spec, out.token[:, 0], step, chosen)
+            moments += out.moments
+        found.append(weight)
+    count, at_cap = (moments[capping, MOMENTS.index(name)] for name in ("count", "capped"))
+    capped = (at_cap / count.clamp(min=1)).max().item() if capping else None
+    return Replayed(torch.cat(found), capped)
+
+
+class Summary(NamedTuple):
+    """What weights come to.
+
+    Attributes:
+        ess: Effective sample size over n, (sum w)^2 / (n * sum w^2), the mean over steps.
+        largest: The largest weight.
+        top: Share of each step's tenth of highest weight that the recorded weights put there too.
+        shares: Of each domain, the part of all weight, that of a unit counted for its tokens.
+    """
+
+    ess: float
+    largest: float
+    top: float
+    shares: list[float]
+
+
+def summary(record: Record, weight: Tensor) -> Summary:
+    """Return what weights of all recorded units, [n], come to."""
+    ess: list[Tensor] = []
+    top: list[Tensor] = []
+    by_step = weight.split([len(step.row) for step in record.steps])
+    for step, mine in zip(record.steps, by_step, strict=True):
+        there = step.tokens > 0
+        own, recorded = mine[there], step.weight[there]
+        squares = len(own) * (own * own).sum()
+        ess.append(own.sum() ** 2 / squares if squares > 0 else own.new_zeros(()))
+        both = torch.minimum(_in_top(own), _in_top(recorded))
+        top.append(both.sum() / _tenth(own))
+    mass = torch.zeros(max(len(record.domains), 1)).double()
+    mass.index_add_(0, record.flat("domain"), (weight * record.flat("tokens")).double())
+    shares = mass / mass.sum().clamp(min=1e-30)
+    means = (torch.stack(x).mean().item() for x in (ess, top))
+    return Summary(next(means), weight.max().item(), next(means), shares.tolist())
+
+
+def _too_fine(steps: Sequence[PlannedStage], unit: Level) -> str | None:
+    """Return what a factor asks of tokens beyond the mean over each unit, or None."""
+    source, *rest = [step.stage for step in steps]
+    assert isinstance(source, Source)
+    level = steps[-1].level
+    if source.reads() <= {"domain_ids"} and level == "token" and not any(x.inside() for x in rest):
+        return None
+    if level == "document" and unit == "sequence":
+        fix = "record documents too: --weighting.record every=10,documents=8"
+        return f"weighs per document, and sequences were recorded; {fix}"
+    if level == "sequence" and unit == "document":
+        return "weighs per sequence and another factor per document, and a replay is of one"
+    if level == "token":
+        return f"weighs per token, and {unit}s were recorded"
+    pool = next(i for i, stage in enumerate(rest) if isinstance(stage, Pool))
+    if not isinstance(rest[pool], Mean):
+        return f"takes the {rest[pool].name} over tokens, and their mean was recorded"
+    if pool or not isinstance(source, _MEANS):
+        shaped = rest[0].name if pool else source.name
+        return f"takes {shaped} of each token, and the means over {unit}s were recorded"
+    return None
+
+
+def _scaled(spec: Spec, weight: Tensor, step: Step, chosen: Tensor) -> Tensor:
+    """Return what weights of units of one token become where they have more, [n]."""
+    tokens, domain = step.tokens[chosen], step.domain[chosen]
+    all_tokens, there = tokens.sum(), (tokens > 0).float()
+    if spec.reduction == "sequence_mean":
+        of = step.row[chosen].unique(return_inverse=True)[1]
+        counted = weight.new_zeros(len(of)).index_add(0, of, tokens)
+        weight = weight * all_tokens / (counted > 0).sum() / counted[of].clamp(min=1)
+    elif spec.reduction == "domain_mean":
+        number = int(domain.max()) + 1
+        units, counted = (
+            weight.new_zeros(number).index_add(0, domain, x)[domain] for x in (there, tokens)
+        )
+        weight = weight * all_tokens / there.sum() * units / counted.clamp(min=1)
+    if spec.normalize == "mean_one" and spec.scope != "running":
+        total = (weight * tokens).sum()
+        weight = weight * all_tokens / total if total > 0 else weight
+    return weight
+
+
+def _tenth(x: Tensor) -> int:
+    return max(1, -(-len(x) // 10))
+
+
+def _in_top(weight: Tensor) -> Tensor:
+    """Return how far each weight is among the highest tenth: 1, 0, or a share where it ties."""
+    k = _tenth(weight)
+    if not len(weight):
+        return weight
+    edge = weight.topk(k).values[-1]
+    slack = 1e-4 * edge  # records are rounded
+    above, level = weight > edge + slack, (weight - edge).abs() <= slack
+    return above + level * (k - above.sum()) / level.sum()
+
+
+class _Part(NamedTuple):
+    """A file's columns, and what it says of its run."""
+
+    columns: dict[str, Tensor]
+    names: list[str]
+    about: dict[str, Any]
+
+
+def _read(file: Path, *further: str) -> _Part:
+    """Return a file that has some further columns of whole numbers."""
+    try:
+        import pyarrow as pa  # noqa: PLC0415 - the core does without it
+        import pyarrow.parquet as pq  # noqa: PLC0415
+    except ImportError:
+        msg = "records are Parquet files, which need pyarrow: pip install pyarrow"
+        raise ValueError(msg) from None
+    try:
+        with pq.ParquetFile(file) as parquet:
+            about = json.loads((parquet.metadata.metadata or {}).get(ABOUT.encode(), "null"))
+            table = parquet.read()
+    except (pa.ArrowException, OSError, ValueError, RecursionError) as error:
+        raise _damaged(file, str(error).partition("\n")[0].partition(". ")[0]) from error
+    if wrong := _wrong_about(about) or _wrong_columns(table, about["domains"], further):
+        raise _damaged(file, wrong)
+    domain = table[DOMAIN].combine_chunks().dictionary_encode()
+    columns = {name: table[name] for name in table.column_names if name != DOMAIN}
+    columns[DOMAIN] = domain.indices.fill_null(0)
+    tensors = {name: torch.from_numpy(x.to_numpy().copy()) for name, x in columns.items()}
+    return _Part(tensors, domain.dictionary.to_pylist(), about)
+
+
+def _damaged(file: Path, reason: str) -> ValueError:
+    return ValueError(f"{file}: no file of a record, or a damaged one ({reason}); take it away")
+
+
+def _wrong_about(about: object) -> str | None:
+    """Return what is wrong with what a file says of its run, or None."""
+    texts, counts = ("name", "hash", "spec"), ("ranks", "rank_rows", "batch_rows")
+    if not isinstance(about, dict):
+        return "it does not say of which run it is"
+    said = {str(key): value for key, value in about.items()}
+    names = said.get("domains")
+    sound = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    sound = sound and all(isinstance(said.get(key), str) for key in texts)
+    sound = sound and all(isinstance(x := said.get(key), int) and x > 0 for key in counts)
+    return None if sound else "what it says of its run is not complete"
+
+
+def _wrong_columns(table: pa.Table, domains: list[str], further: Sequence[str]) -> str | None:
+    """Return what is wrong with a file's columns, or None."""
+    import pyarrow as pa  # noqa: PLC0415 - the core does without it
+
+    counts = (STEP, ROW, VALID, *further)
+    columns = (*counts, DOMAIN, WEIGHT)
+    if lacking := [name for name in columns if name not in table.column_names]:
+        return f"no column {lacking[0]}"
+    if not table.num_rows:
+        return "no rows"
+    for name in table.column_names:
+        if name == DOMAIN:
+            continue
+        kind, whole = table.schema.field(name).type, name in counts
+        if not pa.types.is_integer(kind) and (whole or not pa.types.is_floating(kind)):
+            return f"column {name} has no {'whole ' * whole}numbers"
+        if table[name].null_count:
+            return f"column {name} has gaps"
+    named = set(table[DOMAIN].unique().to_pylist()) - ({None} if not domains else set())
+    if unknown := sorted(map(str, named - {*domains})):
+        return f"a domain {unknown[0]} that its run did not have"
+    return None
+
+
+def _steps(part: _Part, domains: tuple[str, ...]) -> Iterator[Step]:
+    """Yield the steps of a file, with the indices of all domains."""
+    columns = dict(part.columns)
+    if domains:
+        columns[DOMAIN] = torch.tensor([domains.index(x) for x in part.names])[
+            columns[DOMAIN].long()
+        ]
+    steps, sizes = columns.pop(STEP).unique_consecutive(return_counts=True)
+    cut = {name: x.split(sizes.tolist()) for name, x in columns.items()}
+    for i, step in enumerate(steps.tolist()):
+        own = {name: pieces[i] for name, pieces in cut.items()}
+        row, domain = own.pop(ROW).long(), own.pop(DOMAIN).long()
+        document = own.pop(DOCUMENT, torch.zeros_like(row)).long()
+        documents = own.pop(DOCUMENTS, torch.ones_like(row)).long()
+        tokens, weight = own.pop(VALID).float(), own.pop(WEIGHT).float()
+        signals = {name: x.float() for name, x in own.items()}
+        yield Step(step, row, document, documents, domain, tokens, weight, signals, part.about)
