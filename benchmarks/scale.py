@@ -267,19 +267,18 @@ def layer_of(model: Model, layout: Layout) -> Layer:
 
 def weighting_of(spec: str, *, on_ranks: bool) -> Weighting:
     """Return a spec as a rank builds it; its own selection may keep more on one of several."""
-    if not on_ranks:
-        return plan_of(resolve(spec))
     domains = [f"domain {i}" for i in range(DOMAINS)]
-    return wt.build(resolve(spec), domains=domains, collectives=Counting(2))
+    ranks = Counting(2) if on_ranks else None
+    return wt.build(resolve(spec), domains=domains, collectives=ranks)
 
 
 def way_of(spec: str, layer: Layer, memory: Memory = "auto") -> Way:
     """Return the way a call takes, as the loss chooses it for all that wait together."""
-    fn = weighting_of(spec, on_ranks=layer.on_ranks)
+    plan, ranks = plan_of(resolve(spec)), Counting(2) if layer.on_ranks else None
     sizes = Sizes(
         layer.tokens, layer.rows, layer.vocabulary, layer.width, layer.itemsize, DEVICE // SHARE
     )
-    return path_of(fn, sizes, memory, parts=layer.calls)
+    return path_of(plan, sizes, memory, parts=layer.calls, collectives=ranks)
 
 
 def products(layer: Layer, way: Way | None) -> float:

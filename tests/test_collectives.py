@@ -108,7 +108,7 @@ CALLS = {
     "extra none-by-sequence": (1, 0, 2, 24, 0, 1),
     "extra all-levels": (2, 0, 3, 208, 1, 2),
     "extra tokens": (0, 4, 20, 1372, 0, 0),
-    "extra running": (1, 0, 1, 24, 0, 1),
+    "extra running": (1, 0, 1, 28, 0, 2),  # how many sequences fade those before
     "extra both": (1, 0, 2, 104, 0, 1),
     "extra both alone": (0, 0, 1, 16, 0, 0),
     "extra live draw": (0, 0, 2, 96, 0, 0),

@@ -19,7 +19,12 @@ from titan_integration.loss.loss import WeightedChunkedLoss, WeightedCrossEntrop
 from titan_integration.observe.metrics import WeightedMetricsProcessor
 from titan_integration.observe.validation import DomainValidator
 from titan_integration.state.checkpoint import ResumingCheckpointManager
-from titan_integration.trainer.preflight import read_spec, refuse_tokenizer, refuse_unsupported
+from titan_integration.trainer.preflight import (
+    build_tokenizer,
+    read_spec,
+    refuse_tokenizer,
+    refuse_unsupported,
+)
 from titan_integration.trainer.trainer import WeightedTrainer, WeightingConfig
 from weighting import registry
 from weighting.build import plan_of
@@ -315,15 +320,15 @@ def test_ranks_that_would_remember_apart_are_refused():
 def test_a_tokenizer_larger_than_the_model_is_refused():
     """Both sizes are told before anything is built; a smaller tokenizer is fine."""
     config = config_registry.llama3_debugmodel()
-    refuse_tokenizer(config)
+    refuse_tokenizer(config, build_tokenizer(config))
     spec = config.model_spec
     for size in (4096, 512):
         model = dataclasses.replace(spec.model, vocab_size=size)
         config.model_spec = dataclasses.replace(spec, model=model)
         if size == 4096:
-            refuse_tokenizer(config)
+            refuse_tokenizer(config, build_tokenizer(config))
     with pytest.raises(ValueError, match=r"has 2048 tokens, and the model .* has 512; give the"):
-        refuse_tokenizer(config)
+        refuse_tokenizer(config, build_tokenizer(config))
     config.hf_assets_path = "nowhere"
     with pytest.raises(ValueError, match="--hf_assets_path nowhere: no tokenizer there"):
-        refuse_tokenizer(config)
+        refuse_tokenizer(config, build_tokenizer(config))

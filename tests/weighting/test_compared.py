@@ -167,12 +167,14 @@ def test_what_weighs_domains_is_found_wherever_it_stands():
         "odm": ["pipeline"],
         "linupper-x-mile": [],
     }
-    assert {name: domains_compared(SHIPPED[name]) for name in found} == found
-    assert domains_compared(built("entropy -> temperature(1, within=domain)")) == []
+    assert {name: domains_compared(SHIPPED[name].plan) for name in found} == found
+    assert domains_compared(built("entropy -> temperature(1, within=domain)").plan) == []
 
 
 def test_every_shipped_spec_that_compares_sequences_says_so():
     """LinUpper and its like are among what one sequence would turn off; token specs are not."""
-    compared = {name for name, fn in SHIPPED.items() if "sequence" in compared_levels(fn).values()}
+    compared = {
+        name for name, fn in SHIPPED.items() if "sequence" in compared_levels(fn.plan).values()
+    }
     assert {"linupper", "extremes", "quadratic", "term", "rho-loss"} <= compared
     assert {"mile", "focal", "rgd", "uniform", "rho-1"}.isdisjoint(compared)
