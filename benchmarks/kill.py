@@ -124,7 +124,7 @@ def start(folder: Path, log: Path, ranks: int, flags: list[str]) -> subprocess.P
     """Start the training under torchrun."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command = [*torchrun, f"--nproc-per-node={ranks}", "-m", "torchtitan.train", *FLAGS]
-    paths = [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")]
+    paths = filter(None, [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     with log.open("wb") as file:
         return subprocess.Popen(  # noqa: S603 - our own command

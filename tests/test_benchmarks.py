@@ -32,7 +32,7 @@ def test_every_row_has_numbers_or_a_reason(tmp_path):
     """Tiny sizes: every way is right and measured, but the one that the library refuses."""
     out = tmp_path / "found.md"
     command = [sys.executable, ROOT / "benchmarks" / "loss_path.py", "--quick", f"--out={out}"]
-    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": paths}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -348,7 +348,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
     script = ROOT / "benchmarks" / "gpu.py"
     told = ["uniform", "--tokens", tokens, "--out", tmp_path, "--model=tiny", "--device=cpu"]
     command = [sys.executable, "-c", code, script, *told, f"--steps={STEPS}"]
-    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*map(str, command)], env=environment, capture_output=True, text=True, check=False

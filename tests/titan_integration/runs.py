@@ -19,7 +19,8 @@ SMALL = ["--training.seq_len=64", "--training.steps=5", "--metrics.disable_color
 
 def environment() -> dict[str, str]:
     """Return the environment of a child: one thread a rank, this checkout first."""
-    paths = [str(ROOT), str(HERE), os.environ.get("PYTHONPATH", "")]
+    # An empty entry would be the working folder.
+    paths = filter(None, [str(ROOT), str(HERE), os.environ.get("PYTHONPATH")])
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
 
 
@@ -44,7 +45,8 @@ def seed_checkpoint(folder: Path, *flags: str, config: str = "llama3_debugmodel"
     """Write a checkpoint of step 0 of a model, and return the folder it is in."""
     entry = ["--module=titan_integration", f"--config={config}", f"--dump_folder={folder}"]
     seed = ["--checkpoint.enable", "--checkpoint.create_seed_checkpoint", "--training.steps=1"]
-    command = ["-m", "torchtitan.train", *entry, "--weighting.spec=uniform", *seed, *flags]
+    fixed = ["--weighting.spec=uniform", "--debug.seed=1"]
+    command = ["-m", "torchtitan.train", *entry, *fixed, *seed, *flags]
     done = torchrun(1, *command)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder / "checkpoint"

@@ -55,7 +55,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def seed(folder):
     """Return the folder of a checkpoint of the debug model."""
-    return seed_checkpoint(folder / "seed", SMALL, "--debug.seed=1")
+    return seed_checkpoint(folder / "seed", SMALL)
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ def executed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tour")
     copy = folder / "tour.ipynb"
     copy.write_bytes(NOTEBOOK.read_bytes())
-    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     own = {name: str(folder / name) for name in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR")}
     done = subprocess.run(
         [sys.executable, "-c", RUN, "--inplace", "--kernel_name=python3", "--timeout=300", copy],
