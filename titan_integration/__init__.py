@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from titan_integration.trainer.trainer import WeightedTrainer as WeightedTrainer
-    from titan_integration.trainer.trainer import with_weighting as with_weighting
+    from titan_integration.trainer import WeightedTrainer as WeightedTrainer
+    from titan_integration.trainer import with_weighting as with_weighting
 
 __all__ = ["WeightedTrainer", "with_weighting"]
 
@@ -16,6 +16,6 @@ def __getattr__(name: str) -> object:
     if name not in __all__:
         msg = f"module {__name__!r} has no attribute {name!r}"
         raise AttributeError(msg)
-    from titan_integration.trainer import trainer  # noqa: PLC0415 - lazily, as said above
+    from titan_integration import trainer  # noqa: PLC0415 - lazily, as said above
 
     return getattr(trainer, name)

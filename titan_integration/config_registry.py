@@ -24,10 +24,12 @@ from torchtitan.tools.logging import logger
 from titan_integration.data.loader import DomainTextDataLoader
 from titan_integration.data.tokenizer import ensure_tokenizer
 from titan_integration.paper import on_fineweb, on_slimpajama, resized
-from titan_integration.trainer.trainer import WeightedTrainer, with_weighting
+from titan_integration.trainer.plug_in import with_weighting
 
 if TYPE_CHECKING:
     from torchtitan.trainer import Trainer
+
+    from titan_integration.trainer.trainer import WeightedTrainer
 
 
 def llama3_debugmodel() -> WeightedTrainer.Config:

@@ -54,10 +54,12 @@ from torchtitan.models.llama3 import (
 from torchtitan.trainer import Trainer
 
 from titan_integration.data.loader import DomainTextDataLoader
-from titan_integration.trainer.trainer import WeightedTrainer, with_weighting
+from titan_integration.trainer.plug_in import with_weighting
 
 if TYPE_CHECKING:
     from torchtitan.protocols.model_spec import ModelSpec
+
+    from titan_integration.trainer.trainer import WeightedTrainer
 
 
 class Row(NamedTuple):

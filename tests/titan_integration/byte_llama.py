@@ -10,7 +10,8 @@ from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
 from titan_integration import config_registry
 from titan_integration.data.tokenizer import ensure_tokenizer
 from titan_integration.paper import resized
-from titan_integration.trainer.trainer import WeightedTrainer, with_weighting
+from titan_integration.trainer.plug_in import with_weighting
+from titan_integration.trainer.trainer import WeightedTrainer
 
 BYTES = 258
 """256 bytes, begin and end of text."""

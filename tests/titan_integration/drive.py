@@ -17,6 +17,8 @@ from torchtitan.components.loss import BaseLoss
 from torchtitan.config import ConfigManager
 from torchtitan.tools.logging import init_logger
 
+from titan_integration.state.run import Run
+
 
 def main() -> None:
     """Train as the flags say, and save what happened."""
@@ -37,16 +39,14 @@ def main() -> None:
         log_validation(loss, step, *args, **kwargs)
 
     processor.log, processor.log_validation = note, note_validation
-    state = getattr(trainer, "state", None)
-    if state is not None:
-        weigh = state.weigh
+    weigh = Run.weigh
 
-        def note_weights(*args):
-            found = weigh(*args)
-            weights.append(found.token.clone())
-            return found
+    def note_weights(*args):
+        found = weigh(*args)
+        weights.append(found.token.clone())
+        return found
 
-        state.weigh = note_weights
+    Run.weigh = note_weights
     batches = note_batches(trainer.validator) if config.validator.enable else []
     assert isinstance(trainer.loss_fn, BaseLoss)
     trainer.train()

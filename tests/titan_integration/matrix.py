@@ -23,9 +23,12 @@ from torchtitan.config import ConfigManager
 from torchtitan.tools.logging import init_logger
 
 import weighting as wt
+from titan_integration.state.microbatches import When
+from titan_integration.state.run import Run
 
 MOST_STEPS = 2
 WHERE = "columns.where"
+WEIGH = Run.weigh
 
 
 def main() -> None:
@@ -59,23 +62,22 @@ def run(trainer: Any, config: Any, spec: wt.Spec, batches: list[Any]) -> dict[st
     plan = plan_of(spec)
     refuse_unsupported(config, plan)
     trainer._join(config, plan)
-    trainer.loss_fn._path = None
-    state, noted = trainer.state, {"where": [], "token": []}
-    weigh, set_batch = state.weigh, state.set_batch
+    calls, noted = trainer.run.microbatches, {"where": [], "token": []}
+    set_batch = calls.set_batch
 
-    def note_weights(given):
-        weights = weigh(given)
+    def note_weights(run, given):
+        weights = WEIGH(run, given)
         noted["token"].append(weights.token.flatten().clone())
         return weights
 
     def note_place(given, *rest):
-        if state.ahead == trainer.looks_ahead:
+        if calls._looking_ahead == (calls.when is When.LOOKAHEAD):
             noted["where"].append(given[WHERE].flatten().clone())
         set_batch(given, *rest)
 
-    state.weigh, state.set_batch = note_weights, note_place
+    Run.weigh, calls.set_batch = note_weights, note_place
     stream = trainer.batch_generator(with_columns(batches))
-    for step in range(1, 1 + (MOST_STEPS if state.fn.state_dict() else 1)):
+    for step in range(1, 1 + (MOST_STEPS if trainer.run.fn.state_dict() else 1)):
         for kept in noted.values():
             kept.clear()
         trainer.step = step

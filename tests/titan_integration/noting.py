@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from titan_integration import config_registry
+from titan_integration.state.run import Run
 from titan_integration.trainer.trainer import WeightedTrainer
 
 
@@ -23,17 +24,17 @@ class NotingTrainer(WeightedTrainer):
     def __init__(self, config: Config) -> None:
         """Build it, and put a note-taker before the weighting."""
         super().__init__(config)
-        weigh, self.notes = self.state.weigh, []
+        weigh, self.notes = Run.weigh, []
 
-        def note(found):
-            out = weigh(found)
+        def note(run, found):
+            out = weigh(run, found)
             self.notes[-1] |= {key: x.clone() for key, x in found.items()}
             self.notes[-1]["weights"] = out.token.clone()
             return out
 
-        self.state.weigh = note
+        Run.weigh = note
         if self.gradients:
-            self.gradients.weigh = self.note_products
+            self.weigh, self.gradients.weigh = self.gradients.weigh, self.note_products
 
     def post_dataloading_process(self, input_dict, labels):
         """Write down the batch that goes to the model."""
@@ -46,7 +47,7 @@ class NotingTrainer(WeightedTrainer):
     def note_products(self, products):
         """Write down the inner products."""
         self.notes[-1]["products"] = products.clone()
-        return self.state.weigh_gradients(products)
+        return self.weigh(products)
 
     def forward_backward_step(self, **batch):
         """Write down the gradient that a step ends with."""

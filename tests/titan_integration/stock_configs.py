@@ -12,7 +12,8 @@ from titan_integration import config_registry
 from titan_integration.data.loader import DomainTextDataLoader
 from titan_integration.data.tokenizer import ensure_tokenizer
 from titan_integration.host import cpu
-from titan_integration.trainer.trainer import WeightedTrainer, with_weighting
+from titan_integration.trainer.plug_in import with_weighting
+from titan_integration.trainer.trainer import WeightedTrainer
 
 
 class PlainTextDataLoader(DomainTextDataLoader):

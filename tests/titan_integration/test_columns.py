@@ -21,8 +21,9 @@ from titan_integration.data.documents import hub_documents
 from titan_integration.data.loader import DomainTextDataLoader
 from titan_integration.data.packing import Cut, PackedRows
 from titan_integration.data.records import Columns
+from titan_integration.data.signals import data_columns, short_contexts
 from titan_integration.data.tokenizer import ensure_tokenizer
-from titan_integration.state.run_state import RunState, data_columns, short_contexts
+from titan_integration.state.run import start
 from titan_integration.trainer.preflight import ask_for_columns, refuse_unsupported
 from weighting.build import plan_of
 
@@ -323,22 +324,24 @@ def test_the_loader_is_asked_for_what_the_spec_reads():
 def test_a_loader_without_the_signals_is_named():
     """What a loader does not yield is said at the first batch; tensors stay where they are."""
     fn = wt.build(wt.loads("column(a) -> mean_one"))
-    state = RunState(fn, torch.device("cpu"), allow_changed_spec=False)
+    run = start(fn, torch.device("cpu"))
     with pytest.raises(ValueError, match=r"reads columns.a, but the data loader yields no 'col"):
-        state.set_batch({"domain_ids": torch.zeros(1, 2, dtype=torch.int64)})
-    state.set_batch({"columns.a": torch.tensor([[1.0, 3.0]]), "columns.b": torch.ones(1, 2)})
-    assert state._current.given.keys() == {"columns.a"}
-    address = state._current.given["columns.a"].data_ptr()
-    state.set_batch({"columns.a": torch.tensor([[1.0, 4.0]])})
-    assert state._current.given["columns.a"].data_ptr() == address
-    known = state._current.known(torch.ones(1, 2, dtype=torch.int64))
-    out = state.weigh({**known, "loss": torch.ones(1, 2)})
+        run.microbatches.set_batch({"domain_ids": torch.zeros(1, 2, dtype=torch.int64)})
+    run.microbatches.set_batch(
+        {"columns.a": torch.tensor([[1.0, 3.0]]), "columns.b": torch.ones(1, 2)}
+    )
+    assert run.microbatches._current.given.keys() == {"columns.a"}
+    address = run.microbatches._current.given["columns.a"].data_ptr()
+    run.microbatches.set_batch({"columns.a": torch.tensor([[1.0, 4.0]])})
+    assert run.microbatches._current.given["columns.a"].data_ptr() == address
+    known = run.microbatches._current.known(torch.ones(1, 2, dtype=torch.int64))
+    out = run.weigh({**known, "loss": torch.ones(1, 2)})
     torch.testing.assert_close(out.token, torch.tensor([[0.4, 1.6]]))
 
     fn = wt.build(wt.loads("excess_loss -> select(0.6)"))
-    state = RunState(fn, torch.device("cpu"), allow_changed_spec=False)
+    run = start(fn, torch.device("cpu"))
     with pytest.raises(ValueError, match=r"no 'columns.ref_loss'; .*or give a model: --weighting"):
-        state.set_batch({})
+        run.microbatches.set_batch({})
 
 
 @pytest.mark.processes

@@ -19,13 +19,14 @@ from titan_integration.loss.loss import WeightedChunkedLoss, WeightedCrossEntrop
 from titan_integration.observe.metrics import WeightedMetricsProcessor
 from titan_integration.observe.validation import DomainValidator
 from titan_integration.state.checkpoint import ResumingCheckpointManager
+from titan_integration.trainer.config import WeightingConfig
 from titan_integration.trainer.preflight import (
     build_tokenizer,
     read_spec,
     refuse_tokenizer,
     refuse_unsupported,
 )
-from titan_integration.trainer.trainer import WeightedTrainer, WeightingConfig
+from titan_integration.trainer.trainer import WeightedTrainer
 from weighting import registry
 from weighting.build import plan_of
 from weighting.language.find import find

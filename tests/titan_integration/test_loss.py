@@ -13,7 +13,7 @@ import titan_integration.host.cpu as on_cpu
 on_cpu.use_cpu()
 
 from titan_integration.loss.loss import WeightedChunkedLoss, WeightedCrossEntropyLoss  # noqa: E402
-from titan_integration.state.run_state import RunState  # noqa: E402
+from titan_integration.state.run import start  # noqa: E402
 from weighting.loss.cross_entropy import weighted_cross_entropy  # noqa: E402
 
 ROWS, LENGTH, WIDTH, VOCABULARY, IGNORED = 4, 6, 5, 11, -100
@@ -56,29 +56,29 @@ class Products(TorchDispatchMode):
 
 
 def example(text):
-    """Return a state at step 3 with its batch, hidden states, an output layer and labels."""
+    """Return a run at step 3 with its batch, hidden states, an output layer and labels."""
     g = torch.Generator().manual_seed(0)
     signals = tables.batch(ROWS, LENGTH, domains=tables.domains_of(text))
-    state = RunState(tables.built(text), torch.device("cpu"), allow_changed_spec=False)
-    state.begin_step(3)
+    run = start(tables.built(text), torch.device("cpu"))
+    run.begin_step(3)
     given = {name: getattr(signals, name) for name in ("domain_ids", "segment_ids", "ref_loss")}
     # Top-k entropies are the logits' own, whatever a batch says.
     columns = {k: v for k, v in signals.columns.items() if not k.startswith("topk_entropy")}
-    state.set_batch({**given, **{f"columns.{name}": x for name, x in columns.items()}})
+    run.microbatches.set_batch({**given, **{f"columns.{name}": x for name, x in columns.items()}})
     hidden = torch.randn(ROWS, LENGTH, WIDTH, generator=g, requires_grad=True)
     head = nn.Linear(WIDTH, VOCABULARY, bias=False)
     with torch.no_grad():
         head.weight.copy_(torch.randn(VOCABULARY, WIDTH, generator=g))
     labels = torch.randint(0, VOCABULARY, (ROWS, LENGTH), generator=g)
     labels = torch.where(signals.valid, labels, IGNORED)
-    return state, {**given, "columns": columns}, hidden, head, labels
+    return run, {**given, "columns": columns}, hidden, head, labels
 
 
-def chunked(state, head, memory="auto", chunks=3):
+def chunked(run, head, memory="auto", chunks=3):
     """Return the chunked loss, ready to be called."""
     loss = WeightedChunkedLoss.Config(num_chunks=chunks, memory=memory).build(compile_config=None)
     loss.set_lm_head(head)
-    loss.state = state
+    loss.bind(run)
     return loss
 
 
@@ -87,9 +87,9 @@ def chunked(state, head, memory="auto", chunks=3):
 def test_the_chunked_loss_is_the_core_s(name, memory):
     """Every shipped spec: loss and gradients are those of the core's loss over whole logits."""
     text = tables.SPEC_TEXTS[name]
-    state, given, hidden, head, labels = example(text)
+    run, given, hidden, head, labels = example(text)
     count = (labels != IGNORED).sum()
-    loss, _ = chunked(state, head, memory)(hidden, labels, count)
+    loss, _ = chunked(run, head, memory)(hidden, labels, count)
     loss.backward()
     grads = hidden.grad, head.weight.grad
     logits = F.linear(hidden, head.weight)
@@ -101,7 +101,7 @@ def test_the_chunked_loss_is_the_core_s(name, memory):
     ):
         assert_close(mine, other, rtol=2e-4, atol=2e-5)  # magnified by the spec's normalisation
 
-    found = state.statistics()
+    found = run.read_statistics()
     nll = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
     assert found["unweighted_loss"] == pytest.approx(nll.item(), rel=1e-5)
     assert found["weighted_loss"] == pytest.approx(expected.item(), rel=1e-4)
@@ -111,9 +111,9 @@ def test_the_chunked_loss_is_the_core_s(name, memory):
 @pytest.mark.parametrize("name", ["linupper-x-mile", "rho-1"])
 def test_the_loss_over_logits_is_the_core_s(name):
     """The loss for models that give logits: the same value and gradient."""
-    state, given, hidden, head, labels = example(tables.SPEC_TEXTS[name])
+    run, given, hidden, head, labels = example(tables.SPEC_TEXTS[name])
     loss_fn = WeightedCrossEntropyLoss.Config().build(compile_config=None)
-    loss_fn.state = state
+    loss_fn.bind(run)
     logits = head(hidden)
     loss, _ = loss_fn(logits, labels, (labels != IGNORED).sum())
     fn = tables.built(tables.SPEC_TEXTS[name])
@@ -129,8 +129,8 @@ def test_no_step_waits_for_the_device(name, memory, monkeypatch):
     """Forward and backward ask for no value: a captured graph could hold them."""
     # What looks at values on CPU alone, where it costs nothing: whether ids are in range.
     monkeypatch.setattr("weighting.contract.levels._ids", lambda ids, *_: ids.reshape(-1).long())
-    state, _, hidden, head, labels = example(tables.SPEC_TEXTS[name])
-    loss_fn, count = chunked(state, head, memory), (labels != IGNORED).sum()
+    run, _, hidden, head, labels = example(tables.SPEC_TEXTS[name])
+    loss_fn, count = chunked(run, head, memory), (labels != IGNORED).sum()
     with Census() as census:
         loss, _ = loss_fn(hidden, labels, count)
         loss.backward()
@@ -154,41 +154,39 @@ def test_as_many_matrix_products_as_said(name, memory, products):
 
     Of 40 tokens a selection of 60 % trains on 28: 24, and one more for each sequence.
     """
-    state = RunState(
-        tables.built(tables.SPEC_TEXTS[name]), torch.device("cpu"), allow_changed_spec=False
-    )
+    run = start(tables.built(tables.SPEC_TEXTS[name]), torch.device("cpu"))
     hidden = torch.randn(4, 10, WIDTH, requires_grad=True)
     head, labels = nn.Linear(WIDTH, VOCABULARY, bias=False), torch.randint(0, VOCABULARY, (4, 10))
-    state.set_batch({"ref_loss": torch.rand(4, 10)})
+    run.microbatches.set_batch({"ref_loss": torch.rand(4, 10)})
     with Products() as products_of:
-        chunked(state, head, memory, chunks=4)(hidden, labels, torch.tensor(40))[0].backward()
+        chunked(run, head, memory, chunks=4)(hidden, labels, torch.tensor(40))[0].backward()
     assert products_of.count / (40 * WIDTH * VOCABULARY) == pytest.approx(products)
 
 
 def test_state_and_statistics_stay_where_they_are():
     """Ten batches move the state and the statistics in tensors that are never replaced."""
     text = tables.SPEC_TEXTS["doremi-x-linupper-x-mile"]
-    state, given, hidden, head, labels = example(text)
-    loss_fn, count = chunked(state, head), (labels != IGNORED).sum()
+    run, given, hidden, head, labels = example(text)
+    loss_fn, count = chunked(run, head), (labels != IGNORED).sum()
     tensors = {
-        "step": state.step,
-        "moments": state.moments,
-        "shares": state._shares,
-        **state._current.given,
-        **dict(state.fn.named_buffers()),
+        "step": run.step,
+        "moments": run.statistics.moments,
+        "shares": run.statistics._shares,
+        **run.microbatches._current.given,
+        **dict(run.fn.named_buffers()),
     }
     places = {name: x.data_ptr() for name, x in tensors.items()}
     before = {name: x.clone() for name, x in tensors.items()}
     for step in range(4, 14):
-        state.begin_step(step)
-        state.set_batch({**given, "domain_ids": given["domain_ids"].roll(step)})
+        run.begin_step(step)
+        run.microbatches.set_batch({**given, "domain_ids": given["domain_ids"].roll(step)})
         loss_fn(hidden, labels, count)[0].backward()
     after = {
-        "step": state.step,
-        "moments": state.moments,
-        "shares": state._shares,
-        **state._current.given,
-        **dict(state.fn.named_buffers()),
+        "step": run.step,
+        "moments": run.statistics.moments,
+        "shares": run.statistics._shares,
+        **run.microbatches._current.given,
+        **dict(run.fn.named_buffers()),
     }
     assert {name: x.data_ptr() for name, x in after.items()} == places
     moved = {name for name, x in after.items() if not torch.equal(x, before[name])}
@@ -204,13 +202,13 @@ def test_an_output_layer_of_its_own_kind_is_called_as_it_is():
             return 2 * super().forward(x)
 
     text = tables.SPEC_TEXTS["mile"]
-    state, _, hidden, head, labels = example(text)
+    run, _, hidden, head, labels = example(text)
     doubled = Doubled(WIDTH, VOCABULARY, bias=False)
     doubled.load_state_dict(head.state_dict())
     count = (labels != IGNORED).sum()
     with pytest.raises(ValueError, match=r"Doubled, .* set --loss.memory full"):
-        chunked(state, doubled)(hidden, labels, count)
-    loss, _ = chunked(state, doubled, "full")(hidden, labels, count)
+        chunked(run, doubled)(hidden, labels, count)
+    loss, _ = chunked(run, doubled, "full")(hidden, labels, count)
     logits = 2 * F.linear(hidden, head.weight)
     expected, _ = weighted_cross_entropy(logits, labels, tables.built(text), step=3)
     assert_close(loss, expected, rtol=2e-5, atol=1e-6)
@@ -220,11 +218,11 @@ def test_an_output_layer_of_its_own_kind_is_called_as_it_is():
 @pytest.mark.parametrize("memory", ["auto", "late", "keep", "recompute", "full"])
 def test_a_label_outside_the_vocabulary_is_refused(memory, name):
     """In training, in validation, and over logits; its row and column are told."""
-    state, _, hidden, head, labels = example(tables.SPEC_TEXTS[name])
+    run, _, hidden, head, labels = example(tables.SPEC_TEXTS[name])
     labels[2, 4], count = VOCABULARY + 1, torch.tensor(1)
-    loss, logits = chunked(state, head, memory), head(hidden)
+    loss, logits = chunked(run, head, memory), head(hidden)
     whole = WeightedCrossEntropyLoss.Config().build(compile_config=None)
-    whole.state = state
+    whole.bind(run)
     for call in (
         lambda: loss(hidden, labels, count),
         lambda: loss(hidden.detach(), labels, count),
@@ -241,10 +239,10 @@ def test_a_label_outside_the_vocabulary_is_refused(memory, name):
 @pytest.mark.parametrize("memory", ["auto", "late", "keep", "recompute", "full"])
 def test_int32_labels_train_alike(memory, name):
     """Over hidden states and over logits the loss is that of int64."""
-    state, _, hidden, head, labels = example(tables.SPEC_TEXTS[name])
-    loss, count, logits = chunked(state, head, memory), torch.tensor(20), head(hidden)
+    run, _, hidden, head, labels = example(tables.SPEC_TEXTS[name])
+    loss, count, logits = chunked(run, head, memory), torch.tensor(20), head(hidden)
     whole = WeightedCrossEntropyLoss.Config().build(compile_config=None)
-    whole.state = state
+    whole.bind(run)
     for each, pred in ((loss, hidden), (loss, hidden.detach()), (whole, logits)):
         assert torch.equal(each(pred, labels.int(), count)[0], each(pred, labels, count)[0])
     assert loss.token_losses(hidden, labels.int(), head).shape == labels.shape

@@ -11,7 +11,8 @@ import weighting as wt
 from titan_integration.commands import run_queue as series
 from titan_integration.observe import metrics
 from titan_integration.observe.metrics import set_aside, table
-from titan_integration.state.run_state import RunState
+from titan_integration.observe.run_json import about
+from titan_integration.state.run import start
 from weighting.runs.files import read_lines
 
 
@@ -26,10 +27,10 @@ def line(step, **more):
     return {"step": step, **found, "pipeline/capped_frac": 0.25, **more}
 
 
-def state_of(spec):
-    """Return the run state of a spec on one rank."""
+def run_of(spec):
+    """Return the run of a spec on one rank."""
     fn = wt.build(wt.loads(spec))
-    return RunState(fn, torch.device("cpu"), allow_changed_spec=False)
+    return start(fn, torch.device("cpu"))
 
 
 def test_the_last_line_of_a_step_counts_and_a_torn_one_is_left_out(tmp_path):
@@ -71,14 +72,14 @@ def test_an_earlier_file_is_kept_under_the_first_free_name(tmp_path):
 
 def test_statistics_add_up_over_microbatches():
     """The statistics of a step are those of its microbatches taken together."""
-    state = state_of("normalize -> temperature(1) -> clamp(1.2/n)")
-    state.begin_step(1)
+    run = run_of("normalize -> temperature(1) -> clamp(1.2/n)")
+    run.begin_step(1)
     seen = []
     for seed in (0, 1):
         loss = torch.rand(4, 8, generator=torch.Generator().manual_seed(seed))
-        seen.append(state.weigh({"loss": loss}).token)
-        state.add_losses(loss.mean() / 2, loss.mean())
-    found = state.statistics()
+        seen.append(run.weigh({"loss": loss}).token)
+        run.statistics.add_losses(loss.mean() / 2, loss.mean())
+    found = run.read_statistics()
     assert found["weighted_loss"] == pytest.approx(2 * found["unweighted_loss"])
 
     tokens = torch.cat(seen)
@@ -89,33 +90,33 @@ def test_statistics_add_up_over_microbatches():
     capped = (tokens[:, 0] >= 1.2 * (1 - 1e-5)).float().mean().item()
     assert found["pipeline/capped_frac"] == pytest.approx(capped)
     assert capped > 0
-    state.begin_step(2)
-    assert state.statistics()["weight/max"] == 0
+    run.begin_step(2)
+    assert run.read_statistics()["weight/max"] == 0
 
 
 def test_batches_of_one_sequence_are_noted_at_the_first_log_step_only():
     """What the spec compares came alone in every batch: that is worth one sentence."""
     alone, together = torch.rand(1, 3), torch.rand(2, 3)
     for batches, noted in (([alone, alone], 1), ([alone, together], 0), ([together], 0)):
-        state = state_of("normalize -> temperature(1)")
-        state.begin_step(1)
-        assert state.warnings is None
+        run = run_of("normalize -> temperature(1)")
+        run.begin_step(1)
+        assert run.statistics.warnings is None
         for loss in batches:
-            state.weigh({"loss": loss})
-        state.statistics()
-        assert len(state.warnings) == noted
-        state.weigh({"loss": alone})
-        state.statistics()
-        assert len(state.warnings) == noted
-    assert "every batch so far had only one" in str(state_of_one_sequence().warnings)
+            run.weigh({"loss": loss})
+        run.read_statistics()
+        assert len(run.statistics.warnings) == noted
+        run.weigh({"loss": alone})
+        run.read_statistics()
+        assert len(run.statistics.warnings) == noted
+    assert "every batch so far had only one" in str(run_of_one_sequence().statistics.warnings)
 
 
-def state_of_one_sequence():
-    """Return the run state after a log step whose batch had one sequence."""
-    state = state_of("normalize -> temperature(1)")
-    state.weigh({"loss": torch.rand(1, 3)})
-    state.statistics()
-    return state
+def run_of_one_sequence():
+    """Return the run after a log step whose batch had one sequence."""
+    run = run_of("normalize -> temperature(1)")
+    run.weigh({"loss": torch.rand(1, 3)})
+    run.read_statistics()
+    return run
 
 
 @pytest.mark.parametrize("pipeline", ["table(a=2, b=1) -> mean_one", "mean(domain) -> mean_one"])
@@ -123,28 +124,28 @@ def state_of_one_sequence():
 def test_batches_of_one_domain_are_noted(pipeline, ids):
     """A table's weight is scaled away in them, and a domain alone has none to be compared with."""
     fn = wt.build(wt.loads(pipeline), domains=["a", "b"])
-    state = RunState(fn, torch.device("cpu"), allow_changed_spec=False)
+    run = start(fn, torch.device("cpu"))
     known = {"domain_ids": torch.tensor(ids), "valid": torch.ones(2, 2, dtype=torch.bool)}
-    token = state.weigh({"loss": torch.rand(2, 2), **known}).token
-    state.add_by_domain(torch.rand(2, 2), token, known)
-    state.statistics()
+    token = run.weigh({"loss": torch.rand(2, 2), **known}).token
+    run.statistics.add_by_domain(torch.rand(2, 2), token, known)
+    run.read_statistics()
     one = torch.tensor(ids).sum() == 0
-    assert len(state.warnings) == one
+    assert len(run.statistics.warnings) == one
     assert torch.equal(token, torch.ones(2, 2)) == one
 
 
 def test_a_bad_signal_is_reported_at_the_next_log_step_only():
     """NaN passes through the loss without a word and is an error when statistics are read."""
-    state = state_of("mean(sequence) -> temperature(1)")
+    run = run_of("mean(sequence) -> temperature(1)")
     loss = torch.ones(2, 3)
     loss[1, 1] = torch.nan
     for step in (1, 2):
-        state.begin_step(step)
-        out = state.weigh({"loss": loss if step == 1 else torch.ones(2, 3)})
+        run.begin_step(step)
+        out = run.weigh({"loss": loss if step == 1 else torch.ones(2, 3)})
         assert out.token.isfinite().all()
     with pytest.raises(wt.NonFiniteSignalError, match="3 tokens had a NaN or infinite signal"):
-        state.statistics()
-    assert state.statistics()["weight/nonfinite_frac"] == 0, "reported once"
+        run.read_statistics()
+    assert run.read_statistics()["weight/nonfinite_frac"] == 0, "reported once"
 
 
 class CountingFile(io.FileIO):
@@ -190,7 +191,7 @@ def test_what_is_not_finite_is_null(tmp_path):
     assert "Infinity" not in path.read_text()
     assert math.isnan(read_lines(path)[0]["unweighted_loss"])
     assert "     3      nan" in metrics.table(read_lines(path))
-    text = metrics.about(tmp_path / "run.json", {"config": {"a": math.inf}}, {"step": 1})
+    text = about(tmp_path / "run.json", {"config": {"a": math.inf}}, {"step": 1})
     assert json.loads(text)["config"] == {"a": None}
 
 

@@ -24,7 +24,8 @@ from torchtitan.components.checkpointer.dcp import AsyncMode
 
 import weighting as wt
 from titan_integration.state import checkpoint as resume
-from titan_integration.state.run_state import RunState
+from titan_integration.state.run import start
+from titan_integration.state.saved_weighting import SavedWeighting
 
 SPEC = """
 version: 1
@@ -328,9 +329,9 @@ def test_the_state_of_another_data_loader_is_refused(there, here, reason, tmp_pa
 
 
 def state_of(spec, domains=(), *, allow=False):
-    """Return the state of a run with a spec in arrow text."""
+    """Return what a run with a spec in arrow text saves."""
     fn = wt.build(wt.loads(spec), domains=domains)
-    return RunState(fn, torch.device("cpu"), allow_changed_spec=allow)
+    return SavedWeighting(start(fn, torch.device("cpu")), allow_changed_spec=allow)
 
 
 @pytest.mark.usefixtures("group")
@@ -338,17 +339,17 @@ def state_of(spec, domains=(), *, allow=False):
 def test_another_spec_starts_afresh_when_allowed(history, tmp_path):
     """Neither a memory of another shape nor one of the same is taken over; all else is loaded."""
     old = state_of("rank(history=64) -> pow(3) -> bernoulli")
-    for value in old.fn.state_dict().values():
+    for value in old._run.fn.state_dict().values():
         value.fill_(7)
     folder = checkpoint(tmp_path / "step-2", weighting=old, **host_parts())
     new = state_of(f"rank(history={history}) -> pow(2) -> bernoulli", allow=True)
-    fresh = {key: value.clone() for key, value in new.fn.state_dict().items()}
+    fresh = {key: value.clone() for key, value in new._run.fn.state_dict().items()}
     weight = torch.zeros(1000)
     state = {"layer.weight": weight, "weighting": new}
     manager().dcp_load(state, str(folder), from_hf=False, from_quantized=False)
 
     assert torch.equal(weight, torch.arange(1000.0))
-    assert all(torch.equal(value, fresh[key]) for key, value in new.fn.state_dict().items())
+    assert all(torch.equal(value, fresh[key]) for key, value in new._run.fn.state_dict().items())
 
 
 def test_a_hash_that_differs_alone_is_called_damage():
@@ -393,7 +394,7 @@ def test_weights_of_domains_that_cannot_be_are_refused(value, tmp_path):
     spec = "mean(domain) -> exponentiated"
     old = state_of(spec, ("code", "docs", "web"))
     name = "pipeline__2_exponentiated__average"
-    old.fn.get_buffer(name).fill_(value)
+    old._run.fn.get_buffer(name).fill_(value)
     folder = checkpoint(tmp_path / "step-2", weighting=old, **host_parts())
     shown = rf"{name} is \[{value:g}, {value:g}, {value:g}\] and must be "
     flags = r"--checkpoint.load_step N; .* --checkpoint.exclude_from_loading weighting"

@@ -48,7 +48,7 @@ def main() -> None:
             step += 1
             trainer.step = step
             trainer.train_step(batches)
-            weights = trainer.state.statistics()
+            weights = trainer.run.read_statistics()
             largest.append(weights["weight/max"])
             smallest.append(weights["weight/min"])
         found[name] = {"losses": [*losses], "max": max(largest), "min": min(smallest)}

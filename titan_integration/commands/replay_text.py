@@ -25,7 +25,8 @@ import weighting as wt
 from titan_integration.data.identity import differences
 from titan_integration.data.loader import EMBEDDED, DomainTextDataLoader, load_documents, scaled
 from titan_integration.data.packing import Cut, PackedRows
-from titan_integration.observe.metrics import ABOUT, FOLDER
+from titan_integration.observe.metrics import FOLDER
+from titan_integration.observe.run_json import FILE as ABOUT
 from weighting.build.domains import proportions
 from weighting.cli.common import give_up
 from weighting.cli.replay import report

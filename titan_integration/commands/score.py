@@ -41,6 +41,7 @@ from titan_integration.data.loader import DomainTextDataLoader
 from titan_integration.data.packing import Cut
 from titan_integration.host import cpu, versions
 from titan_integration.host.together import fail_together
+from titan_integration.host.user_errors import exit_on_user_error
 from titan_integration.loss.loss import (
     WeightedChunkedLoss,
     WeightedCrossEntropyLoss,
@@ -49,7 +50,6 @@ from titan_integration.loss.loss import (
 from titan_integration.loss.reference_model import build_reference, find_checkpoint, token_losses
 from titan_integration.loss.vocab_parallel import signals
 from titan_integration.trainer.preflight import build_tokenizer
-from titan_integration.trainer.trainer import exit_on_user_error
 from weighting.errors import printable
 
 if TYPE_CHECKING:

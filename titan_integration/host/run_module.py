@@ -28,7 +28,7 @@ def main() -> None:
     except ValueError:
         if "RANK" not in os.environ:
             raise
-        from titan_integration.trainer.trainer import exit_on_user_error  # noqa: PLC0415 - takes seconds
+        from titan_integration.host.user_errors import exit_on_user_error  # noqa: PLC0415 - takes seconds
 
         with exit_on_user_error():
             raise

@@ -19,11 +19,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
+from weighting.build.domains import live_weights, send_feedback
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from torch import Tensor, nn
     from torch.distributed.tensor import DeviceMesh, Placement
+
+    from weighting import Weighting
 
 Layout = tuple["DeviceMesh", tuple["Placement", ...]] | None
 """How a gradient is cut over ranks; None if it is whole."""
@@ -122,6 +126,28 @@ class DomainGradients:
             whole = found if whole is None else whole + found
         assert whole is not None, "a model has parameters"
         return whole
+
+
+def weigh_gradients(fn: Weighting, step: Tensor, products: Tensor) -> Tensor:
+    """Send the weighting how the gradients of domains compare; return the domains' weights.
+
+    Args:
+        fn: A weighting that listens to gradients.
+        step: Optimizer step, 0-D.
+        products: Inner products of the gradients, [K, K].
+
+    Returns:
+        Weights that sum to one, [K].
+    """
+    send_feedback(fn, "gradients", products, step)
+    live = live_weights(fn, step)
+    listening = [
+        live[name]
+        for name, steps in fn.plan.factors.items()
+        if any(step.stage.listens_to == "gradients" for step in steps)
+    ]
+    product = torch.stack(listening).prod(0)
+    return product / product.sum()
 
 
 def _local(parameter: nn.Parameter) -> Tensor:

@@ -25,6 +25,7 @@ from titan_integration.loss.vocab_parallel import (
     size_of,
     slice_of,
 )
+from titan_integration.state.microbatches import When
 from weighting.loss.cross_entropy import weighted_sum
 from weighting.loss.linear import Batch, Head, Memory, Path, Sizes, begin, late_bound, path_of
 from weighting.loss.logits import check_labels
@@ -34,7 +35,8 @@ if TYPE_CHECKING:
 
     from torchtitan.config import CompileConfig
 
-    from titan_integration.state.run_state import Part, RunState
+    from titan_integration.state.microbatches import Microbatch
+    from titan_integration.state.run import Run
 
 Outcome = tuple[Tensor, dict[str, Tensor]]
 
@@ -46,8 +48,11 @@ class WeightedCrossEntropyLoss(CrossEntropyLoss):
     class Config(CrossEntropyLoss.Config):
         """The host's fields."""
 
-    state: RunState | None = None
-    """Set by the trainer before the first step."""
+    _run: Run | None = None
+
+    def bind(self, run: Run) -> None:
+        """Weigh the calls that train by a run's weighting from now on."""
+        self._run = run
 
     @override
     def __call__(
@@ -59,8 +64,8 @@ class WeightedCrossEntropyLoss(CrossEntropyLoss):
     ) -> Outcome:
         """Return the loss of logits for labels [B, L]; weighted when training."""
         del kwargs
-        call = _call(self.state, pred, labels, global_valid_tokens)
-        if call is not None and not call.state.fn.plan.identity:
+        call = _call(self._run, pred, labels, global_valid_tokens)
+        if call is not None and not call.run.fn.plan.identity:
             return _from_logits(pred, self.global_vocab_size, call), {}
         check_labels(plain(labels), size_of(pred, self.global_vocab_size))
         outcome = super().__call__(pred, labels.long(), global_valid_tokens)
@@ -85,14 +90,17 @@ class WeightedChunkedLoss(ChunkedLossWrapper):
         output layer as it is, on all tokens at once. auto: late or keep, whichever needs less
         memory, if that is at most a sixteenth of the device's; recompute otherwise."""
 
-    state: RunState | None = None
-    """Set by the trainer before the first step."""
+    _run: Run | None = None
 
     def __init__(self, config: Config, *, compile_config: CompileConfig | None = None) -> None:
         """Build the inner loss, which validation uses."""
         super().__init__(config, compile_config=compile_config)
         self.memory = config.memory
         self._path: Path | None = None
+
+    def bind(self, run: Run) -> None:
+        """Weigh the calls that train by a run's weighting from now on."""
+        self._run, self._path = run, None
 
     @override
     def __call__(
@@ -105,11 +113,11 @@ class WeightedChunkedLoss(ChunkedLossWrapper):
         """Return the loss of hidden states for labels [B, L]; weighted when training."""
         assert self.lm_head is not None, "the trainer sets lm_head"
         self._check(labels, self.lm_head)
-        call = _call(self.state, pred, labels, global_valid_tokens)
+        call = _call(self._run, pred, labels, global_valid_tokens)
         if call is None:
             loss_inputs.pop("positions", None)
             return super().__call__(pred, labels.long(), global_valid_tokens, **loss_inputs)
-        if call.state.fn.plan.identity and self.memory == "auto":
+        if call.run.fn.plan.identity and self.memory == "auto":
             return call.record_plain(*super().__call__(pred, labels.long(), global_valid_tokens))
         if self.memory == "full":
             return _from_logits(self.lm_head(pred), self._vocab_size, call), {}
@@ -118,9 +126,9 @@ class WeightedChunkedLoss(ChunkedLossWrapper):
                 plain(labels).long(),
                 head,
                 self._path_for(call, head),
-                call.state.fn.needs,
-                call.state.local_part,
-                call.part.known(plain(labels)),
+                call.run.fn.needs,
+                call.run.local_part,
+                call.microbatch.known(plain(labels)),
                 1 / plain(call.global_valid_tokens),
             )
             hidden = plain(pred, partial=head.cut is not None).to(head.weight.dtype)
@@ -180,22 +188,22 @@ class WeightedChunkedLoss(ChunkedLossWrapper):
 
     def _path_for(self, call: _Call, head: Head) -> Path:
         """Return the way through the output layer, chosen at the first batch and said once."""
-        labels, state = plain(call.labels), call.state
+        labels, run = plain(call.labels), call.run
         sizes = Sizes.of(labels, head.weight)
         chunk = -(-sizes.tokens // self.num_chunks)
-        if state.ahead:  # signals are all that is wanted
+        if call.microbatch.when is When.LOOKAHEAD:  # signals are all that is wanted
             return Path("recompute", 1, chunk, None, 0)
-        if call.part.token is not None:  # weights known token by token
+        if call.microbatch.token is not None:  # weights known token by token
             return Path("late", 1, chunk, None, 0)
         if self._path is None:
-            parts = state.calls if call.waits else 1
+            parts = run.microbatches.calls if call.waits else 1
             self._path = path_of(
-                state.fn.plan,
+                run.fn.plan,
                 sizes,
                 self.memory,
                 chunks=self.num_chunks,
                 parts=parts,
-                collectives=state.fn.collectives,
+                collectives=run.fn.collectives,
             )
             logger.info(f"Weighted loss: {self._path}")
         return self._path
@@ -203,71 +211,73 @@ class WeightedChunkedLoss(ChunkedLossWrapper):
 
 @dataclass(frozen=True)
 class _Call:
-    """A call of the loss that trains, and the part of a batch it is about."""
+    """A call of the loss that trains or is looked at ahead, and what it is about."""
 
-    state: RunState
-    part: Part
+    run: Run
+    microbatch: Microbatch
     labels: Tensor
     global_valid_tokens: Tensor
 
     @property
     def waits(self) -> bool:
         """Whether its weights come with those of calls yet to be made."""
-        return self.state.together and not self.state.ahead and self.part.token is None
+        return self.microbatch.when is When.DEFERRED and self.microbatch.token is None
 
     def weigh(self, found: dict[str, Tensor]) -> Tensor:
         """Return the weight of each token, given the signals the predictions tell."""
         if self.waits:
-            self.state.weigh_noted()
-        token, known = self.part.token, self.part.known(plain(self.labels))
+            self.run.weigh_noted()
+        token, known = self.microbatch.token, self.microbatch.known(plain(self.labels))
         if token is None:
-            token = self.state.weigh({**found, **known}).token
+            token = self.run.weigh({**found, **known}).token
         losses = found["loss"].sum(), weighted_sum(found["loss"], token)
         count = plain(self.global_valid_tokens)
-        self.state.add_losses(losses[0] / count, losses[1] / count)
-        self.state.add_by_domain(found["loss"], token, known)
+        self.run.statistics.add_losses(losses[0] / count, losses[1] / count)
+        self.run.statistics.add_by_domain(found["loss"], token, known)
         self._record({**found, **known}, token)
         return token
 
     def note(self, found: dict[str, Tensor]) -> None:
         """Keep the signals until the others of its batch are there."""
-        self.state.note(self.part, {**found, **self.part.known(plain(self.labels))})
+        known = self.microbatch.known(plain(self.labels))
+        self.run.microbatches.note(self.microbatch, {**found, **known})
 
     def record_plain(self, loss: Tensor, metrics: dict[str, Tensor]) -> Outcome:
         """Note the statistics of a batch whose weights are one by construction."""
         labels = plain(self.labels)
-        nothing, known = torch.zeros_like(labels, dtype=torch.float32), self.part.known(labels)
-        token = self.state.weigh({**known, "loss": nothing}).token
-        self.state.add_by_domain(None, token, known)
+        known = self.microbatch.known(labels)
+        nothing = torch.zeros_like(labels, dtype=torch.float32)
+        token = self.run.weigh({**known, "loss": nothing}).token
+        self.run.statistics.add_by_domain(None, token, known)
         self._record(known, token)
-        self.state.add_losses(plain(loss), plain(loss))
+        self.run.statistics.add_losses(plain(loss), plain(loss))
         return loss, metrics
 
     def _record(self, signals: dict[str, Tensor], token: Tensor) -> None:
-        """Note each sequence's signals and weight, if that was asked for."""
-        if self.state.recorder is not None:
-            assert self.part.number is not None, "set_batch numbers the calls"
-            self.state.recorder.add(self.part.number, signals, token)
+        """Show the call to the observer, if there is one."""
+        if self.run.observer is not None:
+            assert self.microbatch.number is not None, "set_batch numbers the calls"
+            self.run.observer.add(self.microbatch.number, signals, token)
 
 
 def _call(
-    state: RunState | None, pred: Tensor, labels: Tensor, global_valid_tokens: Tensor | None
+    run: Run | None, pred: Tensor, labels: Tensor, global_valid_tokens: Tensor | None
 ) -> _Call | None:
-    """Return what a call is about, or None if it does not train."""
-    if state is None or (not pred.requires_grad and not state.ahead):
+    """Return what a call is about, or None if it neither trains nor is looked at ahead."""
+    microbatch = None if run is None else run.microbatches.of(labels)
+    if run is None or microbatch is None:
         return None
-    part = state.part(labels)
-    if part is None:
+    if not pred.requires_grad and microbatch.when is not When.LOOKAHEAD:
         return None
     if global_valid_tokens is None:
         global_valid_tokens = torch.ones((), device=pred.device)
-    return _Call(state, part, labels, global_valid_tokens)
+    return _Call(run, microbatch, labels, global_valid_tokens)
 
 
 def _from_logits(logits: Tensor, vocab_size: int | None, call: _Call) -> Tensor:
     """Return the weighted loss of full logits."""
-    nll, found = losses_with_gradient(logits, call.labels, vocab_size, call.state.fn.needs)
-    if call.state.ahead:
+    nll, found = losses_with_gradient(logits, call.labels, vocab_size, call.run.fn.needs)
+    if call.microbatch.when is When.LOOKAHEAD:
         call.note(found)
         return nll.new_zeros(())
     assert not call.waits, "refused at the start"

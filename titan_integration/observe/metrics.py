@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,16 +13,16 @@ from torchtitan.tools.logging import logger
 from typing_extensions import override
 
 from titan_integration.host.run_dir import writing
+from titan_integration.observe.mixture import mixtures
 from weighting.runs.files import json_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from titan_integration.state.run_state import RunState
-    from weighting.contract import Collectives
+    from titan_integration.state.run import Run
 
-FOLDER, FILE, ABOUT = "weighting", "metrics.jsonl", "run.json"
-"""Where a run's JSON lines are, below its dump folder, and beside them what the run is."""
+FOLDER, FILE = "weighting", "metrics.jsonl"
+"""Where a run's JSON lines are, below its dump folder."""
 
 
 class WeightedMetricsProcessor(MetricsProcessor):
@@ -38,12 +37,17 @@ class WeightedMetricsProcessor(MetricsProcessor):
     class Config(MetricsProcessor.Config):
         """The host's fields."""
 
-    state: RunState | None = None
-    """Set by the trainer before the first step."""
-    collectives: Collectives | None = None
-    """Reaches the ranks whose statistics add up."""
-    dump_folder: str = ""
-    """Set by the trainer as well; the JSON lines go below it."""
+    _run: Run | None = None
+    _dump_folder: Path = Path()
+
+    def bind(self, run: Run, dump_folder: str) -> None:
+        """Log a run's statistics from now on, and keep them as JSON lines below its folder."""
+        self._run, self._dump_folder = run, Path(dump_folder)
+
+    def keep(self, name: str, line: Mapping[str, Any]) -> None:
+        """Append a line to a file of the run's, on the first rank."""
+        if dist.get_rank() == 0:
+            append_line(self._dump_folder / FOLDER / name, line)
 
     @override
     def log(
@@ -57,26 +61,29 @@ class WeightedMetricsProcessor(MetricsProcessor):
         """Log a step; called on all ranks.
 
         Raises:
-            NonFiniteSignalError: As `RunState.statistics`.
+            NonFiniteSignalError: As `StepStatistics.read`.
         """
-        assert self.state is not None, "the trainer sets the state"
-        first = self.state.warnings is None
-        found = self.state.statistics(self.collectives)
+        run = self._run
+        assert run is not None, "the trainer binds the run"
+        first = run.statistics.warnings is None
+        found = run.read_statistics()
+        for kind, shares in mixtures(run).items():
+            found |= {f"domain/{name}/{kind}": share for name, share in shares.items()}
         tokens, since = self.ntokens_since_last_log, self.time_last_log
         named = {f"weighting/{name}": value for name, value in found.items()}
         extra = {**(extra_metrics or {}), **named}
         super().log(step, global_avg_loss, global_max_loss, grad_norm, extra)
         seconds = max(self.time_last_log - since, 1e-9)
-        name, plain = self.state.fn.spec.name, found["unweighted_loss"]
+        name, plain = run.fn.spec.name, found["unweighted_loss"]
         logger.info(
             f"weights: {name}  unweighted loss: {plain:8.5f}  max: {found['weight/max']:.3f}  "
             f"ess: {found['weight/ess_frac']:.3f}  capped: {capped(found):.3f}"
         )
         if dist.get_rank() == 0:
-            for warning in (first and self.state.warnings) or ():
+            for warning in (first and run.statistics.warnings) or ():
                 logger.warning(warning)
-            line = {"step": step, **found, "grad_norm": grad_norm, "tps": tokens / seconds}
-            append_line(Path(self.dump_folder) / FOLDER / FILE, line)
+        line = {"step": step, **found, "grad_norm": grad_norm, "tps": tokens / seconds}
+        self.keep(FILE, line)
 
 
 def capped(found: dict[str, float]) -> float:
@@ -134,25 +141,6 @@ def _cut_torn_line(file: IO[bytes]) -> None:
 
 _BLOCK = 1 << 16
 """Bytes read at once of a torn line."""
-
-
-def about(path: Path, facts: Mapping[str, Any], start: Mapping[str, Any]) -> str:
-    """Return what `run.json` says from a start on: the first one's facts, and all starts.
-
-    A start at step 1, a run's first, sets the file of another aside.
-
-    Args:
-        path: The file; nothing is written to it.
-        facts: What the run is, if this is its first start.
-        start: When, where and at which `step` it began.
-    """
-    before: dict[str, Any] = {}
-    if path.exists() and start["step"] == 1:
-        set_aside(path)
-    elif path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
-    told = {**(before or facts), "starts": [*before.get("starts", []), start]}
-    return json_text(told, indent=1, default=repr, skipkeys=True) + "\n"
 
 
 def set_aside(path: Path) -> Path:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
+
 from titan_integration.host.run_dir import writing
+from weighting.build.domains import average_weights, live_weights, proportions
 from weighting.mixture import mixture_text
 from weighting.runs.files import write_whole
 
@@ -12,10 +16,37 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from titan_integration.state.run import Run
     from weighting import Spec
 
 FILE = "mixture.yaml"
 """Its name, below the dump folder, beside the metrics."""
+
+
+def mixtures(run: Run) -> dict[str, dict[str, float]]:
+    """Return proportions of the domains, each summing to one, by what they are.
+
+    Every rank of a pipeline must call it.
+
+    Returns:
+        `mixture`, where the weights of domains move: as they stand; `average`: their average over
+        the run, where it is kept; `drawn`: what data is drawn by, if by anything.
+    """
+    fn, found = run.fn, dict[str, Tensor]()
+    if not fn.domains:
+        return {}
+    if live := live_weights(fn, run.step):
+        found["mixture"] = torch.stack([*live.values()]).prod(0)
+    if live and live.keys() == (averages := average_weights(fn)).keys():
+        found["average"] = torch.stack([*averages.values()]).prod(0)
+    if fn.plan.sampling:
+        found["drawn"] = proportions(fn, run.step)
+    named: dict[str, dict[str, float]] = {}
+    for kind, x in found.items():
+        known = run.from_last(x)
+        shares = (known / known.sum()).tolist()
+        named[kind] = dict(zip(fn.domains, shares, strict=True))
+    return named
 
 
 def write_mixture(
@@ -30,7 +61,7 @@ def write_mixture(
     Args:
         path: The file.
         spec: What weighed the run.
-        found: Shares of the domains, as `RunState.mixtures`, `mixture` among them.
+        found: Shares of the domains, as `mixtures` returns, `mixture` among them.
         steps: How many steps were trained.
         provenance: What else to say of the run, by what it is.
     """

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-import torch.distributed as dist
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.validate import Validator
 from torchtitan.tools.logging import logger, warn_once
@@ -15,7 +13,7 @@ from typing_extensions import override
 
 from titan_integration.collectives import OverRanks
 from titan_integration.loss.vocab_parallel import plain
-from titan_integration.observe.metrics import FOLDER, WeightedMetricsProcessor, append_line
+from titan_integration.observe.metrics import WeightedMetricsProcessor
 from weighting.build.domains import send_feedback
 from weighting.errors import printable
 
@@ -27,7 +25,7 @@ if TYPE_CHECKING:
     from torchtitan.models.common.decoder import Decoder
 
     from titan_integration.loss.loss import WeightedChunkedLoss, WeightedCrossEntropyLoss
-    from titan_integration.state.run_state import RunState
+    from titan_integration.state.run import Run
 
 FILE = "validation.jsonl"
 """The lines of the validations, beside those of the training steps."""
@@ -56,11 +54,15 @@ class DomainValidator(Validator):
             schedule._loss_fn = self._noting(schedule._loss_fn)  # noqa: SLF001
         self._loader = _KeepsLoader(self.dl_config)
         self.dl_config = cast("Any", self._loader)
-        self.state: RunState | None = None
+        self._run: Run | None = None
         self._lm_head: nn.Module | None = None
         self._sums: Tensor | None = None
         self._ids: dict[Tensor, Tensor] = {}
         """The domains of the batches whose loss is yet to come, by their labels."""
+
+    def bind(self, run: Run) -> None:
+        """Send a run's weighting what validations find, if it listens."""
+        self._run = run
 
     @override
     def post_dataloading_process(
@@ -128,30 +130,29 @@ class DomainValidator(Validator):
         domains = cast("Any", self._loader.built).domains
         found = summarize(domains, sums)
         logger.info(f"validate step: {step:2}  by domain\n{table(domains, found)}")
-        self._tell(sums, step)
+        self._send(sums, step)
         processor.logger.log({f"validation_metrics/{k}": v for k, v in found.items()}, step)
-        if dist.get_rank() == 0:
-            losses, tokens = sums.sum(1).tolist()
-            line = {"step": step, "loss": losses / tokens, **found}
-            append_line(Path(processor.dump_folder) / FOLDER / FILE, line)
+        losses, tokens = sums.sum(1).tolist()
+        processor.keep(FILE, {"step": step, "loss": losses / tokens, **found})
 
-    def _tell(self, sums: Tensor, step: int) -> None:
-        """Tell a weighting that listens the loss of every domain of the training data.
+    def _send(self, sums: Tensor, step: int) -> None:
+        """Send a weighting that listens the loss of every domain of the training data.
 
         Raises:
             ValueError: The validation text has other domains.
         """
-        if self.state is None or "validation" not in self.state.fn.plan.listens_to:
+        fn = None if self._run is None else self._run.fn
+        if fn is None or "validation" not in fn.plan.listens_to:
             return
-        there, here = cast("Any", self._loader.built).domains, self.state.fn.domains
+        there, here = cast("Any", self._loader.built).domains, fn.domains
         if there != here:
             msg = (
-                f"{self.state.fn.spec.name} follows the validation loss of every domain; the "
+                f"{fn.spec.name} follows the validation loss of every domain; the "
                 f"validation text has {', '.join(there)}, the training text {', '.join(here)}. "
                 "Name them alike: --dataloader.domains and --validator.dataloader.domains"
             )
             raise ValueError(msg)
-        send_feedback(self.state.fn, "validation", (sums[0] / sums[1]).float(), step)
+        send_feedback(fn, "validation", (sums[0] / sums[1]).float(), step)
 
 
 def add_tokens(sums: Tensor, losses: Tensor, labels: Tensor, domain_ids: Tensor) -> None:

@@ -38,7 +38,7 @@ from titan_integration.host.checkpoints import (
 )
 from titan_integration.host.run_dir import writing
 from titan_integration.state.checksums import IntactReader, cause_of, why
-from titan_integration.state.run_state import RECORD, RunState
+from titan_integration.state.saved_weighting import RECORD, SavedWeighting
 from weighting.errors import printable
 
 if TYPE_CHECKING:
@@ -48,6 +48,8 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
     from torch.distributed.checkpoint.stateful import Stateful
     from torchtitan.components.checkpointer.dcp import AsyncMode
+
+    from titan_integration.state.run import Run
 
 T = TypeVar("T")
 
@@ -72,6 +74,11 @@ class ResumingCheckpointManager(CheckpointManager):
         """The host's fields."""
 
     initial_load_path: str | None = None
+    _run: Run | None = None
+
+    def bind(self, run: Run) -> None:
+        """Let a run's observer write what a checkpoint is past, before each is saved."""
+        self._run = run
 
     @override
     def _load(self, step: int = -1) -> bool:
@@ -174,6 +181,8 @@ class ResumingCheckpointManager(CheckpointManager):
         Raises:
             ValueError: It cannot be written.
         """
+        if self._run is not None:  # what a checkpoint is past is not observed again
+            self._run.flush()
         if dist.get_rank() == 0 and not filesystem.is_remote(checkpoint_id):
             (Path(checkpoint_id) / METADATA).unlink(missing_ok=True)
         with _saving(checkpoint_id):
@@ -314,7 +323,7 @@ def _check_data(loader: Stateful, folder: Path, saved: Mapping[str, Any]) -> Non
     raise ValueError(msg)
 
 
-def _has_weighting(state: RunState, folder: Path, saved: Mapping[str, Any]) -> bool:
+def _has_weighting(state: SavedWeighting, folder: Path, saved: Mapping[str, Any]) -> bool:
     """Tell whether a checkpoint has a weighting's state to load; warns if it starts afresh."""
     record = {key: "" for key in RECORD if f"{WEIGHTING}.{key}" in saved}
     if "spec_hash" not in record:

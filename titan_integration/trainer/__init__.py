@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from titan_integration.trainer.plug_in import with_weighting as with_weighting
     from titan_integration.trainer.trainer import WeightedTrainer as WeightedTrainer
-    from titan_integration.trainer.trainer import with_weighting as with_weighting
 
 __all__ = ["WeightedTrainer", "with_weighting"]
+_ROOMS = {"WeightedTrainer": "trainer", "with_weighting": "plug_in"}
 
 
 def __getattr__(name: str) -> object:
     """Import the trainer when it is asked for, as it imports torchtitan."""
-    if name not in __all__:
+    if name not in _ROOMS:
         msg = f"module {__name__!r} has no attribute {name!r}"
         raise AttributeError(msg)
-    from titan_integration.trainer import trainer  # noqa: PLC0415 - lazily, as said above
-
-    return getattr(trainer, name)
+    return getattr(import_module(f"{__name__}.{_ROOMS[name]}"), name)

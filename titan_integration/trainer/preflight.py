@@ -15,8 +15,8 @@ from torchtitan.tools.logging import logger
 import weighting as wt
 from titan_integration.data.loader import DomainTextDataLoader, keep_open
 from titan_integration.data.records import REF_LOSS
+from titan_integration.data.signals import data_columns, short_contexts
 from titan_integration.loss.reference_model import average_decay, find_checkpoint
-from titan_integration.state.run_state import data_columns, short_contexts
 from weighting.build.compared import domains_compared
 from weighting.errors import printable
 from weighting.language.plugins import imported
