@@ -84,6 +84,11 @@ EXTRA_SPECS = {
     "tokens": (
         "pipeline: loss -> normalize -> abs -> temperature(0.5) -> clamp(1.5) -> floor(0.5/n)"
     ),
+    "late start": (
+        "start: 3\nfactors:\n"
+        "  instance: normalize -> temperature(0.5)\n"
+        "  token: entropy(1) -> token_scale"
+    ),
     "running": "scope: running\npipeline: normalize -> temperature(0.5) -> clamp(2/n)",
     "both": (
         "factors:\n"

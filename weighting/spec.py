@@ -22,6 +22,8 @@ SINGLE = "pipeline"
 """The name of the only factor of a spec written with `pipeline:`."""
 MAX_FACTORS = 100
 """Of a spec."""
+MAX_STEP = 2**53
+"""Of a spec's start: every reader of YAML and JSON takes such a number as it is."""
 TOO_MANY_FACTORS = f"a spec has at most {MAX_FACTORS} factors, and this one more; leave some out"
 
 
@@ -59,6 +61,8 @@ class Spec(BaseModel):
             `loss` multiplies the loss; `sampling` draws training data in proportion to them and
             leaves the loss alone; `both` multiplies the loss by weight / proportion drawn, so that
             their product is the weight, and draws by it unless another factor says `sampling`.
+        start: The optimizer step from which tokens are weighed.  Before it every token weighs one,
+            as in plain training; what stages remember moves, and data is drawn, as ever.
         plugins: Modules that register further stages.
     """
 
@@ -71,6 +75,7 @@ class Spec(BaseModel):
     scope: Literal["rank", "microbatch", "step", "running"] = "microbatch"
     on_nonfinite: Literal["error", "drop"] = "error"
     apply: Apply | dict[str, Apply] = "loss"
+    start: int = Field(default=1, ge=1, le=MAX_STEP, strict=True)
     plugins: tuple[str, ...] = ()
     _marks: Marks = PrivateAttr(default_factory=lambda: Marks(Source("", ""), {}))
 
@@ -124,7 +129,7 @@ class Spec(BaseModel):
 def dumps(spec: Spec, spelling: Spelling = "arrow") -> str:
     """Write a spec as YAML, its pipelines as arrow text or as YAML lists; `loads` gives it back."""
     data: dict[str, Any] = {"version": spec.version}
-    for name in ("name", "plugins", *CHOICES, "apply"):
+    for name in ("name", "plugins", *CHOICES, "apply", "start"):
         value = getattr(spec, name)
         if value != Spec.model_fields[name].default:
             data[name] = list(value) if isinstance(value, tuple) else value

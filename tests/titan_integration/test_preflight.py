@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from torchtitan.components.checkpointer import CheckpointManager
 from torchtitan.trainer import Trainer
 
 from titan_integration.config_registry import llama3_debugmodel
@@ -69,6 +70,12 @@ def global_batch(config):
     config.training.global_batch_size = 6
 
 
+def foreign_checkpoints(config):
+    """Record, and save checkpoints by the host's own manager."""
+    config.weighting.record = "every=10"
+    config.checkpoint = CheckpointManager.Config(enable=True)
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
@@ -82,6 +89,7 @@ def global_batch(config):
         (validate(dataset_path="nowhere.jsonl"), "nowhere.jsonl: no such file or directory"),
         (validate(split="train", text_column="body"), "no column 'body'"),
         (lambda config: setattr(config, "hf_assets_path", "nowhere"), "--hf_assets_path nowhere"),
+        (foreign_checkpoints, "make yours a subclass of titan_integration.state.checkpoint"),
         (global_batch, "takes a microbatch of each of the 2 domains"),
     ],
     ids=[
@@ -95,6 +103,7 @@ def global_batch(config):
         "missing validation file",
         "validation column",
         "missing tokenizer",
+        "a record beside checkpoints of another manager",
         "global batch",
     ],
 )

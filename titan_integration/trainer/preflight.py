@@ -17,6 +17,7 @@ from titan_integration.data.loader import DomainTextDataLoader, keep_open
 from titan_integration.data.records import REF_LOSS
 from titan_integration.data.signals import data_columns, short_contexts
 from titan_integration.loss.reference_model import average_decay, find_checkpoint
+from titan_integration.state.checkpoint import ResumingCheckpointManager
 from weighting.build.compared import domains_compared
 from weighting.errors import printable
 from weighting.language.plugins import imported
@@ -79,6 +80,14 @@ def refuse_unsupported(config: WeightedConfig, plan: Plan) -> None:
         raise ValueError(msg)
     if "gradients" in plan.listens_to:
         _refuse_gradients(config, plan)
+    own = isinstance(config.checkpoint, ResumingCheckpointManager.Config)
+    if config.weighting.record and config.checkpoint.enable and not own:
+        msg = (
+            f"--weighting.record writes what a checkpoint is past when that is saved, which "
+            f"{type(config.checkpoint).__qualname__} does not tell it; make yours a subclass of "
+            "titan_integration.state.checkpoint.ResumingCheckpointManager, or leave record out"
+        )
+        raise ValueError(msg)
     if config.parallelism.context_parallel_degree > 1:
         _refuse_uneven_rows(config)
     if "validation" in plan.listens_to and not config.validator.enable:

@@ -34,6 +34,13 @@ def order_problems(spec: Spec) -> list[Problem]:
                 "leave scope out, or pool to sequences"
             )
             problems.append(Problem(message, spec.place(factor, len(pipeline) - 1)))
+        for index, stage in enumerate(pipeline):
+            if spec.start > 1 and stage.listens_to == "gradients":
+                message = (
+                    f"{stage.name} weighs the gradients of domains, which start: does not turn "
+                    "off; leave start out"
+                )
+                problems.append(Problem(message, spec.place(factor, index)))
     return problems or target_problems(spec)
 
 

@@ -99,6 +99,8 @@ class Plan:
         bounds no rank's share.
         """
         ranks = collectives or Alone()
+        if self.spec.start > 1:
+            return 1.0
         fractions = [1.0]
         for steps in self.factors.values():
             stage, level = steps[-1].stage, steps[-1].level
@@ -120,6 +122,8 @@ class Plan:
             f"reads {', '.join(sorted(self.needs)) or 'nothing'}",
             f"token-local: {', '.join(self.token_local) or 'none'}; deferred: {deferred}",
         ]
+        if self.spec.start > 1:
+            lines.append(f"every token weighs one before step {self.spec.start:,}")
         if self.listens_to:
             lines.append(f"listens to {', '.join(sorted(self.listens_to))}")
         if self.identity:

@@ -137,6 +137,7 @@ class Weighting(nn.Module):
                 token, runs, units = self._combine(signals, flat, runs)
                 compared |= {name: units for name in self.compares if name not in runs}
             ok = torch.stack([run.ok for run in runs.values()]).all(0)
+            token = self._from_start(token, ok, step)
             rows = [
                 moments(run.unit, run.valid, flat.valid & ~run.ok, run.cap) for run in runs.values()
             ]
@@ -168,8 +169,16 @@ class Weighting(nn.Module):
         product, step = sound.float(), torch.as_tensor(step, device=loss.device)
         with torch.no_grad(), torch.autocast(loss.device.type, enabled=False):
             for name in self.plan.token_local:
-                product = product * self._floored(name, self._run_local(name, flat, step))
+                run = self._run_local(name, flat, step)
+                product, sound = product * self._floored(name, run), sound & run.ok
+            product = self._from_start(product, sound, step)
         return product.reshape(loss.shape)
+
+    def _from_start(self, token: Tensor, ok: Tensor, step: Tensor) -> Tensor:
+        """Return the weights; before the spec's first step, one for every token that counts."""
+        if self.spec.start == 1:
+            return token
+        return torch.where(step < self.spec.start, ok.float(), token)
 
     def state_of(self, factor: str, index: int) -> dict[str, Tensor]:
         """Return what a step of a factor remembers, in the buffers themselves."""

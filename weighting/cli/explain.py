@@ -140,6 +140,8 @@ def _ending(spec: Spec, plan: Plan) -> Iterator[str]:
     else:
         yield f"final: {product},"
         yield "  scaled to mean one over the valid tokens of the scope"
+    if spec.start > 1:
+        yield f"before step {spec.start:,} every token weighs one (start)"
     unit = spec.reduction.removesuffix("_mean")
     yield f"reduction: {spec.reduction}, every {unit} counts alike before weighting"
     action = {

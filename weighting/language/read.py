@@ -16,6 +16,7 @@ from weighting.registry import stages
 from weighting.spec import (
     CHOICES,
     MAX_FACTORS,
+    MAX_STEP,
     SINGLE,
     TOO_MANY_FACTORS,
     Apply,
@@ -100,7 +101,7 @@ def resolve(text: str, *, allow_plugins: bool = False) -> Spec:
 
 _MOST_BYTES = 4 * yaml_nodes.MAX_CHARACTERS
 """A character of UTF-8 takes no more than four."""
-_KEYS = ("version", "name", SINGLE, "factors", "plugins", "apply", *CHOICES)
+_KEYS = ("version", "name", SINGLE, "factors", "plugins", "apply", "start", *CHOICES)
 
 
 def _read(
@@ -123,6 +124,8 @@ def _read(
         options["plugins"] = import_plugins(
             source, entries["plugins"][1], problems, allow=allow_plugins
         )
+    if "start" in entries:
+        options["start"] = _start(source, entries["start"][1], problems)
     spans: dict[tuple[str, int], Span] = {}
     factors: dict[str, tuple[Stage, ...]] = {}
     for name, node in _pipelines(source, entries, problems):
@@ -183,6 +186,19 @@ def _option(source: Source, key: Scalar, node: Node, problems: list[Problem]) ->
     else:
         message = f"{key.value} is {' or '.join(allowed)}"
         message += nearest(value, allowed) if isinstance(value, str) else ""
+    problems.append(source.problem(message, node.span))
+    return None
+
+
+def _start(source: Source, node: Node, problems: list[Problem]) -> int | None:
+    """Return the first step that is weighed."""
+    value = node.value if isinstance(node, Scalar) else None
+    if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_STEP:
+        return value
+    message = (
+        "start is the first optimizer step that is weighed, a whole number from 1 on: "
+        "start: 1001 after a thousand steps of plain training"
+    )
     problems.append(source.problem(message, node.span))
     return None
 

@@ -70,7 +70,7 @@ def schema() -> Schema:
     }
 
 
-_OPTIONS = ("normalize", "reduction", "scope", "on_nonfinite", "apply")
+_OPTIONS = ("normalize", "reduction", "scope", "on_nonfinite", "apply", "start")
 _MODULE = {"type": "string", "pattern": r"^[^\W\d]\w*(\.[^\W\d]\w*)*$"}
 _VALUE = (
     r"""(\{[^{}]*\}|"[^"]*"|'[^']*'|[^\s(),={}"']+(\s*\(([^()]|\(([^()]|\([^()]*\))*\))*\))?)"""
