@@ -188,7 +188,6 @@ class PackedRows(IterableDataset[Batch]):
         """Yield this rank's batches; worker process ``w`` of ``n`` yields every ``n``-th one."""
         worker = get_worker_info()
         turn, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        lanes = self._own(self.num_shards)
         own = [set(self._own(shards)) for shards in self._shards]
         cursors = [
             [Cursor(*self.state[shard_key(shard)][pool]) for shard in range(shards)]
@@ -198,8 +197,11 @@ class PackedRows(IterableDataset[Batch]):
         encode = [functools.lru_cache(maxsize=2 * n)(self._whole) for n in self._shards]
         order = functools.lru_cache(maxsize=8 * len(self._shards))(self._order)
         row = self.state["row"]
+        # Kept from batch to batch, as most cursors stand still; a list that was given away stays.
+        moved = {lane: self._of_lane(cursors, lane) for lane in self._own(self.num_shards)}
         for batch in itertools.count():
             mine: list[list[Piece]] = []
+            touched: set[tuple[int, int]] = set()
             pools, number = self.pools.of_batch(row, self._global_batch)
             for i, pool in enumerate(pools):
                 shard = (number + i) % self._shards[pool]
@@ -208,17 +210,18 @@ class PackedRows(IterableDataset[Batch]):
                 packed, cursors[pool][shard] = self._pack(
                     pool, shard, cursors[pool][shard], encode[pool], order
                 )
+                touched.add((pool, shard))
                 if packed is None:  # for whichever rank: all of them stop here
                     return
                 if 0 <= i - self._first_row < self._local_batch:
                     mine.append(packed)
             row += self._global_batch
+            moved = {
+                lane: self._moved(entry, lane, touched, cursors) for lane, entry in moved.items()
+            }
             if batch % workers == turn:
-                moved = {
-                    shard_key(lane): [list(of_pool[lane % len(of_pool)]) for of_pool in cursors]
-                    for lane in lanes
-                }
-                yield *batch_of(mine, self._documents.columns), {"row": row, **moved}
+                state = {shard_key(lane): entry for lane, entry in moved.items()}
+                yield *batch_of(mine, self._documents.columns), {"row": row, **state}
 
     def check_size(self, where: str) -> None:
         """Check that there is text for one row, or, if finite, for one batch of all ranks.
@@ -250,6 +253,27 @@ class PackedRows(IterableDataset[Batch]):
                     "from it; add text to it, or set --dataloader.rows mixed"
                 )
                 raise ValueError(msg)
+
+    @staticmethod
+    def _of_lane(cursors: list[list[Cursor]], lane: int) -> list[list[int]]:
+        """Return where the shard of a lane is in every pool."""
+        return [[*of_pool[lane % len(of_pool)]] for of_pool in cursors]
+
+    def _moved(
+        self,
+        entry: list[list[int]],
+        lane: int,
+        touched: set[tuple[int, int]],
+        cursors: list[list[Cursor]],
+    ) -> list[list[int]]:
+        """Return the entry of a lane, a new one if the cursor of one of its shards has moved."""
+        here = [(pool, shard) for pool, shard in touched if lane % self._shards[pool] == shard]
+        if not here:
+            return entry
+        entry = [*entry]
+        for pool, shard in here:
+            entry[pool] = [*cursors[pool][shard]]
+        return entry
 
     def _own(self, num_shards: int) -> list[int]:
         # Steps move a rank's rows by the global batch, so modulo this number they never move.

@@ -8,6 +8,7 @@ import torch
 
 from weighting.build.compared import one_unit, tables_compared
 from weighting.build.statistics import MOMENTS, raise_if_nonfinite, summarize
+from weighting.contract.levels import sum_by
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -80,9 +81,9 @@ class StepStatistics:
         valid = known["valid"]
         losses = torch.zeros_like(token) if losses is None else losses.detach().float()
         rows = torch.stack([valid.float(), torch.where(valid, losses, 0), token]).flatten(1)
-        domains = torch.arange(len(self._fn.domains), device=rows.device)
-        members = known["domain_ids"].reshape(-1, 1) == domains
-        self._by_domain += torch.where(valid.flatten(), rows, 0) @ members.float()
+        ids = torch.where(valid, known["domain_ids"], 0).flatten()
+        counted = torch.where(valid.flatten(), rows, 0)
+        self._by_domain += sum_by(ids, len(self._fn.domains), counted)
 
     @property
     def weighted_share(self) -> Tensor:

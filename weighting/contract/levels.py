@@ -41,8 +41,8 @@ class Groups:
         """Return the sum of x [..., T] over the tokens of each unit, [..., U]."""
         if self.row:
             part = x.unflatten(-1, (self.size, self.row)).sum(-1)
-        elif self.level == "domain":  # few units: a product sums in a fixed order on any device
-            part = x @ self._members().to(x.dtype)
+        elif self.level == "domain":
+            part = sum_by(self.ids, self.size, x)
         else:
             part = x.new_zeros(*x.shape[:-1], self.size).index_add(-1, self.ids, x)
         return self.collectives.sum(part)
@@ -51,8 +51,6 @@ class Groups:
         """Return the maximum of x [T] over the tokens of each unit, [U]; -inf for empty ones."""
         if self.row:
             part = x.unflatten(-1, (self.size, self.row)).amax(-1)
-        elif self.level == "domain":
-            part = torch.where(self._members(), x[:, None], -torch.inf).amax(0)
         else:
             empty = x.new_full((self.size,), -torch.inf)
             part = empty.scatter_reduce(0, self.ids, x, "amax")
@@ -67,9 +65,6 @@ class Groups:
     def counting(self, of: Tensor) -> CountingGroups:
         """Return the same groups, whose first sum takes rows of its own with it, [R, T]."""
         return CountingGroups(self.level, self.ids, self.size, self.row, self.collectives, of)
-
-    def _members(self) -> Tensor:
-        return self.ids[:, None] == torch.arange(self.size, device=self.ids.device)
 
 
 @dataclass(frozen=True)
@@ -138,6 +133,33 @@ def group(
         ids = ids % length
     rows_of = torch.arange(rows, device=ids.device).repeat_interleave(ids.numel() // rows)
     return Groups(level, ids + rows_of * length, rows * length, 0, parts)
+
+
+def sum_by(ids: Tensor, size: int, x: Tensor) -> Tensor:
+    """Return the sum of x [..., T] over the tokens of each id, [..., size], in a fixed order.
+
+    Few ids are a product with their members.  Many would be a large matrix: tokens are sorted by
+    id and summed segment by segment, as adding where they stand has no fixed order on a device.
+    """
+    if size <= _FEW:
+        members = ids[:, None] == torch.arange(size, device=ids.device)
+        return x @ members.to(x.dtype)
+    if x.device.type == "cpu":
+        return x.new_zeros(*x.shape[:-1], size).index_add(-1, ids, x)
+    return _segment_sum(ids, size, x)
+
+
+def _segment_sum(ids: Tensor, size: int, x: Tensor) -> Tensor:
+    order = ids.argsort(stable=True)
+    lengths = torch.zeros(size, dtype=torch.int64, device=ids.device)
+    lengths = lengths.scatter_add(0, ids, torch.ones_like(ids))
+    rows = x.reshape(-1, x.shape[-1])[:, order]
+    sums = torch.segment_reduce(rows.T.contiguous(), "sum", lengths=lengths, unsafe=True)
+    return sums.T.reshape(*x.shape[:-1], size)
+
+
+_FEW = 128
+"""Ids up to which a product is faster than sorting."""
 
 
 def documents(positions: Tensor) -> Tensor:

@@ -66,12 +66,19 @@ class Scope:
     def kth_largest(self, x: Tensor, k: Tensor) -> Tensor:
         """Return the k-th largest of x [U] over valid units, exactly; the smallest if k is more.
 
-        The order of float32 numbers is that of their bits read as integers, so the answer is
-        found digit by digit, by counting: static shapes, and only sums leave the rank.
+        NaN if there are none.
+
+        Where all units are here they are sorted.  Over ranks only sums leave a rank: the order of
+        float32 numbers is that of their bits read as integers, so the answer is found digit by
+        digit, by counting.  Shapes are static in both.
         """
+        count = self.count()
+        k = torch.minimum(k.to(torch.int64), count.to(torch.int64)).clamp(min=1)
+        if self._all_here:
+            found = self._kth_here(torch.where(self.valid, x.float(), -torch.inf), k)
+            return torch.where(count > 0, found, torch.nan)
         keys = _sortable(x)
         low = torch.full_like(k, -(2**31), dtype=torch.int64)
-        k = torch.minimum(k.to(torch.int64), self.count().to(torch.int64)).clamp(min=1)
         for shift in (26, 20, 14, 8, 4, 0):
             digits = 1 << (6 if shift >= 8 else 4)  # noqa: PLR2004 - 6+6+6+6+4+4 = 32 bits
             steps = torch.arange(digits, device=x.device) << shift
@@ -80,6 +87,16 @@ class Scope:
             reached = self.sum((keys >= against).float()) >= k
             low = low + ((reached.sum(0) - 1).clamp(min=0) << shift)
         return _from_sortable(low)
+
+    @property
+    def _all_here(self) -> bool:
+        """Whether no other rank holds units of a statistic."""
+        ranks = self.collectives
+        return ranks is None or ranks.size == ranks.parts.size == 1
+
+    def _kth_here(self, x: Tensor, k: Tensor) -> Tensor:
+        """Return the k-th largest of all of x [U]."""
+        return x.sort(descending=True).values.index_select(0, k.reshape(1) - 1).reshape(k.shape)
 
 
 @dataclass(frozen=True)
@@ -103,6 +120,25 @@ class ScopeWithin(Scope):
         tops = torch.stack([self.groups.broadcast(self.groups.max(row)) for row in rows])
         tops = torch.where(tops == -torch.inf, 0, tops)
         return tops if masked.dim() > 1 else tops[0]
+
+    @property
+    @override
+    def _all_here(self) -> bool:
+        """Whether each group is whole on this rank."""
+        assert self.groups is not None
+        ranks = self.groups.collectives
+        return ranks.size == ranks.parts.size == 1
+
+    @override
+    def _kth_here(self, x: Tensor, k: Tensor) -> Tensor:
+        """Return for each token the k-th largest of x [T] in its group, k that of the group."""
+        assert self.groups is not None
+        by_size = x.argsort(descending=True)
+        by_group = by_size[self.groups.ids[by_size].argsort(stable=True)]
+        sizes = torch.zeros(self.groups.size, dtype=torch.int64, device=x.device)
+        ends = sizes.index_add(0, self.groups.ids, torch.ones_like(self.groups.ids)).cumsum(0)
+        starts = torch.cat([ends.new_zeros(1), ends[:-1]])
+        return x[by_group[starts[self.groups.ids] + k - 1]]
 
 
 def _sortable(x: Tensor) -> Tensor:

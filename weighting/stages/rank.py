@@ -24,8 +24,8 @@ class Rank(Shape):
 
     y_i = #{j : x_j < x_i} / n
 
-    The history includes the batch at hand, newest first.  Scores are compared pair by pair, so
-    it works on sequences and domains only.
+    The history includes the batch at hand, newest first.  Only the units at hand are compared, so
+    it works on sequences and domains, which ranks bring together, and not on tokens.
 
     Source: Jiang et al. (2019), "Accelerating Deep Learning by Focusing on the Biggest Losers",
     arXiv:1910.00762 (the percentile, history of 1,024 losses).
@@ -69,5 +69,6 @@ class Rank(Shape):
         if self.history:
             others = scope.state["seen"]
             usable = torch.arange(self.history, device=x.device) < scope.state["count"]
-        lower = (others[None, :] < x[:, None]) & usable
-        return lower.sum(1) / usable.sum().clamp(min=1)
+        # Whatever does not count comes last, and is lower than nothing.
+        ordered = torch.where(usable, others, torch.inf).sort().values
+        return torch.searchsorted(ordered, x) / usable.sum().clamp(min=1)
