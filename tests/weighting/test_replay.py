@@ -10,7 +10,7 @@ import torch
 import weighting as wt
 from weighting.build import plan_of
 from weighting.cli import main
-from weighting.cli.replay import report
+from weighting.cli.replay_report import report
 from weighting.language.read import resolve
 from weighting.report.charts import number
 from weighting.runs.replay import (

@@ -25,7 +25,7 @@ from titan_integration.data.records import Columns, domain_of, numbers_of, read_
 from titan_integration.data.records import text_of as check_text
 from titan_integration.observe.metrics import FILE, FOLDER
 from weighting.build import plan_of
-from weighting.cli.explain import explanation
+from weighting.cli.explanation import explanation
 from weighting.errors import printable
 from weighting.language.read import resolve
 from weighting.mixture import with_mixture

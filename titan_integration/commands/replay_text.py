@@ -28,7 +28,7 @@ from titan_integration.data.packing import Cut, PackedRows
 from titan_integration.observe.metrics import ABOUT, FOLDER
 from weighting.build.domains import proportions
 from weighting.cli.common import give_up
-from weighting.cli.replay import report
+from weighting.cli.replay_report import report
 from weighting.contract.levels import documents
 from weighting.runs.replay import read_record
 

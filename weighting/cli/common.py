@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 from click.shell_completion import CompletionItem
 
-from weighting.build import plan_of
 from weighting.errors import SpecError, printable
 from weighting.language.find import shipped
-from weighting.language.read import resolve
+from weighting.language.open import open_argument
+from weighting.language.words import is_stage
 from weighting.runs.loss_files import LAST_STEP
-from weighting.spec import Spec
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -41,7 +40,11 @@ def read(argument: str, *, plugins: bool) -> tuple[Spec, Plan]:
     Raises:
         SpecError: It is wrong.
     """
-    spec = resolve(argument, allow_plugins=plugins)
+    document = open_argument(argument, is_stage)
+    from weighting.build import plan_of  # noqa: PLC0415 - imports torch, and there is a text now
+    from weighting.language.read import spec_of  # noqa: PLC0415
+
+    spec = spec_of(document, allow_plugins=plugins)
     return spec, plan_of(spec)
 
 

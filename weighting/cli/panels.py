@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from weighting.cli.simulate import Named
+    from weighting.cli.named import Named
     from weighting.runs.loss_files import Recorded
     from weighting.simulate import Changing
 

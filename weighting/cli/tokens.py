@@ -8,10 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from weighting.build import build
 from weighting.cli.common import allow_plugins, give_up, hand_over, read_or_exit
 from weighting.errors import SpecError
-from weighting.loss.logits import TOPK
 from weighting.runs.loss_files import LAST_STEP
 
 if TYPE_CHECKING:
@@ -73,6 +71,9 @@ def tokens(words: tuple[str, ...], *, allow_plugins: bool, **options: object) ->
 
 def refusal(spec: Spec, plan: Plan) -> str | None:
     """Return why a text and a model alone do not tell the weights of a spec, or None."""
+    from weighting.build import build  # noqa: PLC0415 - imports torch
+    from weighting.loss.logits import TOPK  # noqa: PLC0415
+
     lacking = sorted(x for x in plan.needs - _FROM_LOGITS if not x.startswith(TOPK))
     if {*plan.targets.values()} == {"sampling"}:
         return "it draws data and leaves the loss alone: every token of a text weighs one"

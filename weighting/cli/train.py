@@ -13,7 +13,6 @@ from weighting.cli.common import (
     specs_named,
 )
 from weighting.errors import SpecError
-from weighting.mixture import with_mixture
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
@@ -49,6 +48,8 @@ def train(
     """  # noqa: D301
     weighting, _ = read_or_exit(spec, plugins=allow_plugins)
     if mixture is not None:
+        from weighting.mixture import with_mixture  # noqa: PLC0415 - imports torch
+
         try:
             with_mixture(weighting, read_or_exit(mixture, plugins=allow_plugins)[0])
         except SpecError as error:
