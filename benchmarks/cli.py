@@ -40,6 +40,7 @@ def seconds(words: list[str], runs: int, folder: str, more: dict[str, str] | Non
     """Return the median CPU seconds, of user and system, that Python takes for some words."""
     taken = []
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(more or {})}
+    env.pop("PYTHONDONTWRITEBYTECODE", None)  # users have compiled files
     for _ in range(runs + 1):  # the first fills caches
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run(  # noqa: S603 - our own commands
