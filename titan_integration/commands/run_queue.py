@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 from weighting.runs.files import json_text, open_lock, read_line, write_whole
 
 if TYPE_CHECKING:
-    import argparse
-    from collections.abc import Callable, Collection, Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
     from pathlib import Path
+
+    from titan_integration.commands.train import HostOptions
 
 CHECKPOINTS, LOCK = "checkpoint", ".lock"
 """Where a run has its checkpoints, below its dump folder; what keeps two commands apart."""
@@ -30,26 +31,31 @@ _POLL, _PATIENCE = 0.5, 60.0
 
 
 def command(
-    args: argparse.Namespace, spec: str, folder: Path, steps: int, more: list[str]
+    options: HostOptions,
+    spec: str,
+    folder: Path,
+    steps: int,
+    more: Sequence[str],
+    *,
+    plugins: bool,
 ) -> list[str]:
     """Return what trains with a spec, or goes on where that was cut off.
 
     Args:
-        args: What the user gave: config, module, data, ranks, allow_plugins and flags; those flags
-            come last and win.
+        options: What the user gave; those flags come last and win.
         spec: What weighs.
         folder: The run's dump folder.
         steps: Optimizer steps in all.
         more: Further flags of torchtitan.
+        plugins: Whether the modules that specs name are imported.
     """
-    words = [sys.executable, "-P", "-m", "titan_integration.host.run_module"]
-    words += ["titan_integration.commands.train", "--spec", spec]
-    words += ["--config", args.config, "--module", args.module]
-    words += ["--data", args.data] if args.data else []
-    words += ["--ranks", str(args.ranks)] if args.ranks else []
-    words += ["--allow-plugins"] if args.allow_plugins else []
+    words = [sys.executable, "-P", "-m", "weighting", "train", spec]
+    words += ["--config", options.config, "--module", options.module]
+    words += ["--data", options.data] if options.data else []
+    words += ["--ranks", str(options.ranks)] if options.ranks else []
+    words += ["--allow-plugins"] if plugins else []
     flags = ["--dump_folder", str(folder), "--training.steps", str(steps), "--checkpoint.enable"]
-    return [*words, "--", *flags, *more, *args.flags]
+    return [*words, "--", *flags, *more, *options.flags]
 
 
 def begun(folder: Path) -> bool:

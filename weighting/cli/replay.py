@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from weighting.cli.common import allow_plugins, hand_over, specs_named
+from weighting.cli.common import allow_plugins, specs_named
+from weighting.cli.host import from_host
 
 
 @click.command("replay")
@@ -42,8 +43,7 @@ def replay_command(
       weighting replay outputs/linupper --spec "temperature(0.5)"
       weighting replay outputs/linupper --spec prop1 --text
     """  # noqa: D301
-    if text:
-        hand_over("replay_text", {"allow_plugins": allow_plugins}, [str(run), *specs, *more])
     from weighting.cli.replay_report import report  # noqa: PLC0415 - imports torch
 
-    report(run, [*specs, *more], plugins=allow_plugins)
+    texts = from_host("replay_text", "texts_of")(run, plugins=allow_plugins) if text else None
+    report(run, [*specs, *more], plugins=allow_plugins, texts=texts)

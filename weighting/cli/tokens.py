@@ -1,14 +1,14 @@
-"""`weighting tokens`: check the specs, then hand over to the torchtitan integration."""
+"""`weighting tokens`: weights of a text under a model, with the torchtitan integration."""
 
 from __future__ import annotations
 
-import json
 from itertools import takewhile
 from typing import TYPE_CHECKING
 
 import click
 
-from weighting.cli.common import allow_plugins, give_up, hand_over, read_or_exit
+from weighting.cli.common import allow_plugins, give_up, read_or_exit
+from weighting.cli.host import run_in_host
 from weighting.errors import SpecError
 from weighting.runs.loss_files import LAST_STEP
 
@@ -61,12 +61,14 @@ def tokens(words: tuple[str, ...], *, allow_plugins: bool, **options: object) ->
     specs = [*takewhile(lambda word: not word.startswith("-"), words)]
     if not 1 <= len(specs) <= _MOST:
         give_up(f"one to {_MOST} specs, before torchtitan's flags; there are {len(specs)}")
+    read: list[tuple[str, Spec]] = []
     for text in specs:
         spec, plan = read_or_exit(text, plugins=allow_plugins)
         if why := refusal(spec, plan):
             give_up(f"{text}: {why}")
-    options |= {"specs": json.dumps(specs), "allow_plugins": allow_plugins}
-    hand_over("tokens", options, words[len(specs) :])
+        read.append((text, spec))
+    options |= {"allow_plugins": allow_plugins, "flags": words[len(specs) :]}
+    run_in_host("tokens", specs=read, **options)
 
 
 def refusal(spec: Spec, plan: Plan) -> str | None:
