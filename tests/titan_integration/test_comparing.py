@@ -12,6 +12,8 @@ import time
 
 import click.testing
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
 from runs import ROOT, environment
 
 from titan_integration.commands import compare as comparing
@@ -347,6 +349,18 @@ def test_new_lines_are_read_once_and_a_new_file_from_its_start(tmp_path):
     assert next(found) == []
     path.write_text('{"step": 1}\n')
     assert next(found) == [{"step": 1}]
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_torn_checkpoint_is_not_the_last_one_saved(tmp_path):
+    """A run goes on from a whole checkpoint, and so that is what a comparison counts from."""
+    folder = tmp_path / "checkpoint"
+    assert series.last_saved(tmp_path) == -1
+    for step in (2, 10):
+        dcp.save({"x": torch.ones(64)}, checkpoint_id=folder / f"step-{step}")
+    assert series.last_saved(tmp_path) == 10
+    next((folder / "step-10").glob("*.distcp")).unlink()
+    assert series.last_saved(tmp_path) == 2
 
 
 def test_a_trainer_that_outlives_its_command_keeps_the_folder(tmp_path):

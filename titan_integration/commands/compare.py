@@ -7,13 +7,12 @@ is made; then one checkpoint of step 0 is, and the runs follow one by one.
 from __future__ import annotations
 
 import math
-import os
 import re
 import signal
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from titan_integration.commands import run_queue as series
 from titan_integration.commands import train as launch
@@ -22,7 +21,7 @@ from titan_integration.data.data_files import local_files, saved_dataset
 from titan_integration.data.records import Columns, domain_of, numbers_of, read_records
 from titan_integration.data.records import text_of as check_text
 from titan_integration.host.quiet import quiet
-from titan_integration.observe.metrics import FILE, FOLDER
+from titan_integration.host.run_dir import refuse_unwritable
 from weighting.build import plan_of
 from weighting.cli.explanation import explanation
 from weighting.errors import printable
@@ -31,6 +30,7 @@ from weighting.mixture import with_mixture
 from weighting.report.page import write_report
 from weighting.report.read import read_runs
 from weighting.runs.files import read_lines
+from weighting.runs.layout import CHECKPOINTS, FOLDER, METRICS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -151,8 +151,8 @@ def _compare(args: Options) -> None:
     runs = _runs(args)
     folder = Path(args.folder)
     out = Path(args.out or folder / REPORT)
-    _refuse_unwritable(folder / ORDERS, "--folder")
-    _refuse_unwritable(out, "--out")
+    refuse_unwritable(folder)
+    refuse_unwritable(out.parent)
     launch.check_config(args.module, args.config)
     steps = _preflight(args, runs)
     begun = [name for name in (SEED, *_names(runs)) if series.begun(folder / name)]
@@ -225,13 +225,6 @@ def _names(runs: Sequence[Run]) -> list[str]:
     return [run.name for run in runs]
 
 
-def _refuse_unwritable(path: Path, option: str) -> None:
-    above = next(parent for parent in path.absolute().parents if parent.exists())
-    if path.is_dir() or not above.is_dir() or not os.access(above, os.W_OK):
-        msg = f"{option}: {path} cannot be written; take another"
-        raise ValueError(msg)
-
-
 def _preflight(args: Options, runs: Sequence[Run]) -> int:
     """Have the host read the flags of all runs, and refuse what one of them would; return steps.
 
@@ -300,7 +293,7 @@ def _check_data(loader: DomainTextDataLoader.Config, name: str) -> None:
 # The runs -----------------------------------------------------------------------------------------
 
 
-def _train(args: Options, runs: Sequence[Run], steps: int, lock: int) -> None:
+def _train(args: Options, runs: Sequence[Run], steps: int, lock: IO[str]) -> None:
     """Train what is not trained yet.
 
     Raises:
@@ -317,7 +310,7 @@ def _train(args: Options, runs: Sequence[Run], steps: int, lock: int) -> None:
             one = replace(args, ranks=1, flags=flags)
             words = _words(one, "uniform", folder / SEED, steps, common)
             _run(args, SEED, words, lock, view)
-        first = folder / SEED / series.CHECKPOINTS / "step-0"
+        first = folder / SEED / CHECKPOINTS / "step-0"
         common += ["--checkpoint.initial_load_path", str(first.resolve())]
         common += ["--checkpoint.interval", str(max(steps // 10, 1))]
         for run, at in zip(runs, done, strict=True):
@@ -328,14 +321,14 @@ def _train(args: Options, runs: Sequence[Run], steps: int, lock: int) -> None:
             words = _words(args, run.text, folder / run.name, steps, more)
             view.begin(run.name, at)
             _run(args, run.name, words, lock, view)
-            view.end(read_lines(folder / run.name / FOLDER / FILE)[-1]["unweighted_loss"])
+            view.end(read_lines(folder / run.name / FOLDER / METRICS)[-1]["unweighted_loss"])
 
 
 def _words(args: Options, spec: str, folder: Path, steps: int, more: list[str]) -> list[str]:
     return series.command(args, spec, folder, steps, more, plugins=args.allow_plugins)
 
 
-def _run(args: Options, name: str, words: list[str], lock: int, view: View) -> None:
+def _run(args: Options, name: str, words: list[str], lock: IO[str], view: View) -> None:
     """Have a run write its log to its end, and show what it does.
 
     Raises:
@@ -344,7 +337,7 @@ def _run(args: Options, name: str, words: list[str], lock: int, view: View) -> N
     folder = Path(args.folder)
     log = folder / f"{name}.log"
     before = log.stat().st_size if log.exists() else 0
-    lines = series.new_lines(folder / name / FOLDER / FILE)
+    lines = series.new_lines(folder / name / FOLDER / METRICS)
     if status := series.logged(words, log, lock, lambda: view.look(next(lines))):
         with log.open(encoding="utf-8", errors="replace") as file:
             file.seek(before)

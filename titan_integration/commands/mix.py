@@ -7,7 +7,6 @@ is not made twice.
 
 from __future__ import annotations
 
-import os
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from titan_integration.commands import run_queue as series
 from titan_integration.commands import train as launch
-from titan_integration.observe.metrics import FOLDER
-from titan_integration.observe.mixture import FILE
+from titan_integration.host.run_dir import refuse_unwritable
 from weighting.build import plan_of
 from weighting.errors import printable
 from weighting.runs.files import write_whole
+from weighting.runs.layout import CHECKPOINTS, FOLDER, MIXTURE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -78,21 +77,19 @@ def main(**options: Any) -> int:  # noqa: ANN401 - those of `Options`
     if out.exists() and not args.overwrite:
         msg = f"{out} exists; take another --out, or --overwrite"
         raise ValueError(msg)
-    out.parent.mkdir(parents=True, exist_ok=True)  # what cannot be written is said first
-    if not os.access(out.parent, os.W_OK):
-        msg = f"{out.parent} cannot be written to; take another --out"
-        raise ValueError(msg)
+    refuse_unwritable(out.parent)
+    refuse_unwritable(folder)
     _keep_orders(folder, args)
     reference = args.reference
     if "ref_loss" in plan.needs and not reference:
-        reference = str(folder / REFERENCE / "checkpoint")
+        reference = str(folder / REFERENCE / CHECKPOINTS)
         steps = args.reference_steps or args.steps
-        last = folder / REFERENCE / "checkpoint" / f"step-{steps}" / ".metadata"
-        if code := _train(args, "uniform-domains", folder / REFERENCE, steps, [], done=last):
+        done = series.last_saved(folder / REFERENCE) == steps
+        if code := _train(args, "uniform-domains", folder / REFERENCE, steps, [], done=done):
             return code
     more = ["--weighting.reference", reference] if reference and reference != "column" else []
-    found = folder / PROXY / FOLDER / FILE
-    if code := _train(args, args.text, folder / PROXY, args.steps, more, done=found):
+    found = folder / PROXY / FOLDER / MIXTURE
+    if code := _train(args, args.text, folder / PROXY, args.steps, more, done=found.exists()):
         return code
     text = found.read_text(encoding="utf-8")
     write_whole(out, text.replace("--mixture FILE", f"--mixture {out}", 1))
@@ -117,10 +114,10 @@ def _keep_orders(folder: Path, args: Options) -> None:
 
 
 def _train(
-    args: Options, spec: str, folder: Path, steps: int, more: list[str], *, done: Path
+    args: Options, spec: str, folder: Path, steps: int, more: list[str], *, done: bool
 ) -> int:
     """Train with a spec unless what it leaves is there; a run that was cut off goes on."""
-    if done.exists():
+    if done:
         print(printable(f"{folder}: trained already"))  # noqa: T201 - progress
         return 0
     print(printable(f"{folder}: training {steps} steps with {spec}"), flush=True)  # noqa: T201

@@ -22,10 +22,11 @@ from titan_integration.data.identity import differences
 from titan_integration.data.loader import EMBEDDED, DomainTextDataLoader, load_documents, scaled
 from titan_integration.data.packing import Cut, PackedRows
 from titan_integration.host.quiet import quiet
-from titan_integration.observe.metrics import ABOUT, FOLDER
 from weighting.build.domains import proportions
 from weighting.cli.common import give_up
 from weighting.contract.levels import documents
+from weighting.runs.layout import FOLDER
+from weighting.runs.layout import RUN as ABOUT
 from weighting.runs.replay import read_record
 
 if TYPE_CHECKING:

@@ -227,12 +227,6 @@ def _check(args: Options) -> Path:
     """
     launch.check_config(args.module, args.config)
     out = Path(args.out)
-    if out.suffix != ".parquet":
-        msg = f"--out {out}: it is a Parquet file; give it a name that ends in .parquet"
-        raise ValueError(msg)
-    if not out.parent.is_dir():
-        msg = f"--out {out}: no folder {out.parent}; make it first"
-        raise ValueError(msg)
     if out.exists() and not args.overwrite:
         msg = f"--out {out}: exists already; choose another name, or pass --overwrite"
         raise ValueError(msg)

@@ -25,6 +25,7 @@ from torch.distributed.run import run as torchrun
 from titan_integration.host.run_dir import refuse_unwritable
 from weighting.errors import nearest, printable
 from weighting.runs.files import read_lines
+from weighting.runs.layout import FOLDER, METRICS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -228,8 +229,8 @@ def _unknown_config(module: str, config: str) -> str | None:
 
 
 def _report(folder: Path) -> None:
-    from titan_integration.observe.metrics import FILE, FOLDER, table  # noqa: PLC0415
+    from titan_integration.observe.metrics import table  # noqa: PLC0415 - takes seconds
 
-    path = folder / FOLDER / FILE
+    path = folder / FOLDER / METRICS
     if path.exists():
         print(f"\n{table(read_lines(path))}\n\nmetrics: {path}")  # noqa: T201 - the result

@@ -14,6 +14,7 @@ from torchtitan.tools.logging import logger
 from typing_extensions import override
 
 from titan_integration.host.run_dir import writing
+from weighting.runs import layout
 from weighting.runs.files import json_text
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from titan_integration.state.run_state import RunState
     from weighting.contract import Collectives
 
-FOLDER, FILE, ABOUT = "weighting", "metrics.jsonl", "run.json"
+FOLDER, FILE, ABOUT = layout.FOLDER, layout.METRICS, layout.RUN
 """Where a run's JSON lines are, below its dump folder, and beside them what the run is."""
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from titan_integration.host.run_dir import writing
 from weighting.mixture import mixture_text
+from weighting.runs import layout
 from weighting.runs.files import write_whole
 
 if TYPE_CHECKING:
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
     from weighting import Spec
 
-FILE = "mixture.yaml"
+FILE = layout.MIXTURE
 """Its name, below the dump folder, beside the metrics."""
 
 

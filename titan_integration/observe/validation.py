@@ -18,6 +18,7 @@ from titan_integration.loss.vocab_parallel import plain
 from titan_integration.observe.metrics import FOLDER, WeightedMetricsProcessor, append_line
 from weighting.build.domains import send_feedback
 from weighting.errors import printable
+from weighting.runs import layout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from titan_integration.loss.loss import WeightedChunkedLoss, WeightedCrossEntropyLoss
     from titan_integration.state.run_state import RunState
 
-FILE = "validation.jsonl"
+FILE = layout.VALIDATION
 """The lines of the validations, beside those of the training steps."""
 
 

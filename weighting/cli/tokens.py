@@ -9,6 +9,7 @@ import click
 
 from weighting.cli.common import allow_plugins, give_up, read_or_exit
 from weighting.cli.host import run_in_host
+from weighting.columns import plain_name
 from weighting.errors import SpecError
 from weighting.runs.loss_files import LAST_STEP
 
@@ -82,7 +83,7 @@ def refusal(spec: Spec, plan: Plan) -> str | None:
     if "ref_loss" in lacking:
         return "it reads the loss of a reference model; weights here are from one model alone"
     if lacking:
-        name = lacking[0].removeprefix("columns.")
+        name = plain_name(lacking[0])
         return f"it reads the column {name!r}, which a plain text does not have"
     if plan.listens_to:
         return "it is told between batches how training goes, and here nothing trains"
