@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from html import escape
 from pathlib import Path
 
-from titan_integration.commands.tokens import shaded_text
+from titan_integration.commands.tokens import Options, shaded_text
 from weighting.language.read import resolve
 from weighting.report.shading import Shaded, Token, reach, shade
 from weighting.spec import arrow_text
@@ -46,10 +46,16 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--config", default="llama3_debugmodel")
     parser.add_argument("--specs", nargs=2, default=["mile", "focal"])
-    parser.set_defaults(module="titan_integration", html=None, step=None, data=None)
-    parser.set_defaults(allow_plugins=False)
-    args, args.flags = parser.parse_known_args()
-    args.out.write_text(picture(shaded_text(args)), encoding="utf-8")
+    args, flags = parser.parse_known_args()
+    options = Options(
+        specs=[(text, resolve(text)) for text in args.specs],
+        checkpoint=args.checkpoint,
+        text=str(args.text),
+        module="titan_integration",
+        config=args.config,
+        flags=flags,
+    )
+    args.out.write_text(picture(shaded_text(options)), encoding="utf-8")
 
 
 def picture(shaded: Shaded) -> str:

@@ -17,6 +17,7 @@ FILES = sorted(ROOM.rglob("*.py"))
 FORBIDDEN = ("titan_integration", "torchtitan", "torch.distributed", "logging")
 STAGE_FILES = sorted(p for p in (ROOM / "stages").glob("*.py") if p.name != "__init__.py")
 BELOW_STAGES = {"contract", "registry", "schedules", "capped_simplex", "counter_rng", "errors"}
+BELOW_STAGES |= {"columns"}
 """Rooms of the core that stages may use."""
 BOTH = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
@@ -106,6 +107,22 @@ def test_the_functions_that_the_architecture_page_names_are_there():
 def test_yaml_is_read_in_one_room(path):
     """Yaml is imported in language/yaml_nodes.py alone, which does import it."""
     assert reaches(imports(path), "yaml") == (path == ROOM / "language" / "yaml_nodes.py")
+
+
+def test_names_of_run_files_and_of_columns_stand_in_one_place():
+    """No other file spells out what a run leaves, or how a column is named among the signals."""
+    # Of the shell, state and trainer still do so for columns.
+    spelt = {"columns.": "weighting.columns"}
+    names = ("metrics.jsonl", "validation.jsonl", "run.json", "mixture.yaml", "weighting/record")
+    spelt |= dict.fromkeys((*names, ".running"), "weighting.runs.layout")
+    elsewhere = ["titan_integration.state", "titan_integration.trainer"]
+    elsewhere += ["titan_integration.observe", "titan_integration.config_registry"]
+    for module, path in BOTH.items():
+        constants = {n.value for n in ast.walk(parsed(path)) if isinstance(n, ast.Constant)}
+        if not reaches({module}, "weighting") and any(reaches({module}, x) for x in elsewhere):
+            constants -= {"columns."}
+        found = [x for x in constants if isinstance(x, str) and spelt.get(x, module) != module]
+        assert found == [], module
 
 
 @each_file

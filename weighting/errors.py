@@ -131,12 +131,16 @@ Span = tuple[int, int]
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return '; did you mean ...?' for the closest known name, or what is known, or ''."""
     names = sorted(known)
-    close = get_close_matches(name.lower(), names, n=1, cutoff=0.6)
-    if close:
+    if close := closest(name.lower(), names, 1):
         return f"; did you mean {close[0]!r}?"
     if names and len(names) <= 12:  # noqa: PLR2004 - more would bury the message
         return f"; known: {', '.join(names)}"
     return ""
+
+
+def closest(name: str, known: Iterable[str], count: int) -> list[str]:
+    """Return the known names that are like a name, the closest first, so many at most."""
+    return get_close_matches(name, list(known), n=count, cutoff=0.6)
 
 
 def printable(text: str, keep: str = "") -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from functools import cache
+from importlib import import_module
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, TypeVar
 
@@ -51,7 +52,7 @@ def stage(name: str) -> Callable[[S], S]:
 
 
 def stages() -> Mapping[str, type[Stage]]:
-    """Return every registered stage by name, those of installed packages included.
+    """Return every registered stage by name, ours and those of installed packages included.
 
     A package brings stages by an entry point of the group `weighting.stages` whose value is a
     module; importing it registers them.  One that cannot be imported is warned of, not fatal.
@@ -62,6 +63,7 @@ def stages() -> Mapping[str, type[Stage]]:
 
 @cache
 def _load_installed() -> None:
+    import_module("weighting.stages")  # not at the top: each of them imports this module
     for point in entry_points(group="weighting.stages"):
         try:
             point.load()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from weighting.build import Weighting, Weights, build
 from weighting.build.statistics import MOMENTS, raise_if_nonfinite
+from weighting.columns import plain_name
 from weighting.language.read import resolve
 from weighting.loss.cross_entropy import signals_of
 from weighting.pipeline import has_cap, numbers
@@ -182,9 +183,7 @@ def columns_of(plan: Plan) -> dict[str, str]:
     """Return the column of a file for each signal that a spec reads."""
     units = {"segment_ids", "sequence_ids"}
     named = {"domain_ids": DOMAIN}
-    return {
-        name: named.get(name, name.removeprefix("columns.")) for name in sorted(plan.needs - units)
-    }
+    return {name: named.get(name, plain_name(name)) for name in sorted(plan.needs - units)}
 
 
 def missing(label: str, plan: Plan, losses: Recorded) -> str | None:

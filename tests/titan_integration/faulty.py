@@ -4,14 +4,13 @@ import functools
 import os
 import pkgutil
 import signal
-import sys
 import time
 
 from forked import start
 from runs import environment
 
-from titan_integration.commands import train as launch
 from titan_integration.data import tokenizer
+from weighting.cli import main
 
 FLAGS = [
     "--module=faulty",
@@ -96,7 +95,7 @@ def launched(log, words):
     """Be `weighting train` in a process of its own."""
     with log.open("w") as file:
         os.dup2(file.fileno(), 2)
-    sys.exit(launch.main(words))
+    main(["train", *words])
 
 
 def use_first(cache, meeting, number, *, die):

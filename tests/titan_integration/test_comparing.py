@@ -10,12 +10,17 @@ import subprocess
 import sys
 import time
 
+import click.testing
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
 from runs import ROOT, environment
 
 from titan_integration.commands import compare as comparing
 from titan_integration.commands import progress
 from titan_integration.commands import run_queue as series
+from weighting.cli import main
+from weighting.language.read import resolve
 
 SPECS = ("uniform", "group-dro")
 """The second keeps a state, which is to start afresh and to be resumed."""
@@ -144,7 +149,7 @@ def test_a_comparison_that_was_cut_off_goes_on(whole, tmp_path):
 
     process = started(tmp_path, 2)
     left = descendants(process.pid)
-    assert any("titan_integration.commands.train" in words for words in left.values())
+    assert any(" weighting train " in words for words in left.values())
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     out, err = process.communicate(timeout=300)
     assert process.returncode == 130, err
@@ -183,17 +188,16 @@ def alive(pid):
 # What is refused ----------------------------------------------------------------------------------
 
 
-def said(capsys, *arguments, specs=SPECS):
+def said(*arguments, specs=SPECS):
     """Return what is said of a comparison that cannot be made."""
-    given = [f"--specs={json.dumps([str(spec) for spec in specs])}", "--config=llama3_proxy"]
-    assert comparing.main([*given, *map(str, arguments)]) == 2
-    found = capsys.readouterr()
-    assert found.out == ""
-    assert found.err.startswith("error: ")
-    return found.err.removeprefix("error: ")
+    given = ["compare", *map(str, specs), "--config=llama3_proxy", *map(str, arguments)]
+    done = click.testing.CliRunner().invoke(main, given)
+    assert done.exit_code == 2, done.output
+    assert done.stdout == ""
+    return done.stderr.removeprefix("error: ")
 
 
-def test_wrong_comparisons_are_refused(tmp_path, capsys, monkeypatch):
+def test_wrong_comparisons_are_refused(tmp_path, monkeypatch):
     """Each is one message, and nothing is left behind."""
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "runs"
@@ -202,26 +206,29 @@ def test_wrong_comparisons_are_refused(tmp_path, capsys, monkeypatch):
     (tmp_path / "mine.yaml").write_text(other)
     before = sorted(tmp_path.rglob("*"))
 
-    message = said(capsys, where, specs=["uniform", "linuper"])
+    message = said(where, specs=["uniform", "linuper"])
     assert message == "linuper: no such file; did you mean 'linupper'?\n"
-    message = said(capsys, where, specs=["uniform"])
+    message = said(where, specs=["uniform"])
     assert message == "a comparison takes two specs or more; given: uniform\n"
-    message = said(capsys, where, specs=["uniform", "mile", "uniform"])
+    message = said(where, specs=["uniform", "mile", "uniform"])
     assert message == "uniform and uniform are the same weighting; give it once\n"
-    message = said(capsys, where, specs=["uniform", "mine.yaml"])
+    message = said(where, specs=["uniform", "mine.yaml"])
     assert message == "mine.yaml and uniform are the same weighting; give it once\n"
-    message = said(capsys, where, "--config=llama3_prox")
+    message = said(where, "--config=llama3_prox")
     assert "no config function 'llama3_prox'; did you mean 'llama3_proxy'?" in message
-    message = said(capsys, where, "--reference=ema:0.9")
+    message = said(where, "--reference=ema:0.9")
     assert message == "none of the specs reads ref_loss; leave out --reference ema:0.9\n"
-    message = said(capsys, where, "--", "--training.steps=7")
+    message = said(where, "--", "--training.steps=7")
     assert message == "--training.steps is set for every run; leave it out, and use --steps\n"
-    message = said(capsys, where, f"--out={tmp_path / 'mine.yaml' / 'report.html'}")
-    assert message == f"--out: {tmp_path}/mine.yaml/report.html cannot be written; take another\n"
+    out = tmp_path / "mine.yaml" / "report.html"
+    message = said(where, f"--out={out}")
+    assert message == f"--out {out}: no folder {out.parent}; make it first\n"
+    message = said(f"--folder={out.parent}")
+    assert "mine.yaml" in message
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_what_a_later_run_would_refuse_is_said_first(tmp_path, capsys, monkeypatch):
+def test_what_a_later_run_would_refuse_is_said_first(tmp_path, monkeypatch):
     """Data, columns, references and flags are looked at before the first run."""
     monkeypatch.chdir(tmp_path)
     where = f"--folder={tmp_path / 'runs'}"
@@ -230,21 +237,20 @@ def test_what_a_later_run_would_refuse_is_said_first(tmp_path, capsys, monkeypat
     before = sorted(tmp_path.rglob("*"))
     needy = ["uniform", "rho-1"]
 
-    message = said(capsys, where, "--data=./nothing")
+    message = said(where, "--data=./nothing")
     assert message == "uniform: nothing: no such file or directory\n"
-    message = said(capsys, where, f"--data={data}", specs=needy)
+    message = said(where, f"--data={data}", specs=needy)
     assert message.startswith(f"rho-1: {data}:1: no column 'ref_loss'; there are: text, domain.")
-    message = said(capsys, where, specs=needy)
+    message = said(where, specs=needy)
     assert message.startswith("rho-1: 'stdlib': no column 'ref_loss'")
-    message = said(capsys, where, "--reference=nowhere", specs=needy)
+    message = said(where, "--reference=nowhere", specs=needy)
     assert message.startswith("--weighting.reference nowhere: no such folder")
-    with pytest.raises(SystemExit, match="2"):
-        said(capsys, where, "--", "--training.lenght=3")
-    assert "Unrecognized options: --training.lenght" in capsys.readouterr().err
+    message = said(where, "--", "--training.lenght=3")
+    assert "Unrecognized options: --training.lenght" in message
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_changed_orders_are_refused_and_more_specs_are_not(tmp_path, capsys):
+def test_changed_orders_are_refused_and_more_specs_are_not(tmp_path):
     """Runs that have begun keep to what they were asked for; says what is another now."""
     folder = tmp_path / "runs"
     (folder / "seed" / "checkpoint").mkdir(parents=True)
@@ -257,11 +263,11 @@ def test_changed_orders_are_refused_and_more_specs_are_not(tmp_path, capsys):
 
     where = f"--folder={folder}"
     end = "take another --folder, or remove that one\n"
-    message = said(capsys, where, "--steps=61")
+    message = said(where, "--steps=61")
     assert message == f"{folder} holds a comparison with steps = 60, and now it is 61; {end}"
-    message = said(capsys, where, "--seed=2")
+    message = said(where, "--seed=2")
     assert message == f"{folder} holds a comparison with seed = 0, and now it is 2; {end}"
-    message = said(capsys, where)  # group-dro has not begun, and may be another
+    message = said(where)  # group-dro has not begun, and may be another
     assert f"comparison with the spec of uniform = 'another', and now it is '{'c'}" in message
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -269,7 +275,11 @@ def test_changed_orders_are_refused_and_more_specs_are_not(tmp_path, capsys):
 def test_specs_of_one_name_get_folders_of_their_own():
     """By their order on the command line; the seed's folder is nobody else's."""
     texts = ["temperature(0.4)", "mile", "temperature(0.5)"]
-    runs = comparing._runs(comparing._parse([f"--specs={json.dumps(texts)}"]))
+    given = dict.fromkeys(("folder", "out", "steps", "mixture", "reference"))
+    given |= {"module": "titan_integration", "config": "llama3_proxy"}
+    read = [(text, resolve(text)) for text in texts]
+    options = comparing.Options(specs=read, seed=0, allow_plugins=False, **given)
+    runs = comparing._runs(options)
     assert [run.name for run in runs] == ["unnamed", "mile", "unnamed-2"]
     assert comparing._free("seed", ["seed"]) == "seed-2"
     assert comparing._free("a", ["a", "a-2"]) == "a-3"
@@ -339,6 +349,18 @@ def test_new_lines_are_read_once_and_a_new_file_from_its_start(tmp_path):
     assert next(found) == []
     path.write_text('{"step": 1}\n')
     assert next(found) == [{"step": 1}]
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_torn_checkpoint_is_not_the_last_one_saved(tmp_path):
+    """A run goes on from a whole checkpoint, and so that is what a comparison counts from."""
+    folder = tmp_path / "checkpoint"
+    assert series.last_saved(tmp_path) == -1
+    for step in (2, 10):
+        dcp.save({"x": torch.ones(64)}, checkpoint_id=folder / f"step-{step}")
+    assert series.last_saved(tmp_path) == 10
+    next((folder / "step-10").glob("*.distcp")).unlink()
+    assert series.last_saved(tmp_path) == 2
 
 
 def test_a_trainer_that_outlives_its_command_keeps_the_folder(tmp_path):

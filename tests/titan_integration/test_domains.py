@@ -11,10 +11,10 @@ from whole import whole_model
 
 import weighting as wt
 from titan_integration import config_registry
-from titan_integration.commands.mix import FILE
 from titan_integration.trainer.preflight import ask_for_rows, refuse_one_domain, refuse_unsupported
 from weighting.build import plan_of
 from weighting.build.domains import proportions
+from weighting.runs.layout import MIXTURE as FILE
 
 pytestmark = [
     pytest.mark.processes,

@@ -222,7 +222,7 @@ def test_a_read_only_disk_is_said_before_training(mounted, tmp_path):
     (disk / "old").mkdir()
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     for dump in (disk / "old", disk / "new" / "er"):
-        words = ["--spec=uniform", "--", f"--dump_folder={dump}"]
+        words = ["uniform", "--", f"--dump_folder={dump}"]
         process = FORKS.Process(target=launched, args=(tmp_path / "log", words))
         process.start()
         process.join(PATIENCE)

@@ -279,10 +279,15 @@ def test_an_unknown_config_is_said_at_once():
     assert "llama3_405b" in done.stderr
 
 
+def options(**more):
+    """Return what `weighting train mile` is given, and more."""
+    given = {"module": "titan_integration", "config": "llama3_debugmodel"}
+    return launch.Options(spec="mile", name="mile", **given, **more)
+
+
 def test_users_flags_win_over_defaults():
     """What a user passes on is not given twice, in either spelling, and comes last."""
-    args = launch._parse(["--spec", "mile", "--", "--training.steps=7", "--dump-folder", "here"])
-    flags = launch._flags(args, "mile")
+    flags = launch.run_flags(options(flags=["--training.steps=7", "--dump-folder", "here"]))
 
     assert flags[-3:] == ["--training.steps=7", "--dump-folder", "here"]
     assert "--training.steps" not in flags
@@ -293,6 +298,5 @@ def test_users_flags_win_over_defaults():
 def test_a_path_and_a_name_of_data_go_where_they_belong(tmp_path):
     """Data that exists is a path; anything else is a Hugging Face name."""
     for data, flag in ((str(tmp_path), "dataset_path"), ("allenai/c4", "dataset")):
-        args = launch._parse(["--spec", "mile", "--data", data])
-        flags = launch._flags(args, "mile")
+        flags = launch.run_flags(options(data=data))
         assert flags[flags.index(data) - 1] == f"--dataloader.{flag}"

@@ -9,12 +9,14 @@ import subprocess
 import sys
 import time
 
+import click.testing
 import pytest
 from runs import ROOT, environment
 
 import weighting as wt
 from titan_integration.commands import mix as mixing
 from weighting.build.domains import proportions
+from weighting.cli import main
 
 DOMAINS = ("alphabet", "digits", "mixed words")
 FLAGS = ("--training.seq_len=32", "--training.local_batch_size=6", "--metrics.log_freq=1")
@@ -150,23 +152,24 @@ def test_doge_needs_no_reference(data, tmp_path):
     assert not (tmp_path / "runs" / "reference").exists()
 
 
-def said(capsys, *arguments):
+def said(method, *arguments):
     """Return what is said of a search that cannot be made."""
-    assert mixing.main([*map(str, arguments)]) == 2
-    return capsys.readouterr().err
+    done = click.testing.CliRunner().invoke(main, ["mix", method, *map(str, arguments)])
+    assert done.exit_code == 2, done.output
+    return done.stderr
 
 
-def test_wrong_searches_are_refused(tmp_path, capsys):
+def test_wrong_searches_are_refused(tmp_path):
     """A method that finds nothing, an output that exists, another search's folder: each is said."""
     out, folder = tmp_path / "mixture.yaml", tmp_path / "runs"
-    message = said(capsys, "--method=linupper", f"--out={out}", f"--folder={folder}")
+    message = said("linupper", f"--out={out}", f"--folder={folder}")
     assert message == (
         "error: linupper has no domain weights that move, so it finds no mixture; methods are "
         "doremi, doge, or a spec with such weights\n"
     )
-    assert "did you mean" in said(capsys, "--method=doremy", f"--out={out}")
+    assert "did you mean" in said("doremy", f"--out={out}")
     out.write_text("mine")
-    message = said(capsys, "--method=doge", f"--out={out}", f"--folder={folder}")
+    message = said("doge", f"--out={out}", f"--folder={folder}")
     assert message == f"error: {out} exists; take another --out, or --overwrite\n"
     assert out.read_text() == "mine"
     assert not folder.exists()
@@ -174,6 +177,6 @@ def test_wrong_searches_are_refused(tmp_path, capsys):
     orders = {"spec": wt.load("doge-proxy").hash, "config": "llama3_proxy", "steps": 7}
     (folder / mixing.ORDERS).write_text(json.dumps(orders | {"module": "titan_integration"}))
     nowhere = "/proc/none/mixture.yaml"
-    assert "/proc/none" in said(capsys, "--method=doge", f"--out={nowhere}", f"--folder={folder}")
-    message = said(capsys, "--method=doge", f"--out={out}", f"--folder={folder}", "--overwrite")
+    assert "/proc/none" in said("doge", f"--out={nowhere}", f"--folder={folder}")
+    message = said("doge", f"--out={out}", f"--folder={folder}", "--overwrite")
     assert "holds a search with steps = 7, and now it is 200" in message

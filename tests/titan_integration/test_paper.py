@@ -230,8 +230,8 @@ def test_the_proxy_is_a_small_debug_model_and_starts_as_one(monkeypatch):
 
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     for name, small in (("llama3_proxy", True), ("paper_124m", False)):
-        args = launch._parse(["--spec", "group-dro", "--config", name])
-        assert ("--training.seq_len" in launch._flags(args, "group-dro")) == small
+        given = launch.HostOptions(module="titan_integration", config=name)
+        assert ("--training.seq_len" in launch.host_flags(given, "group-dro", "out")) == small
 
 
 @pytest.mark.parametrize("files", [{"model_max_length": 1024}, {"eos_token": "b"}])

@@ -158,7 +158,7 @@ def test_another_spec_is_refused_with_a_diff(sharded, tmp_path):
     _, flags, _ = sharded
     other = tmp_path / "other.yaml"
     other.write_text(SPEC.format(at=6).replace("history=64", "history=32"))
-    launch = ["-m", "titan_integration.commands.train", "--ranks=2", f"--spec={other}", "--"]
+    launch = ["-m", "weighting", "train", str(other), "--ranks=2", "--"]
     more = [*SMALL, *flags[1:], f"--dump_folder={copy_of(sharded, tmp_path)}/dump"]
     done = subprocess.run(
         [sys.executable, *launch, *more, "--training.local_batch_size=4"],

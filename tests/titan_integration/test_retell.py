@@ -15,10 +15,10 @@ import torch
 from runs import drive, environment
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
-from titan_integration.commands import replay_text as retell
 from titan_integration.commands.replay_text import texts
 from titan_integration.data.loader import DomainTextDataLoader
 from titan_integration.data.tokenizer import BOS, EOS, ensure_tokenizer
+from weighting.cli import main
 from weighting.language.read import resolve
 from weighting.runs.replay import ABOUT, FOLDER, read_record
 
@@ -268,12 +268,10 @@ def test_rows_that_were_drawn_by_moving_proportions_are_refused(tmp_path, tokeni
 
 
 def replayed(run, capsys, *more):
-    """Return status and output of what `weighting replay --text` goes on as."""
-    try:
-        code = retell.main([*more, "--", str(run), "prop1", "upper"])
-    except SystemExit as stopped:
-        code = stopped.code
-    return code, *capsys.readouterr()
+    """Return status and output of `weighting replay --text`."""
+    with pytest.raises(SystemExit) as stopped:
+        main(["replay", str(run), "--spec", "prop1", "upper", "--text", *more])
+    return stopped.value.code, *capsys.readouterr()
 
 
 def test_below_each_sequence_is_how_it_begins(tmp_path, tokenizer, capsys):

@@ -28,7 +28,7 @@ from titan_integration.data.loader import DomainTextDataLoader
 from titan_integration.data.packing import Cut
 from titan_integration.data.records import Columns
 from titan_integration.host import cpu
-from weighting.cli import common, main
+from weighting.cli import main
 from weighting.loss.cross_entropy import token_loss
 
 pytestmark = pytest.mark.filterwarnings(
@@ -447,24 +447,24 @@ def test_another_tokenizer_has_another_fingerprint(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("checkpoint", "more", "message"),
     [
-        (["--checkpoint", "{tmp}/nothing"], "CHECKPOINT {tmp}/nothing: no such folder"),
-        (["--checkpoint", "{tmp}"], "CHECKPOINT {tmp}: no checkpoint here, neither .metadata nor"),
-        (["--out", "{tmp}/a.jsonl"], "--out {tmp}/a.jsonl: it is a Parquet file; give it a name"),
-        (["--out", "{tmp}/b/a.parquet"], "--out {tmp}/b/a.parquet: no folder {tmp}/b"),
-        (["--out", "{tmp}/old.parquet"], "--out {tmp}/old.parquet: exists already; choose another"),
-        (["--config", "llama3_9b"], "no config function 'llama3_9b'; did you mean 'llama3_8b'?"),
+        ("nothing", [], "error: CHECKPOINT {tmp}/nothing: no such folder"),
+        (".", [], "error: CHECKPOINT {tmp}: no checkpoint here, neither .metadata nor"),
+        (".", ["--out", "{tmp}/a.jsonl"], "--out {tmp}/a.jsonl: give it a name that ends in .par"),
+        (".", ["--out", "{tmp}/b/a.parquet"], "--out {tmp}/b/a.parquet: no folder {tmp}/b"),
+        (".", ["--out", "{tmp}/old.parquet"], "error: --out {tmp}/old.parquet: exists already; ch"),
+        (".", ["--config", "llama3_9b"], "error: no config function 'llama3_9b'; did you mean 'l"),
     ],
 )
-def test_what_cannot_work_is_said_before_anything_starts(arguments, message, tmp_path, capsys):
+def test_what_cannot_work_is_said_before_anything_starts(checkpoint, more, message, tmp_path):
     """One line, status 2."""
     (tmp_path / "old.parquet").touch()
-    given = ["--checkpoint", "{tmp}", "--out", "{tmp}/new.parquet", *arguments]
-    assert score.main([word.format(tmp=tmp_path) for word in given]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"error: {message.format(tmp=tmp_path)}")
-    assert error.count("\n") == 1
+    given = [str(tmp_path / checkpoint), "--out", "{tmp}/new.parquet", *more]
+    done = run(*(word.format(tmp=tmp_path) for word in given))
+    assert done.exit_code == 2
+    assert done.stderr.startswith(message.format(tmp=tmp_path))
+    assert done.stderr.count("\n") == 1
 
 
 def test_layouts_that_cut_layers_or_rows_are_refused():
@@ -506,20 +506,19 @@ def test_wrong_usage_is_status_2(arguments, message):
     assert message in done.output
 
 
-def test_only_what_was_given_is_handed_over(monkeypatch):
-    """Options that were not given are not there, flags have no value."""
-    called = []
-    monkeypatch.setattr(common.os, "execv", lambda _, command: called.extend(command))
-    run("here", "--out", "a.parquet", "--overwrite", "--config=a", "--training.seq_len=8")
-    at = called.index("--")
-    module = "titan_integration.host.run_module"
-    assert called[1:5] == ["-P", "-m", module, "titan_integration.commands.score"]
-    assert sorted(called[5:at]) == [
-        "--checkpoint=here",
-        "--config=a",
-        "--module=titan_integration",
-        "--out=a.parquet",
-        "--overwrite",
-        "--per=token",
-    ]
-    assert called[at:] == ["--", "--training.seq_len=8"]
+def test_options_and_torchtitans_flags_are_told_apart(monkeypatch):
+    """Options come by name, further flags as they were written."""
+    called = {}
+    monkeypatch.setattr(score, "main", lambda **options: called.update(options) or 0)
+    done = run("here", "--out", "a.parquet", "--overwrite", "--config=a", "--training.seq_len=8")
+    assert done.exit_code == 0
+    flags = called.pop("flags")
+    assert [*flags] == ["--training.seq_len=8"]
+    assert {name: value for name, value in called.items() if value is not None} == {
+        "checkpoint": "here",
+        "config": "a",
+        "module": "titan_integration",
+        "out": "a.parquet",
+        "overwrite": True,
+        "per": "token",
+    }

@@ -1,6 +1,5 @@
 """`weighting tokens`: the weights it shows against the core's on logits of a model run here."""
 
-import json
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -17,7 +16,7 @@ from whole import whole_model
 import weighting as wt
 from titan_integration import config_registry
 from titan_integration.commands import tokens
-from weighting.cli import common, main
+from weighting.cli import main
 from weighting.language.read import resolve
 from weighting.report.shading import Shaded, Token, Weighed
 
@@ -240,7 +239,6 @@ def here(tmp_path, monkeypatch):
     [
         (["--checkpoint=nothing"], "--checkpoint nothing: no such folder"),
         (["--checkpoint=none"], "--checkpoint none: no checkpoint here, neither .metadata nor"),
-        (["--text=nothing.txt"], "--text nothing.txt: cannot read it: No such file"),
         (["--text=empty.txt"], "--text empty.txt: the file is empty; it takes a text"),
         (["--text=bytes.txt"], "--text bytes.txt: byte 2 is not UTF-8; convert the file first"),
         (["--html=b/a.html"], "--html b/a.html: no file can be written there; name one in"),
@@ -254,13 +252,12 @@ def here(tmp_path, monkeypatch):
         (["--module=none_such"], "--module none_such: Cannot import module 'none_such'"),
     ],
 )
-def test_what_cannot_work_is_said_in_a_line(arguments, message, capsys):
+def test_what_cannot_work_is_said_in_a_line(arguments, message):
     """Status 2, before the model is built."""
-    given = ['--specs=["mile"]', "--checkpoint=step-3", "--text=a.txt", *arguments]
-    assert tokens.main(given) == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"error: {message}")
-    assert error.count("\n") == 1
+    done = run("mile", "--checkpoint=step-3", "--text=a.txt", *arguments)
+    assert done.exit_code == 2
+    assert done.stderr.startswith(f"error: {message}")
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -284,25 +281,28 @@ def test_colours_are_for_terminals_that_want_them(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(tokens.sys.stdout, "isatty", lambda: is_terminal)
-    assert tokens.main(['--specs=["mile"]', "--checkpoint=c", "--text=a.txt"]) == 0
+    given = {"module": "titan_integration", "config": "llama3_debugmodel"}
+    specs = [("mile", wt.load("mile"))]
+    assert tokens.main(specs=specs, checkpoint="c", text="a.txt", **given) == 0
     assert ("\x1b" in capsys.readouterr().out) == coloured
 
 
 @pytest.mark.usefixtures("here")
-def test_a_token_alone_is_refused(monkeypatch, capsys):
+def test_a_token_alone_is_refused(monkeypatch):
     """As a tokenizer without begin and end of text may leave one."""
     monkeypatch.setattr(tokens, "encoded", lambda *_: ([5], ["a"]))
-    assert tokens.main(['--specs=["mile"]', "--checkpoint=step-3", "--text=a.txt"]) == 2
-    assert "--text a.txt: one token alone, which nothing predicts" in capsys.readouterr().err
+    done = run("mile", "--checkpoint=step-3", "--text=a.txt")
+    assert done.exit_code == 2
+    assert "--text a.txt: one token alone, which nothing predicts" in done.stderr
 
 
 @pytest.mark.usefixtures("here")
-def test_a_tokenizer_of_another_model_is_named(monkeypatch, capsys):
+def test_a_tokenizer_of_another_model_is_named(monkeypatch):
     """One with more tokens than the model knows."""
     monkeypatch.setattr(tokens, "encoded", lambda *_: ([0, 99_999], ["", "a"]))
-    assert tokens.main(['--specs=["mile"]', "--checkpoint=step-3", "--text=a.txt"]) == 2
-    error = capsys.readouterr().err
-    assert "token 99999 is not one of the model's 2048; give the tokenizer it was" in error
+    done = run("mile", "--checkpoint=step-3", "--text=a.txt")
+    assert done.exit_code == 2
+    assert "token 99999 is not one of the model's 2048; give the tokenizer it was" in done.stderr
 
 
 def test_a_page_that_cannot_be_written_leaves_nothing_behind(tmp_path, monkeypatch):
@@ -354,21 +354,21 @@ def test_specs_that_a_text_cannot_show_are_refused(specs, message):
 @pytest.mark.usefixtures("here")
 def test_specs_and_flags_are_told_apart(monkeypatch):
     """Specs come first; the rest is torchtitan's."""
-    called = []
-    monkeypatch.setattr(common.os, "execv", lambda _, command: called.extend(command))
+    called = {}
+    monkeypatch.setattr(tokens, "main", lambda **options: called.update(options) or 0)
     flags = ["--training.seq_len", "8"]
-    run("mile", "loss -> temperature(1)", *flags, "--checkpoint=c", "--text=a.txt")
-    at = called.index("--")
-    assert called[1:3] == ["-P", "-m"]
-    assert called[3:5] == ["titan_integration.host.run_module", "titan_integration.commands.tokens"]
-    assert called[at:] == ["--", *flags]
-    given = dict(word.split("=", 1) for word in called[5:at])
-    assert json.loads(given.pop("--specs")) == ["mile", "loss -> temperature(1)"]
-    assert given == {
-        "--checkpoint": "c",
-        "--text": "a.txt",
-        "--config": "llama3_debugmodel",
-        "--module": "titan_integration",
+    done = run("mile", "loss -> temperature(1)", *flags, "--checkpoint=c", "--text=a.txt")
+    assert done.exit_code == 0
+    assert [*called.pop("flags")] == flags
+    assert called.pop("specs") == [
+        ("mile", wt.load("mile")),
+        ("loss -> temperature(1)", wt.loads("loss -> temperature(1)")),
+    ]
+    assert {name: value for name, value in called.items() if value} == {
+        "checkpoint": "c",
+        "text": "a.txt",
+        "config": "llama3_debugmodel",
+        "module": "titan_integration",
     }
 
 

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import weighting as wt
-from weighting.cli import common, main
+from weighting.cli import main
 from weighting.runs.replay import ABOUT
 
 KNOWING = [
@@ -48,13 +48,14 @@ def listing():
 
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
-    """Work in an empty folder, where nothing is handed over."""
+    """Work in an empty folder, where torchtitan is not called."""
     monkeypatch.chdir(tmp_path)
 
-    def never(_, command):
-        pytest.fail(f"started {command}")
+    def never(*called):
+        pytest.fail(f"called {called}")
 
-    monkeypatch.setattr(common.os, "execv", never)
+    for module in ("host", "replay"):
+        monkeypatch.setattr(f"weighting.cli.{module}.from_host", never)
     return tmp_path
 
 

@@ -1,6 +1,10 @@
 """The command line: what it prints, and how it ends."""
 
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import click.testing
 import pytest
@@ -19,6 +23,51 @@ from weighting.schedules import SCHEDULES
 def run(*arguments):
     """Return what a command did."""
     return click.testing.CliRunner().invoke(main, arguments)
+
+
+QUICK = """
+import sys
+import click.testing
+from weighting.cli import main
+
+def quick(line, status=0, **env):
+    done = click.testing.CliRunner(env=env).invoke(main, line.split(), prog_name="weighting")
+    assert done.exit_code == status, (line, done.output)
+    assert "torch" not in sys.modules, line
+
+quick("--version")
+quick("--help")
+for name in main.commands:
+    quick(f"{name} --help")
+quick("list")
+quick("schema")
+quick("completion bash")
+for start in ("", "che", "check lin", "explain temp", "train linupper --", "list st"):
+    quick("", _WEIGHTING_COMPLETE="bash_complete", COMP_WORDS=f"weighting {start}", COMP_CWORD="1")
+for command in ("check", "explain", "train", "simulate --losses 1,2", "plot --out x.svg"):
+    for file in ("missing.yaml", "folder.yaml", "binary.yaml", "broken.yaml", "linuper"):
+        quick(f"{command} {file}", status=2)
+quick("new-stage temperature", status=2)
+quick("chekc linupper", status=2)
+"""
+"""Commands that answer at once; one that imports torch, which takes seconds, is named."""
+
+
+def test_help_lists_completion_and_refusals_of_bad_files_import_no_torch(tmp_path):
+    """Nothing that can be said without a tensor waits for torch."""
+    (tmp_path / "folder.yaml").mkdir()
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "broken.yaml").write_text("version: 1\npipeline: [uniform\n")
+    root = Path(__file__).resolve().parent.parent.parent
+    done = subprocess.run(
+        [sys.executable, "-c", QUICK],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_check_accepts_every_shipped_spec():

@@ -15,6 +15,7 @@ import weighting as wt
 from weighting.build.targets import targets_of
 from weighting.cli import main
 from weighting.cli.figures import COLOURS, picture
+from weighting.cli.named import read_named
 from weighting.cli.panels import (
     Line,
     Panel,
@@ -23,7 +24,6 @@ from weighting.cli.panels import (
     histogram,
     schedules,
 )
-from weighting.cli.simulate import read_named
 from weighting.language.find import shipped
 from weighting.runs.loss_files import recorded
 

@@ -4,7 +4,11 @@ A line may be added here in any version; one that changes or goes is a break, an
 changelog with what to do.
 """
 
+import ast
 import inspect
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -85,7 +89,7 @@ def test_a_call_takes_what_it_took(module, name, arguments):
 @pytest.mark.parametrize(
     ("promised", "there"),
     [
-        (TYPES, vars(wt)),
+        (TYPES, dir(wt)),
         ("token factors metrics moments", dir(wt.build(wt.loads("uniform"))(LOSSES, 0))),
         ("needs spec check", dir(wt.build(wt.loads("uniform")))),
         (COMMANDS, main.commands),
@@ -98,3 +102,30 @@ def test_a_call_takes_what_it_took(module, name, arguments):
 def test_a_name_that_was_there_is(promised, there):
     """Names are added, none goes."""
     assert [name for name in promised.split() if name not in there] == []
+
+
+def test_every_public_name_is_there_when_asked_for():
+    """The table of lazy names, `__all__`, `dir` and what type checkers see are the same names."""
+    tree = ast.parse(Path(wt.__file__).read_text(encoding="utf-8"))
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    typed = {alias.asname for node in block.body for alias in node.names}
+    assert typed == {*wt.__all__}
+    assert typed <= {*dir(wt)}
+    for node in block.body:
+        found = {alias.name: getattr(wt, alias.name) for alias in node.names}
+        module = sys.modules[node.module]
+        assert found == {name: getattr(module, name) for name in found}
+    with pytest.raises(AttributeError, match="no attribute 'biuld'"):
+        _ = wt.biuld
+
+
+def test_importing_the_package_imports_no_torch_and_submodules_hide_no_function():
+    """`import weighting` is light, and `weighting.build` is a function after its room is loaded."""
+    code = (
+        "import sys, weighting as wt\n"
+        "assert 'torch' not in sys.modules\n"
+        "import weighting.build.plan, weighting.simulate\n"
+        "assert callable(wt.build) and callable(wt.simulate)\n"
+        "wt.build(wt.loads('uniform'))\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

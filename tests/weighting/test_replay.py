@@ -10,7 +10,7 @@ import torch
 import weighting as wt
 from weighting.build import plan_of
 from weighting.cli import main
-from weighting.cli.replay import report
+from weighting.cli.replay_report import report
 from weighting.language.read import resolve
 from weighting.report.charts import number
 from weighting.runs.replay import (
@@ -465,23 +465,20 @@ def test_a_wrong_spec_or_folder_ends_with_status_2(run, tmp_path):
         assert len(done.output.splitlines()) == 1
 
 
-def test_texts_take_torchtitan_which_goes_on_with_the_same_words(run, monkeypatch):
-    """`--text` hands over run and specs; where torchtitan is missing that is said."""
-    called = []
+def test_texts_take_torchtitan(run, monkeypatch):
+    """`--text` reads the run's data again; where torchtitan is missing that is said."""
+    asked = []
 
-    def execv(_, command):
-        called.extend(command)
-        raise SystemExit
+    def from_host(module, name):
+        asked.append((module, name))
+        return lambda run, *, plugins: asked.append((run, plugins))
 
-    monkeypatch.setattr("os.execv", execv)
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: True)
     arguments = ["replay", str(run), "--spec", "prop1", "upper", "--text", "--allow-plugins"]
-    click.testing.CliRunner().invoke(main, arguments)
-    assert called[1:] == [
-        *["-P", "-m", "titan_integration.host.run_module"],
-        *["titan_integration.commands.replay_text", "--allow-plugins"],
-        *["--", str(run), "prop1", "upper"],
-    ]
+    with monkeypatch.context() as patch:
+        patch.setattr("weighting.cli.replay.from_host", from_host)
+        done = click.testing.CliRunner().invoke(main, arguments)
+    assert done.exit_code == 0, done.output
+    assert asked[:2] == [("replay_text", "texts_of"), (run, True)]
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     done = click.testing.CliRunner().invoke(main, arguments)
     assert done.exit_code == 2

@@ -1,21 +1,18 @@
 """A comparison of specs: one run of each from the same first weights, and the report of them.
 
-`weighting compare` ends up here.  What can be found wrong without training is said before anything
+What `weighting compare` calls.  What can be found wrong without training is said before anything
 is made; then one checkpoint of step 0 is, and the runs follow one by one.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import logging
 import math
-import os
 import re
 import signal
 import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from titan_integration.commands import run_queue as series
 from titan_integration.commands import train as launch
@@ -23,15 +20,17 @@ from titan_integration.commands.progress import SEED, View, cut
 from titan_integration.data.data_files import local_files, saved_dataset
 from titan_integration.data.records import Columns, domain_of, numbers_of, read_records
 from titan_integration.data.records import text_of as check_text
-from titan_integration.observe.metrics import FILE, FOLDER
+from titan_integration.host.quiet import quiet
+from titan_integration.host.run_dir import refuse_unwritable
 from weighting.build import plan_of
-from weighting.cli.explain import explanation
+from weighting.cli.explanation import explanation
 from weighting.errors import printable
 from weighting.language.read import resolve
 from weighting.mixture import with_mixture
 from weighting.report.page import write_report
 from weighting.report.read import read_runs
 from weighting.runs.files import read_lines
+from weighting.runs.layout import CHECKPOINTS, FOLDER, METRICS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -53,8 +52,8 @@ OWN = {
     "--weighting.reference": "--reference",
 }
 """Flags of torchtitan that a comparison sets, and what sets them."""
-_COMMON = ("config", "module", "data", "ranks", "seed", "mixture", "reference", "flags")
-"""Orders that all runs follow."""
+_COMMON = ("config", "module", "data", "ranks", "seed", "mixture", "reference")
+"""Orders that all runs follow, beside flags and steps."""
 _DEGREES = ("data_parallel_replicate", "data_parallel_shard", "tensor_parallel")
 _DEGREES += ("pipeline_parallel", "context_parallel", "expert_parallel")
 _LINES = 12
@@ -85,14 +84,40 @@ class RunFailedError(Exception):
         super().__init__(message)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Compare; return 0, 2 for an error of the user's, a run's status, or 130 if interrupted."""
-    args = _parse(sys.argv[1:] if arguments is None else arguments)
+@dataclass(frozen=True, kw_only=True)
+class Options(launch.HostOptions):
+    """What a comparison is given.
+
+    Attributes:
+        specs: As the user gave them, and as they were read.
+        folder: Where the runs go.
+        out: File of the report; None for one in the folder.
+        steps: Of each run; None for those of the config.
+        seed: Of the first weights.
+        mixture: A spec by which data is drawn.
+        reference: Whose loss is `ref_loss`, for specs that read it.
+        allow_plugins: Whether the modules that specs name are imported.
+    """
+
+    specs: Sequence[tuple[str, Spec]]
+    folder: str
+    out: str | None
+    steps: int | None
+    seed: int
+    mixture: str | None
+    reference: str | None
+    allow_plugins: bool
+
+
+def main(**options: Any) -> int:  # noqa: ANN401 - those of `Options`
+    """Compare; return 0, a run's status, or 130 if interrupted.
+
+    Raises:
+        ValueError: The comparison cannot be.
+        OSError: Its folder or its report cannot be written.
+    """
     try:
-        _compare(args)
-    except (ValueError, OSError) as error:
-        sys.stderr.write(printable(f"error: {error}\n", keep="\n"))
-        return 2
+        _compare(Options(**options))
     except RunFailedError as error:
         sys.stderr.write(printable(f"error: {error}\n", keep="\n"))
         return error.status
@@ -122,16 +147,17 @@ def table(folders: Sequence[Path]) -> str:
     return "\n".join([*rows, "", f"last losses in nats, differences to {names[0]}{means}"])
 
 
-def _compare(args: argparse.Namespace) -> None:
+def _compare(args: Options) -> None:
     runs = _runs(args)
     folder = Path(args.folder)
     out = Path(args.out or folder / REPORT)
-    _refuse_unwritable(folder / ORDERS, "--folder")
-    _refuse_unwritable(out, "--out")
+    refuse_unwritable(folder)
+    refuse_unwritable(out.parent)
     launch.check_config(args.module, args.config)
     steps = _preflight(args, runs)
     begun = [name for name in (SEED, *_names(runs)) if series.begun(folder / name)]
-    orders: dict[str, Any] = {name: getattr(args, name) for name in _COMMON} | {"steps": steps}
+    orders: dict[str, Any] = {name: getattr(args, name) for name in _COMMON}
+    orders |= {"flags": [*args.flags], "steps": steps}
     binding = [*orders] if begun else []
     orders |= {_order(run.name): run.spec.hash for run in runs}
     binding += [_order(run.name) for run in runs if run.name in begun]
@@ -153,27 +179,15 @@ def _order(name: str) -> str:
 # Before anything is made --------------------------------------------------------------------------
 
 
-def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = launch.common_parser("python -m titan_integration.commands.compare")
-    parser.add_argument("--specs", required=True, type=json.loads, help="A list, as JSON.")
-    parser.add_argument("--folder", default="outputs/compare")
-    parser.add_argument("--out")
-    parser.add_argument("--steps", type=int)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--mixture")
-    parser.add_argument("--reference")
-    parser.add_argument("--allow-plugins", action="store_true")
-    return parser.parse_args(arguments)
-
-
-def _runs(args: argparse.Namespace) -> list[Run]:
+def _runs(args: Options) -> list[Run]:
     """Return the runs, each with a folder of its own.
 
     Raises:
         ValueError: A spec is wrong, given twice, or the only one, or a flag is not the user's.
     """
     if len(args.specs) < 2:  # noqa: PLR2004 - it takes two
-        msg = f"a comparison takes two specs or more; given: {', '.join(args.specs) or 'none'}"
+        given = ", ".join(text for text, _ in args.specs) or "none"
+        msg = f"a comparison takes two specs or more; given: {given}"
         raise ValueError(msg)
     for flag, option in OWN.items():
         if launch.value_of(args.flags, flag) is not None:
@@ -181,18 +195,17 @@ def _runs(args: argparse.Namespace) -> list[Run]:
             raise ValueError(msg)
     mixture = resolve(args.mixture, allow_plugins=args.allow_plugins) if args.mixture else None
     runs: list[Run] = []
-    for text in args.specs:
-        spec = resolve(text, allow_plugins=args.allow_plugins)
+    for text, spec in args.specs:
         name = _free(spec.name, [SEED, *_names(runs)])
-        spec = with_mixture(spec, mixture) if mixture else spec
-        reads = "ref_loss" in plan_of(spec).needs
-        twin = next((run for run in runs if run.spec.hash == spec.hash), None)
+        both = with_mixture(spec, mixture) if mixture else spec
+        reads = "ref_loss" in plan_of(both).needs
+        twin = next((run for run in runs if run.spec.hash == both.hash), None)
         if twin is not None:
             msg = f"{text} and {twin.text} are the same weighting; give it once"
             raise ValueError(msg)
-        flags = ["--weighting.mixture", args.mixture] if mixture else []
+        flags = ["--weighting.mixture", args.mixture] if args.mixture else []
         flags += ["--weighting.reference", args.reference] if args.reference and reads else []
-        runs.append(Run(name, text, spec, flags))
+        runs.append(Run(name, text, both, flags))
     if args.reference and not any("--weighting.reference" in run.flags for run in runs):
         msg = f"none of the specs reads ref_loss; leave out --reference {args.reference}"
         raise ValueError(msg)
@@ -212,30 +225,19 @@ def _names(runs: Sequence[Run]) -> list[str]:
     return [run.name for run in runs]
 
 
-def _refuse_unwritable(path: Path, option: str) -> None:
-    above = next(parent for parent in path.absolute().parents if parent.exists())
-    if path.is_dir() or not above.is_dir() or not os.access(above, os.W_OK):
-        msg = f"{option}: {path} cannot be written; take another"
-        raise ValueError(msg)
-
-
-def _preflight(args: argparse.Namespace, runs: Sequence[Run]) -> int:
+def _preflight(args: Options, runs: Sequence[Run]) -> int:
     """Have the host read the flags of all runs, and refuse what one of them would; return steps.
 
     Raises:
         ValueError: A run cannot be.
         SystemExit: There is no such flag; the host has said so.
     """
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # each run says it in its log
-    try:
+    with quiet():  # each run says it in its log
         configs = [_checked(args, run) for run in runs]
-    finally:
-        logging.disable(before)
     return configs[0].training.steps
 
 
-def _checked(args: argparse.Namespace, run: Run) -> WeightedTrainer.Config:
+def _checked(args: Options, run: Run) -> WeightedTrainer.Config:
     # Importing the host takes seconds; what is plainly wrong has been said by now.
     from torchtitan.config import ConfigManager  # noqa: PLC0415
 
@@ -247,7 +249,7 @@ def _checked(args: argparse.Namespace, run: Run) -> WeightedTrainer.Config:
 
     cpu.use_cpu()
     steps = ["--training.steps", str(args.steps)] if args.steps else []
-    given = argparse.Namespace(**{**vars(args), "flags": [*steps, *run.flags, *args.flags]})
+    given = replace(args, flags=[*steps, *run.flags, *args.flags])
     flags = launch.host_flags(given, run.text, str(Path(args.folder) / run.name))
     flags += ["--weighting.allow_plugins"] if args.allow_plugins else []
     config = ConfigManager().parse_args([*flags, *given.flags])
@@ -291,7 +293,7 @@ def _check_data(loader: DomainTextDataLoader.Config, name: str) -> None:
 # The runs -----------------------------------------------------------------------------------------
 
 
-def _train(args: argparse.Namespace, runs: Sequence[Run], steps: int, lock: int) -> None:
+def _train(args: Options, runs: Sequence[Run], steps: int, lock: IO[str]) -> None:
     """Train what is not trained yet.
 
     Raises:
@@ -305,10 +307,10 @@ def _train(args: argparse.Namespace, runs: Sequence[Run], steps: int, lock: int)
             view.seed()
             whole = [f"--parallelism.{degree}_degree=1" for degree in _DEGREES]
             flags = [*args.flags, *whole, "--checkpoint.create_seed_checkpoint"]
-            one = argparse.Namespace(**{**vars(args), "ranks": 1, "flags": flags})
-            words = series.command(one, "uniform", folder / SEED, steps, common)
+            one = replace(args, ranks=1, flags=flags)
+            words = _words(one, "uniform", folder / SEED, steps, common)
             _run(args, SEED, words, lock, view)
-        first = folder / SEED / series.CHECKPOINTS / "step-0"
+        first = folder / SEED / CHECKPOINTS / "step-0"
         common += ["--checkpoint.initial_load_path", str(first.resolve())]
         common += ["--checkpoint.interval", str(max(steps // 10, 1))]
         for run, at in zip(runs, done, strict=True):
@@ -316,13 +318,17 @@ def _train(args: argparse.Namespace, runs: Sequence[Run], steps: int, lock: int)
                 view.say(f"{cut(run.name)}: trained already")
                 continue
             more = [*run.flags, *common]
-            words = series.command(args, run.text, folder / run.name, steps, more)
+            words = _words(args, run.text, folder / run.name, steps, more)
             view.begin(run.name, at)
             _run(args, run.name, words, lock, view)
-            view.end(read_lines(folder / run.name / FOLDER / FILE)[-1]["unweighted_loss"])
+            view.end(read_lines(folder / run.name / FOLDER / METRICS)[-1]["unweighted_loss"])
 
 
-def _run(args: argparse.Namespace, name: str, words: list[str], lock: int, view: View) -> None:
+def _words(args: Options, spec: str, folder: Path, steps: int, more: list[str]) -> list[str]:
+    return series.command(args, spec, folder, steps, more, plugins=args.allow_plugins)
+
+
+def _run(args: Options, name: str, words: list[str], lock: IO[str], view: View) -> None:
     """Have a run write its log to its end, and show what it does.
 
     Raises:
@@ -331,7 +337,7 @@ def _run(args: argparse.Namespace, name: str, words: list[str], lock: int, view:
     folder = Path(args.folder)
     log = folder / f"{name}.log"
     before = log.stat().st_size if log.exists() else 0
-    lines = series.new_lines(folder / name / FOLDER / FILE)
+    lines = series.new_lines(folder / name / FOLDER / METRICS)
     if status := series.logged(words, log, lock, lambda: view.look(next(lines))):
         with log.open(encoding="utf-8", errors="replace") as file:
             file.seek(before)
@@ -360,7 +366,3 @@ def _catch_signals() -> None:
 
 def _stop(*_: object) -> NoReturn:
     raise KeyboardInterrupt
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,6 @@
 """How the sequences and documents of a record began: the run's data, read again.
 
-`weighting replay --text` ends up here.  A record holds no text, and need not: the stream of rows is
+What `weighting replay --text` calls.  A record holds no text, and need not: the stream of rows is
 the same for any number of ranks, and row `r` of step `s` is row `(s - 1) n + r` of it, if a step
 has n.  So each wanted row is read as the rank would that had only this row of every batch, which
 takes a part of the text.
@@ -8,12 +8,8 @@ takes a part of the text.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
-import logging
-import signal
-import sys
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -25,38 +21,36 @@ import weighting as wt
 from titan_integration.data.identity import differences
 from titan_integration.data.loader import EMBEDDED, DomainTextDataLoader, load_documents, scaled
 from titan_integration.data.packing import Cut, PackedRows
-from titan_integration.observe.metrics import FOLDER
-from titan_integration.observe.run_json import FILE as ABOUT
+from titan_integration.host.quiet import quiet
 from weighting.build.domains import proportions
 from weighting.cli.common import give_up
-from weighting.cli.replay import report
 from weighting.contract.levels import documents
+from weighting.runs.layout import FOLDER
+from weighting.runs.layout import RUN as ABOUT
 from weighting.runs.replay import read_record
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
     from weighting.runs.replay import Record
 
+    Place = tuple[int, int]
+    """Step and row of a sequence."""
 
-def main(arguments: list[str] | None = None) -> int:
-    """Print a replay with texts; return 0, or exit with status 2 for an error of the user's."""
-    parser = argparse.ArgumentParser(prog="python -m titan_integration.commands.replay_text")
-    parser.add_argument("--allow-plugins", action="store_true")
-    parser.add_argument("run", type=Path)
-    parser.add_argument("specs", nargs="*")
-    args = parser.parse_args(arguments)
 
-    def found(wanted: Sequence[tuple[int, int]]) -> dict[tuple[int, int], list[str]]:
+def texts_of(run: Path, *, plugins: bool) -> Callable[[Sequence[Place]], dict[Place, list[str]]]:
+    """Return what finds the texts of sequences of a run; on an error it exits with status 2."""
+
+    def found(wanted: Sequence[Place]) -> dict[Place, list[str]]:
         try:
-            return texts(args.run, wanted, plugins=args.allow_plugins)
+            with quiet():  # The host's notes are about training.
+                return texts(run, wanted, plugins=plugins)
         except ValueError as error:
             give_up(str(error))
 
-    report(args.run, args.specs, plugins=args.allow_plugins, texts=found)
-    return 0
+    return found
 
 
 def texts(
@@ -269,9 +263,3 @@ def _check_same(run: Path, told: _Told, now: dict[str, Any]) -> None:
         where = told.loader.dataset_path or told.loader.dataset
         msg = f"{run}: its text, {where}, has changed: {'; '.join(different)}; restore it, {_LEAVE}"
         raise ValueError(msg)
-
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` may have seen enough
-    logging.getLogger().setLevel(logging.ERROR)  # The host's notes are about training.
-    sys.exit(main())

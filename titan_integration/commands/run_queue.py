@@ -7,49 +7,56 @@ goes on: what is whole is not made again, and the rest goes on from its own chec
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from weighting.runs.files import json_text, open_lock, read_line, write_whole
+from titan_integration.host.checkpoints import flaw, step_folders
+from titan_integration.host.run_dir import HeldError, locked, sign
+from weighting.runs.files import json_text, read_line, write_whole
+from weighting.runs.layout import CHECKPOINTS
 
 if TYPE_CHECKING:
-    import argparse
-    from collections.abc import Callable, Collection, Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
     from pathlib import Path
 
-CHECKPOINTS, LOCK = "checkpoint", ".lock"
-"""Where a run has its checkpoints, below its dump folder; what keeps two commands apart."""
+    from titan_integration.commands.train import HostOptions
+
+LOCK = ".lock"
+"""What keeps two commands apart, in the folder of their runs."""
 _POLL, _PATIENCE = 0.5, 60.0
 """Seconds between looks at a run, and those it may take to end when it is told to."""
 
 
 def command(
-    args: argparse.Namespace, spec: str, folder: Path, steps: int, more: list[str]
+    options: HostOptions,
+    spec: str,
+    folder: Path,
+    steps: int,
+    more: Sequence[str],
+    *,
+    plugins: bool,
 ) -> list[str]:
     """Return what trains with a spec, or goes on where that was cut off.
 
     Args:
-        args: What the user gave: config, module, data, ranks, allow_plugins and flags; those flags
-            come last and win.
+        options: What the user gave; those flags come last and win.
         spec: What weighs.
         folder: The run's dump folder.
         steps: Optimizer steps in all.
         more: Further flags of torchtitan.
+        plugins: Whether the modules that specs name are imported.
     """
-    words = [sys.executable, "-P", "-m", "titan_integration.host.run_module"]
-    words += ["titan_integration.commands.train", "--spec", spec]
-    words += ["--config", args.config, "--module", args.module]
-    words += ["--data", args.data] if args.data else []
-    words += ["--ranks", str(args.ranks)] if args.ranks else []
-    words += ["--allow-plugins"] if args.allow_plugins else []
+    words = [sys.executable, "-P", "-m", "weighting", "train", spec]
+    words += ["--config", options.config, "--module", options.module]
+    words += ["--data", options.data] if options.data else []
+    words += ["--ranks", str(options.ranks)] if options.ranks else []
+    words += ["--allow-plugins"] if plugins else []
     flags = ["--dump_folder", str(folder), "--training.steps", str(steps), "--checkpoint.enable"]
-    return [*words, "--", *flags, *more, *args.flags]
+    return [*words, "--", *flags, *more, *options.flags]
 
 
 def begun(folder: Path) -> bool:
@@ -58,10 +65,9 @@ def begun(folder: Path) -> bool:
 
 
 def last_saved(folder: Path) -> int:
-    """Return the step of a run's latest checkpoint that was written to the end; -1 without one."""
-    found = (folder / CHECKPOINTS).glob("step-*/.metadata")
-    steps = [int(step[1]) for x in found if (step := re.fullmatch(r"step-(\d+)", x.parent.name))]
-    return max(steps, default=-1)
+    """Return the step of a run's latest whole checkpoint; -1 without one."""
+    found = step_folders(folder / CHECKPOINTS).items()
+    return next((step for step, path in found if flaw(path) is None), -1)
 
 
 def refuse_changed(
@@ -95,8 +101,8 @@ def note(path: Path, orders: Mapping[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def alone(folder: Path) -> Iterator[int]:
-    """Keep a folder to this process and those it passes the yielded file descriptor on to.
+def alone(folder: Path) -> Iterator[IO[str]]:
+    """Keep a folder to this process and those it passes the yielded file on to.
 
     A trainer that outlives the command which started it keeps the folder until it ends, so that no
     two of them write there.
@@ -104,25 +110,21 @@ def alone(folder: Path) -> Iterator[int]:
     Raises:
         ValueError: Another process has it; says which.
     """
-    path = folder / LOCK
-    with open_lock(path) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            pids = path.read_text(encoding="utf-8").split()
-            pid = next((pid for pid in pids if _runs(int(pid))), "unknown")
-            msg = (
-                f"{folder}: process {pid} is at work there; wait until it is done, or end it: "
-                f"kill {pid}"
-            )
-            raise ValueError(msg) from None
-        except OSError:  # a file system without locks
-            pass
-        _claim(file.fileno(), os.getpid())
-        yield file.fileno()
+    try:
+        file = locked(folder / LOCK, inherited=True)
+    except HeldError as held:
+        pid = next((pid for pid in held.holder.split() if _runs(int(pid))), "unknown")
+        msg = (
+            f"{folder}: process {pid} is at work there; wait until it is done, or end it: "
+            f"kill {pid}"
+        )
+        raise ValueError(msg) from None
+    with file:
+        sign(file, f"{os.getpid()}")
+        yield file
 
 
-def logged(words: list[str], log: Path, lock: int, look: Callable[[], None]) -> int:
+def logged(words: list[str], log: Path, lock: IO[str], look: Callable[[], None]) -> int:
     """Run a command, its output at the end of a file; return its status, 128 + n for signal n.
 
     Args:
@@ -141,10 +143,10 @@ def logged(words: list[str], log: Path, lock: int, look: Callable[[], None]) -> 
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            pass_fds=[lock],
+            pass_fds=[lock.fileno()],
         )
     try:
-        _claim(lock, os.getpid(), process.pid)
+        sign(lock, f"{os.getpid()} {process.pid}")
         while process.poll() is None:
             look()
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -187,12 +189,6 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.wait()
     for number, handler in before.items():
         signal.signal(number, handler)
-
-
-def _claim(lock: int, *pids: int) -> None:
-    """Write down which processes have the folder, for the message to others."""
-    os.ftruncate(lock, 0)
-    os.write(lock, " ".join(map(str, pids)).encode())
 
 
 def _inode(path: Path) -> int | None:

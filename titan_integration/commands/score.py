@@ -1,10 +1,9 @@
 r"""The loss of every token of a data set under a frozen checkpoint, as a column `ref_loss`.
 
-`weighting score` ends up here.  On several nodes, start it by torchrun oneself:
+What `weighting score` calls.  On several nodes, start that by torchrun oneself:
 
-    torchrun --nproc-per-node 8 --nnodes 2 ... -m titan_integration.commands.score \
-        --checkpoint outputs/mile/checkpoint --data corpus --out scored.parquet \
-        --config llama3_8b -- --training.local_batch_size 8
+    torchrun --nproc-per-node 8 --nnodes 2 ... -m weighting score outputs/mile/checkpoint \
+        --data corpus --out scored.parquet --config llama3_8b --training.local_batch_size 8
 
 A document is encoded as in training, with begin and end of text.  One longer than
 `--training.seq_len` is scored in consecutive windows of so many tokens, each of which begins anew,
@@ -19,6 +18,7 @@ import hashlib
 import json
 import re
 import sys
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -53,37 +53,51 @@ from titan_integration.trainer.preflight import build_tokenizer
 from weighting.errors import printable
 
 if TYPE_CHECKING:
-    import argparse
-
     from torch import Tensor
     from torchtitan.components.tokenizer import BaseTokenizer
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Score on all ranks, or be one of them; return 0, 2 for an error of the user's, or theirs."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    args = _parse(arguments)
+@dataclass(frozen=True, kw_only=True)
+class Options(launch.HostOptions):
+    """What scoring is given.
+
+    Attributes:
+        checkpoint: A folder step-N, or one of them.
+        out: The Parquet file to write.
+        per: `token` for a list of losses for each document, `document` for their mean.
+        overwrite: Whether to replace the file, and a column ref_loss.
+    """
+
+    checkpoint: str
+    out: str
+    per: str
+    overwrite: bool
+
+
+def main(**options: Any) -> int:  # noqa: ANN401 - those of `Options`
+    """Score on all ranks, or be one of them; return 0, or the ranks' status.
+
+    Raises:
+        ValueError: What can be seen before the model is there is not as it must be.
+    """
+    args = Options(**options)
     if dist.is_torchelastic_launched():
         init_logger()
         with exit_on_user_error():
             score(args)
         return 0
-    try:
-        _check(args)
-    except ValueError as error:
-        sys.stderr.write(printable(f"error: {error}\n", keep="\n"))
-        return 2
-    code = launch.on_ranks(args.ranks, "titan_integration.commands.score", arguments)
+    _check(args)
+    code = launch.on_ranks(args.ranks, "titan_integration.commands.score", [json.dumps(options)])
     if code == 0:
-        made = provenance(args.out)
+        made = provenance(Path(args.out))
         print(  # noqa: T201 - the result
             f"\n{made['documents']:,} documents, {made['tokens']:,} tokens, mean loss "
-            f"{made['mean_loss']:.4f} nats\n\nscored: {printable(str(args.out))}"
+            f"{made['mean_loss']:.4f} nats\n\nscored: {printable(args.out)}"
         )
     return code
 
 
-def score(args: argparse.Namespace) -> None:
+def score(args: Options) -> None:
     """Score this rank's share of the data; the first rank writes what all have found.
 
     Raises:
@@ -120,7 +134,7 @@ def score(args: argparse.Namespace) -> None:
             "split": loader.split,
             "versions": {**versions.found(), "weighting": weighting.__version__},
         }
-        write(args.out, source.schema, blocks, made)
+        write(Path(args.out), source.schema, blocks, made)
     else:
         for _ in blocks:
             pass
@@ -205,29 +219,14 @@ def fingerprint(tokenizer: BaseTokenizer) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = launch.common_parser("python -m titan_integration.commands.score")
-    parser.add_argument("--checkpoint", required=True)
-    parser.add_argument("--out", required=True, type=Path)
-    parser.add_argument("--per", choices=("token", "document"), default="token")
-    parser.add_argument("--overwrite", action="store_true")
-    return parser.parse_args(arguments)
-
-
-def _check(args: argparse.Namespace) -> Path:
+def _check(args: Options) -> Path:
     """Return the checkpoint's folder.
 
     Raises:
         ValueError: There is none, the result could not be written, or there is no such config.
     """
     launch.check_config(args.module, args.config)
-    out = args.out
-    if out.suffix != ".parquet":
-        msg = f"--out {out}: it is a Parquet file; give it a name that ends in .parquet"
-        raise ValueError(msg)
-    if not out.parent.is_dir():
-        msg = f"--out {out}: no folder {out.parent}; make it first"
-        raise ValueError(msg)
+    out = Path(args.out)
     if out.exists() and not args.overwrite:
         msg = f"--out {out}: exists already; choose another name, or pass --overwrite"
         raise ValueError(msg)
@@ -251,4 +250,4 @@ def _refuse_unsupported(config: Trainer.Config) -> DomainTextDataLoader.Config:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(**json.loads(sys.argv[1])))  # a rank, of what `main` has started

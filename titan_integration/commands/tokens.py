@@ -1,20 +1,17 @@
 """What specs weigh the tokens of one text under a checkpoint, shaded.
 
-`weighting tokens` ends up here.  One process runs the model, without torchrun.  A text is encoded
+What `weighting tokens` calls.  One process runs the model, without torchrun.  A text is encoded
 and cut as `weighting score` does it; its windows are the sequences of one batch.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import logging
 import os
 import re
-import signal
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -28,9 +25,9 @@ from titan_integration.commands.score import FrozenModel
 from titan_integration.commands.score_windows import laid_out, windows
 from titan_integration.data.packing import Cut
 from titan_integration.host import versions
+from titan_integration.host.quiet import quiet
 from titan_integration.loss.reference_model import find_checkpoint
 from weighting.errors import printable
-from weighting.language.read import resolve
 from weighting.loss.cross_entropy import signals_of
 from weighting.report import shading
 from weighting.runs.files import write_whole
@@ -51,19 +48,42 @@ _GIVEN = "--checkpoint"
 """What messages call the checkpoint."""
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Print the text, and write the page if asked to; return 0, or 2 for an error of the user's."""
-    args = _parse(sys.argv[1:] if arguments is None else arguments)
+@dataclass(frozen=True, kw_only=True)
+class Options(launch.HostOptions):
+    """What is asked for.
+
+    Attributes:
+        specs: As the user gave them, and as they were read.
+        checkpoint: A folder step-N, or one of them.
+        text: A file in UTF-8.
+        html: File for a page; None for none.
+        step: Optimizer step; None for the checkpoint's.
+        allow_plugins: Whether the modules that specs name were imported.
+    """
+
+    specs: Sequence[tuple[str, Spec]]
+    checkpoint: str
+    text: str
+    html: str | None = None
+    step: int | None = None
+    allow_plugins: bool = False
+
+
+def main(**options: Any) -> int:  # noqa: ANN401 - those of `Options`
+    """Print the text, and write the page if asked to; return 0.
+
+    Raises:
+        ValueError: As `shaded_text`, or the page cannot be written.
+    """
+    args = Options(**options)
     try:
-        shaded = shaded_text(args)
-        if args.html:
-            _write(Path(args.html), shading.page(shaded))
-    except ValueError as error:
-        sys.stderr.write(printable(f"error: {error}\n", keep="\n"))
-        return 2
+        with quiet():  # The host's warnings are about training.
+            shaded = shaded_text(args)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+    if args.html:
+        _write(Path(args.html), shading.page(shaded))
     plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
     colours = sys.stdout.isatty() and not plain
     text = shading.terminal(shaded) if colours else shading.table(shaded)
@@ -74,7 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def shaded_text(args: argparse.Namespace) -> shading.Shaded:
+def shaded_text(args: Options) -> shading.Shaded:
     """Run the model on the text and weigh it by every spec.
 
     Raises:
@@ -83,10 +103,9 @@ def shaded_text(args: argparse.Namespace) -> shading.Shaded:
     versions.check()
     launch.check_config(args.module, args.config)
     folder = find_checkpoint(args.checkpoint, _GIVEN)
-    text = _read(args.text)
-    _check_page(args.html, args.text)
-    specs = [resolve(each, allow_plugins=args.allow_plugins) for each in args.specs]
-    fns = [wt.build(spec, domains=["text"]).eval() for spec in specs]
+    text = _read(Path(args.text))
+    _check_page(args.html, Path(args.text))
+    fns = [wt.build(spec, domains=["text"]).eval() for _, spec in args.specs]
     config = _config(args)
     try:
         tokenizer = config.tokenizer.build(tokenizer_path=config.hf_assets_path)
@@ -117,7 +136,7 @@ def shaded_text(args: argparse.Namespace) -> shading.Shaded:
         fn.check(out)
         weights.append(out.token[batch.valid].tolist())
     lengths = batch.valid.sum(-1).tolist()
-    names = [_name(spec, given) for spec, given in zip(specs, args.specs, strict=True)]
+    names = [_name(spec, given) for given, spec in args.specs]
     spoken = [
         shading.Weighed(name, tuple(notes(fn, lengths)))
         for name, fn in zip(names, fns, strict=True)
@@ -128,7 +147,7 @@ def shaded_text(args: argparse.Namespace) -> shading.Shaded:
         f"weights of step {step}",
     )
     tokens = _tokens(batch, weights, pieces)
-    return shading.Shaded(str(args.text), facts, tuple(spoken), tuple(tokens))
+    return shading.Shaded(args.text, facts, tuple(spoken), tuple(tokens))
 
 
 class Batch(NamedTuple):
@@ -241,21 +260,6 @@ def _name(spec: Spec, given: str) -> str:
     return given if unnamed else spec.name
 
 
-def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m titan_integration.commands.tokens")
-    parser.add_argument("--specs", required=True, type=json.loads, help="a JSON list of specs")
-    parser.add_argument("--checkpoint", required=True)
-    parser.add_argument("--text", required=True, type=Path)
-    parser.add_argument("--html")
-    parser.add_argument("--step", type=int)
-    parser.add_argument("--config", default="llama3_debugmodel")
-    parser.add_argument("--module", default="titan_integration")
-    parser.add_argument("--allow-plugins", action="store_true")
-    parser.add_argument("flags", nargs="*")
-    parser.set_defaults(data=None)
-    return parser.parse_args(arguments)
-
-
 def _read(path: Path) -> str:
     """Return a text as it is, line ends included."""
     try:
@@ -293,7 +297,7 @@ def _write(path: Path, page: str) -> None:
         raise ValueError(msg) from error
 
 
-def _config(args: argparse.Namespace) -> Trainer.Config:
+def _config(args: Options) -> Trainer.Config:
     """Return the host's configuration; refuse what takes more than one process."""
     flags = [*launch.host_flags(args, "uniform", "outputs/tokens"), *args.flags]
     try:
@@ -314,9 +318,3 @@ def _be_the_only_rank() -> None:
     """Tell the host what torchrun would; any free port will do."""
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
-
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` may have seen enough
-    logging.getLogger().setLevel(logging.ERROR)  # The host's warnings are about training.
-    sys.exit(main())

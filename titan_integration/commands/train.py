@@ -1,20 +1,20 @@
 """Start torchtitan's trainer through torchrun with what this machine needs; say where results are.
 
-`weighting train` ends up here.  The flags a user gives come last and win.  `weighting score` starts
+What `weighting train` calls.  The flags a user gives come last and win.  `weighting score` starts
 its ranks with the same functions.
 """
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import re
 import signal
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -24,8 +24,11 @@ from torch.distributed.run import run as torchrun
 
 from titan_integration.host.run_dir import refuse_unwritable
 from weighting.errors import nearest, printable
-from weighting.language.read import resolve
 from weighting.runs.files import read_lines
+from weighting.runs.layout import FOLDER, METRICS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 RUN_MODULE = "titan_integration.host.run_module"
 """What starts each rank's module."""
@@ -38,32 +41,57 @@ _ON_CPU = {
 """What a laptop can train in minutes: 16 sequences of 128 tokens a step."""
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the trainer; return the exit status: 0, 2 for an error of the user's, or the ranks'."""
-    args = _parse(sys.argv[1:] if arguments is None else arguments)
-    try:
-        check_config(args.module, args.config)
-        flags = _flags(args, resolve(args.spec, allow_plugins=args.allow_plugins).name)
-        folder = Path(value_of(flags, "--dump_folder") or ".")
-        refuse_unwritable(folder)
-    except ValueError as error:
-        sys.stderr.write(printable(f"error: {error}\n", keep="\n"))
-        return 2
-    code = on_ranks(args.ranks, "torchtitan.train", flags)
+@dataclass(frozen=True, kw_only=True)
+class HostOptions:
+    """What all commands that run a model are given.
+
+    Attributes:
+        module: Where the config function is.
+        config: Its name.
+        data: A file, a folder, or a name of Hugging Face's.
+        ranks: Processes; one per accelerator for None.
+        flags: The user's further flags for torchtitan, which come last and win.
+    """
+
+    module: str
+    config: str
+    data: str | None = None
+    ranks: int | None = None
+    flags: Sequence[str] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(HostOptions):
+    """What a run is given.
+
+    Attributes:
+        spec: What weighs, as the user gave it.
+        name: The spec's name.
+        mixture: A spec by which data is drawn.
+        allow_plugins: Whether the modules that specs name are imported.
+    """
+
+    spec: str
+    name: str
+    mixture: str | None = None
+    allow_plugins: bool = False
+
+
+def main(**options: Any) -> int:  # noqa: ANN401 - those of `Options`
+    """Run the trainer; return the exit status: 0, or the ranks'.
+
+    Raises:
+        ValueError: The config function or the folder is not as it must be.
+    """
+    given = Options(**options)
+    check_config(given.module, given.config)
+    flags = run_flags(given)
+    folder = Path(value_of(flags, "--dump_folder") or ".")
+    refuse_unwritable(folder)
+    code = on_ranks(given.ranks, "torchtitan.train", flags)
     if code == 0 and "--checkpoint.create_seed_checkpoint" not in flags:
         _report(folder)
     return code
-
-
-def common_parser(prog: str) -> argparse.ArgumentParser:
-    """Return a parser of what all runs on ranks are given: model, data and further flags."""
-    parser = argparse.ArgumentParser(prog=prog)
-    parser.add_argument("--config", default="llama3_debugmodel")
-    parser.add_argument("--module", default="titan_integration")
-    parser.add_argument("--data")
-    parser.add_argument("--ranks", type=int)
-    parser.add_argument("flags", nargs="*")
-    return parser
 
 
 def check_config(module: str, config: str) -> None:
@@ -76,27 +104,35 @@ def check_config(module: str, config: str) -> None:
         raise ValueError(message)
 
 
-def host_flags(args: argparse.Namespace, spec: str, folder: str) -> list[str]:
-    """Return torchtitan's flags for what `common_parser` has read, but for the user's own flags.
+def run_flags(options: Options) -> list[str]:
+    """Return torchtitan's command line of a run: ours first, the user's after it."""
+    flags = host_flags(options, options.spec, f"outputs/{options.name}")
+    flags += ["--weighting.mixture", options.mixture] if options.mixture else []
+    flags += ["--weighting.allow_plugins"] if options.allow_plugins else []
+    return [*flags, *options.flags]
+
+
+def host_flags(options: HostOptions, spec: str, folder: str) -> list[str]:
+    """Return torchtitan's flags for what all commands are given, but for the user's own flags.
 
     Those are to follow; where they are, defaults are left out, as `folder` for `--dump_folder`.
     """
-    flags = ["--module", args.module, "--config", args.config, "--weighting.spec", spec]
+    flags = ["--module", options.module, "--config", options.config, "--weighting.spec", spec]
     defaults = {"--dump_folder": folder}
-    if not torch.accelerator.is_available() and args.config in _FOR_CPU:
+    if not torch.accelerator.is_available() and options.config in _FOR_CPU:
         defaults |= _ON_CPU
     for flag, value in defaults.items():
-        if value_of(args.flags, flag) is None:
+        if value_of(options.flags, flag) is None:
             flags += [flag, value]
     if not sys.stdout.isatty():
         flags.append("--metrics.disable_color_printing")
-    if args.data:
-        is_local = Path(args.data).exists()
-        flags += ["--dataloader.dataset_path" if is_local else "--dataloader.dataset", args.data]
+    if options.data:
+        is_local = Path(options.data).exists()
+        flags += ["--dataloader.dataset_path" if is_local else "--dataloader.dataset", options.data]
     return flags
 
 
-def value_of(flags: list[str], flag: str) -> str | None:
+def value_of(flags: Sequence[str], flag: str) -> str | None:
     """Return what a command line gives for a flag, in either spelling; the last one counts."""
     found = None
     names = {flag, flag.replace("_", "-")}
@@ -178,22 +214,6 @@ _TAIL = 30
 """Lines of a traceback that say where it comes from."""
 
 
-def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = common_parser("python -m titan_integration.commands.train")
-    parser.add_argument("--spec", required=True)
-    parser.add_argument("--mixture")
-    parser.add_argument("--allow-plugins", action="store_true")
-    return parser.parse_args(arguments)
-
-
-def _flags(args: argparse.Namespace, name: str) -> list[str]:
-    """Return torchtitan's command line: ours first, the user's after it."""
-    flags = host_flags(args, args.spec, f"outputs/{name}")
-    flags += ["--weighting.mixture", args.mixture] if args.mixture else []
-    flags += ["--weighting.allow_plugins"] if args.allow_plugins else []
-    return [*flags, *args.flags]
-
-
 def _unknown_config(module: str, config: str) -> str | None:
     """Return what is wrong with the name of a config function of ours, or None.
 
@@ -209,12 +229,8 @@ def _unknown_config(module: str, config: str) -> str | None:
 
 
 def _report(folder: Path) -> None:
-    from titan_integration.observe.metrics import FILE, FOLDER, table  # noqa: PLC0415
+    from titan_integration.observe.metrics import table  # noqa: PLC0415 - takes seconds
 
-    path = folder / FOLDER / FILE
+    path = folder / FOLDER / METRICS
     if path.exists():
         print(f"\n{table(read_lines(path))}\n\nmetrics: {path}")  # noqa: T201 - the result
-
-
-if __name__ == "__main__":
-    sys.exit(main())

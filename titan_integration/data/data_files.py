@@ -1,6 +1,5 @@
 """Which local files hold the data of a split, and what the names of their folders say."""
 
-import difflib
 import os
 import stat
 from collections import defaultdict
@@ -11,7 +10,7 @@ from urllib.parse import unquote
 
 from torchtitan.tools.logging import logger, warn_once
 
-from weighting.errors import printable
+from weighting.errors import closest, printable
 
 _JSON = (".jsonl", ".ndjson", ".json")
 PARQUET = ".parquet"
@@ -186,7 +185,7 @@ def _some(names: Sequence[str]) -> str:
 
 def near(name: str, there: Iterable[str]) -> str:
     """Return a question with the names that are close, or nothing."""
-    close = difflib.get_close_matches(name, list(there), n=3)
+    close = closest(name, there, 3)
     return f" (did you mean {' or '.join(close)}?)" if close else ""
 
 

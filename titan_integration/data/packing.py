@@ -24,6 +24,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from titan_integration.data.documents import Documents
 from titan_integration.data.records import Values
+from weighting.columns import signal_of
 
 # A rank tokenizes only its own shards when its rows always fall on them: when the global batch
 # divides the number of shards, as 1, 2, 3, 4, 6, 8, ..., 64, 96 and 192 do. Otherwise ranks share
@@ -378,7 +379,7 @@ def batch_of(
         "domain_ids": stack(lambda p: torch.full((len(p.tokens) - 1,), p.domain_id)),
     }
     for i, name in enumerate(columns):
-        inputs[f"columns.{name}"] = stack(lambda p, i=i: p.numbers[i].expand(len(p.tokens) - 1))
+        inputs[signal_of(name)] = stack(lambda p, i=i: p.numbers[i].expand(len(p.tokens) - 1))
     return inputs, stack(lambda p: p.tokens[1:])
 
 

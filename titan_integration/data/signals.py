@@ -4,37 +4,36 @@ from __future__ import annotations
 
 import re
 
-COLUMN = "columns."
-"""Begins the name of a signal that is a column of the data."""
-_FROM_LOGITS = re.compile(r"columns\.topk_entropy_[1-9]\d*")
+from weighting.columns import column_of, signal_of
+
+_FROM_LOGITS = re.compile(r"topk_entropy_[1-9]\d*")
 """Columns that the loss finds in the logits it has at hand."""
-_SHORT_LOSS = re.compile(r"columns\.short_loss_([1-9]\d*)")
+_SHORT_LOSS = re.compile(r"short_loss_([1-9]\d*)")
 """Columns that are the model's own loss on a short context."""
 
 
 def short_contexts(needs: frozenset[str]) -> dict[str, int]:
     """Return the signals that are losses on a short context, with the most tokens of it."""
-    found = ((name, _SHORT_LOSS.fullmatch(name)) for name in sorted(needs))
+    found = ((name, _SHORT_LOSS.fullmatch(column_of(name) or "")) for name in sorted(needs))
     return {name: int(match[1]) for name, match in found if match}
 
 
 def data_columns(needs: frozenset[str]) -> list[str]:
     """Return the columns that can come from nowhere but the data, by their names there."""
-    computed = [*short_contexts(needs), *filter(_FROM_LOGITS.fullmatch, needs)]
-    columns = {name for name in needs if name.startswith(COLUMN)}
-    return sorted(name.removeprefix(COLUMN) for name in columns.difference(computed))
+    columns = filter(None, map(column_of, needs))
+    return sorted(x for x in columns if not (_FROM_LOGITS.fullmatch(x) or _SHORT_LOSS.fullmatch(x)))
 
 
 def comes_with_batch(name: str) -> bool:
     """Tell whether the trainer gives a signal to the loss; the loss finds the others itself."""
-    if name.startswith(COLUMN):
-        return not _FROM_LOGITS.fullmatch(name)
+    if (column := column_of(name)) is not None:
+        return not _FROM_LOGITS.fullmatch(column)
     return name in {"domain_ids", "segment_ids", "ref_loss"}
 
 
 def is_signal(key: str) -> bool:
     """Tell whether an entry of a loader's batch is for the weighting and not for the model."""
-    return key == "domain_ids" or key.startswith(COLUMN)
+    return key == "domain_ids" or column_of(key) is not None
 
 
 def missing(name: str) -> str:
@@ -42,7 +41,7 @@ def missing(name: str) -> str:
     if name == "domain_ids":
         reads, key = "weighs by domain", name
     elif name == "ref_loss":
-        reads, key = "reads ref_loss", f"{COLUMN}{name}"
+        reads, key = "reads ref_loss", signal_of(name)
     else:
         reads, key = f"reads {name}", name
     model = ", or give a model: --weighting.reference CHECKPOINT" if name == "ref_loss" else ""

@@ -5,13 +5,13 @@ import json
 import logging
 import os
 import platform
-import tempfile
 from pathlib import Path
 
 import tokenizers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from titan_integration.data.builtin_text import stdlib_text
+from weighting.runs.files import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -73,8 +73,8 @@ def ensure_tokenizer(vocab_size: int = 2048) -> Path:
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / "tokenizer_config.json", json.dumps(config, indent=2))
-        _write(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
+        write_whole(folder / "tokenizer_config.json", json.dumps(config, indent=2))
+        write_whole(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
     except OSError as error:
         msg = (
             f"cannot write the tokenizer cache {folder} ({error.strerror}); "
@@ -135,18 +135,3 @@ def _is_whole(folder: Path, vocab_size: int) -> bool:
     except Exception:  # noqa: BLE001 -- tokenizers raises bare Exception for a missing or broken file
         return False
     return tokenizer.get_vocab_size() == vocab_size
-
-
-def _write(path: Path, text: str) -> None:
-    """Put a file in place in one step, so that nobody ever sees half of it, even after a kill."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)  # mkstemp makes it private, but a cache may be shared
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

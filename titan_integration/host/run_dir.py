@@ -10,13 +10,12 @@ import socket
 from typing import IO, TYPE_CHECKING
 
 from weighting.runs.files import open_lock
+from weighting.runs.layout import LOCK
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-LOCK = ".running"
-"""What keeps two runs apart, and says which one is there."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -66,23 +65,55 @@ def claim(folder: Path) -> IO[str]:
     path = folder / LOCK
     with writing(path):
         folder.mkdir(parents=True, exist_ok=True)
-        file = open_lock(path)
     try:
-        # Not flock: children that outlive a killed process would inherit that.
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        file.seek(0)
-        holder = file.read().strip() or "another process"
-        file.close()
+        # Children that outlive a killed process must not keep the lock.
+        file = locked(path, inherited=False)
+    except HeldError as held:
         msg = (
-            f"{folder}: {holder} is training there; take another --dump_folder, or wait until it "
-            "is done, or end it"
+            f"{folder}: {held.holder or 'another process'} is training there; take another "
+            "--dump_folder, or wait until it is done, or end it"
         )
         raise ValueError(msg) from None
+    sign(file, f"process {os.getpid()} on {socket.gethostname()}\n")
+    return file
+
+
+class HeldError(Exception):
+    """Another process has a lock; holds what it wrote there."""
+
+    def __init__(self, holder: str) -> None:
+        self.holder = holder
+        super().__init__(holder)
+
+
+def locked(path: Path, *, inherited: bool) -> IO[str]:
+    """Open a file and lock it until it is closed; on a file system without locks it is but opened.
+
+    Args:
+        path: The file.
+        inherited: Whether processes that get the open file keep the lock as well.
+
+    Raises:
+        HeldError: Another process has the lock.
+        ValueError: The file cannot be written.
+    """
+    with writing(path):
+        file = open_lock(path)
+    try:
+        (fcntl.flock if inherited else fcntl.lockf)(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        holder = file.read().strip()
+        file.close()
+        raise HeldError(holder) from None
     except OSError:  # a file system without locks
         pass
-    with writing(path):
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
     return file
+
+
+def sign(file: IO[str], holder: str) -> None:
+    """Write into a locked file who has it, for the message to others."""
+    with writing(file.name):
+        file.truncate(0)
+        file.write(holder)
+        file.flush()

@@ -1,6 +1,6 @@
 """Run a module as `python -P -m` does, with the working folder searched last for imports.
 
-    python -P -m titan_integration.host.run_module titan_integration.commands.train --spec linupper
+    torchrun ... -m titan_integration.host.run_module torchtitan.train --module ... --config ...
 
 A plugin or config module of the user's may be in the working folder; a file there that is called
 like a module of Python's or of an installed package must not be taken for it.

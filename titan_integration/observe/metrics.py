@@ -14,15 +14,13 @@ from typing_extensions import override
 
 from titan_integration.host.run_dir import writing
 from titan_integration.observe.mixture import mixtures
+from weighting.runs import layout
 from weighting.runs.files import json_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from titan_integration.state.run import Run
-
-FOLDER, FILE = "weighting", "metrics.jsonl"
-"""Where a run's JSON lines are, below its dump folder."""
 
 
 class WeightedMetricsProcessor(MetricsProcessor):
@@ -47,7 +45,7 @@ class WeightedMetricsProcessor(MetricsProcessor):
     def keep(self, name: str, line: Mapping[str, Any]) -> None:
         """Append a line to a file of the run's, on the first rank."""
         if dist.get_rank() == 0:
-            append_line(self._dump_folder / FOLDER / name, line)
+            append_line(self._dump_folder / layout.FOLDER / name, line)
 
     @override
     def log(
@@ -83,7 +81,7 @@ class WeightedMetricsProcessor(MetricsProcessor):
             for warning in (first and run.statistics.warnings) or ():
                 logger.warning(warning)
         line = {"step": step, **found, "grad_norm": grad_norm, "tps": tokens / seconds}
-        self.keep(FILE, line)
+        self.keep(layout.METRICS, line)
 
 
 def capped(found: dict[str, float]) -> float:

@@ -10,6 +10,7 @@ from torch import Tensor
 from titan_integration.host.run_dir import writing
 from weighting.build.domains import average_weights, live_weights, proportions
 from weighting.mixture import mixture_text
+from weighting.runs import layout
 from weighting.runs.files import write_whole
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from titan_integration.state.run import Run
     from weighting import Spec
 
-FILE = "mixture.yaml"
+FILE = layout.MIXTURE
 """Its name, below the dump folder, beside the metrics."""
 
 

@@ -13,7 +13,8 @@ import torch.distributed as dist
 import weighting as wt
 from titan_integration.host import versions
 from titan_integration.host.run_dir import writing
-from titan_integration.observe.metrics import FOLDER, set_aside
+from titan_integration.observe.metrics import set_aside
+from weighting.runs import layout
 from weighting.runs.files import json_text, write_whole
 
 if TYPE_CHECKING:
@@ -22,9 +23,6 @@ if TYPE_CHECKING:
     from torchtitan.trainer import Trainer
 
     from titan_integration.state.run import Run
-
-FILE = "run.json"
-"""Its name, beside the metrics."""
 
 
 def describe_start(
@@ -61,7 +59,7 @@ def describe_start(
         "device": device,
         "versions": {**ours, **versions.found()},
     }
-    path = Path(config.dump_folder) / FOLDER / FILE
+    path = Path(config.dump_folder) / layout.FOLDER / layout.RUN
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, about(path, facts, start))

@@ -15,7 +15,9 @@ from titan_integration.collectives import OverRanks
 from titan_integration.loss.vocab_parallel import plain
 from titan_integration.observe.metrics import WeightedMetricsProcessor
 from weighting.build.domains import send_feedback
+from weighting.columns import column_of
 from weighting.errors import printable
+from weighting.runs import layout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from titan_integration.loss.loss import WeightedChunkedLoss, WeightedCrossEntropyLoss
     from titan_integration.state.run import Run
 
-FILE = "validation.jsonl"
+FILE = layout.VALIDATION
 """The lines of the validations, beside those of the training steps."""
 
 
@@ -72,7 +74,7 @@ class DomainValidator(Validator):
         model_parts: list[nn.Module],
     ) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """Keep the domains, which the host would hand to the model, for the loss of this batch."""
-        inputs = {name: x for name, x in input_dict.items() if not name.startswith("columns.")}
+        inputs = {name: x for name, x in input_dict.items() if column_of(name) is None}
         ids = inputs.pop("domain_ids", None)
         domains = getattr(self._loader.built, "domains", None)
         if self.parallelism.spmd_backend == "full_dtensor" and self.parallel_dims.cp_enabled:

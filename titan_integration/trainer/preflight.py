@@ -19,6 +19,7 @@ from titan_integration.data.signals import data_columns, short_contexts
 from titan_integration.loss.reference_model import average_decay, find_checkpoint
 from titan_integration.state.checkpoint import ResumingCheckpointManager
 from weighting.build.compared import domains_compared
+from weighting.columns import column_of, signal_of
 from weighting.errors import printable
 from weighting.language.plugins import imported
 from weighting.language.read import resolve
@@ -65,7 +66,7 @@ def refuse_unsupported(config: WeightedConfig, plan: Plan) -> None:
     Raises:
         ValueError: Says what, why, and what to do instead.
     """
-    missing = sorted(x for x in plan.needs - SIGNALS if not x.startswith("columns."))
+    missing = sorted(x for x in plan.needs - SIGNALS if column_of(x) is None)
     if missing:
         msg = (
             f"{plan.spec.name} reads {', '.join(missing)}, which this trainer does not provide yet"
@@ -350,7 +351,7 @@ def _refuse_reference(config: WeightedConfig, plan: Plan) -> None:
         msg = f"{plan.spec.name} reads no ref_loss; leave out --weighting.reference {path}"
         raise ValueError(msg)
     columns = getattr(config.dataloader, "columns", ())
-    if REF_LOSS in columns and f"columns.{REF_LOSS}" not in plan.needs:
+    if REF_LOSS in columns and signal_of(REF_LOSS) not in plan.needs:
         msg = (
             f"ref_loss comes from --weighting.reference {path}, or from the column {REF_LOSS!r} of "
             "--dataloader.columns; leave out one of them"

@@ -21,6 +21,7 @@ from typing_extensions import override
 
 from titan_integration.collectives import OverRanks
 from titan_integration.data.loader import DomainTextDataLoader
+from titan_integration.data.records import REF_LOSS
 from titan_integration.data.signals import is_signal, short_contexts
 from titan_integration.host import cpu, versions
 from titan_integration.host.run_dir import claim
@@ -40,8 +41,7 @@ from titan_integration.loss.reference_model import (
     token_losses,
 )
 from titan_integration.observe.agreement import check_agreement
-from titan_integration.observe.metrics import FOLDER, WeightedMetricsProcessor
-from titan_integration.observe.mixture import FILE as MIXTURE
+from titan_integration.observe.metrics import WeightedMetricsProcessor
 from titan_integration.observe.mixture import mixtures, write_mixture
 from titan_integration.observe.recorder import asked
 from titan_integration.observe.run_json import describe_start
@@ -63,9 +63,11 @@ from titan_integration.trainer.preflight import (
 from titan_integration.trainer.wiring import sharded, start_run, when_of
 from weighting.build import plan_of
 from weighting.build.domains import proportions
+from weighting.columns import signal_of
 from weighting.contract.levels import documents
 from weighting.errors import printable
 from weighting.loss.logits import IGNORE_INDEX, check_labels
+from weighting.runs import layout
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -246,8 +248,8 @@ class WeightedTrainer(Trainer):
         tokens, labels, kwargs = super().post_dataloading_process(inputs, labels)
         given = sharded(given, self)
         given |= self._further_losses(tokens, labels, kwargs)
-        if "columns.ref_loss" in given:
-            given.setdefault("ref_loss", given["columns.ref_loss"])
+        if (from_data := signal_of(REF_LOSS)) in given:
+            given.setdefault(REF_LOSS, given[from_data])
         self.run.microbatches.set_batch(given, labels if self.parallel_dims.pp_enabled else None)
         return tokens, labels, kwargs
 
@@ -349,5 +351,5 @@ class WeightedTrainer(Trainer):
             "model": f"{config.model_spec.name} {config.model_spec.flavor}",
             "versions": ", ".join(f"{x} {version(x)}" for x in ("torch", "torchtitan")),
         }
-        path = Path(config.dump_folder) / FOLDER / MIXTURE
+        path = Path(config.dump_folder) / layout.FOLDER / layout.MIXTURE
         write_mixture(path, self.run.fn.spec, found, self.step, provenance)

@@ -15,7 +15,7 @@ from titan_integration.collectives import OverRanks
 from titan_integration.observe.recorder import Layout, Recorder, asked
 from titan_integration.state.microbatches import When
 from titan_integration.state.run import Pipeline, Run, start
-from weighting.runs.replay import FOLDER as RECORD_FOLDER
+from weighting.runs import layout
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -95,7 +95,7 @@ def recorder_of(
             length=length,
             together=parts if when is When.DEFERRED else 1,
         ),
-        Path(config.dump_folder) / RECORD_FOLDER if first else None,
+        Path(config.dump_folder) / layout.RECORD if first else None,
         device=trainer.device,
         ranks=ranks,
         places=sharded({"places": places}, trainer)["places"][0],

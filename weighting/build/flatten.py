@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from weighting.columns import column_of
 from weighting.contract import Signals
 
 
@@ -16,13 +17,13 @@ def flatten(signals: Signals, needs: frozenset[str]) -> Signals:
     valid = torch.ones_like(loss, dtype=torch.bool) if signals.valid is None else signals.valid
     flat: dict[str, Any] = {"columns": {}}
     for name in needs | {"loss", "valid"}:
-        _, is_column, column = name.partition("columns.")
-        value = signals.columns.get(column) if is_column else getattr(signals, name)
+        column = column_of(name)
+        value = signals.columns.get(column) if column else getattr(signals, name)
         value = valid if name == "valid" else value
         if value is None:
             if name == "target_prob":
                 continue  # the stage derives it from the loss
-            give = f"columns={{{column!r}: ...}}" if is_column else f"{name}=..."
+            give = f"columns={{{column!r}: ...}}" if column else f"{name}=..."
             msg = f"this spec reads {name}; give Signals({give})"
             raise ValueError(msg)
         if value.shape != loss.shape:
@@ -34,7 +35,7 @@ def flatten(signals: Signals, needs: frozenset[str]) -> Signals:
             continue
         value = value.long() if name.endswith("_ids") else value.float()
         value = torch.where(valid.reshape(-1).bool(), value, 0)
-        if is_column:
+        if column:
             flat["columns"][column] = value
         else:
             flat[name] = value
@@ -45,8 +46,8 @@ def all_finite(flat: Signals, names: frozenset[str]) -> Tensor:
     """Return which tokens have finite values of all the named signals, those that are given."""
     ok = flat.loss.isfinite()
     for name in sorted(names):
-        _, is_column, column = name.partition("columns.")
-        value = flat.columns.get(column) if is_column else getattr(flat, name)
+        column = column_of(name)
+        value = flat.columns.get(column) if column else getattr(flat, name)
         if value is not None and value.is_floating_point():
             ok = ok & value.isfinite()
     return ok

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from weighting.columns import plain_name
 from weighting.contract import Constrain, Level, Pool, Scope, Shape, Signals, Source, Stage, Weigh
 
 _UNITS = 6
@@ -93,7 +94,7 @@ def _run(stage: Stage, level: Level, x: Tensor, noted: list[str]) -> Tensor:
 
 def _signals(stage: Source, x: Tensor) -> Signals:
     """Return signals with all that a source reads."""
-    columns = {name.removeprefix("columns."): x.round() for name in stage.reads()}
+    columns = {plain_name(name): x.round() for name in stage.reads()}
     return Signals(
         loss=x,
         valid=torch.ones_like(x, dtype=torch.bool),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 import textwrap
@@ -12,15 +11,14 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 from click.shell_completion import CompletionItem
 
-from weighting.build import plan_of
 from weighting.errors import SpecError, printable
 from weighting.language.find import shipped
-from weighting.language.read import resolve
+from weighting.language.open import open_argument
+from weighting.language.words import is_stage
 from weighting.runs.loss_files import LAST_STEP
-from weighting.spec import Spec
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Sequence
 
     from weighting.build import Plan
     from weighting.spec import Spec
@@ -41,7 +39,11 @@ def read(argument: str, *, plugins: bool) -> tuple[Spec, Plan]:
     Raises:
         SpecError: It is wrong.
     """
-    spec = resolve(argument, allow_plugins=plugins)
+    document = open_argument(argument, is_stage)
+    from weighting.build import plan_of  # noqa: PLC0415 - imports torch, and there is a text now
+    from weighting.language.read import spec_of  # noqa: PLC0415
+
+    spec = spec_of(document, allow_plugins=plugins)
     return spec, plan_of(spec)
 
 
@@ -102,31 +104,6 @@ def reason(error: OSError) -> str:
     """Return where the system refused and why, without its number."""
     where = f"{error.filename}: " if error.filename else ""
     return f"{where}{error.strerror or error}"
-
-
-def hand_over(module: str, options: Mapping[str, object], flags: Iterable[str]) -> NoReturn:
-    """Go on as a module of the torchtitan integration.
-
-    Args:
-        module: Its name among `titan_integration.commands`.
-        options: By name; one that is None or False is left out, True is given without a value.
-        flags: The user's further flags for torchtitan.
-    """
-    if importlib.util.find_spec("torchtitan") is None:
-        give_up("this needs torchtitan: pip install 'weighting-dsl[titan]'")
-    # -P: a file of the working folder is not taken for a module of Python's or of a package.
-    command = [sys.executable, "-P", "-m", "titan_integration.host.run_module"]
-    command.append(f"titan_integration.commands.{module}")
-    for name, value in options.items():
-        option = f"--{name.replace('_', '-')}"
-        if value is True:
-            command.append(option)
-        elif value is not None and value is not False:
-            command.append(f"{option}={value}")
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # In place of this process: signals and exit status are the other's own.
-    os.execv(sys.executable, [*command, "--", *flags])  # noqa: S606 - our own module
 
 
 def is_step(text: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from itertools import takewhile
 
 import click
@@ -11,10 +10,10 @@ from weighting.cli.common import (
     allow_plugins,
     check_data,
     check_out,
-    hand_over,
     read_or_exit,
     specs_named,
 )
+from weighting.cli.host import run_in_host
 from weighting.cli.report import SUFFIXES
 
 
@@ -63,7 +62,6 @@ def compare(
         check_out(out, SUFFIXES)
     check_data(options["data"])
     specs = [*takewhile(lambda word: not word.startswith("-"), words)]
-    for text in specs:
-        read_or_exit(text, plugins=allow_plugins)
-    options |= {"specs": json.dumps(specs), "out": out, "allow_plugins": allow_plugins}
-    hand_over("compare", options, words[len(specs) :])
+    options |= {"out": out, "allow_plugins": allow_plugins, "flags": words[len(specs) :]}
+    read = {text: read_or_exit(text, plugins=allow_plugins)[0] for text in specs}
+    run_in_host("compare", specs=[(text, read[text]) for text in specs], **options)

@@ -11,14 +11,11 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, NamedTuple
 
 import click
-import torch
 
 from weighting import __version__
-from weighting.build import plan_of
 from weighting.cli.common import echo
 from weighting.errors import SpecError
 from weighting.language.find import shipped
-from weighting.language.read import load
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -72,6 +69,9 @@ _PACKAGES = {
 
 
 def _specs() -> Finding:
+    from weighting.build import plan_of  # noqa: PLC0415 - imports torch
+    from weighting.language.read import load  # noqa: PLC0415
+
     wrong: list[str] = []
     for name, path in shipped().items():
         try:
@@ -89,6 +89,8 @@ def _package(name: str, why: str) -> Finding:
 
 
 def _device() -> str:
+    import torch  # noqa: PLC0415 - takes seconds
+
     cores = os.cpu_count() or 1
     if torch.accelerator.is_available():
         count = torch.accelerator.device_count()

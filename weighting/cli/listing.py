@@ -7,15 +7,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from weighting.cli.common import one_line
 from weighting.language.find import shipped
-from weighting.registry import stages
-from weighting.schedules import SCHEDULES
+from weighting.language.words import words
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    from pydantic import BaseModel
 
 _KINDS = {
     "source": "sources: read a signal, a score per token",
@@ -23,6 +19,7 @@ _KINDS = {
     "shape": "shapes: score -> score",
     "weigh": "weighers: score -> weight, mean one",
     "constrain": "constraints: weight -> weight, mean kept",
+    "schedule": "schedules: wherever a number may change over the steps of a run",
 }
 
 
@@ -35,45 +32,30 @@ def list_words() -> None:
       weighting list
       weighting list | grep domain
     """  # noqa: D301
+    known = words()
     for kind, title in _KINDS.items():
         click.echo(title)
-        for name, cls in sorted(stages().items()):
-            if cls.kind == kind:
-                _line(f"{name}{_signature(cls)}", one_line(cls.__doc__))
+        for word in known:
+            if word.kind == kind:
+                _line(word.call, word.line)
         click.echo()
-    click.echo("schedules: wherever a number may change over the steps of a run")
-    for name, schedule in sorted(SCHEDULES.items()):
-        _line(f"{name}{_signature(schedule)}", one_line(schedule.__doc__))
-    click.echo("\nspecs: weighting check NAME, weighting train NAME")
+    click.echo("specs: weighting check NAME, weighting train NAME")
+    for name, line in _specs():
+        _line(name, line)
+
+
+def _specs() -> Iterator[tuple[str, str]]:
+    """Yield the shipped specs and what their first line says."""
     for name, path in shipped().items():
         first = path.read_text(encoding="utf-8").partition("\n")[0]
-        _line(name, first.removeprefix("#").strip().rstrip("."))
+        yield name, first.removeprefix("#").strip().rstrip(".")
 
 
 def _line(left: str, right: str) -> None:
-    first, *more = textwrap.wrap(right, 44) or [""]
+    first, *more = textwrap.wrap(right.rstrip("."), 44) or [""]
     if len(left) > 32:  # noqa: PLR2004 - the column's width
         click.echo(f"  {left}")
         left = ""
     click.echo(f"  {left:32} {first}")
     for line in more:
         click.echo(f"  {'':32} {line}")
-
-
-def _signature(cls: type[BaseModel]) -> str:
-    if getattr(cls, "collects", None):
-        return "({step: value, ...})" if cls.__name__ == "Piecewise" else "(name=value, ...)"
-    return _arguments(cls) and f"({_arguments(cls)})"
-
-
-def _arguments(cls: type[BaseModel]) -> str:
-    return ", ".join(_argument(cls))
-
-
-def _argument(cls: type[BaseModel]) -> Iterator[str]:
-    for name, field in cls.model_fields.items():
-        if field.is_required() or field.default is None:
-            yield name
-        else:
-            value = getattr(field.default, "value", field.default)
-            yield f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"

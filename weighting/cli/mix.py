@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import click
 
-from weighting.cli.common import allow_plugins, check_data, check_out, hand_over
+from weighting.cli.common import allow_plugins, check_data, check_out, read_or_exit
+from weighting.cli.host import run_in_host
+
+METHODS = {"doremi": "doremi-proxy", "doge": "doge-proxy"}
+"""Specs that search for a mixture, by the name of the method."""
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
@@ -25,7 +29,9 @@ from weighting.cli.common import allow_plugins, check_data, check_out, hand_over
 @click.option("--overwrite", is_flag=True, help="Write over an existing --out.")
 @allow_plugins
 @click.argument("flags", metavar="[TORCHTITAN FLAGS]...", nargs=-1, type=click.UNPROCESSED)
-def mix(method: str, out: str, flags: tuple[str, ...], **options: object) -> None:
+def mix(
+    method: str, out: str, flags: tuple[str, ...], *, allow_plugins: bool, **options: object
+) -> None:
     """Search for the proportions of domains by METHOD: doremi, doge, or a spec.
 
     It trains a small reference model if the method reads one, then the proxy
@@ -40,4 +46,7 @@ def mix(method: str, out: str, flags: tuple[str, ...], **options: object) -> Non
     """  # noqa: D301
     check_out(out)
     check_data(options["data"])
-    hand_over("mix", {"method": method, "out": out, **options}, flags)
+    text = METHODS.get(method, method)
+    spec, _ = read_or_exit(text, plugins=allow_plugins)
+    options |= {"out": out, "allow_plugins": allow_plugins, "flags": flags}
+    run_in_host("mix", text=text, spec=spec, methods=[*METHODS], **options)

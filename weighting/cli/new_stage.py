@@ -14,8 +14,7 @@ from typing import NamedTuple
 import click
 
 from weighting.cli.common import give_up
-from weighting.registry import stages
-from weighting.schedules import SCHEDULES
+from weighting.language.words import words
 
 _LONGEST = 64
 
@@ -81,14 +80,14 @@ class _Body(NamedTuple):
 def _problem_with(name: str, module: Path, test: Path) -> str | None:
     """Return why a stage cannot get this name here, or None."""
     if not re.fullmatch(r"[a-z_][a-z0-9_]*", name):
-        words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|\W+", "_", name).strip("_").lower()
-        hint = f"; write {words}" if re.fullmatch(r"[a-z_][a-z0-9_]*", words) else ""
+        near = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|\W+", "_", name).strip("_").lower()
+        hint = f"; write {near}" if re.fullmatch(r"[a-z_][a-z0-9_]*", near) else ""
         hint = hint or "; write one such as soft_cap"
         return f"a stage name is a lower-case identifier, not {name!r}{hint}"
-    if name in stages():
+    if taken := next((word for word in words() if word.name == name), None):
+        if taken.kind == "schedule":
+            return f"{name!r} is a schedule of the language; choose another name"
         return f"there is a stage {name!r} already; see weighting list"
-    if name in SCHEDULES:
-        return f"{name!r} is a schedule of the language; choose another name"
     if keyword.iskeyword(name) or not name.strip("_0123456789"):
         return f"{name!r} cannot name a Python module; choose another name"
     if len(name) > _LONGEST:

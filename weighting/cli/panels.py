@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 
+from weighting.columns import plain_name
 from weighting.simulate import (
     DOMAIN,
     changing,
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from weighting.cli.simulate import Named
+    from weighting.cli.named import Named
     from weighting.runs.loss_files import Recorded
     from weighting.simulate import Changing
 
@@ -251,7 +252,7 @@ def _read(each: Named) -> set[str]:
 def _signal(name: str) -> _Signal:
     if name in _SIGNALS:
         return _SIGNALS[name]
-    column = name.removeprefix("columns.")
+    column = plain_name(name)
     return _Signal(f"column {column}", "nats" if column.startswith(_IN_NATS) else "")
 
 
@@ -261,7 +262,7 @@ def _of_recorded(
     """Return the recorded values of a signal, and the weights of these units."""
     here = losses.at(step)
     by_domain = signal == "domain_ids"
-    x = here.words(DOMAIN) if by_domain else here.numbers(signal.removeprefix("columns."))
+    x = here.words(DOMAIN) if by_domain else here.numbers(plain_name(signal))
     found = simulate_recorded(each.spec, each.plan, losses, step, one_sequence=one)
     return x, found.weight.tolist()
 

@@ -7,8 +7,6 @@ from pathlib import Path
 import click
 
 from weighting.cli.common import check_out, echo, give_up, reason
-from weighting.cli.explain import explanation
-from weighting.report.page import write_report
 
 SUFFIXES = (".html", ".htm")
 
@@ -31,6 +29,9 @@ def report(runs: tuple[Path, ...], out: Path) -> None:
       weighting report outputs/uniform outputs/linupper --out report.html
     """  # noqa: D301
     check_out(out, SUFFIXES)
+    from weighting.cli.explanation import explanation  # noqa: PLC0415 - imports torch
+    from weighting.report.page import write_report  # noqa: PLC0415
+
     try:
         write_report(runs, out, explanation)
     except ValueError as error:

@@ -11,10 +11,9 @@ from typing import Any
 import click
 
 from weighting.cli.common import give_up, reason
-from weighting.language.schema import schema
+from weighting.language.words import SCHEMA_FILE, reference
 from weighting.runs.files import write_whole
 
-NAME = "weighting.schema.json"
 _SETTINGS = Path(".vscode") / "settings.json"
 
 
@@ -36,7 +35,7 @@ def print_schema(install: Path | None) -> None:
       weighting schema > weighting.schema.json
       weighting schema --install specs
     """  # noqa: D301
-    text = json.dumps(schema(), indent=1, ensure_ascii=False)
+    text = json.dumps(reference(), indent=1, ensure_ascii=False)
     if install is None:
         click.echo(text)
         return
@@ -44,7 +43,7 @@ def print_schema(install: Path | None) -> None:
         for line in installed(text, install):
             click.echo(line)
     except OSError as error:
-        give_up(f"{reason(error)}; to save it alone: weighting schema > {NAME}")
+        give_up(f"{reason(error)}; to save it alone: weighting schema > {SCHEMA_FILE}")
 
 
 def installed(text: str, folder: Path) -> list[str]:
@@ -55,7 +54,7 @@ def installed(text: str, folder: Path) -> list[str]:
     """
     settings = _read_settings()
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / NAME
+    path = folder / SCHEMA_FILE
     write_whole(path, text + "\n")
     pattern = f"{folder.as_posix()}/*.yaml"
     said = [f"schema: {path}"]
@@ -68,7 +67,7 @@ def installed(text: str, folder: Path) -> list[str]:
         _SETTINGS.parent.mkdir(exist_ok=True)
         write_whole(_SETTINGS, json.dumps(settings, indent=4) + "\n")
         said += [f"VS Code: {_SETTINGS}, for {pattern}", "  (with the extension YAML)"]
-    said.append(f"other editors: first line # yaml-language-server: $schema={NAME}")
+    said.append(f"other editors: first line # yaml-language-server: $schema={SCHEMA_FILE}")
     return said
 
 

@@ -1,10 +1,11 @@
-"""`weighting score`: hand over to the torchtitan integration, which runs the model."""
+"""`weighting score`: losses under a model, with the torchtitan integration."""
 
 from __future__ import annotations
 
 import click
 
-from weighting.cli.common import check_data, check_out, hand_over
+from weighting.cli.common import check_data, check_out
+from weighting.cli.host import run_in_host
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
@@ -43,4 +44,4 @@ def score(checkpoint: str, out: str, flags: tuple[str, ...], **options: object) 
     """  # noqa: D301
     check_out(out, (".parquet",))
     check_data(options["data"])
-    hand_over("score", {"checkpoint": checkpoint, "out": out, **options}, flags)
+    run_in_host("score", checkpoint=checkpoint, out=out, flags=flags, **options)

@@ -1,17 +1,16 @@
-"""`weighting tokens`: check the specs, then hand over to the torchtitan integration."""
+"""`weighting tokens`: weights of a text under a model, with the torchtitan integration."""
 
 from __future__ import annotations
 
-import json
 from itertools import takewhile
 from typing import TYPE_CHECKING
 
 import click
 
-from weighting.build import build
-from weighting.cli.common import allow_plugins, give_up, hand_over, read_or_exit
+from weighting.cli.common import allow_plugins, give_up, read_or_exit
+from weighting.cli.host import run_in_host
+from weighting.columns import plain_name
 from weighting.errors import SpecError
-from weighting.loss.logits import TOPK
 from weighting.runs.loss_files import LAST_STEP
 
 if TYPE_CHECKING:
@@ -63,23 +62,28 @@ def tokens(words: tuple[str, ...], *, allow_plugins: bool, **options: object) ->
     specs = [*takewhile(lambda word: not word.startswith("-"), words)]
     if not 1 <= len(specs) <= _MOST:
         give_up(f"one to {_MOST} specs, before torchtitan's flags; there are {len(specs)}")
+    read: list[tuple[str, Spec]] = []
     for text in specs:
         spec, plan = read_or_exit(text, plugins=allow_plugins)
         if why := refusal(spec, plan):
             give_up(f"{text}: {why}")
-    options |= {"specs": json.dumps(specs), "allow_plugins": allow_plugins}
-    hand_over("tokens", options, words[len(specs) :])
+        read.append((text, spec))
+    options |= {"allow_plugins": allow_plugins, "flags": words[len(specs) :]}
+    run_in_host("tokens", specs=read, **options)
 
 
 def refusal(spec: Spec, plan: Plan) -> str | None:
     """Return why a text and a model alone do not tell the weights of a spec, or None."""
+    from weighting.build import build  # noqa: PLC0415 - imports torch
+    from weighting.loss.logits import TOPK  # noqa: PLC0415
+
     lacking = sorted(x for x in plan.needs - _FROM_LOGITS if not x.startswith(TOPK))
     if {*plan.targets.values()} == {"sampling"}:
         return "it draws data and leaves the loss alone: every token of a text weighs one"
     if "ref_loss" in lacking:
         return "it reads the loss of a reference model; weights here are from one model alone"
     if lacking:
-        name = lacking[0].removeprefix("columns.")
+        name = plain_name(lacking[0])
         return f"it reads the column {name!r}, which a plain text does not have"
     if plan.listens_to:
         return "it is told between batches how training goes, and here nothing trains"

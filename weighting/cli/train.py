@@ -1,4 +1,4 @@
-"""`weighting train`: check the spec, then hand over to the torchtitan integration."""
+"""`weighting train`: a run of torchtitan's trainer, weighted."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from weighting.cli.common import (
     allow_plugins,
     check_data,
     give_up,
-    hand_over,
     read_or_exit,
     specs_named,
 )
+from weighting.cli.host import run_in_host
 from weighting.errors import SpecError
-from weighting.mixture import with_mixture
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
@@ -47,12 +46,14 @@ def train(
       weighting train linupper --mixture mixture.yaml --data my.jsonl
       weighting train mile --config llama3_8b --training.local_batch_size 2
     """  # noqa: D301
+    check_data(options["data"])
     weighting, _ = read_or_exit(spec, plugins=allow_plugins)
     if mixture is not None:
+        from weighting.mixture import with_mixture  # noqa: PLC0415 - imports torch
+
         try:
             with_mixture(weighting, read_or_exit(mixture, plugins=allow_plugins)[0])
         except SpecError as error:
             give_up(str(error))
     options |= {"spec": spec, "mixture": mixture, "allow_plugins": allow_plugins}
-    check_data(options["data"])
-    hand_over("train", options, flags)
+    run_in_host("train", name=weighting.name, flags=flags, **options)

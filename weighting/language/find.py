@@ -10,11 +10,14 @@ from weighting.errors import Problem, SpecError, nearest
 
 def shipped() -> dict[str, Path]:
     """Return the spec files that come with the package, by name."""
+    return {file.stem: file for file in sorted(specs_folder().glob("*.yaml"))}
+
+
+def specs_folder() -> Path:
+    """Return the folder of the specs that come with the package, and of their schema."""
     here = Path(__file__).resolve().parent.parent
-    for folder in (here / "specs", here.parent / "specs"):  # installed; a source checkout
-        if files := sorted(folder.glob("*.yaml")):
-            return {file.stem: file for file in files}
-    return {}
+    installed = here / "specs"
+    return installed if installed.is_dir() else here.parent / "specs"  # a source checkout
 
 
 def find(path: str | Path) -> Path:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any, get_args
 
-import weighting.stages  # noqa: F401 - registers the words of the language
 from weighting.build.checks import order_problems
 from weighting.errors import Problem, Source, Span, SpecError, nearest
-from weighting.language import calls, yaml_nodes
-from weighting.language.find import find, is_file, shipped
+from weighting.language import calls
+from weighting.language.open import Document, open_argument, open_file, open_text
 from weighting.language.plugins import import_plugins
 from weighting.language.yaml_nodes import Map, Node, Scalar
 from weighting.registry import stages
@@ -40,20 +39,7 @@ def load(path: str | Path, *, allow_plugins: bool = False) -> Spec:
     Raises:
         SpecError: The file is missing, unreadable or wrong; every error in it at once.
     """
-    found = find(path)
-    try:
-        with found.open("rb") as file:
-            data = file.read(_MOST_BYTES + 1)
-        if len(data) > _MOST_BYTES:
-            size = f"{found.stat().st_size:,} bytes"
-            raise SpecError([Problem(f"{path}: {yaml_nodes.too_long(size)}")])
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        msg = f"{path}: not UTF-8 text (byte {error.start}); save the spec as UTF-8"
-        raise SpecError([Problem(msg)]) from None
-    except OSError as error:
-        raise SpecError([Problem(f"{path}: {error.strerror or error}")]) from None
-    return loads(text, source=str(path), allow_plugins=allow_plugins)
+    return spec_of(open_file(path), allow_plugins=allow_plugins)
 
 
 def loads(text: str, source: str = "<spec>", *, allow_plugins: bool = False) -> Spec:
@@ -67,21 +53,7 @@ def loads(text: str, source: str = "<spec>", *, allow_plugins: bool = False) -> 
     Raises:
         SpecError: Anything is wrong with it; every error at once.
     """
-    if len(text) > yaml_nodes.MAX_CHARACTERS:
-        raise SpecError([Problem(f"{source}: {yaml_nodes.too_long(f'{len(text):,}')}")])
-    origin = Source(source, text.replace("\r\n", "\n"))
-    problems: list[Problem] = []
-    if re.match(r"\s*[^\W\d]\w*\s*(\(|->|→|$)", text):  # no YAML map begins like this
-        written = range(len(origin.text))
-        node = Scalar(origin.text, (0, len(origin.text)), origin.text, written, quoted=True)
-    else:
-        node = yaml_nodes.parse(origin)
-    spec = _read(origin, node, problems, allow_plugins=allow_plugins)
-    if problems:
-        # A user mends a file once: say what `build` would object to in the sound factors too.
-        raise SpecError([*problems, *(order_problems(spec) if spec else ())])
-    assert spec is not None
-    return spec
+    return spec_of(open_text(text, source), allow_plugins=allow_plugins)
 
 
 def resolve(text: str, *, allow_plugins: bool = False) -> Spec:
@@ -90,17 +62,25 @@ def resolve(text: str, *, allow_plugins: bool = False) -> Spec:
     Raises:
         SpecError: It is none of them, or wrong.
     """
-    if "\n" in text:
-        return loads(text, allow_plugins=allow_plugins)
-    looks_like_file = text.endswith((".yaml", ".yml")) or is_file(text)
-    is_arrow = re.search(r"->|→|\(", text) or text.strip() in stages().keys() - shipped().keys()
-    if is_arrow and not looks_like_file:
-        return loads(text, source="<arrow>", allow_plugins=allow_plugins)
-    return load(text, allow_plugins=allow_plugins)
+    document = open_argument(text, lambda word: word in stages())
+    return spec_of(document, allow_plugins=allow_plugins)
 
 
-_MOST_BYTES = 4 * yaml_nodes.MAX_CHARACTERS
-"""A character of UTF-8 takes no more than four."""
+def spec_of(document: Document, *, allow_plugins: bool = False) -> Spec:
+    """Return the spec of a document.
+
+    Raises:
+        SpecError: Anything is wrong with it; every error at once.
+    """
+    problems: list[Problem] = []
+    spec = _read(document.source, document.root, problems, allow_plugins=allow_plugins)
+    if problems:
+        # A user mends a file once: say what `build` would object to in the sound factors too.
+        raise SpecError([*problems, *(order_problems(spec) if spec else ())])
+    assert spec is not None
+    return spec
+
+
 _KEYS = ("version", "name", SINGLE, "factors", "plugins", "apply", "start", *CHOICES)
 
 

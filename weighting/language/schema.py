@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
+from weighting.contract import Stage, Sugar
+from weighting.pipeline import expand
 from weighting.registry import stages
 from weighting.schedules import SCHEDULE_HERE, SCHEDULES
 from weighting.spec import Spec
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from pydantic import BaseModel
 
@@ -120,7 +122,39 @@ def _item(name: str, cls: type[BaseModel]) -> Schema:
         "properties": {name: {"anyOf": ways, **described}},
         "required": [name],
         "additionalProperties": False,
+        # No keyword of JSON Schema: what `weighting list` says of a word without importing it.
+        "x-word": {
+            "kind": cls.kind if issubclass(cls, Stage) else "schedule",
+            "call": name + signature(cls),
+            "levels": " ".join(stands_at(cls)) if issubclass(cls, Stage) else "",
+        },
     }
+
+
+def stands_at(cls: type[Stage]) -> tuple[str, ...]:
+    """Return the levels at which a stage can stand; of sources and pools those they give."""
+    if cls.kind == "pool":
+        return get_args(cls.model_fields["level"].annotation)
+    if cls.kind == "source":
+        return (expand((cls(),))[-1].level,) if issubclass(cls, Sugar) else ("token",)
+    return cls.levels
+
+
+def signature(cls: type[BaseModel]) -> str:
+    """Return the arguments of a stage or schedule as one writes them, with their defaults."""
+    if getattr(cls, "collects", None):
+        return "({step: value, ...})" if cls is SCHEDULES["piecewise"] else "(name=value, ...)"
+    arguments = ", ".join(_arguments(cls))
+    return f"({arguments})" if arguments else ""
+
+
+def _arguments(cls: type[BaseModel]) -> Iterator[str]:
+    for name, field in cls.model_fields.items():
+        if field.is_required() or field.default is None:
+            yield name
+        else:
+            value = getattr(field.default, "value", field.default)
+            yield f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
 
 
 def _with_schedules(value: Any) -> Any:  # noqa: ANN401 - any part of a schema

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the usual name
 from torch import Tensor
 
+from weighting.columns import column_of, plain_name, signal_of
 from weighting.contract import Signals
 from weighting.loss.logits import IGNORE_INDEX, TOPK, check_labels, statistics
 
@@ -68,7 +69,7 @@ def weighted_cross_entropy(
     nll = token_loss(logits, labels)
     found = {"loss": nll.detach(), **signals_from(logits, labels, fn.needs)}
     ids = {"domain_ids": domain_ids, "segment_ids": segment_ids, "sequence_ids": sequence_ids}
-    given = {f"columns.{name}": value for name, value in (columns or {}).items()}
+    given = {signal_of(name): value for name, value in (columns or {}).items()}
     signals = signals_of({**found, "valid": valid, **ids, **given, "ref_loss": ref_loss})
     out = fn(signals, step)
     fn.warn_of_one_unit(out, rows_are_sequences=sequence_ids is None)
@@ -84,9 +85,8 @@ def signals_of(found: Mapping[str, Tensor | None]) -> Signals:
     columns: dict[str, Tensor] = {}
     fields: dict[str, Any] = {}
     for name, value in found.items():
-        _, is_column, column = name.partition("columns.")
         if value is not None:
-            (columns if is_column else fields)[column or name] = value
+            (columns if column_of(name) else fields)[plain_name(name)] = value
     return Signals(columns=columns, **fields)
 
 

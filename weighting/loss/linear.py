@@ -24,6 +24,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from weighting.build import Weights
+from weighting.columns import signal_of
 from weighting.loss.cross_entropy import signals_of, weighted_cross_entropy, weighted_sum
 from weighting.loss.logits import IGNORE_INDEX, Slice, check_labels, gradient_, statistics
 
@@ -112,7 +113,7 @@ def linear_weighted_cross_entropy(
         raise ValueError(msg)
     check_labels(labels, len(weight))
     labels = labels.long()
-    columns = {f"columns.{name}": value for name, value in (columns or {}).items()}
+    columns = {signal_of(name): value for name, value in (columns or {}).items()}
     given = {"valid": labels != IGNORE_INDEX, **given, **columns}
     known = {name: value for name, value in given.items() if value is not None}
 

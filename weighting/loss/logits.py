@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from weighting.columns import signal_of
 from weighting.errors import LabelError
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from weighting.contract import Collectives
 
 IGNORE_INDEX = -100
-TOPK = "columns.topk_entropy_"
+TOPK = signal_of("topk_entropy_")
 """How the name of a top-k entropy begins; its k follows."""
 _BLOCK = 2**18
 """Logits in a block on CPU: 1 MiB of float32."""

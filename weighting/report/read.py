@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from weighting.errors import SpecError
 from weighting.language.read import loads
 from weighting.runs.files import Lines, read_lines
-from weighting.runs.replay import FOLDER as RECORD
+from weighting.runs.layout import FOLDER, METRICS, RECORD, VALIDATION
+from weighting.runs.layout import RUN as ABOUT
 from weighting.runs.replay import read_record
 
 if TYPE_CHECKING:
@@ -18,9 +19,6 @@ if TYPE_CHECKING:
 
     from weighting.runs.replay import Record
     from weighting.spec import Spec
-
-FOLDER, METRICS, VALIDATION, ABOUT = "weighting", "metrics.jsonl", "validation.jsonl", "run.json"
-"""What a run leaves below its dump folder."""
 
 Line = dict[str, float]
 Point = tuple[float, float]

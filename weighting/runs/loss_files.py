@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from weighting.columns import plain_name
 from weighting.errors import nearest
 
 if TYPE_CHECKING:
@@ -233,7 +234,7 @@ def _rows(path: Path, name: str, wanted: list[str]) -> Recorded:
     try:
         file = pq.ParquetFile(path)
         # A run's own record says "columns.x" for a column x.
-        has = {name.removeprefix("columns."): name for name in file.schema_arrow.names}
+        has = {plain_name(name): name for name in file.schema_arrow.names}
         table = file.read([has[column] for column in wanted if column in has])
         columns = {column: table[has[column]].to_pylist() for column in wanted if column in has}
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:

@@ -18,8 +18,10 @@ import torch
 from weighting.build import build
 from weighting.build.domains import proportions
 from weighting.build.statistics import MOMENTS
+from weighting.columns import plain_name
 from weighting.contract import Pool, Source
 from weighting.loss.cross_entropy import signals_of
+from weighting.runs import layout
 from weighting.simulate import capped_factors
 from weighting.spec import SINGLE
 from weighting.stages import (
@@ -46,10 +48,8 @@ if TYPE_CHECKING:
     from weighting.pipeline import Step as PlannedStage
     from weighting.spec import Spec
 
-FOLDER = "weighting/record"
-"""Where a run's record is, below its dump folder."""
-SEQUENCES, DOCUMENTS, TOKENS = "sequences", "documents", "tokens"
-"""What the names of its files begin with."""
+FOLDER = layout.RECORD
+SEQUENCES, DOCUMENTS, TOKENS = layout.SEQUENCES, layout.DOCUMENTS, layout.TOKENS
 STEP, ROW, DOMAIN, VALID, WEIGHT = "step", "row", "domain", "tokens", "mean_weight"
 """Columns that every file has; all others are signals.
 
@@ -215,7 +215,7 @@ def obstacle(plan: Plan, record: Record) -> str | None:
         if reason := _too_fine(steps, record.level):
             return f"{who} {reason}"
     needed = {name for name in plan.needs if not name.endswith("_ids")}
-    lacking = sorted(name.removeprefix("columns.") for name in needed - record.signals)
+    lacking = sorted(plain_name(name) for name in needed - record.signals)
     if lacking:
         if lacking[0] == "loss":
             return "it reads loss, which uniform records only with --loss.memory late"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from pydantic import Field
 from typing_extensions import override
 
+from weighting.columns import signal_of
 from weighting.contract import Scope, Signals, Source
 from weighting.registry import stage
 
@@ -27,7 +28,7 @@ class Column(Source):
     @override
     def reads(self) -> frozenset[str]:
         """Return the column, by name."""
-        return frozenset({f"columns.{self.key}"})
+        return frozenset({signal_of(self.key)})
 
     @override
     def read(self, signals: Signals, scope: Scope) -> Tensor:

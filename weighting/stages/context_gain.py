@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 from typing_extensions import override
 
+from weighting.columns import signal_of
 from weighting.contract import Scope, Signals, Source
 from weighting.registry import stage
 
@@ -33,7 +34,7 @@ class ContextGain(Source):
     @override
     def reads(self) -> frozenset[str]:
         """Return the loss, and the short loss, which carries its window in its name."""
-        return frozenset({"loss", f"columns.short_loss_{self.window}"})
+        return frozenset({"loss", signal_of(f"short_loss_{self.window}")})
 
     @override
     def read(self, signals: Signals, scope: Scope) -> Tensor:

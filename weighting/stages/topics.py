@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 from typing_extensions import override
 
+from weighting.columns import signal_of
 from weighting.contract import Form, Scope, Signals, Source
 from weighting.registry import stage
 from weighting.saved import not_between, not_weights
@@ -47,7 +48,7 @@ class Topics(Source):
     @override
     def reads(self) -> frozenset[str]:
         """Return the loss and the column, by name."""
-        return frozenset({"loss", f"columns.{self.key}"})
+        return frozenset({"loss", signal_of(self.key)})
 
     @override
     def initial_state(self, domains: tuple[str, ...]) -> dict[str, Tensor]:

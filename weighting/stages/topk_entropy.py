@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 from typing_extensions import override
 
+from weighting.columns import signal_of
 from weighting.contract import Scope, Signals, Source
 from weighting.registry import stage
 
@@ -29,7 +30,7 @@ class TopkEntropy(Source):
     @override
     def reads(self) -> frozenset[str]:
         """Return the signal, which carries its k in its name."""
-        return frozenset({f"columns.topk_entropy_{self.k}"})
+        return frozenset({signal_of(f"topk_entropy_{self.k}")})
 
     @override
     def read(self, signals: Signals, scope: Scope) -> Tensor:

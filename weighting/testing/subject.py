@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from weighting.build import Weighting, build
+from weighting.columns import column_of
 from weighting.contract import (
     Alone,
     Collectives,
@@ -185,8 +186,7 @@ def _domains(parts: tuple[Stage, ...]) -> tuple[str, ...]:
 def _columns(parts: tuple[Stage, ...]) -> Iterator[str]:
     for part in parts:
         if isinstance(part, Source):
-            names = (read.partition("columns.") for read in sorted(part.reads()))
-            yield from (column for _, is_column, column in names if is_column)
+            yield from filter(None, map(column_of, sorted(part.reads())))
 
 
 def _label(stage: Stage) -> str:

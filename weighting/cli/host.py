@@ -1,0 +1,47 @@
+"""What takes torchtitan: functions of the integration, imported when they are called."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+from weighting.cli.common import complain, give_up
+
+
+def run_in_host(command: str, /, **options: object) -> NoReturn:
+    """Call `main` of a module of `titan_integration.commands`, and exit with what it returns.
+
+    Exits with status 2 for an error of the user's, which is a ValueError or an OSError, and with
+    130 if it was interrupted.
+
+    Args:
+        command: The module's name.
+        options: What its `main` takes.
+    """
+    main = from_host(command, "main")
+    try:
+        status = main(**options)
+    except BrokenPipeError:  # `| head` has seen enough, which click knows
+        raise
+    except (ValueError, OSError) as error:
+        complain(f"error: {error}")
+        status = 2
+    except KeyboardInterrupt:
+        status = 130
+    sys.exit(status)
+
+
+def from_host(module: str, name: str) -> Any:  # noqa: ANN401 - the core knows nothing of the host
+    """Return a function of a module of `titan_integration.commands`.
+
+    A plugin or config module of the user's may be in the working folder.  That is searched last,
+    since a file there may be called like a module of Python's or of an installed package.
+    """
+    if importlib.util.find_spec("torchtitan") is None:
+        give_up("this needs torchtitan: pip install 'weighting-dsl[titan]'")
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)
+    return getattr(importlib.import_module(f"titan_integration.commands.{module}"), name)

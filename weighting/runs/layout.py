@@ -1,0 +1,25 @@
+"""The name of every file and folder that a run leaves below its dump folder.
+
+<dump folder>/
+.running                  which process has the folder
+checkpoint/step-N/        what the trainer saved
+weighting/
+run.json                spec, configuration, versions and starts
+metrics.jsonl           a line for each logged step
+validation.jsonl        a line for each validation
+mixture.yaml            the proportions of domains it found, as a spec
+record/                 sequences-*.parquet, documents-*.parquet, tokens-*.parquet
+"""
+
+from __future__ import annotations
+
+FOLDER = "weighting"
+METRICS = "metrics.jsonl"
+VALIDATION = "validation.jsonl"
+RUN = "run.json"
+MIXTURE = "mixture.yaml"
+RECORD = f"{FOLDER}/record"
+SEQUENCES, DOCUMENTS, TOKENS = "sequences", "documents", "tokens"
+"""What the names of a record's files begin with."""
+CHECKPOINTS = "checkpoint"
+LOCK = ".running"
