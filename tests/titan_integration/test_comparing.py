@@ -245,8 +245,8 @@ def test_what_a_later_run_would_refuse_is_said_first(tmp_path, monkeypatch):
     assert message.startswith("rho-1: 'stdlib': no column 'ref_loss'")
     message = said(where, "--reference=nowhere", specs=needy)
     assert message.startswith("--weighting.reference nowhere: no such folder")
-    message = said(where, "--", "--training.lenght=3")
-    assert "Unrecognized options: --training.lenght" in message
+    message = said(where, "--", "--training.seq_length=3")
+    assert message == "no flag '--training.seq_length'; did you mean '--training.seq_len'?\n"
     assert sorted(tmp_path.rglob("*")) == before
 
 

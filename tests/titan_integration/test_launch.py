@@ -1,16 +1,22 @@
 """`weighting train` as a user runs it: flags, results, and errors that end well."""
 
+import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 
+import click.testing
 import pytest
 from faulty import Run
 from runs import environment
 
 from titan_integration.commands import train as launch
+from titan_integration.host import flags as host_flags
+from titan_integration.trainer.config import WeightingConfig
+from weighting.cli import main
 from weighting.runs.files import read_lines
 
 
@@ -300,3 +306,118 @@ def test_a_path_and_a_name_of_data_go_where_they_belong(tmp_path):
     for data, flag in ((str(tmp_path), "dataset_path"), ("allenai/c4", "dataset")):
         flags = launch.run_flags(options(data=data))
         assert flags[flags.index(data) - 1] == f"--dataloader.{flag}"
+
+
+# Words and flags ----------------------------------------------------------------------------------
+
+
+def given_to(monkeypatch, module, *arguments):
+    """Return the options that a command calls its module with."""
+    called = {}
+    main_of = f"titan_integration.commands.{module}.main"
+    monkeypatch.setattr(main_of, lambda **options: called.update(options) or 0)
+    done = click.testing.CliRunner().invoke(main, [module, *map(str, arguments)])
+    assert done.exit_code == 0, done.output
+    return called
+
+
+def test_short_words_of_train_are_flags_of_torchtitan(monkeypatch, tmp_path):
+    """A flag that is written out comes after them, and wins."""
+    words = ["uniform", "--steps", 7, "--seed=3", "--reference", "ema:0.9"]
+    more = ["--training.steps=9", "--", "--metrics.log_freq", "1"]
+    for folder in ("--out", "--dump_folder"):
+        given = given_to(monkeypatch, "train", *words, folder, tmp_path, *more)
+        assert [*given["flags"]] == [
+            "--training.steps=7",
+            "--debug.seed=3",
+            f"--dump_folder={tmp_path}",
+            "--weighting.reference=ema:0.9",
+            "--training.steps=9",
+            "--metrics.log_freq",
+            "1",
+        ]
+        assert launch.value_of(given["flags"], "--training.steps") == "9"
+    assert [*given_to(monkeypatch, "train", "uniform")["flags"]] == []
+
+
+def test_commands_share_their_words_and_old_spellings_work(monkeypatch, tmp_path):
+    """--dump_folder is where runs go, --out what is written, --steps and --seed are numbers."""
+    for folder in ("--dump_folder", "--folder"):
+        given = given_to(monkeypatch, "compare", "uniform", "mile", folder, "runs", "--seed=2")
+        assert (given["folder"], given["seed"], given["steps"]) == ("runs", 2, None)
+        words = ["doge", "--out=m.yaml", folder, "runs", "--seed=2", "--steps=5"]
+        given = given_to(monkeypatch, "mix", *words)
+        assert (given["folder"], given["seed"], given["steps"]) == ("runs", 2, 5)
+    (tmp_path / "a.txt").write_text("a")
+    for page in ("--out", "--html"):
+        words = ["mile", "--checkpoint=c", f"--text={tmp_path / 'a.txt'}", page, "a.html"]
+        assert given_to(monkeypatch, "tokens", *words)["html"] == "a.html"
+
+
+@pytest.mark.parametrize(
+    ("words", "near"),
+    [
+        (["train", "uniform", "--stpes", "3"], "no flag '--stpes'; did you mean '--steps'?"),
+        (["train", "uniform", "--referense=a"], "'--referense'; did you mean '--reference'?"),
+        (["compare", "uniform", "mile", "--sede=3"], "'--sede'; did you mean '--seed'?"),
+        (["score", "c", "--out=a.parquet", "--rank=3"], "'--rank'; did you mean '--ranks'?"),
+    ],
+)
+def test_a_misspelt_option_is_one_line_at_once(words, near, monkeypatch):
+    """Torchtitan is not imported for that, and says nothing."""
+    monkeypatch.setattr("weighting.cli.host.from_host", lambda *_: pytest.fail("called"))
+    done = click.testing.CliRunner().invoke(main, words)
+    assert done.exit_code == 2
+    assert near in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--training.stepz=3", "no flag '--training.stepz'; did you mean '--training.steps'?"),
+        ("--weighting.recrod", "no flag '--weighting.recrod'; did you mean '--weighting.record'?"),
+        ("--log_freq=3", "no flag '--log_freq'; did you mean '--metrics.log_freq'?"),
+        ("--trianing.steps=3", "no flag '--trianing.steps'; did you mean '--training.steps'?"),
+        ("--training.lenght=3", "no flag '--training.lenght'; weighting train --help-all lists"),
+        ("--what.ever=3", "no flag '--what.ever'; weighting train --help-all lists them"),
+    ],
+)
+def test_a_misspelt_flag_of_torchtitan_is_one_line(flag, message, capsys):
+    """Not the host's box of them; other mistakes are the host's to tell."""
+    base = ["--module=titan_integration", "--config=llama3_debugmodel"]
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        host_flags.parse([*base, "--no-compile.enable", "--training.steps=3", flag, "3"])
+    assert capsys.readouterr().err == ""
+    with pytest.raises(SystemExit):
+        host_flags.parse([*base, "--training.steps=many"])
+    assert "many" in capsys.readouterr().err
+
+
+def test_help_has_groups_and_tells_where_the_hosts_flags_are(monkeypatch):
+    """The flags of weighting that it names are there; --help-all needs no spec and no ranks."""
+    text = click.testing.CliRunner().invoke(main, ["train", "--help"]).output
+    for title in ("On which data:", "Where results go:", "Torchtitan's flags, of weighting:"):
+        assert f"\n{title}\n" in text
+    named = re.findall(r"--weighting\.(\w+)", text)
+    fields = {field.name for field in dataclasses.fields(WeightingConfig)}
+    assert named
+    assert fields >= {*named}
+    assert "--help-all" in text
+
+    asked = []
+    monkeypatch.setattr(launch, "print_help", lambda *given: asked.append(given))
+    words = ["train", "--config", "llama3_8b", "--help-all"]
+    assert click.testing.CliRunner().invoke(main, words).exit_code == 0
+    assert asked == [("titan_integration", "llama3_8b")]
+
+
+def test_all_flags_of_the_host_are_shown_without_rank_prefixes(capsys):
+    """As the host prints them, of the config that was asked for."""
+    with pytest.raises(SystemExit, match="0"):
+        launch.print_help("titan_integration", "llama3_debugmodel")
+    text = capsys.readouterr().out
+    assert "--training.steps" in text
+    assert "--weighting.record" in text
+    assert "[rank0]" not in text

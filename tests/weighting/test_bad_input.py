@@ -491,7 +491,7 @@ USAGE = {
     "tokens mile --checkpoint c": ["Missing option '--text'"],
     "tokens mile --checkpoint c --text none": ["'--text'", "'none' does not exist"],
     "tokens mile --checkpoint c --text folder": ["'--text'", "'folder' is a directory"],
-    "list x": ["unexpected extra argument (x)"],
+    "list mean x": ["unexpected extra argument (x)"],
     "doctor x": ["unexpected extra argument (x)"],
     **{f"{name} --bogus": ["--bogus"] for name in KNOWING},
     "chek": ["No such command 'chek'", "check"],

@@ -1,11 +1,13 @@
 """The command line: what it prints, and how it ends."""
 
+import inspect
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import click
 import click.testing
 import pytest
 import torch
@@ -15,6 +17,7 @@ from weighting.build import plan_of
 from weighting.build.domains import proportions
 from weighting.cli import main
 from weighting.language.find import shipped
+from weighting.language.words import words
 from weighting.loss.linear import Sizes, path_of
 from weighting.registry import stages
 from weighting.schedules import SCHEDULES
@@ -332,6 +335,73 @@ def test_list_names_every_word_of_the_language():
     words = {line.split()[0].partition("(")[0] for line in done.output.splitlines() if line.strip()}
     own = {name for name, cls in stages().items() if cls.__module__.startswith("weighting.")}
     assert own | set(SCHEDULES) | set(shipped()) <= words
+
+
+@pytest.mark.parametrize(
+    ("what", "there", "not_there"),
+    [
+        ("stages", "temperature(tau, within)", "cosine("),
+        ("schedules", "cosine(start, end, over, begin=0)", "temperature("),
+        ("specs", "group-dro", "cosine("),
+        ("Domain", "dynamic_loading(name=value, ...)", "normalize"),
+    ],
+)
+def test_list_shows_a_part_when_asked_to(what, there, not_there):
+    """Stages, specs or schedules, or what has a word in its name or description."""
+    done = run("list", what)
+    assert done.exit_code == 0
+    assert f"\n  {there}" in done.output
+    assert f"\n  {not_there}" not in done.output
+    assert not done.output.startswith("\n")
+    assert max(map(len, done.output.splitlines())) <= 80
+
+
+def test_list_shows_the_levels_of_stages_that_stand_at_some():
+    """The others stand at any level, which their heading says."""
+    text = " ".join(run("list", "stages").output.split())
+    for name in ("bernoulli", "rank", "topical"):
+        assert f"per {' or '.join(stages()[name].levels)}" in text.partition(f"{name}(")[2]
+    assert "at any level unless said" in text
+
+
+def test_list_says_what_is_near_a_word_that_nothing_has():
+    """It ends with status 2, as a misspelt spec does."""
+    done = run("list", "tempratur")
+    assert done.exit_code == 2
+    assert done.output == "nothing here has 'tempratur' in it; did you mean 'temperature'?\n"
+
+
+@pytest.mark.parametrize("word", words(), ids=lambda word: word.name)
+def test_explain_shows_a_stage_or_schedule(word):
+    """Arguments with defaults, levels, formula and source, within 80 columns."""
+    done = run("explain", word.name)
+    assert done.exit_code == 0, done.output
+    block, _, spec = done.output.partition("\nThe shipped spec ")
+    lines = block.splitlines()
+    assert max(map(len, lines)) <= 80
+    kind = "schedule" if word.kind == "schedule" else "stage"
+    assert lines[:2] == [f"{word.name}  (a {kind})", f"  written    {word.call}"]
+    cls = SCHEDULES.get(word.name) or stages()[word.name]
+    rows = {line.split()[0]: line for line in lines if line.startswith("    ")}
+    for name, field in cls.model_fields.items():
+        assert name in rows, "each argument has a line"
+        assert ("required" in rows[name]) == field.is_required()
+    said = " ".join(block.split())
+    assert " ".join(inspect.cleandoc(cls.__doc__).split()) in said
+    for level in word.levels:
+        assert level in next(line for line in lines if line.startswith("  level "))
+    assert (word.name in shipped()) == bool(spec)
+    if spec:
+        assert f"\n{word.name}  (version 1, hash {wt.load(word.name).hash})\n" in spec
+
+
+def test_words_are_completed_where_they_can_be_explained():
+    """Stages, schedules and specs, after `explain` alone."""
+    for command, wanted in (("explain", {"temperature"}), ("check", set())):
+        argument = main.commands[command].params[0]
+        with click.Context(main.commands[command]) as context:
+            found = {x.value for x in argument.shell_complete(context, "temp") if x.type == "plain"}
+        assert found == wanted
 
 
 def test_plugins_are_imported_only_when_allowed(tmp_path, monkeypatch):

@@ -239,10 +239,9 @@ def _preflight(args: Options, runs: Sequence[Run]) -> int:
 
 def _checked(args: Options, run: Run) -> WeightedTrainer.Config:
     # Importing the host takes seconds; what is plainly wrong has been said by now.
-    from torchtitan.config import ConfigManager  # noqa: PLC0415
-
     from titan_integration.data.loader import DomainTextDataLoader  # noqa: PLC0415
     from titan_integration.host import cpu  # noqa: PLC0415
+    from titan_integration.host.flags import parse  # noqa: PLC0415
     from titan_integration.observe.recorder import asked  # noqa: PLC0415
     from titan_integration.trainer import preflight  # noqa: PLC0415
     from titan_integration.trainer.trainer import WeightedTrainer  # noqa: PLC0415
@@ -252,7 +251,7 @@ def _checked(args: Options, run: Run) -> WeightedTrainer.Config:
     given = replace(args, flags=[*steps, *run.flags, *args.flags])
     flags = launch.host_flags(given, run.text, str(Path(args.folder) / run.name))
     flags += ["--weighting.allow_plugins"] if args.allow_plugins else []
-    config = ConfigManager().parse_args([*flags, *given.flags])
+    config = parse([*flags, *given.flags])
     if not isinstance(config, WeightedTrainer.Config):
         msg = f"{args.module}.{args.config} has no weighting; give it one with with_weighting"
         raise ValueError(msg)  # noqa: TRY004 - the user named it

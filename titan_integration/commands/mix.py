@@ -39,6 +39,7 @@ class Options(launch.HostOptions):
         methods: Names of methods, for a message.
         out: File for the mixture.
         steps: Of the proxy.
+        seed: Of the first weights.
         reference_steps: Of the reference; None for as many.
         reference: A checkpoint to use instead, or `column`.
         folder: Where the runs go; None for one of the spec's name.
@@ -51,6 +52,7 @@ class Options(launch.HostOptions):
     methods: Sequence[str]
     out: str
     steps: int
+    seed: int
     reference_steps: int | None
     reference: str | None
     folder: str | None
@@ -104,7 +106,7 @@ def _keep_orders(folder: Path, args: Options) -> None:
     Raises:
         ValueError: They were asked for something else before.
     """
-    names = ("config", "module", "data", "ranks", "steps")
+    names = ("config", "module", "data", "ranks", "steps", "seed")
     orders = {"spec": args.spec.hash, **{name: getattr(args, name) for name in names}}
     orders |= {"reference_steps": args.reference_steps or args.steps, "flags": [*args.flags]}
     orders |= {"reference": args.reference or ""}
@@ -121,6 +123,6 @@ def _train(
         print(printable(f"{folder}: trained already"))  # noqa: T201 - progress
         return 0
     print(printable(f"{folder}: training {steps} steps with {spec}"), flush=True)  # noqa: T201
-    more = ["--checkpoint.interval", str(max(steps // 4, 1)), "--debug.seed", "0", *more]
+    more = ["--checkpoint.interval", str(max(steps // 4, 1)), "--debug.seed", str(args.seed), *more]
     words = series.command(args, spec, folder, steps, more, plugins=args.allow_plugins)
     return subprocess.call(words)  # noqa: S603 - our own

@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
-from torchtitan.config import ConfigManager
 from torchtitan.config.override import apply_overrides
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools import utils
@@ -40,6 +39,7 @@ from titan_integration.commands.score_windows import scored_blocks
 from titan_integration.data.loader import DomainTextDataLoader
 from titan_integration.data.packing import Cut
 from titan_integration.host import cpu, versions
+from titan_integration.host.flags import parse
 from titan_integration.host.together import fail_together
 from titan_integration.host.user_errors import exit_on_user_error
 from titan_integration.loss.loss import (
@@ -107,7 +107,7 @@ def score(args: Options) -> None:
         versions.check()
         folder = _check(args)
         flags = [*launch.host_flags(args, "uniform", "outputs/score"), *args.flags]
-        config = cast("Trainer.Config", ConfigManager().parse_args(flags))
+        config = cast("Trainer.Config", parse(flags))
         loader = _refuse_unsupported(config)
         source = open_source(loader, replaces=args.overwrite)
         tokenizer = build_tokenizer(config)

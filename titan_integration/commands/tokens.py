@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
-from torchtitan.config import ConfigManager
 
 import weighting as wt
 from titan_integration.commands import train as launch
@@ -25,6 +24,7 @@ from titan_integration.commands.score import FrozenModel
 from titan_integration.commands.score_windows import laid_out, windows
 from titan_integration.data.packing import Cut
 from titan_integration.host import versions
+from titan_integration.host.flags import parse
 from titan_integration.host.quiet import quiet
 from titan_integration.loss.reference_model import find_checkpoint
 from weighting.errors import printable
@@ -301,7 +301,7 @@ def _config(args: Options) -> Trainer.Config:
     """Return the host's configuration; refuse what takes more than one process."""
     flags = [*launch.host_flags(args, "uniform", "outputs/tokens"), *args.flags]
     try:
-        config = cast("Trainer.Config", ConfigManager().parse_args(flags))
+        config = cast("Trainer.Config", parse(flags))
     except ImportError as error:
         msg = f"--module {args.module}: {error}"
         raise ValueError(msg) from error

@@ -22,6 +22,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import get_args_parser
 from torch.distributed.run import run as torchrun
 
+from titan_integration.host.quiet import quiet
 from titan_integration.host.run_dir import refuse_unwritable
 from weighting.errors import nearest, printable
 from weighting.runs.files import read_lines
@@ -92,6 +93,19 @@ def main(**options: Any) -> int:  # noqa: ANN401 - those of `Options`
     if code == 0 and "--checkpoint.create_seed_checkpoint" not in flags:
         _report(folder)
     return code
+
+
+def print_help(module: str, config: str) -> None:
+    """Print what flags torchtitan takes for a config.
+
+    Raises:
+        SystemExit: They are printed.
+    """
+    check_config(module, config)
+    from titan_integration.host.flags import parse  # noqa: PLC0415 - takes seconds
+
+    with quiet():
+        parse(["--module", module, "--config", config, "--help"])
 
 
 def check_config(module: str, config: str) -> None:

@@ -23,6 +23,10 @@ def main() -> None:
     sys.argv = [module, *arguments]
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.append(here)
+    if module == "torchtitan.train":
+        from titan_integration.host.flags import explain_mistyped  # noqa: PLC0415 - takes seconds
+
+        explain_mistyped()
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     except ValueError:

@@ -14,7 +14,7 @@ from click.shell_completion import CompletionItem
 from weighting.errors import SpecError, printable
 from weighting.language.find import shipped
 from weighting.language.open import open_argument
-from weighting.language.words import is_stage
+from weighting.language.words import is_stage, words
 from weighting.runs.loss_files import LAST_STEP
 
 if TYPE_CHECKING:
@@ -121,6 +121,15 @@ def wrapped(note: str) -> list[str]:
 def one_line(text: str | None) -> str:
     """Return the first line of a docstring, without its full stop."""
     return (text or "").strip().partition("\n")[0].rstrip(".")
+
+
+def specs_and_words(
+    context: click.Context, param: click.Parameter, start: str
+) -> list[CompletionItem]:
+    """Return what `specs_named` does, and stages and schedules that begin so."""
+    names = [word.name for word in words() if word.name not in shipped()]
+    found = [CompletionItem(name) for name in names if name.startswith(start)]
+    return [*found, *specs_named(context, param, start)]
 
 
 def specs_named(context: click.Context, param: click.Parameter, start: str) -> list[CompletionItem]:

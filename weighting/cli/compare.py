@@ -26,7 +26,7 @@ from weighting.cli.report import SUFFIXES
     type=click.UNPROCESSED,
     shell_complete=specs_named,
 )
-@click.option("--out", help="HTML file of the report; default report.html in --folder.")
+@click.option("--out", help="HTML file of the report; default report.html in --dump_folder.")
 @click.option("--data", help="A .jsonl/.parquet file or folder, or a Hugging Face name.")
 @click.option("--steps", type=click.IntRange(1), help="Of each run; default as in train.")
 @click.option(
@@ -39,7 +39,14 @@ from weighting.cli.report import SUFFIXES
     "--module", default="titan_integration", show_default=True, help="Module it is found in."
 )
 @click.option("--ranks", type=click.IntRange(1), help="Processes; default one per accelerator.")
-@click.option("--folder", default="outputs/compare", show_default=True, help="Where the runs go.")
+@click.option(
+    "--dump_folder",
+    "--folder",
+    "folder",
+    default="outputs/compare",
+    show_default=True,
+    help="Where the runs go.",
+)
 @allow_plugins
 def compare(
     words: tuple[str, ...], out: str | None, *, allow_plugins: bool, **options: object
@@ -47,7 +54,7 @@ def compare(
     """Train each SPEC from the same weights on the same data.
 
     The runs follow one another, each in a folder of its spec's name below
-    --folder, with its output in NAME.log, and end in a report that compares
+    --dump_folder, with its output in NAME.log, and end in a report that compares
     them with the first.  Cut off, the same command goes on; with one more SPEC
     it trains that.  Further flags go to torchtitan, after the specs.
 
@@ -55,13 +62,14 @@ def compare(
     Examples:
       weighting compare uniform linupper
       weighting compare uniform linupper mile --data my.jsonl --steps 500
-      weighting compare uniform mine.yaml --config llama3_8b --folder outputs/8b \\
-          -- --training.local_batch_size 2 --validator.enable
+      weighting compare uniform mine.yaml --config llama3_8b \\
+          --dump_folder outputs/8b --training.local_batch_size 2
     """  # noqa: D301
     if out is not None:
         check_out(out, SUFFIXES)
     check_data(options["data"])
     specs = [*takewhile(lambda word: not word.startswith("-"), words)]
-    options |= {"out": out, "allow_plugins": allow_plugins, "flags": words[len(specs) :]}
+    options |= {"out": out, "allow_plugins": allow_plugins}
     read = {text: read_or_exit(text, plugins=allow_plugins)[0] for text in specs}
-    run_in_host("compare", specs=[(text, read[text]) for text in specs], **options)
+    options["specs"] = [(text, read[text]) for text in specs]
+    run_in_host("compare", flags=words[len(specs) :], **options)

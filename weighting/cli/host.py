@@ -6,12 +6,18 @@ import importlib
 import importlib.util
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
 
 from weighting.cli.common import complain, give_up
+from weighting.errors import closest
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
-def run_in_host(command: str, /, **options: object) -> NoReturn:
+def run_in_host(command: str, /, *, flags: Sequence[str], **options: object) -> NoReturn:
     """Call `main` of a module of `titan_integration.commands`, and exit with what it returns.
 
     Exits with status 2 for an error of the user's, which is a ValueError or an OSError, and with
@@ -19,11 +25,13 @@ def run_in_host(command: str, /, **options: object) -> NoReturn:
 
     Args:
         command: The module's name.
-        options: What its `main` takes.
+        flags: The user's, for torchtitan.
+        options: What else its `main` takes.
     """
+    _refuse_mistyped(flags)
     main = from_host(command, "main")
     try:
-        status = main(**options)
+        status = main(flags=[*flags], **options)
     except BrokenPipeError:  # `| head` has seen enough, which click knows
         raise
     except (ValueError, OSError) as error:
@@ -32,6 +40,23 @@ def run_in_host(command: str, /, **options: object) -> NoReturn:
     except KeyboardInterrupt:
         status = 130
     sys.exit(status)
+
+
+def _refuse_mistyped(flags: Sequence[str]) -> None:
+    """Exit with status 2 if a flag for torchtitan is rather a misspelt option of the command.
+
+    Torchtitan's own are looked at where it is imported, which takes seconds.
+    """
+    own = [x for param in click.get_current_context().command.params for x in param.opts]
+    for word in flags:
+        flag = word.partition("=")[0]
+        if flag.startswith("--") and "." not in flag and flag.replace("-", "_") not in _THEIRS:
+            for near in closest(flag, [x for x in own if x.startswith("--")], 1):
+                give_up(f"no flag {flag!r}; did you mean {near!r}?")
+
+
+_THEIRS = {"__", "__hf_assets_path", "__dump_folder"}
+"""Flags of torchtitan that are of no section, with underscores."""
 
 
 def from_host(module: str, name: str) -> Any:  # noqa: ANN401 - the core knows nothing of the host

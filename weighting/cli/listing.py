@@ -6,42 +6,78 @@ import textwrap
 from typing import TYPE_CHECKING
 
 import click
+from click.shell_completion import CompletionItem
 
+from weighting.cli.common import echo, give_up
+from weighting.errors import nearest
 from weighting.language.find import shipped
 from weighting.language.words import words
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_KINDS = {
+    from weighting.language.words import Word
+
+KINDS = {
     "source": "sources: read a signal, a score per token",
     "pool": "pools: score per token -> score per document, sequence or domain",
-    "shape": "shapes: score -> score",
-    "weigh": "weighers: score -> weight, mean one",
-    "constrain": "constraints: weight -> weight, mean kept",
+    "shape": "shapes: score -> score, at any level unless said",
+    "weigh": "weighers: score -> weight, mean one, at any level unless said",
+    "constrain": "constraints: weight -> weight, mean kept, at any level",
     "schedule": "schedules: wherever a number may change over the steps of a run",
 }
+_SPECS = "specs: weighting check NAME, weighting train NAME"
+_ALL = ("stages", "specs", "schedules")
+_LEVELS = 4
+
+
+def _completed(_: click.Context, __: click.Parameter, start: str) -> list[CompletionItem]:
+    return [CompletionItem(name) for name in _ALL if name.startswith(start)]
 
 
 @click.command("list")
-def list_words() -> None:
+@click.argument(
+    "what", metavar="[stages|specs|schedules|WORD]", default="", shell_complete=_completed
+)
+def list_words(what: str) -> None:
     """List the stages, schedules and shipped specs, a line each.
+
+    With a WORD, those that have it in their name or in what they do. More of
+    one of them: weighting explain NAME.
 
     \b
     Examples:
       weighting list
-      weighting list | grep domain
+      weighting list schedules
+      weighting list domain
     """  # noqa: D301
-    known = words()
-    for kind, title in _KINDS.items():
-        click.echo(title)
-        for word in known:
-            if word.kind == kind:
-                _line(word.call, word.line)
-        click.echo()
-    click.echo("specs: weighting check NAME, weighting train NAME")
-    for name, line in _specs():
-        _line(name, line)
+    sections = {title: rows for title, rows in _sections(what.lower()) if rows}
+    if not sections:
+        known = [*_ALL, *(word.name for word in words()), *shipped()]
+        give_up(f"nothing here has {what!r} in it{nearest(what, known)}")
+    for i, (title, rows) in enumerate(sections.items()):
+        echo(f"\n{title}" if i else title)
+        for left, right in rows:
+            _line(left, right)
+
+
+def _sections(what: str) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+    """Yield headings with what stands below them."""
+    some = "" if what in _ALL else what
+    for kind, title in KINDS.items():
+        if what in _ALL and what != ("schedules" if kind == "schedule" else "stages"):
+            continue
+        rows = [(word.call, _told(word)) for word in words() if word.kind == kind]
+        yield title, [row for row in rows if some in " ".join(row).lower()]
+    if what not in {"stages", "schedules"}:
+        yield _SPECS, [row for row in _specs() if some in " ".join(row).lower()]
+
+
+def _told(word: Word) -> str:
+    """Return what a word does, and where it can stand if that is not anywhere."""
+    line = word.line.rstrip(".")
+    one_of_some = word.kind in {"shape", "weigh", "constrain"} and len(word.levels) < _LEVELS
+    return f"{line}; per {' or '.join(word.levels)}" if one_of_some else line
 
 
 def _specs() -> Iterator[tuple[str, str]]:
@@ -52,10 +88,10 @@ def _specs() -> Iterator[tuple[str, str]]:
 
 
 def _line(left: str, right: str) -> None:
-    first, *more = textwrap.wrap(right.rstrip("."), 44) or [""]
+    first, *more = textwrap.wrap(right, 44) or [""]
     if len(left) > 32:  # noqa: PLR2004 - the column's width
-        click.echo(f"  {left}")
+        echo(f"  {left}")
         left = ""
-    click.echo(f"  {left:32} {first}")
+    echo(f"  {left:32} {first}")
     for line in more:
-        click.echo(f"  {'':32} {line}")
+        echo(f"  {'':32} {line}")

@@ -25,7 +25,12 @@ METHODS = {"doremi": "doremi-proxy", "doge": "doge-proxy"}
     "--module", default="titan_integration", show_default=True, help="Module it is found in."
 )
 @click.option("--ranks", type=click.IntRange(1), help="Processes; default one per accelerator.")
-@click.option("--folder", help="Where the runs go; default outputs/mix-<spec>.")
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the first weights."
+)
+@click.option(
+    "--dump_folder", "--folder", "folder", help="Where the runs go; default outputs/mix-<spec>."
+)
 @click.option("--overwrite", is_flag=True, help="Write over an existing --out.")
 @allow_plugins
 @click.argument("flags", metavar="[TORCHTITAN FLAGS]...", nargs=-1, type=click.UNPROCESSED)
@@ -48,5 +53,5 @@ def mix(
     check_data(options["data"])
     text = METHODS.get(method, method)
     spec, _ = read_or_exit(text, plugins=allow_plugins)
-    options |= {"out": out, "allow_plugins": allow_plugins, "flags": flags}
-    run_in_host("mix", text=text, spec=spec, methods=[*METHODS], **options)
+    options |= {"out": out, "allow_plugins": allow_plugins}
+    run_in_host("mix", text=text, spec=spec, methods=[*METHODS], flags=flags, **options)

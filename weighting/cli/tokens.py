@@ -34,7 +34,7 @@ _FROM_LOGITS = {"loss", "entropy", "target_prob", "error_norm", "domain_ids"}
 @click.option(
     "--text", required=True, type=click.Path(exists=True, dir_okay=False), help="A file in UTF-8."
 )
-@click.option("--html", help="Write a page as well, with the numbers of each token.")
+@click.option("--out", "--html", "html", help="HTML file of a page with the numbers of each token.")
 @click.option(
     "--step", type=click.IntRange(0, LAST_STEP), help="Optimizer step; default the checkpoint's."
 )
@@ -55,7 +55,7 @@ def tokens(words: tuple[str, ...], *, allow_plugins: bool, **options: object) ->
     \b
     Examples:
       weighting tokens mile --checkpoint outputs/mile/checkpoint --text a.txt
-      weighting tokens mile focal --checkpoint ckpt --text a.txt --html a.html
+      weighting tokens mile focal --checkpoint ckpt --text a.txt --out a.html
       weighting tokens linupper --checkpoint ckpt --text a.txt \\
           --config llama3_8b --training.seq_len 512
     """  # noqa: D301
@@ -68,8 +68,8 @@ def tokens(words: tuple[str, ...], *, allow_plugins: bool, **options: object) ->
         if why := refusal(spec, plan):
             give_up(f"{text}: {why}")
         read.append((text, spec))
-    options |= {"allow_plugins": allow_plugins, "flags": words[len(specs) :]}
-    run_in_host("tokens", specs=read, **options)
+    options |= {"allow_plugins": allow_plugins}
+    run_in_host("tokens", specs=read, flags=words[len(specs) :], **options)
 
 
 def refusal(spec: Spec, plan: Plan) -> str | None:

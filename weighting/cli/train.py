@@ -11,20 +11,80 @@ from weighting.cli.common import (
     read_or_exit,
     specs_named,
 )
-from weighting.cli.host import run_in_host
+from weighting.cli.groups import in_groups
+from weighting.cli.host import from_host, run_in_host
 from weighting.errors import SpecError
 
+SHORT = {
+    "steps": "--training.steps",
+    "seed": "--debug.seed",
+    "folder": "--dump_folder",
+    "reference": "--weighting.reference",
+}
+"""Options that stand for a flag of torchtitan's."""
+_GROUPS = {
+    "What is trained": ["config", "module", "reference"],
+    "On which data": ["data", "mixture"],
+    "How": ["steps", "seed", "ranks"],
+    "Where results go": ["folder"],
+    "Other": ["allow_plugins", "help_all", "help"],
+}
+_FLAGS = {
+    "Torchtitan's flags, of weighting": [
+        ("--weighting.record WHAT", "Write down single sequences, every=10; for replay."),
+        ("--weighting.agree_every N", "Check every N steps that all ranks weigh alike."),
+        ("--weighting.allow_changed_spec", "Resume with another spec, its state afresh."),
+    ],
+    "Torchtitan's flags, often used": [
+        ("--checkpoint.enable", "Save, and go on from what was saved."),
+        ("--validator.enable", "Validate as well, by domain."),
+        ("--training.seq_len N", "Tokens of a sequence."),
+        ("--training.local_batch_size N", "Sequences of a rank's batch."),
+    ],
+}
 
-@click.command(context_settings={"ignore_unknown_options": True})
+
+def _help_all(context: click.Context, _: click.Parameter, value: bool) -> None:
+    """Print the host's own help, and exit."""
+    if value and not context.resilient_parsing:
+        module = context.params.get("module", "titan_integration")
+        config = context.params.get("config", "llama3_debugmodel")
+        from_host("train", "print_help")(module, config)
+        context.exit()
+
+
+@click.command(cls=in_groups(_GROUPS, _FLAGS), context_settings={"ignore_unknown_options": True})
 @click.argument("spec", metavar="SPEC", shell_complete=specs_named)
-@click.option("--config", default="llama3_debugmodel", show_default=True, help="Config function.")
 @click.option(
-    "--module", default="titan_integration", show_default=True, help="Module it is found in."
+    "--config",
+    default="llama3_debugmodel",
+    show_default=True,
+    is_eager=True,
+    help="Config function.",
 )
-@click.option("--mixture", help="A spec by whose domain weights training data is drawn.")
+@click.option(
+    "--module",
+    default="titan_integration",
+    show_default=True,
+    is_eager=True,
+    help="Module it is found in.",
+)
+@click.option("--reference", help="Checkpoint whose loss is ref_loss, for specs that read it.")
 @click.option("--data", help="A .jsonl/.parquet file or folder, or a Hugging Face name.")
+@click.option("--mixture", help="A spec by whose domain weights training data is drawn.")
+@click.option("--steps", type=click.IntRange(1), help="Optimizer steps, --training.steps.")
+@click.option("--seed", type=click.IntRange(0), help="Of the first weights, --debug.seed.")
 @click.option("--ranks", type=click.IntRange(1), help="Processes; default one per accelerator.")
+@click.option("--dump_folder", "--out", "folder", help="Folder of the run; default outputs/<spec>.")
 @allow_plugins
+@click.option(
+    "--help-all",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_help_all,
+    help="Show all flags of torchtitan, for --config, and exit.",
+)
 @click.argument("flags", metavar="[TORCHTITAN FLAGS]...", nargs=-1, type=click.UNPROCESSED)
 def train(
     spec: str,
@@ -42,7 +102,7 @@ def train(
     \b
     Examples:
       weighting train specs/linupper.yaml
-      weighting train linupper --data my.jsonl --training.steps 500
+      weighting train linupper --data my.jsonl --steps 500
       weighting train linupper --mixture mixture.yaml --data my.jsonl
       weighting train mile --config llama3_8b --training.local_batch_size 2
     """  # noqa: D301
@@ -55,5 +115,7 @@ def train(
             with_mixture(weighting, read_or_exit(mixture, plugins=allow_plugins)[0])
         except SpecError as error:
             give_up(str(error))
+    given = {flag: options.pop(name) for name, flag in SHORT.items()}
+    short = [f"{flag}={value}" for flag, value in given.items() if value is not None]
     options |= {"spec": spec, "mixture": mixture, "allow_plugins": allow_plugins}
-    run_in_host("train", name=weighting.name, flags=flags, **options)
+    run_in_host("train", name=weighting.name, flags=[*short, *flags], **options)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from pydantic import BaseModel
+    from pydantic.fields import FieldInfo
 
 Schema = dict[str, Any]
 
@@ -150,11 +151,16 @@ def signature(cls: type[BaseModel]) -> str:
 
 def _arguments(cls: type[BaseModel]) -> Iterator[str]:
     for name, field in cls.model_fields.items():
-        if field.is_required() or field.default is None:
-            yield name
-        else:
-            value = getattr(field.default, "value", field.default)
-            yield f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
+        default = default_of(field)
+        yield name if default is None else f"{name}={default}"
+
+
+def default_of(field: FieldInfo) -> str | None:
+    """Return the default of an argument as one writes it; None where there is none."""
+    if field.is_required() or field.default is None:
+        return None
+    value = getattr(field.default, "value", field.default)
+    return f"{value:g}" if isinstance(value, float) else f"{value}"
 
 
 def _with_schedules(value: Any) -> Any:  # noqa: ANN401 - any part of a schema
