@@ -18,6 +18,7 @@ from weighting.cli import main
 from weighting.report.charts import POINTS, Line, line_chart, number, thinned, ticks
 from weighting.report.figures import bound_term, domain_mass, paired
 from weighting.report.read import read_runs
+from weighting.report.tables import settings
 
 DOMAINS = ("code", "prose")
 CHARTS = {
@@ -191,7 +192,9 @@ def test_the_page_is_whole_in_itself(two, tmp_path):
     page = Page(text)
     assert not {tag for tag, _ in page.tags} & {"script", "link", "img", "iframe", "object", "base"}
     named = {name for _, attrs in page.tags for name in attrs}
-    assert not named & {"src", "href", "xlink:href", "srcset", "action"}
+    assert not named & {"src", "xlink:href", "srcset", "action"}
+    links = [attrs["href"] for _, attrs in page.tags if "href" in attrs]
+    assert all(link.startswith("#") for link in links)
     assert not [name for name in named if name.startswith("on")]
     style = re.search(r"<style>(.*?)</style>", text, re.DOTALL)[1]
     assert "url(" not in style
@@ -244,6 +247,31 @@ def test_names_cannot_turn_the_page_around(tmp_path):
     page = (tmp_path / "r.html").read_text(encoding="utf-8")
     assert all(c.isprintable() or c == "\n" for c in page)
     assert "a?[31mb?c?d" in page
+
+
+def test_the_contents_link_to_every_section(two, tmp_path):
+    """Each link at the top leads to a place of the page, and each section has one."""
+    assert report(tmp_path / "r.html", *two).exit_code == 0
+    page = Page((tmp_path / "r.html").read_text(encoding="utf-8"))
+    links = [attrs["href"] for tag, attrs in page.tags if tag == "a"]
+    places = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
+    assert links == [f"#{place}" for place in places]
+    sections = [attrs for tag, attrs in page.tags if tag == "section"]
+    assert all("id" in attrs for attrs in sections)
+
+
+def test_host_and_command_of_each_start_are_shown(tmp_path):
+    """A start that an older version wrote says neither: both are unknown."""
+    facts = about("version: 1\npipeline: uniform\n")
+    (old,) = facts["starts"]
+    facts["starts"] = [old, {**old, "host": "node-7", "command": "python -m train --x 'a b'"}]
+    run = write_run(tmp_path / "run", [line(1), line(2)], about=facts)
+    starts, *_ = settings(read_runs([run])[0])
+    assert starts.head[:3] == ("time (UTC)", "host", "command of the first rank")
+    assert [row[1:3] for row in starts.rows] == [
+        ("unknown", "unknown"),
+        ("node-7", "python -m train --x 'a b'"),
+    ]
 
 
 def test_a_run_with_next_to_nothing(tmp_path):
@@ -299,17 +327,17 @@ def test_user_errors_are_one_message_and_leave_no_file(two, tmp_path):
 
 def test_what_the_trainer_says_of_a_run_is_understood(tmp_path):
     """A first start sets another run's file aside; a resumed run keeps its facts and adds one."""
-    from titan_integration.observe import metrics  # noqa: PLC0415 - only this test is about a trainer
+    from titan_integration.observe import run_json  # noqa: PLC0415 - only this test is about a trainer
 
     folder = write_run(
         tmp_path / "run", [line(1), line(2)], about=about("version: 1\npipeline: abs")
     )
-    path = folder / "weighting" / metrics.ABOUT
+    path = folder / "weighting" / run_json.FILE
     facts = about("version: 1\nname: mine\npipeline: uniform", odd=object())
     first, *_ = facts.pop("starts")
-    path.write_text(metrics.about(path, facts, first))
+    path.write_text(run_json.about(path, facts, first))
     again = {"name": "another", **facts["spec"], "hash": "0"}
-    text = metrics.about(path, {**facts, "spec": again}, {**first, "step": 20, "ranks": 7})
+    text = run_json.about(path, {**facts, "spec": again}, {**first, "step": 20, "ranks": 7})
     path.write_text(text)
 
     assert path.with_name("run.json.1").exists()

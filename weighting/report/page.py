@@ -92,7 +92,8 @@ def _section(
     title: str, charts: list[Chart], found: list[tables.Table], without: str = ""
 ) -> dict[str, object]:
     lacking = without if not charts and not found else ""
-    return {"title": title, "charts": charts, "tables": found, "without": lacking}
+    place = title.lower().replace(" ", "-")
+    return {"id": place, "title": title, "charts": charts, "tables": found, "without": lacking}
 
 
 def _expansion(run: Run, explain: Explain) -> str:

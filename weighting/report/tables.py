@@ -128,6 +128,8 @@ def settings(run: Run) -> list[Table]:
     rows = [
         (
             str(start.get("time", _UNKNOWN)).removesuffix("+00:00").replace("T", " "),
+            str(start.get("host") or _UNKNOWN),
+            str(start.get("command") or _UNKNOWN),
             str(start.get("spec", _UNKNOWN)),
             str(start.get("device", _UNKNOWN)),
             ", ".join(f"{k} {v}" for k, v in dict(start.get("versions") or {}).items()),
@@ -136,8 +138,9 @@ def settings(run: Run) -> list[Table]:
         )
         for start in run.about["starts"]
     ]
-    head = ("time (UTC)", "spec", "device", "versions", "ranks", "first step")
-    found = [Table(f"Starts of {run.name}", head, rows, words=4)]
+    head = ("time (UTC)", "host", "command of the first rank", "spec", "device", "versions")
+    head += ("ranks", "first step")
+    found = [Table(f"Starts of {run.name}", head, rows, words=6)]
     flat = list(_flat(run.about.get("config") or {}))
     if flat:
         found.append(Table(f"Configuration of {run.name}", ("setting", "value"), flat, words=2))
