@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shutil
+import statistics
 import subprocess
 
 import click.testing
@@ -16,9 +17,9 @@ import pytest
 import weighting as wt
 from weighting.cli import main
 from weighting.report.charts import POINTS, Line, line_chart, number, thinned, ticks
-from weighting.report.figures import bound_term, domain_mass, paired
+from weighting.report.figures import domain_mass, loss_shift, paired
 from weighting.report.read import read_runs
-from weighting.report.tables import settings
+from weighting.report.tables import interval, over_seeds, settings
 
 DOMAINS = ("code", "prose")
 CHARTS = {
@@ -27,11 +28,11 @@ CHARTS = {
     "Maximum weight": "largest weight (mean = 1)",
     "Effective sample size": "ESS (share of tokens)",
     "Share at the cap": "share of units",
-    "Bound term": "weighted − unweighted (nats)",
+    "Weighted minus unweighted loss": "weighted − unweighted (nats)",
     "Throughput": "tokens/s",
-    "Validation": "perplexity",
-    "Validation, mean over domains": "log-perplexity (nats)",
-    "Domain mass, one": "share, mean over steps",
+    "Validation loss: code": "loss (nats)",
+    "Validation loss: prose": "loss (nats)",
+    "Validation loss, mean over domains": "loss (nats)",
     "Mixture as it stands, one": "share",
 }
 
@@ -153,9 +154,9 @@ def test_every_chart_has_title_axes_units_and_legend(two, tmp_path):
     }.items():
         words = found[title]
         assert y_label in words, title
-        assert ("step" in words) != (title == "Validation" or title.startswith("Domain mass"))
+        assert "step" in words
+        assert ("perplexity" in words) == title.startswith("Validation"), title
         legend = {"two"} if "difference" in title else {"one"}
-        legend = {"tokens", "tokens × weight"} if title.startswith("Domain mass") else legend
         legend = set(DOMAINS) if title.startswith("Mixture") else legend
         assert legend <= {word.strip() for word in words}, title
     drawings = [attrs for tag, attrs in page.tags if tag == "svg" and "role" in attrs]
@@ -179,8 +180,8 @@ def test_the_page_holds_numbers_spec_settings_and_what_is_missing(two, tmp_path)
         assert setting in page.words
     assert f"{line(30)['unweighted_loss']:.4f}" in page.words
     # Both were validated at step 10, where the second is worse by 0.2 nats.
-    assert "Perplexity by domain at step 10" in page.words
-    assert f"{math.exp(3.3):.2f} (+0.200)" in page.words
+    assert "Validation loss (nats) and perplexity by domain at step 10" in page.words
+    assert "+0.2000" in page.words
     assert page.words.count("No run.json: spec, configuration and versions are unknown.") == 1
     assert [tag for tag, _ in page.tags if tag in {"h1", "h2", "h3"}][:2] == ["h1", "h2"]
 
@@ -204,13 +205,71 @@ def test_the_page_is_whole_in_itself(two, tmp_path):
 
 
 def test_numbers_that_are_compared(two):
-    """Differences are taken at steps of both, the bound term of one line, masses over all."""
+    """Differences of runs at steps of both, of losses in one line; masses over all lines."""
     one, other = read_runs(two)
     assert paired(other, one) == [(s, pytest.approx(0.5)) for s in range(2, 31, 2)]
-    assert bound_term(one) == [(s, pytest.approx(0.25)) for s in range(1, 31)]
+    assert loss_shift(one) == [(s, pytest.approx(0.25)) for s in range(1, 31)]
     assert domain_mass(one, "code") == (pytest.approx(0.75), pytest.approx(0.6))
     # Two steps of three had a weight of 1.6 on a quarter of the tokens.
     assert domain_mass(one, "prose") == (pytest.approx(0.25), pytest.approx(0.4 * 2 / 3))
+
+
+def repeats(folder, spec, shifts, **config):
+    """Write a run for each shift of the loss, seeded by its place from 0; return the folders."""
+    return [
+        write_run(
+            folder / f"{wt.loads(spec).name}-{seed}",
+            [line(s, shift) for s in (1, 2, 3, 4)],
+            [validation(4, shift)],
+            about(
+                spec,
+                dump_folder=f"{folder}/{seed}",
+                debug={"seed": seed},
+                init=f"<function normal_ at 0x{seed:x}>",
+                **config,
+            ),
+        )
+        for seed, shift in enumerate(shifts)
+    ]
+
+
+PLAIN, OTHER = (f"version: 1\nname: {x}\npipeline: {x}\n" for x in ("uniform", "abs"))
+
+
+def test_repeats_with_other_seeds_give_a_mean_difference_and_its_interval(tmp_path):
+    """Runs are paired by seed; a configuration that differs otherwise is no repeat."""
+    first = repeats(tmp_path, PLAIN, (0.0, 0.5, -0.5))
+    # Against the same seeds: -0.1, -0.2 and -0.3, so the standard error is 0.1 / sqrt(3).
+    second = repeats(tmp_path, OTHER, (-0.1, 0.3, -0.8))
+    table = over_seeds(read_runs([*first, *second]))
+    rows = {row[1]: row[2:] for row in table.rows}
+    half = 4.3027 * 0.1 / math.sqrt(3)
+    expected = ("3", "-0.2000", f"{-0.2 - half:+.4f}", f"{-0.2 + half:+.4f}")
+    assert rows == dict.fromkeys(
+        (
+            "training, last quarter, unweighted",
+            *(f"validation, {name}" for name in (*DOMAINS, "all tokens", "mean over domains")),
+        ),
+        expected,
+    )
+    assert "abs-0, abs-1, abs-2" in {row[0] for row in table.rows}
+    warmer = repeats(tmp_path / "warmer", OTHER, (0.0,), lr=2)
+    assert over_seeds(read_runs([*first, *second[:1], *warmer])) is None
+
+
+def test_without_repeats_there_is_no_table_over_seeds(two):
+    """One run of a spec, or runs that do not say what they are, have no interval."""
+    assert over_seeds(read_runs(two)) is None
+    assert over_seeds(read_runs(two[::-1])) is None
+
+
+@pytest.mark.parametrize(("n", "t"), [(2, 12.7062), (11, 2.2281), (12, 2.2010), (31, 2.0423)])
+def test_intervals_use_students_t(n, t):
+    """The half width over the standard error is the quantile that tables of t have."""
+    values = [float(i % 2) for i in range(n)]
+    low, high = interval(values)
+    error = statistics.stdev(values) / math.sqrt(n)
+    assert (high - low) / 2 / error == pytest.approx(t, abs=0.003)
 
 
 def test_names_are_escaped(tmp_path):

@@ -46,24 +46,20 @@ def write_report(folders: Sequence[Path], out: Path, explain: Explain) -> None:
 
 def page(runs: Sequence[Run], explain: Explain) -> str:
     """Return the report as HTML."""
-    told = tables.validation(runs)
-    by_domain = [(figures.domains(run), tables.masses(run)) for run in runs]
-    mass = [table for _, table in by_domain if table]
-    compared = tables.differences(runs)
+    measured = [tables.validation(runs), tables.over_seeds(runs)]
     sections = [
-        _section("Loss", figures.losses(runs), [compared] if compared else []),
+        _section("Loss", figures.losses(runs), [tables.differences(runs)]),
         _section(
-            "Validation",
-            told[1] if told else [],
-            [told[0]] if told else [],
+            "Loss by domain",
+            [*figures.by_domain(runs), *figures.mean_over_domains(runs)],
+            measured,
             "None of the runs was validated.",
         ),
         _section("Weights", figures.weights(runs), [], "No weights were logged."),
-        _section("Convergence bound", figures.bound(runs), [], "No weighted loss was logged."),
         _section(
             "Domains",
-            [chart for charts, _ in by_domain for chart in charts],
-            mass,
+            [chart for run in runs for chart in figures.domains(run)],
+            [tables.masses(run) for run in runs],
             "The data had no domains.",
         ),
         _section("Throughput", figures.throughput(runs), [], "No tokens/s were logged."),
@@ -89,8 +85,9 @@ def page(runs: Sequence[Run], explain: Explain) -> str:
 
 
 def _section(
-    title: str, charts: list[Chart], found: list[tables.Table], without: str = ""
+    title: str, charts: list[Chart], found: Sequence[tables.Table | None], without: str = ""
 ) -> dict[str, object]:
+    found = [table for table in found if table]
     lacking = without if not charts and not found else ""
     place = title.lower().replace(" ", "-")
     return {"id": place, "title": title, "charts": charts, "tables": found, "without": lacking}

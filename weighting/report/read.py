@@ -96,8 +96,8 @@ def _read_run(name: str, folder: Path) -> Run:
     if not any("unweighted_loss" in line for line in lines):
         msg = f"{path}: nothing was logged; a run logs every --metrics.log_freq steps"
         raise ValueError(msg)
-    told = folder / FOLDER / VALIDATION
-    validations = read_lines(told) if told.is_file() else Lines()
+    validated = folder / FOLDER / VALIDATION
+    validations = read_lines(validated) if validated.is_file() else Lines()
     about = _read_about(folder / FOLDER / ABOUT)
     spec, missing = None, list[str]()
     if not validations:
