@@ -1,5 +1,7 @@
 """The report of runs: what is on the page, that it holds together, and that it fits a browser."""
 
+import base64
+import hashlib
 import html
 import html.parser
 import itertools
@@ -116,9 +118,10 @@ def about(spec, **config):
     return {"spec": told, "domains": DOMAINS, "config": config, "starts": [start]}
 
 
-def report(out, *folders):
+def report(out, *folders, flags=()):
     """Return what the command did."""
-    return click.testing.CliRunner().invoke(main, ["report", *map(str, folders), "--out", str(out)])
+    words = ["report", *map(str, folders), "--out", str(out), *flags]
+    return click.testing.CliRunner().invoke(main, words)
 
 
 @pytest.fixture
@@ -186,12 +189,13 @@ def test_the_page_holds_numbers_spec_settings_and_what_is_missing(two, tmp_path)
     assert [tag for tag, _ in page.tags if tag in {"h1", "h2", "h3"}][:2] == ["h1", "h2"]
 
 
-def test_the_page_is_whole_in_itself(two, tmp_path):
-    """No script, nothing to fetch, no handler; the policy forbids all three."""
-    assert report(tmp_path / "r.html", *two).exit_code == 0
+@pytest.mark.parametrize("flags", [(), ("--static",)])
+def test_the_page_is_whole_in_itself(two, tmp_path, flags):
+    """Nothing to fetch, no handler, and no script but the one that the policy names."""
+    assert report(tmp_path / "r.html", *two, flags=flags).exit_code == 0
     text = (tmp_path / "r.html").read_text(encoding="utf-8")
     page = Page(text)
-    assert not {tag for tag, _ in page.tags} & {"script", "link", "img", "iframe", "object", "base"}
+    assert not {tag for tag, _ in page.tags} & {"link", "img", "iframe", "object", "base"}
     named = {name for _, attrs in page.tags for name in attrs}
     assert not named & {"src", "xlink:href", "srcset", "action"}
     links = [attrs["href"] for _, attrs in page.tags if "href" in attrs]
@@ -202,6 +206,13 @@ def test_the_page_is_whole_in_itself(two, tmp_path):
     assert "@import" not in style
     policy = next(a["content"] for t, a in page.tags if t == "meta" and "http-equiv" in a)
     assert policy.startswith("default-src 'none'")
+    scripts = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
+    assert len(scripts) == [tag for tag, _ in page.tags].count("script") == (0 if flags else 1)
+    assert ("script-src" in policy) == ("data-x" in text) == (not flags)
+    for script in scripts:
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        assert f"script-src 'sha256-{digest}'" in policy
+        assert len(script.splitlines()) < 120
 
 
 def test_numbers_that_are_compared(two):
@@ -462,10 +473,68 @@ def chromium():
     return found
 
 
+def browse(page, folder):
+    """Return a page as a browser leaves it, which must not complain about anything."""
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
+    options += [f"--user-data-dir={folder}/profile", "--virtual-time-budget=3000", "--dump-dom"]
+    done = subprocess.run(
+        [chromium(), *options, page.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert ":CONSOLE" not in done.stderr, done.stderr
+    return done.stdout
+
+
+POINT = """
+onload = () => {
+  const page = document.querySelector("iframe").contentDocument;
+  const [chart, ...others] = page.querySelectorAll("svg.chart");
+  const place = new DOMPoint(54 + 320 * (1.2 / 29), 100).matrixTransform(chart.getScreenCTM());
+  const seen = () => [
+    page.getElementById("values").hidden ? "" : page.getElementById("values").textContent,
+    [...page.querySelectorAll(".cursor")].filter((x) => x.getAttribute("d")).length,
+  ];
+  const where = { clientX: place.x, clientY: place.y, bubbles: true };
+  const key = (key) => chart.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
+  const views = [others.length + 1];
+  chart.dispatchEvent(new PointerEvent("pointermove", where));
+  views.push(seen());
+  key("ArrowRight");
+  views.push(seen());
+  key("Escape");
+  views.push(seen());
+  document.querySelector("pre").textContent = JSON.stringify(views);
+};
+"""
+"""Points at the first chart a little right of step 2, goes one step on by key, and leaves it."""
+
+
+def test_pointing_at_a_chart_shows_its_values_and_a_cursor_in_every_chart(two, tmp_path):
+    """A line without a value at that step shows its nearest, and says of which step."""
+    assert report(tmp_path / "r.html", *two).exit_code == 0
+    text = html.escape((tmp_path / "r.html").read_text(encoding="utf-8"))
+    around = tmp_path / "around.html"
+    frame = f'<iframe width="1200" height="900" srcdoc="{text}"></iframe>'
+    around.write_text(f"<!DOCTYPE html><pre></pre><script>{POINT}</script>{frame}")
+    found = re.search(r"<pre>(.+?)</pre>", browse(around, tmp_path), re.DOTALL)[1]
+    charts, pointed, stepped, left = json.loads(html.unescape(found))
+    first, second = (
+        {s: f"{line(s, shift)['unweighted_loss']:.5g}" for s in (2, 3)} for shift in (0, 0.5)
+    )
+    # The charts of validations begin at step 10: no cursor there.
+    validations = len(DOMAINS) + 1
+    assert pointed == [f"step 2\none: {first[2]}\ntwo: {second[2]}", charts - validations]
+    assert stepped[0] == f"step 3\none: {first[3]}\ntwo: {second[2]} (step 2)"
+    assert left == ["", 0]
+
+
 def test_in_a_browser(two, tmp_path):
     """At 1280 and 390 pixels nothing is wider than the page, and nothing is complained about."""
     assert report(tmp_path / "r.html", *two).exit_code == 0
-    # A page of ours around the report measures it: it has no script itself.
+    # A page of ours around the report measures it.
     text = html.escape((tmp_path / "r.html").read_text(encoding="utf-8"))
     frame = '<iframe width="{}" height="900" srcdoc="{}"></iframe>'
     frames = "".join(frame.format(width, text) for width in (1280, 390))
@@ -477,18 +546,9 @@ def test_in_a_browser(two, tmp_path):
     )
     around = tmp_path / "around.html"
     around.write_text(f"<!DOCTYPE html><title></title><script>{measure}</script>{frames}")
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
-    options += [f"--user-data-dir={tmp_path}/profile", "--virtual-time-budget=3000", "--dump-dom"]
-    for page in (tmp_path / "r.html", around):
-        done = subprocess.run(
-            [chromium(), *options, page.as_uri()],
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=True,
-        )
-        assert ":CONSOLE" not in done.stderr, done.stderr
-    measured = re.search(r"<title>([^<]+)</title>", done.stdout)[1].split(";")
+    browse(tmp_path / "r.html", tmp_path)
+    found = browse(around, tmp_path)
+    measured = re.search(r"<title>([^<]+)</title>", found)[1].split(";")
     assert len(measured) == 2
     for found in measured:
         wide, there, charts = map(int, found.split())

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from weighting.language.html import escaped
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Sequence
 
     from weighting.report.read import Point
 
@@ -99,12 +99,13 @@ def line_chart(
         parts.append(f"<path class='level' d='M{_LEFT} {y_of(level[0]):.1f}H{_RIGHT}'/>")
         legend.append((_swatch(None), level[1]))
     for line, points in zip(lines, drawn, strict=True):
-        parts.append(_path([(x_of(x), y_of(y)) for x, y in points], line.style))
+        parts.append(_path(line, points, [(x_of(x), y_of(y)) for x, y in points]))
     parts += _hovers(lines, x_of)
     name = escaped(f"{title}: {y_label} over steps")
     width = _RIGHT + _EXP if exp_label else _WIDTH
+    steps = f"data-steps='{first:.10g} {last:.10g}'"
     box = f"viewBox='0 0 {width} {_HEIGHT}' role='img' aria-label='{name}'"
-    return Chart(title, f"<svg class='chart' {box}>{''.join(parts)}</svg>", legend, note)
+    return Chart(title, f"<svg class='chart' {steps} {box}>{''.join(parts)}</svg>", legend, note)
 
 
 def thinned(points: list[Point]) -> list[Point]:
@@ -144,13 +145,17 @@ def _widened(low: float, high: float) -> tuple[float, float]:
     return (0.0 if low == 0 else low - room), high + room
 
 
-def _path(points: Iterable[Point], style: int) -> str:
-    points = list(points)
-    if len(points) == 1:
-        (x, y) = points[0]
-        return f"<circle class='dot {_look(style)}' cx='{x:.1f}' cy='{y:.1f}' r='3'/>"
-    way = " ".join(f"{x:.1f} {y:.1f}" for x, y in points)
-    return f"<path class='line {_look(style)}' d='M{way}'/>"
+def _path(line: Line, points: Sequence[Point], places: Sequence[Point]) -> str:
+    """Return a line, or a dot for a single point, with its values as data for the script."""
+    steps = " ".join(f"{x:.10g}" for x, _ in points)
+    values = " ".join(f"{y:.5g}" for _, y in points)
+    data = f"data-label='{escaped(line.label)}' data-x='{steps}' data-y='{values}'"
+    if len(places) == 1:
+        ((x, y),) = places
+        place = f"cx='{x:.1f}' cy='{y:.1f}' r='3'"
+        return f"<circle class='dot {_look(line.style)}' {place} {data}/>"
+    way = " ".join(f"{x:.1f} {y:.1f}" for x, y in places)
+    return f"<path class='line {_look(line.style)}' d='M{way}' {data}/>"
 
 
 def _hovers(lines: Sequence[Line], x_of: Callable[[float], float]) -> list[str]:
