@@ -19,7 +19,7 @@ import pytest
 import weighting as wt
 from weighting.cli import main
 from weighting.report.charts import POINTS, Line, line_chart, number, thinned, ticks
-from weighting.report.figures import domain_mass, loss_shift, paired
+from weighting.report.figures import by_domain, domain_mass, loss_shift, paired
 from weighting.report.read import read_runs
 from weighting.report.tables import interval, over_seeds, settings
 
@@ -34,7 +34,7 @@ CHARTS = {
     "Throughput": "tokens/s",
     "Validation loss: code": "loss (nats)",
     "Validation loss: prose": "loss (nats)",
-    "Validation loss, mean over domains": "loss (nats)",
+    "Validation loss: mean over domains": "loss (nats)",
     "Mixture as it stands, one": "share",
 }
 
@@ -223,6 +223,16 @@ def test_numbers_that_are_compared(two):
     assert domain_mass(one, "code") == (pytest.approx(0.75), pytest.approx(0.6))
     # Two steps of three had a weight of 1.6 on a quarter of the tokens.
     assert domain_mass(one, "prose") == (pytest.approx(0.25), pytest.approx(0.4 * 2 / 3))
+
+
+def test_without_validations_the_training_loss_of_each_domain_is_drawn(tmp_path):
+    """The first 24 domains have a chart each, and the last of these says of how many."""
+    names = [f"domain-{i}" for i in range(30)]
+    losses = {f"domain/{name}/loss": float(i) for i, name in enumerate(names)}
+    run = write_run(tmp_path / "run", [{**line(s, domains=names), **losses} for s in (1, 2)])
+    charts = by_domain(read_runs([run]))
+    assert [chart.title for chart in charts] == [f"Training loss: {name}" for name in names[:24]]
+    assert [chart.note for chart in charts if chart.note] == ["The first 24 of 30 are drawn."]
 
 
 def repeats(folder, spec, shifts, **config):

@@ -57,14 +57,14 @@ def losses(runs: Sequence[Run]) -> list[Chart]:
 
 
 def by_domain(runs: Sequence[Run]) -> list[Chart]:
-    """Return a chart of the loss for each domain: of validations, or of training without any."""
+    """Return charts of each domain's loss and their mean: of validations, else of training."""
     validated = any(run.validations for run in runs)
     if validated and all(len(run.validations) <= 1 for run in runs):
         return []  # the table has all there is
     losses = [_domain_losses(run, validated=validated) for run in runs]
     names = list(dict.fromkeys(name for of_run in losses for name in of_run))
     shown, what = names[:_MULTIPLES], "Validation" if validated else "Training"
-    note = f"The first {_MULTIPLES} of {len(names)} domains." if len(names) > _MULTIPLES else ""
+    note = f"The first {_MULTIPLES} of {len(names)} are drawn." if len(names) > _MULTIPLES else ""
     return _nonempty(
         [
             line_chart(
@@ -80,18 +80,6 @@ def by_domain(runs: Sequence[Run]) -> list[Chart]:
             for name in shown
         ]
     )
-
-
-def mean_over_domains(runs: Sequence[Run]) -> list[Chart]:
-    """Return the mean over domains of the validation loss, where it was measured repeatedly."""
-    if all(len(run.validations) <= 1 for run in runs):
-        return []
-    lines = [
-        Line(run.name, [*run.validations.series("domain_mean_loss")], i)
-        for i, run in enumerate(runs)
-    ]
-    title = "Validation loss, mean over domains"
-    return _nonempty([line_chart(title, "loss (nats)", lines, exp_label="perplexity")])
 
 
 def weights(runs: Sequence[Run]) -> list[Chart]:
@@ -254,11 +242,13 @@ def _of_runs(
 def _domain_losses(run: Run, *, validated: bool) -> dict[str, list[Point]]:
     lines, prefix = (run.validations, "") if validated else (run.lines, "domain/")
     keys = dict.fromkeys(key for line in (*lines[:1], *lines[-1:]) for key in line)
-    return {
+    found: dict[str, list[Point]] = {
         key.removeprefix(prefix).removesuffix("/loss"): [*lines.series(key)]
         for key in keys
         if key.startswith(prefix) and key.endswith("/loss")
     }
+    means: list[Point] = [*lines.series("domain_mean_loss")]
+    return {"mean over domains": means, **found} if means else found
 
 
 def _moves(points: list[Point]) -> bool:

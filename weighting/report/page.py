@@ -60,7 +60,7 @@ def page(runs: Sequence[Run], explain: Explain, *, static: bool = False) -> str:
         _section("Loss", figures.losses(runs), [tables.differences(runs)]),
         _section(
             "Loss by domain",
-            [*figures.by_domain(runs), *figures.mean_over_domains(runs)],
+            figures.by_domain(runs),
             measured,
             "None of the runs was validated.",
         ),
