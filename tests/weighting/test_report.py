@@ -1,5 +1,7 @@
 """The report of runs: what is on the page, that it holds together, and that it fits a browser."""
 
+import base64
+import hashlib
 import html
 import html.parser
 import itertools
@@ -8,6 +10,7 @@ import math
 import os
 import re
 import shutil
+import statistics
 import subprocess
 
 import click.testing
@@ -16,8 +19,9 @@ import pytest
 import weighting as wt
 from weighting.cli import main
 from weighting.report.charts import POINTS, Line, line_chart, number, thinned, ticks
-from weighting.report.figures import bound_term, domain_mass, paired
+from weighting.report.figures import by_domain, domain_mass, loss_shift, paired
 from weighting.report.read import read_runs
+from weighting.report.tables import interval, over_seeds, settings
 
 DOMAINS = ("code", "prose")
 CHARTS = {
@@ -26,11 +30,11 @@ CHARTS = {
     "Maximum weight": "largest weight (mean = 1)",
     "Effective sample size": "ESS (share of tokens)",
     "Share at the cap": "share of units",
-    "Bound term": "weighted − unweighted (nats)",
+    "Weighted minus unweighted loss": "weighted − unweighted (nats)",
     "Throughput": "tokens/s",
-    "Validation": "perplexity",
-    "Validation, mean over domains": "log-perplexity (nats)",
-    "Domain mass, one": "share, mean over steps",
+    "Validation loss: code": "loss (nats)",
+    "Validation loss: prose": "loss (nats)",
+    "Validation loss: mean over domains": "loss (nats)",
     "Mixture as it stands, one": "share",
 }
 
@@ -114,9 +118,10 @@ def about(spec, **config):
     return {"spec": told, "domains": DOMAINS, "config": config, "starts": [start]}
 
 
-def report(out, *folders):
+def report(out, *folders, flags=()):
     """Return what the command did."""
-    return click.testing.CliRunner().invoke(main, ["report", *map(str, folders), "--out", str(out)])
+    words = ["report", *map(str, folders), "--out", str(out), *flags]
+    return click.testing.CliRunner().invoke(main, words)
 
 
 @pytest.fixture
@@ -152,9 +157,9 @@ def test_every_chart_has_title_axes_units_and_legend(two, tmp_path):
     }.items():
         words = found[title]
         assert y_label in words, title
-        assert ("step" in words) != (title == "Validation" or title.startswith("Domain mass"))
+        assert "step" in words
+        assert ("perplexity" in words) == title.startswith("Validation"), title
         legend = {"two"} if "difference" in title else {"one"}
-        legend = {"tokens", "tokens × weight"} if title.startswith("Domain mass") else legend
         legend = set(DOMAINS) if title.startswith("Mixture") else legend
         assert legend <= {word.strip() for word in words}, title
     drawings = [attrs for tag, attrs in page.tags if tag == "svg" and "role" in attrs]
@@ -178,36 +183,114 @@ def test_the_page_holds_numbers_spec_settings_and_what_is_missing(two, tmp_path)
         assert setting in page.words
     assert f"{line(30)['unweighted_loss']:.4f}" in page.words
     # Both were validated at step 10, where the second is worse by 0.2 nats.
-    assert "Perplexity by domain at step 10" in page.words
-    assert f"{math.exp(3.3):.2f} (+0.200)" in page.words
+    assert "Validation loss (nats) and perplexity by domain at step 10" in page.words
+    assert "+0.2000" in page.words
     assert page.words.count("No run.json: spec, configuration and versions are unknown.") == 1
     assert [tag for tag, _ in page.tags if tag in {"h1", "h2", "h3"}][:2] == ["h1", "h2"]
 
 
-def test_the_page_is_whole_in_itself(two, tmp_path):
-    """No script, nothing to fetch, no handler; the policy forbids all three."""
-    assert report(tmp_path / "r.html", *two).exit_code == 0
+@pytest.mark.parametrize("flags", [(), ("--static",)])
+def test_the_page_is_whole_in_itself(two, tmp_path, flags):
+    """Nothing to fetch, no handler, and no script but the one that the policy names."""
+    assert report(tmp_path / "r.html", *two, flags=flags).exit_code == 0
     text = (tmp_path / "r.html").read_text(encoding="utf-8")
     page = Page(text)
-    assert not {tag for tag, _ in page.tags} & {"script", "link", "img", "iframe", "object", "base"}
+    assert not {tag for tag, _ in page.tags} & {"link", "img", "iframe", "object", "base"}
     named = {name for _, attrs in page.tags for name in attrs}
-    assert not named & {"src", "href", "xlink:href", "srcset", "action"}
+    assert not named & {"src", "xlink:href", "srcset", "action"}
+    links = [attrs["href"] for _, attrs in page.tags if "href" in attrs]
+    assert all(link.startswith("#") for link in links)
     assert not [name for name in named if name.startswith("on")]
     style = re.search(r"<style>(.*?)</style>", text, re.DOTALL)[1]
     assert "url(" not in style
     assert "@import" not in style
     policy = next(a["content"] for t, a in page.tags if t == "meta" and "http-equiv" in a)
     assert policy.startswith("default-src 'none'")
+    scripts = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
+    assert len(scripts) == [tag for tag, _ in page.tags].count("script") == (0 if flags else 1)
+    assert ("script-src" in policy) == ("data-x" in text) == (not flags)
+    for script in scripts:
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        assert f"script-src 'sha256-{digest}'" in policy
+        assert len(script.splitlines()) < 120
 
 
 def test_numbers_that_are_compared(two):
-    """Differences are taken at steps of both, the bound term of one line, masses over all."""
+    """Differences of runs at steps of both, of losses in one line; masses over all lines."""
     one, other = read_runs(two)
     assert paired(other, one) == [(s, pytest.approx(0.5)) for s in range(2, 31, 2)]
-    assert bound_term(one) == [(s, pytest.approx(0.25)) for s in range(1, 31)]
+    assert loss_shift(one) == [(s, pytest.approx(0.25)) for s in range(1, 31)]
     assert domain_mass(one, "code") == (pytest.approx(0.75), pytest.approx(0.6))
     # Two steps of three had a weight of 1.6 on a quarter of the tokens.
     assert domain_mass(one, "prose") == (pytest.approx(0.25), pytest.approx(0.4 * 2 / 3))
+
+
+def test_without_validations_the_training_loss_of_each_domain_is_drawn(tmp_path):
+    """The first 24 domains have a chart each, and the last of these says of how many."""
+    names = [f"domain-{i}" for i in range(30)]
+    losses = {f"domain/{name}/loss": float(i) for i, name in enumerate(names)}
+    run = write_run(tmp_path / "run", [{**line(s, domains=names), **losses} for s in (1, 2)])
+    charts = by_domain(read_runs([run]))
+    assert [chart.title for chart in charts] == [f"Training loss: {name}" for name in names[:24]]
+    assert [chart.note for chart in charts if chart.note] == ["The first 24 of 30 are drawn."]
+
+
+def repeats(folder, spec, shifts, **config):
+    """Write a run for each shift of the loss, seeded by its place from 0; return the folders."""
+    return [
+        write_run(
+            folder / f"{wt.loads(spec).name}-{seed}",
+            [line(s, shift) for s in (1, 2, 3, 4)],
+            [validation(4, shift)],
+            about(
+                spec,
+                dump_folder=f"{folder}/{seed}",
+                debug={"seed": seed},
+                init=f"<function normal_ at 0x{seed:x}>",
+                **config,
+            ),
+        )
+        for seed, shift in enumerate(shifts)
+    ]
+
+
+PLAIN, OTHER = (f"version: 1\nname: {x}\npipeline: {x}\n" for x in ("uniform", "abs"))
+
+
+def test_repeats_with_other_seeds_give_a_mean_difference_and_its_interval(tmp_path):
+    """Runs are paired by seed; a configuration that differs otherwise is no repeat."""
+    first = repeats(tmp_path, PLAIN, (0.0, 0.5, -0.5))
+    # Against the same seeds: -0.1, -0.2 and -0.3, so the standard error is 0.1 / sqrt(3).
+    second = repeats(tmp_path, OTHER, (-0.1, 0.3, -0.8))
+    table = over_seeds(read_runs([*first, *second]))
+    rows = {row[1]: row[2:] for row in table.rows}
+    half = 4.3027 * 0.1 / math.sqrt(3)
+    expected = ("3", "-0.2000", f"{-0.2 - half:+.4f}", f"{-0.2 + half:+.4f}")
+    assert rows == dict.fromkeys(
+        (
+            "training, last quarter, unweighted",
+            *(f"validation, {name}" for name in (*DOMAINS, "all tokens", "mean over domains")),
+        ),
+        expected,
+    )
+    assert "abs-0, abs-1, abs-2" in {row[0] for row in table.rows}
+    warmer = repeats(tmp_path / "warmer", OTHER, (0.0,), lr=2)
+    assert over_seeds(read_runs([*first, *second[:1], *warmer])) is None
+
+
+def test_without_repeats_there_is_no_table_over_seeds(two):
+    """One run of a spec, or runs that do not say what they are, have no interval."""
+    assert over_seeds(read_runs(two)) is None
+    assert over_seeds(read_runs(two[::-1])) is None
+
+
+@pytest.mark.parametrize(("n", "t"), [(2, 12.7062), (11, 2.2281), (12, 2.2010), (31, 2.0423)])
+def test_intervals_use_students_t(n, t):
+    """The half width over the standard error is the quantile that tables of t have."""
+    values = [float(i % 2) for i in range(n)]
+    low, high = interval(values)
+    error = statistics.stdev(values) / math.sqrt(n)
+    assert (high - low) / 2 / error == pytest.approx(t, abs=0.003)
 
 
 def test_names_are_escaped(tmp_path):
@@ -244,6 +327,31 @@ def test_names_cannot_turn_the_page_around(tmp_path):
     page = (tmp_path / "r.html").read_text(encoding="utf-8")
     assert all(c.isprintable() or c == "\n" for c in page)
     assert "a?[31mb?c?d" in page
+
+
+def test_the_contents_link_to_every_section(two, tmp_path):
+    """Each link at the top leads to a place of the page, and each section has one."""
+    assert report(tmp_path / "r.html", *two).exit_code == 0
+    page = Page((tmp_path / "r.html").read_text(encoding="utf-8"))
+    links = [attrs["href"] for tag, attrs in page.tags if tag == "a"]
+    places = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
+    assert links == [f"#{place}" for place in places]
+    sections = [attrs for tag, attrs in page.tags if tag == "section"]
+    assert all("id" in attrs for attrs in sections)
+
+
+def test_host_and_command_of_each_start_are_shown(tmp_path):
+    """A start that an older version wrote says neither: both are unknown."""
+    facts = about("version: 1\npipeline: uniform\n")
+    (old,) = facts["starts"]
+    facts["starts"] = [old, {**old, "host": "node-7", "command": "python -m train --x 'a b'"}]
+    run = write_run(tmp_path / "run", [line(1), line(2)], about=facts)
+    starts, *_ = settings(read_runs([run])[0])
+    assert starts.head[:3] == ("time (UTC)", "host", "command of the first rank")
+    assert [row[1:3] for row in starts.rows] == [
+        ("unknown", "unknown"),
+        ("node-7", "python -m train --x 'a b'"),
+    ]
 
 
 def test_a_run_with_next_to_nothing(tmp_path):
@@ -375,10 +483,68 @@ def chromium():
     return found
 
 
+def browse(page, folder):
+    """Return a page as a browser leaves it, which must not complain about anything."""
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
+    options += [f"--user-data-dir={folder}/profile", "--virtual-time-budget=3000", "--dump-dom"]
+    done = subprocess.run(
+        [chromium(), *options, page.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert ":CONSOLE" not in done.stderr, done.stderr
+    return done.stdout
+
+
+POINT = """
+onload = () => {
+  const page = document.querySelector("iframe").contentDocument;
+  const [chart, ...others] = page.querySelectorAll("svg.chart");
+  const place = new DOMPoint(54 + 320 * (1.2 / 29), 100).matrixTransform(chart.getScreenCTM());
+  const seen = () => [
+    page.getElementById("values").hidden ? "" : page.getElementById("values").textContent,
+    [...page.querySelectorAll(".cursor")].filter((x) => x.getAttribute("d")).length,
+  ];
+  const where = { clientX: place.x, clientY: place.y, bubbles: true };
+  const key = (key) => chart.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
+  const views = [others.length + 1];
+  chart.dispatchEvent(new PointerEvent("pointermove", where));
+  views.push(seen());
+  key("ArrowRight");
+  views.push(seen());
+  key("Escape");
+  views.push(seen());
+  document.querySelector("pre").textContent = JSON.stringify(views);
+};
+"""
+"""Points at the first chart a little right of step 2, goes one step on by key, and leaves it."""
+
+
+def test_pointing_at_a_chart_shows_its_values_and_a_cursor_in_every_chart(two, tmp_path):
+    """A line without a value at that step shows its nearest, and says of which step."""
+    assert report(tmp_path / "r.html", *two).exit_code == 0
+    text = html.escape((tmp_path / "r.html").read_text(encoding="utf-8"))
+    around = tmp_path / "around.html"
+    frame = f'<iframe width="1200" height="900" srcdoc="{text}"></iframe>'
+    around.write_text(f"<!DOCTYPE html><pre></pre><script>{POINT}</script>{frame}")
+    found = re.search(r"<pre>(.+?)</pre>", browse(around, tmp_path), re.DOTALL)[1]
+    charts, pointed, stepped, left = json.loads(html.unescape(found))
+    first, second = (
+        {s: f"{line(s, shift)['unweighted_loss']:.5g}" for s in (2, 3)} for shift in (0, 0.5)
+    )
+    # The charts of validations begin at step 10: no cursor there.
+    validations = len(DOMAINS) + 1
+    assert pointed == [f"step 2\none: {first[2]}\ntwo: {second[2]}", charts - validations]
+    assert stepped[0] == f"step 3\none: {first[3]}\ntwo: {second[2]} (step 2)"
+    assert left == ["", 0]
+
+
 def test_in_a_browser(two, tmp_path):
     """At 1280 and 390 pixels nothing is wider than the page, and nothing is complained about."""
     assert report(tmp_path / "r.html", *two).exit_code == 0
-    # A page of ours around the report measures it: it has no script itself.
+    # A page of ours around the report measures it.
     text = html.escape((tmp_path / "r.html").read_text(encoding="utf-8"))
     frame = '<iframe width="{}" height="900" srcdoc="{}"></iframe>'
     frames = "".join(frame.format(width, text) for width in (1280, 390))
@@ -390,18 +556,9 @@ def test_in_a_browser(two, tmp_path):
     )
     around = tmp_path / "around.html"
     around.write_text(f"<!DOCTYPE html><title></title><script>{measure}</script>{frames}")
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
-    options += [f"--user-data-dir={tmp_path}/profile", "--virtual-time-budget=3000", "--dump-dom"]
-    for page in (tmp_path / "r.html", around):
-        done = subprocess.run(
-            [chromium(), *options, page.as_uri()],
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=True,
-        )
-        assert ":CONSOLE" not in done.stderr, done.stderr
-    measured = re.search(r"<title>([^<]+)</title>", done.stdout)[1].split(";")
+    browse(tmp_path / "r.html", tmp_path)
+    found = browse(around, tmp_path)
+    measured = re.search(r"<title>([^<]+)</title>", found)[1].split(";")
     assert len(measured) == 2
     for found in measured:
         wide, there, charts = map(int, found.split())

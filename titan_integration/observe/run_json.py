@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import platform
+import shlex
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,6 +54,8 @@ def describe_start(
     ours = {"python": platform.python_version(), "weighting-dsl": wt.__version__}
     start = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "host": platform.node(),
+        "command": shlex.join(sys.orig_argv),
         "step": step,
         "spec": spec.hash,
         "ranks": dist.get_world_size(),
@@ -80,5 +84,5 @@ def about(path: Path, facts: Mapping[str, Any], start: Mapping[str, Any]) -> str
         set_aside(path)
     elif path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
-    told = {**(before or facts), "starts": [*before.get("starts", []), start]}
-    return json_text(told, indent=1, default=repr, skipkeys=True) + "\n"
+    whole = {**(before or facts), "starts": [*before.get("starts", []), start]}
+    return json_text(whole, indent=1, default=repr, skipkeys=True) + "\n"

@@ -16,12 +16,14 @@ SUFFIXES = (".html", ".htm")
 @click.option(
     "--out", required=True, type=click.Path(path_type=Path), help="HTML file to write, or replace."
 )
-def report(runs: tuple[Path, ...], out: Path) -> None:
+@click.option("--static", is_flag=True, help="Leave the script out; values are in tooltips.")
+def report(runs: tuple[Path, ...], out: Path, *, static: bool) -> None:
     """Make one page of what runs did: RUN is the folder a run left, its --dump_folder.
 
     Losses, weights, domains, validation and throughput as charts, what weighed
     and with which settings; several runs are compared with the first, step by
-    step. The page needs nothing else: no network, no script.
+    step. The page needs nothing else and no network. Its own script shows the
+    values under the pointer.
 
     \b
     Examples:
@@ -33,7 +35,7 @@ def report(runs: tuple[Path, ...], out: Path) -> None:
     from weighting.report.page import write_report  # noqa: PLC0415
 
     try:
-        write_report(runs, out, explanation)
+        write_report(runs, out, explanation, static=static)
     except ValueError as error:
         give_up(str(error))
     except OSError as error:

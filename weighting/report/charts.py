@@ -1,4 +1,8 @@
-"""Lines and bars as SVG: no script, the values are told on hover, colours are the page's."""
+"""Lines over steps as SVG, in the page's colours.
+
+Our own, since matplotlib's SVG is as large, takes ten times as long and cannot follow a page's
+light and dark colours or hand values to a script without being rewritten.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from typing import TYPE_CHECKING
 from weighting.language.html import escaped
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Sequence
 
     from weighting.report.read import Point
 
@@ -17,10 +21,12 @@ POINTS = 400
 """The most points of a line."""
 _WIDTH, _HEIGHT = 400, 260
 _LEFT, _RIGHT, _TOP, _BOTTOM = 54, 374, 12, 216
-_LABEL, _NAME, _BAR, _ROW = 112, 14, 8, 6
-"""Beside bars: width of names, and characters that fit; height of a bar, gap between rows."""
+_EXP = 70
+"""Width of the axis on the right, if there is one."""
 _HOVERS = 60
 _COLOURS, _DASHES = 8, 4
+_MOST_EXP = 700
+"""Beyond, exponentials are no floats."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,7 @@ def line_chart(
     note: str = "",
     level: tuple[float, str] | None = None,
     zero: bool = False,
+    exp_label: str = "",
 ) -> Chart | None:
     """Return lines over steps; None if there is no point to draw.
 
@@ -60,6 +67,7 @@ def line_chart(
         note: What helps to read it.
         level: A height to mark, and its name.
         zero: Whether the heights begin at zero.
+        exp_label: What the exponential of the height means: an axis on the right; none if empty.
     """
     lines = [line for line in lines if line.points]
     if not lines:
@@ -80,7 +88,12 @@ def line_chart(
 
     parts = [_text(y_label, 12, (_TOP + _BOTTOM) / 2, "middle", turned=True)]
     parts.append(_text("step", (_LEFT + _RIGHT) / 2, _HEIGHT - 8, "middle"))
+    if exp_label:
+        middle = (_TOP + _BOTTOM) / 2
+        parts.append(_text(exp_label, _RIGHT + _EXP - 8, middle, "middle", turned=True))
     for y in ticks(low, high):
+        if exp_label and y < _MOST_EXP:
+            parts.append(_text(number(math.exp(y)), _RIGHT + 5, y_of(y) + 4, "start"))
         parts.append(f"<path class='grid' d='M{_LEFT} {y_of(y):.1f}H{_RIGHT}'/>")
         parts.append(_text(number(y), _LEFT - 5, y_of(y) + 4, "end"))
     times = ticks(first, last, 4)
@@ -90,47 +103,13 @@ def line_chart(
         parts.append(f"<path class='level' d='M{_LEFT} {y_of(level[0]):.1f}H{_RIGHT}'/>")
         legend.append((_swatch(None), level[1]))
     for line, points in zip(lines, drawn, strict=True):
-        parts.append(_path([(x_of(x), y_of(y)) for x, y in points], line.style))
+        parts.append(_path(line, points, [(x_of(x), y_of(y)) for x, y in points]))
     parts += _hovers(lines, x_of)
-    return Chart(title, _svg(f"{title}: {y_label} over steps", _HEIGHT, parts), legend, note)
-
-
-def bar_chart(
-    title: str, x_label: str, rows: Sequence[tuple[str, Sequence[float]]], names: Sequence[str]
-) -> Chart | None:
-    """Return a group of bars for each row, from zero; None if there is none.
-
-    Args:
-        title: What is drawn.
-        x_label: What the length means, with its unit.
-        rows: Name, and a value for each of `names`; NaN draws no bar.
-        names: What the bars of a row are.
-    """
-    values = [v for _, row in rows for v in row if math.isfinite(v)]
-    if not values:
-        return None
-    top, tall = _widened(0.0, max(values))[1], len(names) * _BAR
-    bottom = _TOP + len(rows) * (tall + _ROW)
-
-    def x_of(x: float) -> float:
-        return _LABEL + x / top * (_RIGHT - _LABEL)
-
-    parts = [_text(x_label, (_LABEL + _RIGHT) / 2, bottom + 34, "middle")]
-    for x in ticks(0, top, 4):
-        parts.append(f"<path class='grid' d='M{x_of(x):.1f} {_TOP}V{bottom}'/>")
-        parts.append(_text(number(x), x_of(x), bottom + 16, "middle"))
-    for i, (label, row) in enumerate(rows):
-        y = _TOP + i * (tall + _ROW)
-        short = label if len(label) <= _NAME else f"{label[: _NAME - 1]}…"
-        parts.append(_text(short, _LABEL - 5, y + tall / 2 + 4, "end", hover=label))
-        for j, (name, value) in enumerate(zip(names, row, strict=True)):
-            if math.isfinite(value):
-                size = f"width='{x_of(value) - _LABEL:.1f}' height='{_BAR - 1}'"
-                told = f"<title>{escaped(f'{label}, {name}: {number(value)}')}</title>"
-                place = f"x='{_LABEL}' y='{y + j * _BAR}'"
-                parts.append(f"<rect class='bar {_look(j)}' {place} {size}>{told}</rect>")
-    legend = [(_swatch(i, bar=True), name) for i, name in enumerate(names)]
-    return Chart(title, _svg(f"{title}: {x_label}", bottom + 44, parts), legend)
+    name = escaped(f"{title}: {y_label} over steps")
+    width = _RIGHT + _EXP if exp_label else _WIDTH
+    steps = f"data-steps='{first:.10g} {last:.10g}'"
+    box = f"viewBox='0 0 {width} {_HEIGHT}' role='img' aria-label='{name}'"
+    return Chart(title, f"<svg class='chart' {steps} {box}>{''.join(parts)}</svg>", legend, note)
 
 
 def thinned(points: list[Point]) -> list[Point]:
@@ -170,32 +149,36 @@ def _widened(low: float, high: float) -> tuple[float, float]:
     return (0.0 if low == 0 else low - room), high + room
 
 
-def _path(points: Iterable[Point], style: int) -> str:
-    points = list(points)
-    if len(points) == 1:
-        (x, y) = points[0]
-        return f"<circle class='dot {_look(style)}' cx='{x:.1f}' cy='{y:.1f}' r='3'/>"
-    way = " ".join(f"{x:.1f} {y:.1f}" for x, y in points)
-    return f"<path class='line {_look(style)}' d='M{way}'/>"
+def _path(line: Line, points: Sequence[Point], places: Sequence[Point]) -> str:
+    """Return a line, or a dot for a single point, with its values as data for the script."""
+    steps = " ".join(f"{x:.10g}" for x, _ in points)
+    values = " ".join(f"{y:.5g}" for _, y in points)
+    data = f"data-label='{escaped(line.label)}' data-x='{steps}' data-y='{values}'"
+    if len(places) == 1:
+        ((x, y),) = places
+        place = f"cx='{x:.1f}' cy='{y:.1f}' r='3'"
+        return f"<circle class='dot {_look(line.style)}' {place} {data}/>"
+    way = " ".join(f"{x:.1f} {y:.1f}" for x, y in places)
+    return f"<path class='line {_look(line.style)}' d='M{way}' {data}/>"
 
 
 def _hovers(lines: Sequence[Line], x_of: Callable[[float], float]) -> list[str]:
-    """Return unseen strips over the whole chart that tell what all lines are at a step."""
+    """Return unseen strips over the whole chart whose titles say step and value of each line."""
     known = [dict(line.points) for line in lines]
     steps = sorted({x for points in known for x in points})
     count = min(len(steps), _HOVERS)
     picked = sorted({steps[round(i * (len(steps) - 1) / max(count - 1, 1))] for i in range(count)})
     width, out = (_RIGHT - _LEFT) / max(count - 1, 1), list[str]()
     for step in picked:
-        told = [f"step {step:,.0f}"]
-        told += [
+        texts = [f"step {step:,.0f}"]
+        texts += [
             f"{line.label}: {number(points[step])}"
             for line, points in zip(lines, known, strict=True)
             if step in points
         ]
         place = f"x='{x_of(step) - width / 2:.1f}' y='{_TOP}'"
         size = f"width='{width:.1f}' height='{_BOTTOM - _TOP}'"
-        title = escaped("\n".join(told))
+        title = escaped("\n".join(texts))
         out.append(f"<rect class='h' {place} {size}><title>{title}</title></rect>")
     return out
 
@@ -204,22 +187,14 @@ def _look(style: int) -> str:
     return f"c{style % _COLOURS} d{(style + style // _COLOURS) % _DASHES}"
 
 
-def _swatch(style: int | None, *, bar: bool = False) -> str:
-    """Return a piece of a line, or of a bar, for the legend."""
-    look = "level" if style is None else f"{'bar' if bar else 'line'} {_look(style)}"
-    shape = "<rect class='{}' width='28' height='10'/>" if bar else "<path class='{}' d='M0 5H28'/>"
-    return f"<svg width='28' height='10' aria-hidden='true'>{shape.format(look)}</svg>"
+def _swatch(style: int | None) -> str:
+    """Return a piece of a line for the legend."""
+    look = "level" if style is None else f"line {_look(style)}"
+    path = f"<path class='{look}' d='M0 5H28'/>"
+    return f"<svg width='28' height='10' aria-hidden='true'>{path}</svg>"
 
 
-def _svg(name: str, height: float, parts: Iterable[str]) -> str:
-    box = f"viewBox='0 0 {_WIDTH} {height:g}' role='img' aria-label='{escaped(name)}'"
-    return f"<svg class='chart' {box}>{''.join(parts)}</svg>"
-
-
-def _text(
-    text: str, x: float, y: float, anchor: str, *, turned: bool = False, hover: str = ""
-) -> str:
+def _text(text: str, x: float, y: float, anchor: str, *, turned: bool = False) -> str:
     turn = f" transform='rotate(-90 {x:g} {y:g})'" if turned else ""
-    title = f"<title>{escaped(hover)}</title>" if hover else ""
     place = f"x='{x:.1f}' y='{y:.1f}' text-anchor='{anchor}'"
-    return f"<text {place}{turn}>{title}{escaped(text)}</text>"
+    return f"<text {place}{turn}>{escaped(text)}</text>"

@@ -11,7 +11,7 @@ import torch
 from weighting.build import plan_of
 from weighting.contract import Constrain
 from weighting.errors import SpecError
-from weighting.report.charts import Chart, Line, bar_chart, line_chart
+from weighting.report.charts import Chart, Line, line_chart
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 _SHOWN = 12
 """The most domains drawn as lines in one chart."""
+_MULTIPLES = 24
+"""The most domains with a chart of their own."""
 _QUANTILES = {"100 %": 1.0, "90 %": 0.9, "50 %": 0.5, "10 %": 0.1, "0 %": 0.0}
 _BOUND = (2.0, "2/n, twice the mean: the theorem's bound")
 
@@ -30,6 +32,14 @@ def losses(runs: Sequence[Run]) -> list[Chart]:
     charts = [
         _of_runs("Unweighted loss", "loss (nats)", runs, plain, "What runs are compared by."),
         _of_runs("Weighted loss", "loss (nats)", runs, weighted, "What the gradient is taken of."),
+        line_chart(
+            "Weighted minus unweighted loss",
+            "weighted − unweighted (nats)",
+            [Line(run.name, loss_shift(run), i) for i, run in enumerate(runs)],
+            level=(0.0, "equal weights"),
+            note="With weights of mean one, it is above zero where tokens of higher loss "
+            "weigh more, and below zero where they weigh less.",
+        ),
         line_chart(
             f"Unweighted loss, difference to {runs[0].name}",
             "difference (nats)",
@@ -43,7 +53,33 @@ def losses(runs: Sequence[Run]) -> list[Chart]:
             "The same step is the same text only if data, seed and mixture are the same.",
         ),
     ]
-    return _there(charts)
+    return _nonempty(charts)
+
+
+def by_domain(runs: Sequence[Run]) -> list[Chart]:
+    """Return charts of each domain's loss and their mean: of validations, else of training."""
+    validated = any(run.validations for run in runs)
+    if validated and all(len(run.validations) <= 1 for run in runs):
+        return []  # the table has all there is
+    losses = [_domain_losses(run, validated=validated) for run in runs]
+    names = list(dict.fromkeys(name for of_run in losses for name in of_run))
+    shown, what = names[:_MULTIPLES], "Validation" if validated else "Training"
+    note = f"The first {_MULTIPLES} of {len(names)} are drawn." if len(names) > _MULTIPLES else ""
+    return _nonempty(
+        [
+            line_chart(
+                f"{what} loss: {name}",
+                "loss (nats)",
+                [
+                    Line(run.name, of_run.get(name, []), i)
+                    for i, (run, of_run) in enumerate(zip(runs, losses, strict=True))
+                ],
+                exp_label="perplexity",
+                note=note if name == shown[-1] else "",
+            )
+            for name in shown
+        ]
+    )
 
 
 def weights(runs: Sequence[Run]) -> list[Chart]:
@@ -85,15 +121,15 @@ def weights(runs: Sequence[Run]) -> list[Chart]:
         ),
         *map(_spread, runs),
     ]
-    return _there(charts)
+    return _nonempty(charts)
 
 
 def _spread(run: Run) -> Chart | None:
     """Return how the weights of recorded sequences are spread, step by step."""
     steps = run.record.steps if run.record else ()
-    told = {step.step: step.weight[step.tokens > 0] for step in steps}
+    recorded = {step.step: step.weight[step.tokens > 0] for step in steps}
     lines = [
-        Line(label, [(at, x.quantile(q).item()) for at, x in told.items() if len(x)], i)
+        Line(label, [(at, x.quantile(q).item()) for at, x in recorded.items() if len(x)], i)
         for i, (label, q) in enumerate(_QUANTILES.items())
     ]
     return line_chart(
@@ -106,47 +142,33 @@ def _spread(run: Run) -> Chart | None:
     )
 
 
-def bound(runs: Sequence[Run]) -> list[Chart]:
-    """Return the term of the convergence bound that the weights add."""
-    lines = [Line(run.name, bound_term(run), i) for i, run in enumerate(runs)]
-    note = (
-        "Σ (wᵢ − 1/n) × loss gapᵢ, the wᵢ adding up to one, is the weighted minus the unweighted "
-        "loss where all samples can reach the same lowest loss. The bound on convergence holds it "
-        "with a minus sign: above zero it is better than that of uniform weights, below zero worse."
-    )
-    label = "weighted − unweighted (nats)"
-    return _there([line_chart("Bound term", label, lines, level=(0.0, "equal weights"), note=note)])
-
-
 def throughput(runs: Sequence[Run]) -> list[Chart]:
     """Return tokens per second."""
     note = "Of the first rank, between two log steps."
-    return _there([_of_runs("Throughput", "tokens/s", runs, "tps", note, zero=True)])
+    return _nonempty([_of_runs("Throughput", "tokens/s", runs, "tps", note, zero=True)])
 
 
 def domains(run: Run) -> list[Chart]:
-    """Return what the domains of a run had of tokens and of weight, and their moving shares."""
-    mass = [(name, domain_mass(run, name)) for name in run.domains()]
-    names = ("tokens", "tokens × weight")
-    charts = [bar_chart(f"Domain mass, {run.name}", "share, mean over steps", mass, names)]
+    """Return the shares by which a run drew its domains, as they moved."""
+    charts = list[Chart | None]()
     kinds = {
         "mixture": "Mixture as it stands",
         "average": "Mixture, averaged so far",
         "drawn": "Drawn by",
     }
     for kind, title in kinds.items():
-        told = {name: run.series(f"domain/{name}/{kind}") for name in run.domains(kind)}
-        if kind == "drawn" and not any(_moves(points) for points in told.values()):
+        shares = {name: run.series(f"domain/{name}/{kind}") for name in run.domains(kind)}
+        if kind == "drawn" and not any(_moves(points) for points in shares.values()):
             continue  # fixed proportions are in the table
-        most = sorted(told, key=lambda name: -max((y for _, y in told[name]), default=0.0))
-        shown = [name for name in told if name in most[:_SHOWN]]
-        lines = [Line(name, told[name], i) for i, name in enumerate(shown)]
-        left = f"The {_SHOWN} largest of {len(told)} domains." if len(told) > _SHOWN else ""
-        level = (1 / len(told), "equal shares") if told else None
+        most = sorted(shares, key=lambda name: -max((y for _, y in shares[name]), default=0.0))
+        shown = [name for name in shares if name in most[:_SHOWN]]
+        lines = [Line(name, shares[name], i) for i, name in enumerate(shown)]
+        left = f"The {_SHOWN} largest of {len(shares)} domains." if len(shares) > _SHOWN else ""
+        level = (1 / len(shares), "equal shares") if shares else None
         charts.append(
             line_chart(f"{title}, {run.name}", "share", lines, zero=True, level=level, note=left)
         )
-    return _there(charts)
+    return _nonempty(charts)
 
 
 def domain_mass(run: Run, name: str) -> tuple[float, float]:
@@ -159,7 +181,7 @@ def domain_mass(run: Run, name: str) -> tuple[float, float]:
     return sum(s for _, s in shares) / len(shares), mass / len(shares)
 
 
-def bound_term(run: Run) -> list[Point]:
+def loss_shift(run: Run) -> list[Point]:
     """Return the weighted minus the unweighted loss by step, nats."""
     return _minus(run.series("weighted_loss"), run.series("unweighted_loss"))
 
@@ -171,8 +193,8 @@ def paired(run: Run, first: Run) -> list[Point]:
 
 def speed(run: Run) -> float:
     """Return the median of the tokens per second; NaN if none were logged."""
-    told = [y for _, y in run.series("tps")]
-    return median(told) if told else math.nan
+    rates = [y for _, y in run.series("tps")]
+    return median(rates) if rates else math.nan
 
 
 def _minus(points: list[Point], others: list[Point]) -> list[Point]:
@@ -217,9 +239,21 @@ def _of_runs(
     return line_chart(title, y_label, lines, note=note, zero=zero)
 
 
+def _domain_losses(run: Run, *, validated: bool) -> dict[str, list[Point]]:
+    lines, prefix = (run.validations, "") if validated else (run.lines, "domain/")
+    keys = dict.fromkeys(key for line in (*lines[:1], *lines[-1:]) for key in line)
+    found: dict[str, list[Point]] = {
+        key.removeprefix(prefix).removesuffix("/loss"): [*lines.series(key)]
+        for key in keys
+        if key.startswith(prefix) and key.endswith("/loss")
+    }
+    means: list[Point] = [*lines.series("domain_mean_loss")]
+    return {"mean over domains": means, **found} if means else found
+
+
 def _moves(points: list[Point]) -> bool:
     return len({y for _, y in points}) > 1
 
 
-def _there(charts: Sequence[Chart | None]) -> list[Chart]:
+def _nonempty(charts: Sequence[Chart | None]) -> list[Chart]:
     return [chart for chart in charts if chart]

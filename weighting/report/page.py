@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,44 +29,46 @@ if TYPE_CHECKING:
 
     Explain = Callable[[Spec, Plan], list[str]]
 
-_PAGE = "page.html.j2"
+_FOLDER = Path(__file__).parent
+_PAGE, _SCRIPT = "page.html.j2", "page.js"
+_DATA = re.compile(r" data-[a-z]+='[^']*'")
+"""What only the script reads of a drawing."""
 
 
-def write_report(folders: Sequence[Path], out: Path, explain: Explain) -> None:
+def write_report(
+    folders: Sequence[Path], out: Path, explain: Explain, *, static: bool = False
+) -> None:
     """Write the report of some runs; the file is there whole or not at all.
 
     Args:
         folders: Dump folders of runs; the others are compared with the first.
         out: File to write.
         explain: Returns lines that tell what a spec means.
+        static: Whether to leave the script out.
 
     Raises:
         ValueError: As `read_runs`.
         OSError: `out` cannot be written.
     """
-    write_whole(out, page(read_runs(folders), explain))
+    write_whole(out, page(read_runs(folders), explain, static=static))
 
 
-def page(runs: Sequence[Run], explain: Explain) -> str:
+def page(runs: Sequence[Run], explain: Explain, *, static: bool = False) -> str:
     """Return the report as HTML."""
-    told = tables.validation(runs)
-    by_domain = [(figures.domains(run), tables.masses(run)) for run in runs]
-    mass = [table for _, table in by_domain if table]
-    compared = tables.differences(runs)
+    measured = [tables.validation(runs), tables.over_seeds(runs)]
     sections = [
-        _section("Loss", figures.losses(runs), [compared] if compared else []),
+        _section("Loss", figures.losses(runs), [tables.differences(runs)]),
         _section(
-            "Validation",
-            told[1] if told else [],
-            [told[0]] if told else [],
+            "Loss by domain",
+            figures.by_domain(runs),
+            measured,
             "None of the runs was validated.",
         ),
         _section("Weights", figures.weights(runs), [], "No weights were logged."),
-        _section("Convergence bound", figures.bound(runs), [], "No weighted loss was logged."),
         _section(
             "Domains",
-            [chart for charts, _ in by_domain for chart in charts],
-            mass,
+            [chart for run in runs for chart in figures.domains(run)],
+            [tables.masses(run) for run in runs],
             "The data had no domains.",
         ),
         _section("Throughput", figures.throughput(runs), [], "No tokens/s were logged."),
@@ -72,27 +77,34 @@ def page(runs: Sequence[Run], explain: Explain) -> str:
         {"run": run, "expansion": _expansion(run, explain), "tables": tables.settings(run)}
         for run in runs
     ]
-    folder = jinja2.FileSystemLoader(Path(__file__).parent)
+    script = "" if static else (_FOLDER / _SCRIPT).read_text(encoding="utf-8")
     strict = jinja2.StrictUndefined
     environment = jinja2.Environment(
-        loader=folder,
+        loader=jinja2.FileSystemLoader(_FOLDER),
         autoescape=True,
         finalize=_finalized,
         undefined=strict,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["drawn"] = _drawn
+    environment.filters["drawn"] = _without_data if static else Markup
     return environment.get_template(_PAGE).render(
-        overview=tables.overview(runs), sections=sections, about=about, version=__version__
+        overview=tables.overview(runs),
+        sections=sections,
+        about=about,
+        version=__version__,
+        script=Markup(script),  # noqa: S704 - our own file
+        digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
 
 
 def _section(
-    title: str, charts: list[Chart], found: list[tables.Table], without: str = ""
+    title: str, charts: list[Chart], found: Sequence[tables.Table | None], without: str = ""
 ) -> dict[str, object]:
+    found = [table for table in found if table]
     lacking = without if not charts and not found else ""
-    return {"title": title, "charts": charts, "tables": found, "without": lacking}
+    place = title.lower().replace(" ", "-")
+    return {"id": place, "title": title, "charts": charts, "tables": found, "without": lacking}
 
 
 def _expansion(run: Run, explain: Explain) -> str:
@@ -110,6 +122,6 @@ def _finalized(value: object) -> object:
     return value if isinstance(value, Markup) else Markup(escaped(str(value)))  # noqa: S704
 
 
-def _drawn(svg: str) -> Markup:
-    """Mark a drawing of ours, whose words are escaped already."""
-    return Markup(svg)  # noqa: S704
+def _without_data(svg: str) -> Markup:
+    """Return a drawing of ours, whose words are escaped already, for a page without script."""
+    return Markup(_DATA.sub("", svg))  # noqa: S704

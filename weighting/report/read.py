@@ -54,7 +54,8 @@ class Run:
 
     def factors(self) -> list[str]:
         """Return the names of the factors, `weight`, the final token weights, being none."""
-        found = (key.removesuffix("/ess_frac") for key in self.lines[-1] if _is_ess(key))
+        suffix = "/ess_frac"
+        found = (key.removesuffix(suffix) for key in self.lines[-1] if key.endswith(suffix))
         return [name for name in found if name != "weight"]
 
     def domains(self, kind: str = "share") -> list[str]:
@@ -94,8 +95,8 @@ def _read_run(name: str, folder: Path) -> Run:
     if not any("unweighted_loss" in line for line in lines):
         msg = f"{path}: nothing was logged; a run logs every --metrics.log_freq steps"
         raise ValueError(msg)
-    told = folder / FOLDER / VALIDATION
-    validations = read_lines(told) if told.is_file() else Lines()
+    validated = folder / FOLDER / VALIDATION
+    validations = read_lines(validated) if validated.is_file() else Lines()
     about = _read_about(folder / FOLDER / ABOUT)
     spec, missing = None, list[str]()
     if not validations:
@@ -127,6 +128,7 @@ def _read_about(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         return {}
+    msg = f"{path}: does not say what the run is; remove it to do without"
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
         texts = (about["spec"]["name"], about["spec"]["hash"], about["spec"]["text"])
@@ -136,11 +138,5 @@ def _read_about(path: Path) -> dict[str, Any]:
         if starts and all(isinstance(text, str) for text in texts):
             return {**about, "starts": starts}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        msg = f"{path}: does not say what the run is; remove it to do without"
         raise ValueError(msg) from error
-    msg = f"{path}: does not say what the run is; remove it to do without"
     raise ValueError(msg)
-
-
-def _is_ess(key: str) -> bool:
-    return key.endswith("/ess_frac")

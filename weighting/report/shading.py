@@ -267,13 +267,13 @@ def _spans(tokens: Sequence[Token], names: Sequence[str], index: int, r: float) 
         if token.text.startswith("\n"):
             classes.append("n")
         mark = f" data-mark='{_attribute(token.mark)}'" if token.mark and not token.text else ""
-        title = _attribute("\n".join(_told(token, names)))
+        title = _attribute("\n".join(_token_facts(token, names)))
         # A browser would read a carriage return as the end of a line.
         text = escape(token.text, quote=False).replace("\r", "&#13;")
         yield f"<span class='{' '.join(classes)}' title='{title}'{mark}>{text}</span>"
 
 
-def _told(token: Token, names: Sequence[str]) -> Iterator[str]:
+def _token_facts(token: Token, names: Sequence[str]) -> Iterator[str]:
     yield f"token {_visible(token.text) or token.mark}"
     if not token.weights:
         yield "nothing predicts it"

@@ -1,23 +1,30 @@
-"""The tables of a report: rows of text, numbers told as differences where runs are paired."""
+"""The tables of a report: rows of text, with differences where runs are paired."""
 
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
-from statistics import fmean, quantiles
+from statistics import fmean, quantiles, stdev
 from typing import TYPE_CHECKING, Any
 
-from weighting.report.charts import Chart, Line, bar_chart, line_chart
 from weighting.report.figures import domain_mass, paired, speed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from weighting.report.read import Point, Run
+    from weighting.report.read import Run
 
 _UNKNOWN = "unknown"
 _LONG = 120
 """Characters shown of a setting."""
+_MEANS = {"all tokens": "loss", "mean over domains": "domain_mean_loss"}
+_PLACES = {"dump_folder", "checkpoint.initial_load_path", "weighting.spec"}
+"""Settings in which repeats may differ: where files are, and the spec, which has a hash."""
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+"""In the names of functions; another one in every process."""
+_T = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
+"""97.5 % quantiles of Student's t, from one degree of freedom on."""
 
 
 @dataclass(frozen=True)
@@ -53,15 +60,15 @@ def differences(runs: Sequence[Run]) -> Table | None:
     """Return how far the runs' unweighted losses are from the first one's, late in training."""
     rows: list[tuple[str, ...]] = []
     for run in runs[1:]:
-        told = [y for _, y in paired(run, runs[0])]
-        late = told[-max(len(told) // 4, 1) :]
+        gaps = [y for _, y in paired(run, runs[0])]
+        late = gaps[-max(len(gaps) // 4, 1) :]
         if len(late) < 2:  # noqa: PLR2004 - of one there are no quartiles
-            rows.append((run.name, f"{len(told):,}", *["–"] * 4))
+            rows.append((run.name, f"{len(gaps):,}", *["–"] * 4))
             continue
         low, _, high = quantiles(late, n=4, method="inclusive")
         below = sum(y < 0 for y in late) / len(late)
         numbers = [f"{x:+.4f}" for x in (fmean(late), low, high)]
-        rows.append((run.name, f"{len(told):,}", *numbers, f"{below:.0%}"))
+        rows.append((run.name, f"{len(gaps):,}", *numbers, f"{below:.0%}"))
     head = ("run", "steps of both", "mean (nats)", "lower quartile", "upper quartile")
     caption = f"Unweighted loss minus that of {runs[0].name}, last quarter of the steps of both"
     return Table(caption, (*head, "steps below"), rows) if rows else None
@@ -74,51 +81,78 @@ def masses(run: Run) -> Table | None:
     drawn = run.domains("drawn")
     for name in run.domains():
         share, mass = domain_mass(run, name)
-        told = (share, mass, mass / share if share else math.nan)
-        told += (last.get(f"domain/{name}/drawn", math.nan),) if drawn else ()
-        rows.append((name, *map(_or_dash, told)))
+        numbers = (share, mass, mass / share if share else math.nan)
+        numbers += (last.get(f"domain/{name}/drawn", math.nan),) if drawn else ()
+        rows.append((name, *map(_or_dash, numbers)))
     head = ("domain", "tokens", "tokens × weight", "mean weight")
     head += ("drawn, last step",) if drawn else ()
     return Table(f"Domain mass, {run.name}: means over steps", head, rows) if rows else None
 
 
-def validation(runs: Sequence[Run]) -> tuple[Table, list[Chart]] | None:
-    """Return the perplexities of every domain, differences to the first run, and their charts.
+def validation(runs: Sequence[Run]) -> Table | None:
+    """Return loss and perplexity of every domain, and differences to the first run.
 
     Runs are compared at the last step that all of them were validated at, and where the text of
     a domain has as many tokens; the difference is that of the losses, in nats.
     """
-    told = [run for run in runs if run.validations]
-    if not told:
+    validated = [run for run in runs if run.validations]
+    if not validated:
         return None
-    by_step = [{int(line["step"]): line for line in run.validations} for run in told]
-    common = set(by_step[0]).intersection(*by_step)
-    lines = [lines[max(common or lines)] for lines in by_step]
-    names = dict.fromkeys(
-        key.removesuffix("/tokens") for line in lines for key in line if key.endswith("/tokens")
-    )
-    rows, bars = list[tuple[str, ...]](), list[tuple[str, list[float]]]()
+    common = _common_step(validated)
+    lines = [_validation_at(run, common) for run in validated]
+    names = _validated_domains(lines)
+    rows = list[tuple[str, ...]]()
     for name in names:
-        counts = {line.get(f"{name}/tokens") for line in lines}
-        alike = len(counts) == 1 and bool(common)
+        alike = len({line.get(f"{name}/tokens") for line in lines}) == 1
         losses = [line.get(f"{name}/loss", math.nan) for line in lines]
-        tokens = f"{lines[0][f'{name}/tokens']:,.0f}" if len(counts) == 1 else "differ"
-        rows.append((name, tokens, *_compared(losses, alike=alike)))
-        bars.append((name, [_perplexity(x) for x in losses]))
+        tokens = f"{lines[0][f'{name}/tokens']:,.0f}" if alike else "differ"
+        rows.append((name, tokens, *_compared(losses, alike=alike and common is not None)))
     same = {tuple(line.get(f"{name}/tokens") for name in names) for line in lines}
-    for label, key in {"all tokens": "loss", "mean over domains": "domain_mean_loss"}.items():
+    for label, key in _MEANS.items():
         losses = [line.get(key, math.nan) for line in lines]
-        rows.append((label, "", *_compared(losses, alike=bool(common) and len(same) == 1)))
-    at = f"step {max(common):,}" if common else "the last step of each, which differ"
-    caption = f"Perplexity by domain at {at}; in brackets the loss minus that of {told[0].name}"
-    caption += ", in nats"
-    caption = caption if len(told) > 1 else f"Perplexity by domain at {at}"
-    table = Table(caption, ("domain", "tokens", *(run.name for run in told)), rows)
-    charts = [bar_chart("Validation", "perplexity", bars, [run.name for run in told])]
-    if any(len(run.validations) > 1 for run in told):
-        over = [Line(run.name, _means(run), i) for i, run in enumerate(runs)]
-        charts.append(line_chart("Validation, mean over domains", "log-perplexity (nats)", over))
-    return table, [chart for chart in charts if chart]
+        alike = len(same) == 1 and common is not None
+        rows.append((label, "", *_compared(losses, alike=alike)))
+    at = f"step {common:,}" if common is not None else "the last step of each, which differ"
+    caption = f"Validation loss (nats) and perplexity by domain at {at}"
+    more = f"; difference: loss minus that of {validated[0].name}, nats"
+    head = ["domain", "tokens"]
+    for i, run in enumerate(validated):
+        head += [f"{run.name}: loss", "perplexity", *(["difference"] if i else [])]
+    return Table(caption + more * (len(validated) > 1), tuple(head), rows)
+
+
+def over_seeds(runs: Sequence[Run]) -> Table | None:
+    """Return mean differences to the first run's repeats, paired by seed, with their intervals.
+
+    Repeats have the same spec and configuration but for the seeds; None if there are none.
+    """
+    if not runs[0].about:
+        return None
+    groups: dict[tuple[str, ...], dict[tuple[str, ...], Run]] = {}
+    for run in runs:
+        if run.about:
+            settings, seeds = _settings_and_seeds(run)
+            groups.setdefault(settings, {}).setdefault(seeds, run)
+    first, *others = groups.values()
+    rows = list[tuple[str, ...]]()
+    for group in others:
+        pairs = [(run, first[seeds]) for seeds, run in group.items() if seeds in first]
+        if len(pairs) < 2:  # noqa: PLR2004 - one difference has no interval
+            continue
+        name = ", ".join(run.name for run, _ in pairs)
+        for label, gaps in _gaps(pairs).items():
+            numbers = [f"{x:+.4f}" for x in (fmean(gaps), *interval(gaps))]
+            rows.append((name, label, f"{len(gaps)}", *numbers))
+    base = ", ".join(run.name for run in first.values())
+    caption = f"Loss minus that of the same seed among {base}: mean over seeds, 95 % t interval"
+    head = ("runs", "loss", "n seeds", "mean (nats)", "from", "to")
+    return Table(caption, head, rows, words=2) if rows else None
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return the 95 % t interval of the mean of two values or more."""
+    half = _t_quantile(len(values) - 1) * stdev(values) / math.sqrt(len(values))
+    return fmean(values) - half, fmean(values) + half
 
 
 def settings(run: Run) -> list[Table]:
@@ -128,6 +162,8 @@ def settings(run: Run) -> list[Table]:
     rows = [
         (
             str(start.get("time", _UNKNOWN)).removesuffix("+00:00").replace("T", " "),
+            str(start.get("host") or _UNKNOWN),
+            str(start.get("command") or _UNKNOWN),
             str(start.get("spec", _UNKNOWN)),
             str(start.get("device", _UNKNOWN)),
             ", ".join(f"{k} {v}" for k, v in dict(start.get("versions") or {}).items()),
@@ -136,33 +172,92 @@ def settings(run: Run) -> list[Table]:
         )
         for start in run.about["starts"]
     ]
-    head = ("time (UTC)", "spec", "device", "versions", "ranks", "first step")
-    found = [Table(f"Starts of {run.name}", head, rows, words=4)]
+    head = ("time (UTC)", "host", "command of the first rank", "spec", "device", "versions")
+    head += ("ranks", "first step")
+    found = [Table(f"Starts of {run.name}", head, rows, words=6)]
     flat = list(_flat(run.about.get("config") or {}))
     if flat:
         found.append(Table(f"Configuration of {run.name}", ("setting", "value"), flat, words=2))
     return found
 
 
-def _flat(value: object, name: str = "") -> list[tuple[str, str]]:
+def _flat(value: object, name: str = "", *, long: bool = False) -> list[tuple[str, str]]:
     """Return the leaves of nested maps by their dotted names."""
     if isinstance(value, dict) and value:
         pairs: dict[str, Any] = value
         return [
-            x for key, v in pairs.items() for x in _flat(v, f"{name}.{key}" if name else str(key))
+            x
+            for key, v in pairs.items()
+            for x in _flat(v, f"{name}.{key}" if name else str(key), long=long)
         ]
     text = str(value)
-    return [(name, text if len(text) <= _LONG else f"{text[:_LONG]}…")]
+    return [(name, text if long or len(text) <= _LONG else f"{text[:_LONG]}…")]
+
+
+def _common_step(runs: Sequence[Run]) -> int | None:
+    """Return the last step at which all runs were validated; None if there is none."""
+    steps = [{int(line["step"]) for line in run.validations} for run in runs]
+    return max(set[int].intersection(*steps), default=None)
+
+
+def _validation_at(run: Run, step: int | None) -> dict[str, float]:
+    """Return what was measured at a step, the last one if it is None."""
+    found = [line for line in run.validations if step is None or line["step"] == step]
+    return found[-1]
+
+
+def _validated_domains(lines: Sequence[dict[str, float]]) -> list[str]:
+    keys = dict.fromkeys(key for line in lines for key in line)
+    return [key.removesuffix("/tokens") for key in keys if key.endswith("/tokens")]
+
+
+def _settings_and_seeds(run: Run) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return what repeats share, and what tells them apart."""
+    leaves = _flat(run.about.get("config") or {}, long=True)
+    kept = {name: _ADDRESS.sub("", value) for name, value in leaves if name not in _PLACES}
+    seeds = tuple(f"{k}={v}" for k, v in kept.items() if k.split(".")[-1] == "seed")
+    others = (f"{k}={v}" for k, v in kept.items() if k.split(".")[-1] != "seed")
+    return (run.about["spec"]["hash"], *others), seeds
+
+
+def _gaps(pairs: Sequence[tuple[Run, Run]]) -> dict[str, list[float]]:
+    """Return the differences of all pairs by what was measured, where all have it alike."""
+    found: dict[str, list[float]] = {}
+    late = [[y for _, y in paired(*pair)] for pair in pairs]
+    if all(late):
+        means = [fmean(gaps[-max(len(gaps) // 4, 1) :]) for gaps in late]
+        found["training, last quarter, unweighted"] = means
+    runs = [run for pair in pairs for run in pair]
+    step = _common_step(runs)
+    if step is None:
+        return found
+    lines = [(_validation_at(run, step), _validation_at(first, step)) for run, first in pairs]
+    names = _validated_domains([line for pair in lines for line in pair])
+    keys = {f"validation, {name}": f"{name}/loss" for name in names}
+    keys |= {f"validation, {label}": key for label, key in _MEANS.items()}
+    same = all(a.get(f"{n}/tokens") == b.get(f"{n}/tokens") for a, b in lines for n in names)
+    for label, key in keys.items() if same else ():
+        gaps = [a.get(key, math.nan) - b.get(key, math.nan) for a, b in lines]
+        if all(map(math.isfinite, gaps)):
+            found[label] = gaps
+    return found
+
+
+def _t_quantile(df: int) -> float:
+    """Return the 97.5 % quantile of Student's t; beyond the table by its expansion in 1/df."""
+    if df <= len(_T):
+        return _T[df - 1]
+    z = 1.959964
+    return z + (z**3 + z) / (4 * df) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df**2)
 
 
 def _compared(losses: Sequence[float], *, alike: bool) -> list[str]:
-    """Return perplexities, and how far the losses are from the first."""
-    cells = [_or_dash(_perplexity(x), ",.2f") for x in losses]
-    if not alike:
-        return cells
-    first, *others = losses
-    told = [f" ({x - first:+.3f})" if math.isfinite(x - first) else "" for x in others]
-    return [cells[0], *(f"{cell}{more}" for cell, more in zip(cells[1:], told, strict=True))]
+    """Return loss and perplexity of each run, and from the second on how far it is off."""
+    cells = list[str]()
+    for i, loss in enumerate(losses):
+        cells += [_or_dash(loss), _or_dash(_perplexity(loss), ",.2f")]
+        cells += [_or_dash(loss - losses[0] if alike else math.nan, "+.4f")] if i else []
+    return cells
 
 
 def _perplexity(loss: float) -> float:
@@ -170,13 +265,8 @@ def _perplexity(loss: float) -> float:
 
 
 def _late(run: Run) -> float:
-    told = [y for _, y in run.series("unweighted_loss")]
-    return fmean(told[-max(len(told) // 10, 1) :]) if told else math.nan
-
-
-def _means(run: Run) -> list[Point]:
-    """Return the mean over domains of the validation loss by step, nats."""
-    return [*run.validations.series("domain_mean_loss")]
+    losses = [y for _, y in run.series("unweighted_loss")]
+    return fmean(losses[-max(len(losses) // 10, 1) :]) if losses else math.nan
 
 
 def _or_dash(x: float, form: str = ".4f") -> str:
