@@ -1,6 +1,6 @@
 # make train      install what it takes, then train a small Llama with LinUpper on this machine
 # make test       install what it takes, then run every test
-# make quick      the tests that start no trainer in processes of its own
+# make quick      the tests that neither compile nor start a process for long: a minute and a half
 # make lint       ruff and pyrefly, both quiet
 # make evidence   does it help? two experiments with regression, and a language model in ten minutes
 # make bench      what the weighting costs, of the loss and of a whole step, against torchtitan's own
@@ -25,7 +25,7 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 quick: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not processes"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not processes and not slow"
 
 lint: $(STAMP)
 	$(BIN)/ruff check --quiet .

@@ -328,6 +328,7 @@ def test_a_torn_last_line_is_left_out(tmp_path):
     assert [x["step"] for x in run.lines] == [1, 2]
 
 
+@pytest.mark.slow
 def test_long_runs_stay_small(tmp_path):
     """Four runs of 20,000 logged steps make less than 2 MB."""
     names = [f"domain-{i}" for i in range(10)]
@@ -375,6 +376,7 @@ def chromium():
     return found
 
 
+@pytest.mark.slow
 def test_in_a_browser(two, tmp_path):
     """At 1280 and 390 pixels nothing is wider than the page, and nothing is complained about."""
     assert report(tmp_path / "r.html", *two).exit_code == 0
