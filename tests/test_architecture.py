@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import generators as tables
-import pytest
+from looping import for_each
 
 from weighting.contract import Sugar
 from weighting.registry import stages
@@ -26,7 +26,7 @@ BOTH = {
 }
 """Every file of core and shell, by module."""
 
-each_file = pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOM)))
+each_file = for_each("path", FILES, ids=lambda p: str(p.relative_to(ROOM)))
 
 
 def parsed(path):
@@ -147,7 +147,7 @@ def test_stages_know_nothing_of_specs_and_what_is_made_of_them(path):
     assert ours <= allowed
 
 
-@pytest.mark.parametrize("path", STAGE_FILES, ids=lambda p: p.stem)
+@for_each("path", STAGE_FILES, ids=lambda p: p.stem)
 def test_every_stage_file_is_imported(path):
     """stages/__init__.py imports every stage file, so that importing it registers every word."""
     found = imports(ROOM / "stages" / "__init__.py")
@@ -156,7 +156,7 @@ def test_every_stage_file_is_imported(path):
     assert f"weighting.stages.{path.stem}" in registered
 
 
-@pytest.mark.parametrize("name", sorted(tables.own_stages()))
+@for_each("name", sorted(tables.own_stages()))
 def test_every_stage_says_its_formula(name):
     """A stage's docstring opens with a sentence and holds a formula, or its expansion."""
     cls = tables.own_stages()[name]
@@ -168,7 +168,7 @@ def test_every_stage_says_its_formula(name):
     assert formula or expansion, f"{name} has no formula"
 
 
-@pytest.mark.parametrize("name", sorted(tables.own_stages()))
+@for_each("name", sorted(tables.own_stages()))
 def test_every_stage_class_is_named_for_its_word(name):
     """The class of a stage is its word in capitals, and lives in the file of that name."""
     cls = tables.own_stages()[name]

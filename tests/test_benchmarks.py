@@ -28,6 +28,7 @@ def rows_of(text):
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
+@pytest.mark.slow
 def test_every_row_has_numbers_or_a_reason(tmp_path):
     """Tiny sizes: every way is right and measured, but the one that the library refuses."""
     out = tmp_path / "found.md"
@@ -88,6 +89,7 @@ def fails(batch, hidden, weight):
     raise RuntimeError(msg)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("way", "reason"),
     [

@@ -6,6 +6,7 @@ from collections import Counter
 import generators as tables
 import pytest
 import torch
+from looping import for_each
 
 CALLS = {
     # case: gathers, maxima, sums, bytes a rank hands over; maxima and sums among the ranks that
@@ -188,7 +189,7 @@ def test_the_table_holds_every_case():
     assert CALLS.keys() == tables.CASES.keys()
 
 
-@pytest.mark.parametrize("case", tables.CASES)
+@for_each("case", tables.CASES)
 def test_a_batch_takes_the_calls_of_the_table(case):
     """Number and size of the collectives of every case are those of the table, batch by batch."""
     signals = tables.batch(4, 6)

@@ -22,6 +22,7 @@ def benchmark():
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["regression", "theory"])
 def test_quick_runs_repeat_bit_for_bit(benchmark, monkeypatch, tmp_path, name):
     """Numbers, report and picture; the report says what the numbers say."""

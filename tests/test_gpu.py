@@ -162,6 +162,7 @@ def test_words_are_parted_by_how_often_they_come():
     assert gpu.part_of(np.array([1, 90, 9, 0])).tolist() == [2, 0, 2, 2]
 
 
+@pytest.mark.slow
 def test_runs_learn_from_the_same_start(runs):
     """All methods begin with one loss, and what is never weighted falls."""
     lines = {x.name: read_lines(x / "metrics.jsonl") for x in runs.iterdir()}
@@ -335,6 +336,7 @@ def test_three_seeds_have_an_interval():
     assert gpu.cell(base, base, "x") == "5.2500"
 
 
+@pytest.mark.slow
 def test_the_loop_needs_nothing_but_what_the_core_needs(runs, tokens, tmp_path):
     """Where these packages are not, a run still is."""
     absent = ("torchtitan", "transformers", "tokenizers", "pyarrow", "datasets", "matplotlib")

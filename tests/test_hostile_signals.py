@@ -6,6 +6,7 @@ import re
 import generators as tables
 import pytest
 import torch
+from looping import for_each
 from torch.testing import assert_close
 
 import weighting as wt
@@ -29,8 +30,8 @@ POISONS = {
     "saturated bfloat16": torch.finfo(torch.bfloat16).max,
 }
 
-each_case = pytest.mark.parametrize("case", CASES)
-each_poison = pytest.mark.parametrize("poison", POISONS)
+each_case = for_each("case", CASES)
+each_poison = for_each("poison", POISONS)
 
 
 def poisoned(signals, value, place=(0, 0)):
@@ -93,8 +94,8 @@ def test_dropped_units_leave_finite_weights(case, poison):
             )
 
 
-@pytest.mark.parametrize("poison", ["NaN", "infinite", "1e30", "denormal"])
-@pytest.mark.parametrize("case", WITHOUT_LUCK)
+@for_each("poison", ["NaN", "infinite", "1e30", "denormal"])
+@for_each("case", WITHOUT_LUCK)
 def test_ranks_agree_on_what_one_of_them_saw(case, poison):
     """A bad number on one rank: all count it, or all weigh as one rank with the whole batch."""
     signals = poisoned(tables.batch(4, 6, seed=62), POISONS[poison])
@@ -121,8 +122,8 @@ STARVED = {
 }
 
 
-@pytest.mark.parametrize("starved", STARVED)
-@pytest.mark.parametrize("case", WITHOUT_LUCK)
+@for_each("starved", STARVED)
+@for_each("case", WITHOUT_LUCK)
 def test_ranks_agree_when_one_has_nothing(case, starved):
     """No rank waits for another, and they weigh as one would with the whole batch."""
     signals = tables.changed(tables.batch(4, 6, seed=63), lambda _, x: x.clone())

@@ -10,6 +10,7 @@ import torch
 from functorch.compile import make_boxed_func
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from looping import for_each
 from torch._dynamo.backends.common import aot_autograd
 from torch.testing import assert_close
 
@@ -27,8 +28,8 @@ INDUCTOR = ["spec linupper-x-mile"]
 """Cases also compiled by torch's own backend, which takes some twenty seconds each."""
 STEPS = range(7)
 
-each_case = pytest.mark.parametrize("case", CASES)
-each_case_without_luck = pytest.mark.parametrize(
+each_case = for_each("case", CASES)
+each_case_without_luck = for_each(
     "case", [name for name, text in CASES.items() if not re.search("bernoulli|multinomial", text)]
 )
 
@@ -148,7 +149,7 @@ def test_signals_of_ignored_tokens_are_never_read(case):
 
 
 @each_case
-@pytest.mark.parametrize("poison", [-1, 99])
+@for_each("poison", [-1, 99])
 def test_ids_of_ignored_tokens_are_never_read(case, poison):
     """A domain, document or sequence id out of range is no error where the label is ignored."""
     signals = tables.batch(seed=6)
@@ -272,7 +273,7 @@ def laid_out(signals, layout):
     return new, at
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@for_each("layout", LAYOUTS)
 @each_case
 def test_sequences_weigh_alike_however_they_are_laid_out(case, layout):
     """Samples that ids tell weigh, and are remembered, as the same samples do as padded rows."""
@@ -319,7 +320,7 @@ def _numbers(stage):
     return {name: x for name, x in found.items() if isinstance(x, Constant)}
 
 
-@pytest.mark.parametrize("name", tables.STAGE_PIPELINES)
+@for_each("name", tables.STAGE_PIPELINES)
 def test_a_constant_schedule_is_a_number(name):
     """Every number of every stage may be a schedule; a schedule that stays gives the same weights.
 
@@ -345,7 +346,7 @@ def test_a_constant_schedule_is_a_number(name):
                 assert_close(fn(signals, 3).token, expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", tables.own_stages())
+@for_each("name", tables.own_stages())
 def test_every_number_of_a_stage_may_be_a_schedule(name):
     """No argument of a stage is a fraction by default: such a number is a schedule."""
     stage = tables.own_stages()[name]
@@ -534,7 +535,8 @@ def _parity(case, backend):
         assert_close(out.moments, expected.moments, rtol=1e-4, atol=1e-4)
 
 
-@each_case
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
 def test_one_graph_serves_every_step_and_never_waits(case):
     """It compiles whole, once for many steps, into operations none of which asks the device."""
     graphs = []
@@ -545,6 +547,7 @@ def test_one_graph_serves_every_step_and_never_waits(case):
     assert _forbidden(graphs[0]) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", INDUCTOR)
 def test_compiled_weights_are_the_eager_ones(case):
     """Torch's own compiler gives the eager weights, with one compilation for many steps."""
@@ -578,8 +581,8 @@ RANK_CASES = [name for name in CASES if not name.startswith("stage ")] + [
 ]
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("case", RANK_CASES)
+@for_each("ranks", [2, 4])
+@for_each("case", RANK_CASES)
 def test_many_ranks_weigh_like_one(case, ranks):
     """A global batch cut into ranks, one of them without a label, weighs as it does whole."""
     signals = tables.batch(8, 5, seed=40)
@@ -597,8 +600,8 @@ def test_many_ranks_weigh_like_one(case, ranks):
         assert_close(torch.cat([p.factors[name] for p in parts]), weight, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("case", RANK_CASES)
+@for_each("ranks", [2, 4])
+@for_each("case", RANK_CASES)
 def test_moments_of_ranks_combine(case, ranks):
     """Summed or extremised over ranks, the moments give the statistics of the whole batch."""
     signals = tables.batch(8, 5, seed=41)
@@ -618,8 +621,8 @@ def test_moments_of_ranks_combine(case, ranks):
         assert_close(got[name], value, rtol=1e-4, atol=1e-5, msg=f"{name}: {got[name]}, {value}")
 
 
-@pytest.mark.parametrize("flat", [True, False], ids=["[T]", "[1, T]"])
-@pytest.mark.parametrize("case", RANK_CASES)
+@for_each("flat", [True, False])
+@for_each("case", RANK_CASES)
 def test_ranks_of_sequences_told_by_ids_weigh_like_one(case, flat):
     """The same holds for sequences and documents that ids of its own tell on each rank."""
     signals = tables.batch(4, 6, seed=42)
@@ -638,7 +641,7 @@ def test_ranks_of_sequences_told_by_ids_weigh_like_one(case, flat):
     assert_close(got, expected.token.reshape(-1), rtol=2e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("case", RANK_CASES)
+@for_each("case", RANK_CASES)
 def test_sequences_told_by_ids_are_cut_over_ranks_like_rows(case):
     """Two samples in each row, the rows cut over two ranks each: they weigh as if they were rows.
 
@@ -686,8 +689,8 @@ def test_cut_rows_are_joined_again():
         assert torch.equal(joined([cut(rows, p, 2, in_order) for p in (0, 1)], in_order), rows)
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("in_order", [True, False], ids=["contiguous", "head and tail"])
+@for_each("ranks", [2, 4])
+@for_each("in_order", [True, False])
 @each_case
 def test_sequences_cut_over_ranks_weigh_like_whole_ones(case, in_order, ranks):
     """Parts of sequences on two ranks each weigh, and remember, what whole sequences do.
@@ -774,7 +777,7 @@ def test_some_cases_are_local_and_some_late():
     assert len(LATE) >= 50
 
 
-@pytest.mark.parametrize("case", LOCAL)
+@for_each("case", LOCAL)
 def test_a_chunk_knows_its_local_part(case):
     """However the tokens are cut, the local part of the pieces is that of the whole."""
     fn = BUILT[case]
@@ -792,7 +795,7 @@ def test_a_chunk_knows_its_local_part(case):
             assert_close(got, whole[: len(got)], rtol=1e-6, atol=0, msg=f"{name}, {size}")
 
 
-@pytest.mark.parametrize("case", LATE)
+@for_each("case", LATE)
 def test_the_rest_of_a_weight_is_one_number_per_late_unit(case):
     """Weights are the local part times one number, for all tokens or for each sequence."""
     for name, signals in chunk_batches().items():
@@ -830,7 +833,7 @@ def stands_alone(stage):
     return True
 
 
-@pytest.mark.parametrize("text", every_stage())
+@for_each("text", every_stage())
 def test_a_stage_that_stands_alone_says_so(text):
     """What gives a unit the same alone as among others is `pointwise`, and nothing else is."""
     stage = every_stage()[text]
@@ -865,7 +868,7 @@ def test_some_cases_are_capped():
     assert len(CAPPED) >= 8
 
 
-@pytest.mark.parametrize(("case", "factor"), CAPPED)
+@for_each("case, factor", CAPPED)
 def test_no_unit_weighs_more_than_its_cap(case, factor):
     """A factor that ends in `clamp` has no unit above it and keeps mean one over its units."""
     spec = wt.loads(CASES[case])

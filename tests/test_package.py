@@ -75,6 +75,7 @@ def files(folder):
     return {path.relative_to(folder).as_posix() for path in paths}
 
 
+@pytest.mark.slow
 def test_the_same_bytes_wherever_they_are_built(built):
     """Folder, time, permissions, umask and the way by the sdist change no byte."""
     (one, other), names = built, [path.name for path in built[0]]
@@ -128,6 +129,7 @@ def test_an_index_would_take_both(built):
     assert re.findall(r": (\w+)$", told, re.MULTILINE) == ["PASSED", "PASSED"]
 
 
+@pytest.mark.slow
 def test_an_installed_copy_runs(built, tmp_path):
     """Away from the sources, the command checks a shipped spec and Python weighs by it."""
     wheel, _ = built[0]

@@ -256,6 +256,7 @@ def test_the_trainer_accumulates_over_labels():
         assert not torch.equal(value, before[name])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("folder")
 def test_the_trainer_compiles_the_recipe():
     """With torch_compile=True it trains to the parameters that it has without."""

@@ -150,6 +150,7 @@ def test_a_prediction_that_is_off_is_explained_or_stops(scale):
         scale._misses(scale.points(wrong))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["linupper late", "linupper keep", "rho-1 keep"])
 def test_memory_where_a_chunk_is_no_gradient_in_size(scale, loss_path, name):
     """T / 8 = 256 and D = 1,024: measured anew, a gradient of 32 MiB against a chunk of 8.

@@ -6,6 +6,7 @@ import math
 import generators as tables
 import pytest
 import torch
+from looping import for_each
 from torch.testing import assert_close
 
 import weighting as wt
@@ -21,7 +22,7 @@ PIPELINES = {
 }
 RANKS = (1, 2, 4)
 
-each_pipeline = pytest.mark.parametrize("name", PIPELINES)
+each_pipeline = for_each("name", PIPELINES)
 
 
 def spec_text(pipeline, **options):
@@ -57,7 +58,7 @@ def on_ranks(text, signals, ranks):
 # Ranks --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", [case for case in tables.CASES if case != "extra running"])
+@for_each("case", [case for case in tables.CASES if case != "extra running"])
 def test_a_rank_of_its_own_weighs_as_if_alone(case):
     """With scope: rank every rank gives, bit by bit, what it gives without the others."""
     text = tables.CASES[case].replace("version: 1\n", "version: 1\nscope: rank\n")
@@ -68,7 +69,7 @@ def test_a_rank_of_its_own_weighs_as_if_alone(case):
         assert torch.equal(got.moments, alone.moments)
 
 
-@pytest.mark.parametrize("reduction", ["sequence_mean", "domain_mean"])
+@for_each("reduction", ["sequence_mean", "domain_mean"])
 @each_pipeline
 def test_a_rank_of_its_own_reduces_as_if_alone(name, reduction):
     """With scope: rank the sequences and domains that count alike are those of the rank."""
@@ -113,9 +114,9 @@ def reduced(factor, units, normalize):
     return [[w * scale for w in row] for row in weights]
 
 
-@pytest.mark.parametrize("ranks", RANKS)
-@pytest.mark.parametrize("normalize", ["mean_one", "none"])
-@pytest.mark.parametrize("level", ["sequence", "domain"])
+@for_each("ranks", RANKS)
+@for_each("normalize", ["mean_one", "none"])
+@for_each("level", ["sequence", "domain"])
 @each_pipeline
 def test_units_count_alike_whatever_their_length(name, level, normalize, ranks):
     """A token weighs its factor over the length of its sequence or domain, on any ranks."""
@@ -129,9 +130,9 @@ def test_units_count_alike_whatever_their_length(name, level, normalize, ranks):
     assert_close(got, torch.tensor(expected), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("ranks", RANKS)
-@pytest.mark.parametrize("normalize", ["mean_one", "none"])
-@pytest.mark.parametrize("level", ["sequence", "domain"])
+@for_each("ranks", RANKS)
+@for_each("normalize", ["mean_one", "none"])
+@for_each("level", ["sequence", "domain"])
 def test_the_loss_is_the_mean_of_the_means_of_units(level, normalize, ranks):
     """With uniform weights the mean over tokens of w l is the mean over units of their mean l."""
     signals = unequal(seed=1)
@@ -147,7 +148,7 @@ def test_the_loss_is_the_mean_of_the_means_of_units(level, normalize, ranks):
     assert got.item() == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("ranks", RANKS)
+@for_each("ranks", RANKS)
 def test_a_weighted_mean_of_domains_is_group_dro(ranks):
     """With domain_mean the mean over tokens of w l is sum_d q_d L_d, q of the domains present."""
     signals = unequal(seed=2)

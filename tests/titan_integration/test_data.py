@@ -304,6 +304,7 @@ def checkpoint_of_two(tmp_path_factory, tokenizer, files):
     return folder / "checkpoint"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("num_ranks", [1, 4])
 def test_a_distributed_checkpoint_carries_the_state(ranks, num_ranks, checkpoint_of_two):

@@ -89,6 +89,7 @@ def test_the_second_call_does_not_train():
     assert {path: path.stat().st_mtime_ns for path in before.iterdir()} == times
 
 
+@pytest.mark.slow
 def test_processes_that_start_together_get_the_same_files():
     """Four processes with one empty cache agree with each other and with this process."""
     processes = [start(ENSURE) for _ in range(4)]
@@ -122,6 +123,7 @@ def test_a_half_written_cache_is_repaired(name, damage):
     assert contents(ensure_tokenizer()) == whole
 
 
+@pytest.mark.slow
 def test_a_killed_writer_leaves_nothing_that_is_used(cache):
     """After a kill in the middle of writing, the next process still gets a whole tokenizer."""
     slow = "import os, time; os.fsync = lambda _: time.sleep(60); "

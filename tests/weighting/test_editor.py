@@ -50,6 +50,7 @@ def completed(line):
     return [offer.split(",")[1] for offer in done.stdout.split()]
 
 
+@pytest.mark.slow
 def test_commands_flags_and_specs_are_completed():
     """A command by its beginning, its flags, and the shipped specs wherever a spec is asked for."""
     assert completed("weighting expl") == ["explain"]
@@ -111,6 +112,7 @@ def elsewhere(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_sound_machine_is_said_to_be_sound(elsewhere, monkeypatch):
     """Versions, specs, imports and folders are looked at; all is well where the tests run."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

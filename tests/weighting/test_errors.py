@@ -13,6 +13,7 @@ import generators as tables
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from looping import for_each
 
 import weighting as wt
 from weighting import registry
@@ -22,7 +23,7 @@ CASES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 WITHOUT_EDIT = {"empty-file", "only-a-comment", "not-utf-8", "utf-16"}
 _EDIT = re.compile(r'# (".*") instead of (".*")')
 
-each_case = pytest.mark.parametrize("name", CASES)
+each_case = for_each("name", CASES)
 
 
 def message_of(name):

@@ -4,6 +4,7 @@ import generators as tables
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - the usual name
+from looping import for_each
 from torch._dynamo.backends.common import aot_autograd
 from torch.testing import assert_close
 
@@ -59,8 +60,8 @@ def must_agree(got, expected):
         assert_close(mine, other, rtol=2e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("memory", ["auto", "keep", "recompute", "full"])
-@pytest.mark.parametrize("case", tables.CASES)
+@for_each("memory", ["auto", "keep", "recompute", "full"])
+@for_each("case", tables.CASES)
 def test_hidden_states_give_what_logits_give(case, memory):
     """Every spec: loss, weights and gradients are those of the logits, in each memory mode."""
     text = tables.CASES[case]
@@ -281,8 +282,8 @@ def one_row(batch):
     return (leaves, flattened(labels), {**new, "columns": columns}), places
 
 
-@pytest.mark.parametrize("memory", ["auto", "keep", "recompute", "full"])
-@pytest.mark.parametrize("name", tables.SPEC_TEXTS)
+@for_each("memory", ["auto", "keep", "recompute", "full"])
+@for_each("name", tables.SPEC_TEXTS)
 def test_a_padding_free_row_with_sequence_ids_trains_like_padded_rows(name, memory):
     """Every shipped spec: loss, weights and gradients of the samples are those of their rows."""
     text = tables.SPEC_TEXTS[name]
@@ -414,6 +415,7 @@ def compiled_on(name, memory, backend):
     return both, torch.compile(both, fullgraph=True, backend=backend), leaves, labels
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "memory", "backend"),
     [
@@ -435,6 +437,7 @@ def test_a_compiled_function_returns_loss_and_weights(name, memory, backend):
     assert_close(torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves))
 
 
+@pytest.mark.slow
 def test_compiled_code_refuses_labels_outside_the_vocabulary():
     """By an assertion in the graph."""
     _, compiled, leaves, labels = compiled_on("mile", "late", "aot_eager")
@@ -444,6 +447,7 @@ def test_compiled_code_refuses_labels_outside_the_vocabulary():
         compiled(*leaves, labels, torch.tensor(3))
 
 
+@pytest.mark.slow
 def test_a_compiler_gets_the_work_on_a_chunk_once():
     """The graph calls it for each chunk, and holds no operation of it."""
     names = []

@@ -178,6 +178,7 @@ def through_compiled(z, labels, weight):
         return found, gradient_(z.clone(), labels, found["lse"], weight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_kernels_give_the_eager_values(dtype):
     """Torch's own compiler gives the eager values; equal shapes compile once, others once more."""
@@ -341,6 +342,7 @@ def test_statistics_and_gradient_never_wait(device):
         assert {value.shape for value in found.values()} == {(TOKENS,)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "memory"),
     [

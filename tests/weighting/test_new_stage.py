@@ -20,6 +20,7 @@ def new_stage(folder, *arguments):
     return click.testing.CliRunner().invoke(main, command)
 
 
+@pytest.mark.slow
 def test_every_kind_passes_its_own_test(tmp_path):
     """Stage and test of every kind pass untouched, and read as well-kept files."""
     for kind in KINDS:

@@ -53,6 +53,7 @@ def test_it_is_committed_without_outputs():
     assert not any(cell["outputs"] or cell["execution_count"] for cell in cells)
 
 
+@pytest.mark.slow
 def test_every_cell_runs(executed):
     """In order, without an error, and without a word of warning."""
     for source, outputs in executed:

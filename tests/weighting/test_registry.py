@@ -39,6 +39,7 @@ def run(folder, code):
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_an_installed_package_brings_its_stages(tmp_path):
     """A stage named by an entry point is a word of the language without any import."""
     install(tmp_path, "doubled_stages", "doubled")
@@ -49,6 +50,7 @@ def test_an_installed_package_brings_its_stages(tmp_path):
     assert "tensor([0.0360, 1.9640])" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_package_that_clashes_is_warned_of_with_both_origins(tmp_path):
     """A package whose stage takes a shipped name is left out, and both origins are named."""
     install(tmp_path, "clashing_stages", "normalize")

@@ -436,6 +436,7 @@ def test_a_torn_last_line_is_left_out(tmp_path):
     assert [x["step"] for x in run.lines] == [1, 2]
 
 
+@pytest.mark.slow
 def test_long_runs_stay_small(tmp_path):
     """Four runs of 20,000 logged steps make less than 2 MB."""
     names = [f"domain-{i}" for i in range(10)]
@@ -522,6 +523,7 @@ onload = () => {
 """Points at the first chart a little right of step 2, goes one step on by key, and leaves it."""
 
 
+@pytest.mark.slow
 def test_pointing_at_a_chart_shows_its_values_and_a_cursor_in_every_chart(two, tmp_path):
     """A line without a value at that step shows its nearest, and says of which step."""
     assert report(tmp_path / "r.html", *two).exit_code == 0
@@ -541,6 +543,7 @@ def test_pointing_at_a_chart_shows_its_values_and_a_cursor_in_every_chart(two, t
     assert left == ["", 0]
 
 
+@pytest.mark.slow
 def test_in_a_browser(two, tmp_path):
     """At 1280 and 390 pixels nothing is wider than the page, and nothing is complained about."""
     assert report(tmp_path / "r.html", *two).exit_code == 0

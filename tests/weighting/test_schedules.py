@@ -5,6 +5,7 @@ import reference
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from looping import for_each
 
 import weighting as wt
 from weighting.schedules import (
@@ -32,9 +33,7 @@ EXAMPLES = {
 }
 STEPS = (0, 1, 2, 3, 6, 7, 8, 9, 10, 99, 100, 101, 350, 499, 500, 501, 600, 601, 899, 900, 10**6)
 
-each_example = pytest.mark.parametrize(
-    "schedule", [s for row in EXAMPLES.values() for s in row], ids=repr
-)
+each_example = for_each("schedule", [s for row in EXAMPLES.values() for s in row], ids=repr)
 
 
 def test_every_schedule_has_an_example():
@@ -44,7 +43,7 @@ def test_every_schedule_has_an_example():
 
 
 @each_example
-@pytest.mark.parametrize("step", STEPS)
+@for_each("step", STEPS)
 def test_value_is_that_of_the_definition(schedule, step):
     """Before, inside and after its span a schedule has the value its definition gives."""
     expected = reference.schedule(schedule.name, step, **schedule.model_dump())

@@ -511,6 +511,7 @@ def test_parquet_without_pyarrow_is_a_line(tmp_path, monkeypatch):
     assert printed("linupper", "--losses", tmp_path / "u.jsonl")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 def test_a_pipe_gets_plain_text(encoding):
     """Piped there are no colours and no cursor codes, and bars that the encoding knows."""

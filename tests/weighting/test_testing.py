@@ -118,6 +118,7 @@ def test_the_language_passes(stage):
     assert failed.keys() == expected.keys(), "\n".join(failed.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["linupper-x-mile", "table-x-linupper", "uniform"])
 def test_shipped_specs_pass(name):
     """A spec passes by name, and as a whole."""
@@ -581,6 +582,7 @@ def _pytest(folder, *arguments, plugin=True):
     return done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_ids_are_readable_and_expected_failures_strict(tmp_path):
     """Ids say stage and check; an expected failure is told with its reason, a stale one fails."""
     (tmp_path / "test_stages.py").write_text(_STAGES)
@@ -616,6 +618,7 @@ def _specs(folder):
     (folder / "specs" / "compose.yaml").write_text('version: "3"\nservices: {}\n')
 
 
+@pytest.mark.slow
 def test_pytest_tests_spec_files(tmp_path):
     """`pytest specs/` tests what looks like a spec there, and shows errors without traceback."""
     _specs(tmp_path)
@@ -632,6 +635,7 @@ def test_pytest_tests_spec_files(tmp_path):
     assert re.search(r"=+ 1 failed, 3 passed, 2 skipped", out), out
 
 
+@pytest.mark.slow
 def test_pytest_leaves_other_projects_alone(tmp_path):
     """Without a folder or file named, or `weighting_specs`, no YAML file is looked at."""
     _specs(tmp_path)
@@ -653,6 +657,7 @@ def test_the_plugin_itself_needs_no_torch():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.slow
 def test_checks_need_neither_pytest_nor_hypothesis():
     """`check_stage` and `assert_weights` work where only the package itself is installed."""
     code = (
