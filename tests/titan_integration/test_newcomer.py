@@ -141,6 +141,10 @@ def test_training_ends_with_a_table_and_leaves_its_metrics(ten):
     assert [float(x) for x in rows[-1].split()[:5]] == pytest.approx(wanted, abs=6e-4)
     assert last["unweighted_loss"] < lines[0]["unweighted_loss"] - 1, "it learns"
     assert [step.step for step in read_record(run).steps] == [*range(1, 61)]
+    page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    told = {re.sub(r"^(domain/)\w+", r"\1<name>", name) for name in last}
+    told = {re.sub(r"^pipeline(?=/)", "<factor>", name) for name in told}
+    assert not [name for name in told if f"| `{name}` |" not in page]
 
 
 def test_replay_has_a_column_for_each_spec(ten):
