@@ -5,6 +5,7 @@
 # make lint       ruff and pyrefly, both quiet
 # make evidence   does it help? two experiments with regression, and a language model in ten minutes
 # make bench      what the weighting costs, of the loss and of a whole step, against torchtitan's own
+# make docs       the site in docs/_build, strictly: a dead link between pages fails
 # make dist       sdist and wheel, checked, with their hashes; the same bytes from the same commit
 # make audit      known vulnerabilities of what is locked; asks a service on the network
 # make lock       the lock anew from pyproject.toml; keeps versions that still fit, takes none younger
@@ -17,7 +18,7 @@ STAMP  := $(VENV)/.installed
 LOCK   := .ci/requirements.txt
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
 
-.PHONY: train test quick mutants lint evidence bench dist audit lock clean
+.PHONY: train test quick mutants lint evidence bench docs dist audit lock clean
 
 train: $(STAMP)
 	$(BIN)/weighting train specs/linupper.yaml
@@ -45,6 +46,9 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/loss_path.py
 	$(BIN)/python benchmarks/overhead.py
 
+docs: $(STAMP)
+	$(BIN)/python -m sphinx -q -W --keep-going -n docs docs/_build
+
 dist: $(STAMP)
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation
@@ -61,7 +65,7 @@ lock: $(STAMP)
 	  --custom-compile-command 'make lock' --quiet --output-file $(LOCK)
 
 clean:
-	rm -rf $(VENV) build dist outputs
+	rm -rf $(VENV) build dist outputs docs/_build
 
 # Reinstalled only when what is installed changes; the sources themselves are used in place.
 # Every package comes by its hash and as a wheel, so that no build fetches something unlocked.

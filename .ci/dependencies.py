@@ -1,4 +1,4 @@
-"""How many packages an installation brings and under what licences, for the README.
+"""How many packages an installation brings and under what licences, for docs/compatibility.md.
 
 python .ci/dependencies.py
 
@@ -44,8 +44,8 @@ SPELLINGS = {
 
 
 def main() -> None:
-    """Write the README's lines where they stand."""
-    path = ROOT / "README.md"
+    """Write the lines where they stand."""
+    path = ROOT / "docs" / "compatibility.md"
     before, rest = path.read_text(encoding="utf-8").split(BEGIN)
     path.write_text(before + BEGIN + lines() + END + rest.partition(END)[2], encoding="utf-8")
 

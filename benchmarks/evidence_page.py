@@ -169,7 +169,7 @@ def page(found: Found, picture: str) -> str:
 
 
 def summary(found: Found) -> str:
-    """Return the README's table, and in words which differences are beyond their intervals."""
+    """Return the table of results, and in words which differences are beyond their intervals."""
     diffs = dict(zip(found.methods, differences(found), strict=True))
     rows = [[name, str(diff[0]), str(diff[4])] for name, diff in diffs.items() if name != BASE]
     head = ["minus uniform, nats", "log-perplexity, mean over domains", "loss on rare words"]

@@ -1,4 +1,4 @@
-"""The README's recipes for training without torchtitan, part by part, for their tests."""
+"""The recipes of docs/other-trainers.md, part by part, for their tests."""
 
 import ast
 import re
@@ -11,7 +11,7 @@ import torch.distributed as dist
 import weighting as wt
 from titan_integration.collectives import OverRanks
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "other-trainers.md"
 PARTS = ("model", "data", "loop", "trainer", "lightning", "ranks")
 BATCH = 16
 REFERENCE = (4.0, 4.6)
@@ -19,19 +19,19 @@ REFERENCE = (4.0, 4.6)
 
 
 def recipes():
-    """Return the README's `py` blocks by part; each part is one."""
+    """Return the page's `py` blocks by part; each part is one."""
     missing = [name for name in ("accelerate", "lightning", "transformers") if not find_spec(name)]
     if missing:
         msg = f"the recipes need {', '.join(missing)}: pip install -e '.[dev]'"
         raise ModuleNotFoundError(msg)
-    text = README.read_text(encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
     blocks = re.findall(r"^```py\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     return dict(zip(PARTS, blocks, strict=True))
 
 
 def run(part, names):
     """Run a recipe in a namespace."""
-    exec(compile(recipes()[part], f"README.md, {part}", "exec"), names)
+    exec(compile(recipes()[part], f"{PAGE.name}, {part}", "exec"), names)
 
 
 def define(part, names):
@@ -39,11 +39,11 @@ def define(part, names):
     kinds = (ast.Import, ast.ImportFrom, ast.ClassDef)
     tree = ast.parse(recipes()[part])
     tree.body = [node for node in tree.body if isinstance(node, kinds)]
-    exec(compile(tree, f"README.md, {part}", "exec"), names)
+    exec(compile(tree, f"{PAGE.name}, {part}", "exec"), names)
 
 
 def started(spec=None):
-    """Return a namespace with the recipes' model and data, for the README's spec or another.
+    """Return a namespace with the recipes' model and data, for the page's spec or another.
 
     The domains alternate, so that every batch has both, and each row has a reference loss.
     """

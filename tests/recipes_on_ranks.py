@@ -1,4 +1,4 @@
-"""Trains by each README recipe on this rank, and writes down what came of it.
+"""Trains by each recipe of docs/other-trainers.md on this rank, and writes down what came of it.
 
     torchrun ... recipes_on_ranks.py OUT
 

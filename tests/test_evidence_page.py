@@ -168,9 +168,9 @@ def test_the_stored_page_is_that_of_the_stored_numbers(page, tmp_path):
     )
 
 
-def test_the_readme_says_what_the_stored_numbers_say(monkeypatch):
+def test_the_page_of_results_says_what_the_stored_numbers_say(monkeypatch):
     """Its section on evidence is made anew from what the benchmarks have stored."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    readme = importlib.import_module("readme")
+    results = importlib.import_module("results")
 
-    assert readme.section() in (ROOT / "README.md").read_text()
+    assert results.section() in (ROOT / "docs" / "results.md").read_text()

@@ -83,8 +83,8 @@ def test_what_is_locked_is_what_is_said_to_be_tested():
     assert {name: pinned()[name] for name in TESTED} == TESTED
 
 
-def test_the_readme_counts_packages_and_tells_licences_as_they_are():
-    """The README's lines on dependencies are what the installed packages say."""
+def test_the_page_counts_packages_and_tells_licences_as_they_are():
+    """The lines on dependencies are what the installed packages say."""
     others = [name for name, version in pinned().items() if installed(name) != version]
     if (others or sys.platform != "linux") and "CI" not in os.environ:
         pytest.skip(f"needs what is locked for Linux; other or missing: {', '.join(others)}")
@@ -92,7 +92,7 @@ def test_the_readme_counts_packages_and_tells_licences_as_they_are():
     found = importlib.util.spec_from_file_location("dependencies", path)
     dependencies = importlib.util.module_from_spec(found)
     found.loader.exec_module(dependencies)
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8")
 
-    told = readme.partition(dependencies.BEGIN)[2].partition(dependencies.END)[0]
+    told = page.partition(dependencies.BEGIN)[2].partition(dependencies.END)[0]
     assert told == dependencies.lines()

@@ -1,4 +1,4 @@
-"""The README's recipes for training without torchtitan train, resume and count as they say."""
+"""The recipes of docs/other-trainers.md train, resume and count as they say."""
 
 import ast
 import copy
@@ -352,7 +352,7 @@ def on_ranks(tmp_path_factory):
     found = {}
     for ranks in (1, 2):
         out = tmp_path_factory.mktemp(f"ranks{ranks}")
-        driver = str(recipes.README.parent / "tests" / "recipes_on_ranks.py")
+        driver = str(recipes.PAGE.parent.parent / "tests" / "recipes_on_ranks.py")
         done = torchrun(ranks, driver, str(out))
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
         found[ranks] = [

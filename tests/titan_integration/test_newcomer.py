@@ -1,4 +1,4 @@
-"""A newcomer's ten minutes: the README's commands, as they stand, in an empty folder."""
+"""A newcomer's ten minutes: the tutorial's commands, as they stand, in an empty folder."""
 
 import html.parser
 import json
@@ -20,15 +20,15 @@ from runs import environment
 from weighting.runs.replay import read_record
 
 ROOT = Path(__file__).resolve().parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+TUTORIAL = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
 SVG = "{http://www.w3.org/2000/svg}"
 
 pytestmark = pytest.mark.processes
 
 
 def commands():
-    """Return the lines of the README's section as words; what follows a # is for the reader."""
-    section = README.split("\n## Ten minutes\n")[1].split("\n## ")[0]
+    """Return the lines of the tutorial's section as words; what follows a # is for the reader."""
+    section = TUTORIAL.split("\n## Ten minutes\n")[1].split("\n## ")[0]
     [block] = re.findall(r"^```sh\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
     return [shlex.split(line, comments=True) for line in block.splitlines()]
 
@@ -41,9 +41,9 @@ def after(command, flag):
 
 
 def named(verb):
-    """Return the commands of the README with this verb, of which there must be one at least."""
+    """Return the commands of the tutorial with this verb, of which there must be one at least."""
     found = [command for command in commands() if command[1] == verb]
-    assert found, f"no {verb} in the README's ten minutes"
+    assert found, f"no {verb} in the tutorial's ten minutes"
     return found
 
 
@@ -141,6 +141,10 @@ def test_training_ends_with_a_table_and_leaves_its_metrics(ten):
     assert [float(x) for x in rows[-1].split()[:5]] == pytest.approx(wanted, abs=6e-4)
     assert last["unweighted_loss"] < lines[0]["unweighted_loss"] - 1, "it learns"
     assert [step.step for step in read_record(run).steps] == [*range(1, 61)]
+    page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    told = {re.sub(r"^(domain/)\w+", r"\1<name>", name) for name in last}
+    told = {re.sub(r"^pipeline(?=/)", "<factor>", name) for name in told}
+    assert not [name for name in told if f"| `{name}` |" not in page]
 
 
 def test_replay_has_a_column_for_each_spec(ten):

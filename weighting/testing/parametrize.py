@@ -25,6 +25,8 @@ def parametrize_with_checks(
 ) -> pytest.MarkDecorator:
     """Return a decorator that calls a test with each (stage, check) that belong together.
 
+    ::
+
         @parametrize_with_checks([SoftCap(at=0.5), "normalize -> soft_cap -> temperature(1)"])
         def test_my_stage(stage, check):
             check(stage)

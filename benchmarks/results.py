@@ -1,6 +1,6 @@
-"""The README's section "Does it help?", made of the numbers that the benchmarks have stored.
+"""docs/results.md's section "Does it help?", made of the numbers that the benchmarks have stored.
 
-python benchmarks/readme.py
+python benchmarks/results.py
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ import regression
 import theory
 
 HERE = Path(__file__).resolve().parent
-README = HERE.parent / "README.md"
+PAGE = HERE.parent / "docs" / "results.md"
 HEADING = "## Does it help?"
 
 
 def main() -> None:
     """Write the section where it stands."""
-    text = README.read_text(encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
     before, found, rest = text.partition(f"{HEADING}\n")
-    assert found, f"README.md has no heading {HEADING!r}"
-    README.write_text(before + section() + rest[rest.index("\n## ") + 1 :], encoding="utf-8")
+    assert found, f"{PAGE.name} has no heading {HEADING!r}"
+    PAGE.write_text(before + section() + rest[rest.index("\n## ") + 1 :], encoding="utf-8")
 
 
 def section() -> str:
@@ -38,17 +38,17 @@ def section() -> str:
         ),
         (
             "**Linear regression** with outliers, as in appendix B of the LinUpper paper "
-            "([report](benchmarks/regression.md)):"
+            "([report](../benchmarks/regression.md)):"
         ),
         "\n".join(regression.in_short(load("regression"))),
         cap(),
         (
-            f"**A small language model** ([report](benchmarks/evidence.md)): "
+            f"**A small language model** ([report](../benchmarks/evidence.md)): "
             f"{evidence_page.made(found)}\n"
             "Below zero is better; in brackets the "
             f"{evidence_page.LEVEL} % interval of a bootstrap over seeds and documents."
         ),
-        "![Log-perplexity by method and domain, less that of uniform](benchmarks/evidence.svg)",
+        "![Log-perplexity by method and domain, less that of uniform](../benchmarks/evidence.svg)",
         evidence_page.summary(found).rstrip(),
         (
             "So small a model and so few tokens do not say what happens at scale.\n"
@@ -64,7 +64,7 @@ def section() -> str:
             "It has been run on a CPU only, with a tiny model."
         ),
         (
-            "**At scale** there is arithmetic ([page](benchmarks/scale.md)): bytes, FLOPs and "
+            "**At scale** there is arithmetic ([page](../benchmarks/scale.md)): bytes, FLOPs and "
             "memory for Llama 3 1B to 405B on 8 to 16,384 GPUs, checked against what was measured "
             "on a CPU.\n"
             "LinUpper hands over 8 n + 8 bytes a rank whatever the model, n being its sequences."
@@ -85,7 +85,7 @@ def cap() -> str:
     broken = sum(x["broken"] for x in found["bounds"])
     return (
         "The bound behind it was checked at every step without noise "
-        f"([report](benchmarks/theory.md)): it fails at {broken} of {steps:,}.\n"
+        f"([report](../benchmarks/theory.md)): it fails at {broken} of {steps:,}.\n"
         f"At r = {r} the largest weight exceeds 2/n at {free} of steps without the clamp, and at "
         f"{clamped} with it."
     )
