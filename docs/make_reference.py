@@ -1,4 +1,4 @@
-"""Write docs/stages.md, the reference of stages and schedules, and the curve of each stage.
+"""Write docs/stages.md, the reference of stages and schedules, a curve of each, and the schema.
 
     python docs/make_reference.py
 
@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import weighting as wt
+from weighting.language.schema import schema
 from weighting.registry import stages
 from weighting.schedules import SCHEDULES
 
@@ -96,6 +98,8 @@ def main() -> None:
         picture = gallery.picture(wt.loads(text, source=name))
         (HERE / "curves" / f"{name}.svg").write_text(picture, encoding="utf-8")
     (HERE / "stages.md").write_text(page(), encoding="utf-8")
+    text = json.dumps(schema(), indent=1, ensure_ascii=False) + "\n"
+    (HERE.parent / "specs" / "weighting.schema.json").write_text(text, encoding="utf-8")
 
 
 def script(name: str) -> ModuleType:
@@ -123,10 +127,15 @@ def page() -> str:
     ]
     for kind, (title, text) in KINDS.items():
         parts += [f"## {title}", text]
-        parts += [entry(name) for name, cls in sorted(stages().items()) if cls.kind == kind]
+        parts += [entry(name) for name, cls in sorted(shipped().items()) if cls.kind == kind]
     parts += ["## Schedules", "A schedule stands wherever a number may change over the run."]
     parts += [schedule(name) for name in SCHEDULES]
     return "\n\n".join(parts) + "\n"
+
+
+def shipped() -> dict[str, type[wt.Stage]]:
+    """Return the stages of the language, without those that plugins have brought."""
+    return {n: x for n, x in stages().items() if x.__module__.startswith("weighting.stages.")}
 
 
 def entry(name: str) -> str:
