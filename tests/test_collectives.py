@@ -48,7 +48,7 @@ CALLS = {
     "spec rho-1": (0, 0, 10, 1176, 0, 0),
     "spec rho-loss": (1, 0, 1, 24, 0, 1),
     "spec selective-backprop": (1, 0, 1, 24, 0, 1),
-    "spec sstoken": (0, 0, 1, 8, 2, 9),
+    "spec sstoken": (0, 0, 1, 8, 2, 3),
     "spec table-x-linupper": (1, 0, 1, 32, 0, 1),
     "spec term-hierarchical": (0, 2, 3, 168, 0, 0),
     "spec term": (1, 0, 1, 24, 0, 1),
@@ -113,6 +113,7 @@ CALLS = {
     "extra both": (1, 0, 2, 104, 0, 1),
     "extra both alone": (0, 0, 1, 16, 0, 0),
     "extra live draw": (0, 0, 2, 96, 0, 0),
+    "extra late start": (1, 0, 1, 32, 0, 1),
     "extra drop": (1, 0, 1, 24, 0, 1),
 }
 """Of a batch of four sequences of six tokens on two ranks.
