@@ -33,6 +33,7 @@ from titan_integration.data.tokenizer import ensure_tokenizer
 from titan_integration.host import run_dir as folder
 from titan_integration.observe import metrics
 from titan_integration.state.checksums import IntactReader
+from weighting.runs import layout
 from weighting.runs.files import read_lines
 from weighting.runs.replay import read_record
 
@@ -107,7 +108,7 @@ def until(condition, run):
 
 def lines_of(dump):
     """Return the lines of metrics of a run by step, without what is chance."""
-    path = dump / metrics.FOLDER / metrics.FILE
+    path = dump / layout.FOLDER / layout.METRICS
     return {line["step"]: {**line, "tps": 0} for line in read_lines(path)} if path.exists() else {}
 
 
@@ -160,7 +161,7 @@ def fill(place):
 
 
 WRITES = [
-    ("titan_integration.trainer.trainer:write_whole", 1, "{}/weighting/run.json: No space left"),
+    ("titan_integration.observe.run_json:write_whole", 1, "{}/weighting/run.json: No space left"),
     (
         "titan_integration.observe.metrics:append_line",
         2,
