@@ -219,7 +219,8 @@ def test_the_report_is_a_page_of_charts(ten):
     assert not {"link", "img", "iframe", "object"} & {*page.tags}
     assert not {"src", "xlink:href"} & {key for key, _ in page.attributes}
     assert all(value.startswith("#") for key, value in page.attributes if key == "href")
-    assert not re.search(r"https?://|url\(|@import", text)
+    rest = text.replace("http://www.w3.org/2000/svg", "")  # a name that nobody fetches
+    assert not re.findall(r".{0,60}(?:https?://|url\(|@import).{0,40}", rest)
     [train] = named("train")
     assert f"{train[2]} " in text
     assert name in said[shlex.join(report)]
