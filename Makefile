@@ -1,6 +1,6 @@
 # make train      install what it takes, then train a small Llama with LinUpper on this machine
 # make test       install what it takes, then run every test
-# make quick      the tests that neither compile nor start a process for long: a minute and a half
+# make quick      the tests that neither compile nor start a process for long: two and a half minutes
 # make mutants    break one line at a time and see which test notices
 # make lint       ruff and pyrefly, both quiet
 # make evidence   does it help? two experiments with regression, and a language model in ten minutes
@@ -27,7 +27,7 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 quick: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not processes and not slow"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not processes and not slow"
 
 mutants: $(STAMP)
 	nice $(BIN)/python benchmarks/mutants.py

@@ -63,7 +63,7 @@ def families(reporter):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Say how many tests of each family passed, and over how many stages and specs the laws."""
+    """Say how many tests of each family passed, and how many stages and specs the laws are over."""
     from weighting.language.find import shipped  # noqa: PLC0415
     from weighting.registry import stages  # noqa: PLC0415 - only when there is something to say
 
@@ -75,7 +75,9 @@ def pytest_terminal_summary(terminalreporter):
     laws = sum("test_laws.py" in report.nodeid for report in passed)
     if laws:
         own = sum(cls.__module__.startswith("weighting.stages.") for cls in stages().values())
-        terminalreporter.line(f"laws: {laws} checks over {own} stages and {len(shipped())} specs")
+        terminalreporter.line(
+            f"laws: {laws} tests, each over {own} stages and {len(shipped())} specs"
+        )
 
     lines = [value for report in passed for key, value in report.user_properties if key == "matrix"]
     for text in _matrix(lines):
