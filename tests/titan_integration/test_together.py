@@ -108,14 +108,18 @@ SCRIPT = """
 import os, sys
 from titan_integration.host.together import exchange, fail_together, refuse_other_data
 rank = int(os.environ["RANK"])
-print(rank, exchange(f"a{rank}"), exchange(f"b{rank}"), flush=True)
+
+def say(text):  # in one piece, as both ranks write to one file
+    os.write(1, f"{rank}: {text}\\n".encode())
+
+say(f"{exchange(f'a{rank}')} {exchange(f'b{rank}')}")
 for error in (ValueError("bad data"), OSError("bad disk")):
     try:
         with fail_together():
             if rank == 1:
                 raise error
     except Exception as error:
-        print(f"{rank}: {type(error).__name__}: {error}", flush=True)
+        say(f"{type(error).__name__}: {error}")
 with fail_together():
     pass
 refuse_other_data({"training": {"documents": 7}})
@@ -123,7 +127,7 @@ try:
     if rank == 0:
         exchange("here", patience=2)
 except ValueError as error:
-    print(f"{rank}: {error}", flush=True)
+    say(f"{error}")
 """
 
 
@@ -135,7 +139,7 @@ def test_ranks_hear_what_others_say_and_whose_part_has_failed(tmp_path):
     done = torchrun(2, str(script))
     assert done.returncode == 0, done.stderr[-3000:]
     for rank in range(2):
-        assert f"{rank} ['a0', 'a1'] ['b0', 'b1']" in done.stdout
+        assert f"{rank}: ['a0', 'a1'] ['b0', 'b1']" in done.stdout
     host = socket.gethostname()
     assert done.stdout.count(f"ValueError: rank 1 on {host}: bad data") == 2
     assert f"0: ValueError: rank 1 on {host}: OSError: bad disk" in done.stdout
