@@ -142,7 +142,7 @@ class Microbatches:
 
     def forget(self) -> None:
         """Forget the calls that were prepared, and those that were noted."""
-        self._by_labels.clear()
+        self.forget_prepared()
         self._noted.clear()
 
     def forget_prepared(self) -> None:
