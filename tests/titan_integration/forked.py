@@ -12,9 +12,11 @@ import signal
 import sys
 import traceback
 import warnings
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -50,9 +52,20 @@ def start(
         meeting: Where they meet, a host and a port.
     """
     given = (ranks, [*command], files, {**environment}, Path.cwd(), first, nodes, meeting)
+    _start_server()
     agent = FORKS.Process(target=_be_agent, args=given)
     agent.start()
     return agent
+
+
+def _start_server():
+    """Start what agents are forked from, if it has not been, where it finds what it imports.
+
+    Python up to 3.13 does not hand sys.path on to it, and it says nothing of a failed import.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+        forkserver.ensure_running()
 
 
 def _be_agent(ranks, command, files, environment, cwd, first, nodes, meeting):
@@ -81,6 +94,7 @@ def _be_agent(ranks, command, files, environment, cwd, first, nodes, meeting):
 
 def _be_rank(command, first):
     """Be Python with that command line."""
+    assert "imports" in sys.modules, "the server that forks ranks has not imported what they need"
     for number in (signal.SIGTERM, signal.SIGHUP):  # the agent's handlers are not a rank's
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
