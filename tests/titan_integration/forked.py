@@ -52,13 +52,13 @@ def start(
         meeting: Where they meet, a host and a port.
     """
     given = (ranks, [*command], files, {**environment}, Path.cwd(), first, nodes, meeting)
-    _start_server()
+    start_server()
     agent = FORKS.Process(target=_be_agent, args=given)
     agent.start()
     return agent
 
 
-def _start_server():
+def start_server():
     """Start what agents are forked from, if it has not been, where it finds what it imports.
 
     Python up to 3.13 does not hand sys.path on to it, and it says nothing of a failed import.

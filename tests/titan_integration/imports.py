@@ -1,12 +1,18 @@
-"""What every rank needs, imported once in the process that ranks are forked from."""
+"""What ranks and commands need, imported once in the process that they are forked from."""
+# ruff: noqa: F401
 
 from types import SimpleNamespace
 
 import torchtitan.train
 import torchtitan.trainer
 
+import titan_integration.commands.compare
+import titan_integration.commands.mix
+import titan_integration.commands.score
+import titan_integration.commands.train
 import titan_integration.paper
-import titan_integration.trainer.trainer  # noqa: F401
+import titan_integration.trainer.trainer
+import weighting.cli
 from titan_integration.data.builtin_text import stdlib_text
 
 stdlib_text()  # read once, too

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from runs import ROOT, environment
+from warm import weighting
 
 from titan_integration.commands import compare as comparing
 from titan_integration.commands import progress
@@ -27,7 +28,7 @@ SPECS = ("uniform", "group-dro")
 STEPS = 8
 FLAGS = ("--training.seq_len=32", "--training.local_batch_size=4", "--metrics.log_freq=1")
 FLAGS += ("--validator.enable", f"--validator.freq={STEPS}", "--validator.steps=1")
-COMMAND = [sys.executable, "-m", "weighting", "compare", *SPECS, "--config", "llama3_proxy"]
+COMMAND = ["compare", *SPECS, "--config", "llama3_proxy"]
 COMMAND += ["--steps", str(STEPS), "--folder", "runs", "--seed", "1", "--", *FLAGS]
 
 
@@ -41,15 +42,7 @@ def lines(folder, name):
 def whole(tmp_path_factory):
     """Return where two specs were compared, and what was printed into a pipe."""
     folder = tmp_path_factory.mktemp("whole")
-    done = subprocess.run(
-        COMMAND,
-        cwd=folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
+    done = weighting(*COMMAND, cwd=folder, timeout=900)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return folder, done.stdout
 
@@ -109,7 +102,7 @@ def test_a_pipe_gets_plain_short_lines(whole):
 def started(folder, step):
     """Start the comparison, wait until its second run has saved a step, and return the process."""
     process = subprocess.Popen(
-        COMMAND,
+        [sys.executable, "-m", "weighting", *COMMAND],
         cwd=folder,
         env=environment(),
         stdout=subprocess.PIPE,

@@ -12,6 +12,7 @@ import click.testing
 import pytest
 from faulty import Run
 from runs import environment
+from warm import weighting
 
 from titan_integration.commands import train as launch
 from titan_integration.host import flags as host_flags
@@ -22,15 +23,7 @@ from weighting.runs.files import read_lines
 
 def train(*arguments, timeout=240, cwd=None):
     """Return what `weighting train` did."""
-    return subprocess.run(
-        [sys.executable, "-m", "weighting", "train", *arguments],
-        env=environment(),
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
+    return weighting("train", *arguments, timeout=timeout, cwd=cwd)
 
 
 @pytest.mark.processes
@@ -241,7 +234,7 @@ def test_an_error_of_another_rank_alone_is_shown_once(tmp_path):
     spec = "version: 1\nplugins: [lonely_stages]\npipeline: normalize -> temperature(1)\n"
     (tmp_path / "lonely.yaml").write_text(spec)
     flags = ["--ranks", "2", "--training.steps=2", "--training.seq_len=64", "--dump_folder=out"]
-    done = train("lonely.yaml", "--allow-plugins", *flags, cwd=tmp_path, timeout=300)
+    done = in_folder(tmp_path, "train", "lonely.yaml", "--allow-plugins", *flags)
 
     assert done.returncode == 2
     assert done.stderr.count("error: ") == 1

@@ -12,6 +12,7 @@ import time
 import click.testing
 import pytest
 from runs import ROOT, environment
+from warm import weighting
 
 import weighting as wt
 from titan_integration.commands import mix as mixing
@@ -41,22 +42,9 @@ def data(tmp_path_factory):
     return path
 
 
-def command(*arguments):
-    """Return a command line of `weighting`."""
-    return [sys.executable, "-m", "weighting", *map(str, arguments)]
-
-
 def ran(*arguments):
     """Run `weighting` to its end."""
-    return subprocess.run(
-        command(*arguments),
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    return weighting(*arguments, timeout=600)
 
 
 def mix(method, data, out, folder, *flags):
@@ -101,7 +89,7 @@ def test_a_search_that_was_killed_goes_on_and_finds_the_same(doremi, data, tmp_p
     shutil.copy(folder / "runs" / mixing.ORDERS, tmp_path / "runs")
     arguments = mix("doremi", data, tmp_path / "mixture.yaml", tmp_path / "runs")
     started = subprocess.Popen(
-        command(*arguments),
+        [sys.executable, "-m", "weighting", *map(str, arguments)],
         cwd=ROOT,
         env=environment(),
         stdout=subprocess.DEVNULL,

@@ -3,8 +3,6 @@
 import json
 import random
 import re
-import subprocess
-import sys
 from dataclasses import asdict
 from itertools import pairwise
 
@@ -12,8 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from runs import drive, environment
+from runs import drive
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
+from warm import weighting
 
 from titan_integration.commands.replay_text import texts
 from titan_integration.data.loader import DomainTextDataLoader
@@ -332,14 +331,7 @@ def test_texts_are_those_that_two_ranks_with_accumulation_had(tmp_path, tokenize
     assert len({*given.values()}) == 16
     assert told_again(run, [*given]) == given
 
-    done = subprocess.run(
-        [sys.executable, "-m", "weighting", "replay", str(run), "--spec", SPEC, "--text"],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = weighting("replay", run, "--spec", SPEC, "--text")
     assert done.returncode == 0, done.stderr[-3000:]
     assert not done.stderr
     shown = [line for line in done.stdout.splitlines() if line.startswith(" " * 10 + '"')]

@@ -5,8 +5,6 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +17,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from runs import drive, environment, seed_checkpoint
+from runs import drive, seed_checkpoint
+from warm import weighting
 from whole import whole_model
 
 from titan_integration import config_registry
@@ -38,18 +37,6 @@ pytestmark = pytest.mark.filterwarnings(
 
 SEQ_LEN = 32
 SMALL = [f"--training.seq_len={SEQ_LEN}", "--training.local_batch_size=4"]
-
-
-def weighting(*arguments, timeout=300):
-    """Return what the command line did."""
-    return subprocess.run(
-        [sys.executable, "-m", "weighting", *map(str, arguments)],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
 
 
 def write_lines(path, records):

@@ -1,7 +1,5 @@
 """`weighting tokens`: the weights it shows against the core's on logits of a model run here."""
 
-import subprocess
-import sys
 from html.parser import HTMLParser
 
 import click.testing
@@ -10,7 +8,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from hypothesis import example, given
 from hypothesis import strategies as st
-from runs import environment, seed_checkpoint
+from runs import seed_checkpoint
+from warm import weighting
 from whole import whole_model
 
 import weighting as wt
@@ -29,18 +28,6 @@ SEQ_LEN = 16
 SMALL = f"--training.seq_len={SEQ_LEN}"
 TEXT = "\n def f(x):\r\n\treturn x  # <b>&amp; «日本» 🦜\n" + "The end of it. " * 6
 SPECS = "linupper", "mile", "eaft"
-
-
-def weighting(*arguments):
-    """Return what the command line did."""
-    return subprocess.run(
-        [sys.executable, "-m", "weighting", "tokens", *map(str, arguments)],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +120,7 @@ def test_weights_are_the_core_s_on_the_model_s_logits(folder, seed, model, token
     """Each window a sequence of one batch; the page's texts are the text, in a pipe a table."""
     html = folder / "page.html"
     given = ["--checkpoint", seed, "--text", folder / "text.txt", "--html", html, "--step", 1000]
-    done = weighting(*SPECS, *given, SMALL)
+    done = weighting("tokens", *SPECS, *given, SMALL)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
     ids = tokenizer.encode(TEXT, add_bos=True, add_eos=True)
@@ -168,7 +155,7 @@ def test_a_checkpoint_of_another_model_is_one_message_and_status_2(folder, model
     state = model.state_dict() | {"layers.0.attention_norm.weight": torch.ones(128)}
     dcp.save(state, checkpoint_id=other, no_dist=True)
     given = ["--checkpoint", other, "--text", folder / "text.txt", "--html", html]
-    done = weighting("mile", *given, SMALL)
+    done = weighting("tokens", "mile", *given, SMALL)
     assert done.returncode == 2
     assert done.stdout == ""
     lines = [line for line in done.stderr.splitlines() if line]
