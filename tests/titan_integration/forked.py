@@ -52,14 +52,19 @@ def start(
         meeting: Where they meet, a host and a port.
     """
     given = (ranks, [*command], files, {**environment}, Path.cwd(), first, nodes, meeting)
-    start_server()
-    agent = FORKS.Process(target=_be_agent, args=given)
+    agent = process(_be_agent, *given)
     agent.start()
     return agent
 
 
-def start_server():
-    """Start what agents are forked from, if it has not been, where it finds what it imports.
+def process(function: Callable[..., None], *given: object, **named: object) -> ForkServerProcess:
+    """Return a process that is to call a function, forked where all has been imported."""
+    start_server()
+    return FORKS.Process(target=function, args=given, kwargs=named)
+
+
+def start_server() -> None:
+    """Start what processes are forked from, if it has not been, where it finds what it imports.
 
     Python up to 3.13 does not hand sys.path on to it, and it says nothing of a failed import.
     """

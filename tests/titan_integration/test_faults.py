@@ -21,7 +21,8 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from faulty import FLAGS, Before, Run, launched, use_first
-from forked import FORKS
+from forked import process as forked
+from forked import start_server
 from runs import environment
 from tokenizers import Tokenizer
 from torch.distributed.checkpoint import FileSystemReader
@@ -57,7 +58,7 @@ def forks(tmp_path_factory):
         if made:
             patch.setenv("LD_PRELOAD", str(out / "clock.so"))
         forkserver._forkserver._stop()  # one of other tests, if there is one
-        forkserver.ensure_running()
+        start_server()
     return made
 
 
@@ -224,7 +225,7 @@ def test_a_read_only_disk_is_said_before_training(mounted, tmp_path):
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     for dump in (disk / "old", disk / "new" / "er"):
         words = ["uniform", "--", f"--dump_folder={dump}"]
-        process = FORKS.Process(target=launched, args=(tmp_path / "log", words))
+        process = forked(launched, tmp_path / "log", words)
         process.start()
         process.join(PATIENCE)
         found = process.exitcode, (tmp_path / "log").read_text()
@@ -555,10 +556,12 @@ def test_eight_first_uses_of_a_cache_at_once_make_whole_files(tmp_path):
     for name in jobs:
         (tmp_path / f"meeting of {name}").mkdir()
     processes = [
-        FORKS.Process(
-            target=use_first,
-            args=(tmp_path / name, tmp_path / f"meeting of {name}", number),
-            kwargs={"die": name == "eight" and i < 2},
+        forked(
+            use_first,
+            tmp_path / name,
+            tmp_path / f"meeting of {name}",
+            number,
+            die=name == "eight" and i < 2,
         )
         for name, number in jobs.items()
         for i in range(number)

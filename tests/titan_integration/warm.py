@@ -18,7 +18,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from forked import FORKS, start_server
+from forked import process
 from runs import environment
 
 if TYPE_CHECKING:
@@ -34,16 +34,16 @@ def weighting(*words: object, cwd: Path | None = None, timeout: int = 300):
     """
     with tempfile.TemporaryDirectory() as folder:
         files = Path(folder, "out"), Path(folder, "err")
-        process = started(*words, files=files, cwd=cwd)
-        process.join(timeout)
-        if process.exitcode is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.join()
+        running = started(*words, files=files, cwd=cwd)
+        running.join(timeout)
+        if running.exitcode is None:
+            os.killpg(running.pid, signal.SIGKILL)
+            running.join()
         out, err = (x.read_text(errors="replace") if x.exists() else "" for x in files)
         command = ["weighting", *map(str, words)]
-        if process.exitcode == -signal.SIGKILL:
+        if running.exitcode == -signal.SIGKILL:
             raise subprocess.TimeoutExpired(command, timeout, out, err)
-        return subprocess.CompletedProcess(command, process.exitcode, out, err)
+        return subprocess.CompletedProcess(command, running.exitcode, out, err)
 
 
 def started(*words: object, files: tuple[Path, Path], cwd: Path | None = None) -> ForkServerProcess:
@@ -54,11 +54,10 @@ def started(*words: object, files: tuple[Path, Path], cwd: Path | None = None) -
         files: Where its output and its errors go.
         cwd: Its working folder; this one's by default.
     """
-    start_server()
     given = ([*map(str, words)], files, environment(), cwd or Path.cwd())
-    process = FORKS.Process(target=_be_weighting, args=given)
-    process.start()
-    return process
+    command = process(_be_weighting, *given)
+    command.start()
+    return command
 
 
 def _be_weighting(words, files, environ, cwd):
