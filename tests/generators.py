@@ -394,3 +394,13 @@ def spec_texts(draw):
         lines.append("factors:")
         lines += [f"  {name}: '{draw(pipelines())}'" for name in names]
     return "\n".join(lines) + "\n"
+
+
+def one_of_each_stage():
+    """Return one of each of the language's stages, as the table of pipelines writes it."""
+    found = {}
+    for name in STAGE_PIPELINES:
+        spec = wt.loads(CASES[f"stage {name}"])
+        for stage in (stage for pipeline in spec.factors.values() for stage in pipeline):
+            found.setdefault(stage.name, stage)
+    return [found[name] for name in sorted(found)]

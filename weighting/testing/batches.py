@@ -113,7 +113,13 @@ def hard_batches(domains: int, columns: Sequence[str]) -> dict[str, Signals]:
         "one huge value": losses(torch.where(first, 1e6, zero)),
         "hardly different values": losses(3 + plain.loss * 1e-7),
         "tied values": losses((plain.loss / 2).round()),
+        "huge values": losses(1e15 + plain.loss * 1e14),
+        "negative zeros": losses(-zero),
+        "certain predictions": losses(plain.loss * 1e-40),
+        "hopeless predictions": losses(95 + plain.loss),
+        "a single row": drawn(1, 5),
         "a single unit": drawn(1, 1),
+        "a row ignored": masked(torch.arange(4)[:, None].eq(1).expand_as(zero)),
         "a single valid unit": masked(~first),
         "all units ignored": masked(~zero.bool()),
     }

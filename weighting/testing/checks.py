@@ -200,8 +200,11 @@ def check_finite(subject: Subject) -> None:
                 _must(all(bool(x.isfinite().all()) for x in everything), fault)
     for name, signals in subject.hard_batches().items():
         for where in subject.specs:
-            token = subject.built(where)(signals).token
-            _must(bool(token.isfinite().all()), f"makes weights NaN or infinite for {name}")
+            out = subject.built(where)(signals)
+            finite = all(bool(x.isfinite().all()) for x in (out.token, *out.factors.values()))
+            _must(finite, f"makes weights NaN or infinite for {name}")
+            finite = all(bool(x.isfinite()) for x in out.metrics.values())
+            _must(finite, f"makes statistics NaN or infinite for {name}")
 
 
 @_law(_gives_weights)
@@ -260,8 +263,9 @@ def check_zero_where_ignored(subject: Subject) -> None:
     """Ignored tokens weigh zero."""
     for name, signals in subject.hard_batches().items():
         for where in subject.specs:
-            token = subject.built(where)(signals).token[~valid_of(signals)]
-            _must(not bool(token.any()), f"gives weight to ignored tokens for {name}")
+            out, ignored = subject.built(where)(signals), ~valid_of(signals)
+            weighed = any(bool(x[ignored].any()) for x in (out.token, *out.factors.values()))
+            _must(not weighed, f"gives weight to ignored tokens for {name}")
 
 
 @_law(_always)
