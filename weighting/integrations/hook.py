@@ -421,7 +421,11 @@ class Hook:
         assert self._batch is not None
         x = self._batch.get(name)
         if x is None:
-            msg = f"{self.fn.spec.name} reads {name!r}, and the batch has no such column"
+            msg = (
+                f"{self.fn.spec.name} reads {name!r}, and the batch has no such column; TRL's "
+                "packing=True drops columns (padding_free=True keeps them), and a host that is "
+                "given a callback alone drops those that the model does not take"
+            )
             raise ValueError(msg)
         x = torch.as_tensor(x, device=valid.device)
         return self._placed(name, x, valid)
