@@ -22,11 +22,11 @@ from titan_integration.collectives import OverRanks
 from titan_integration.state.statistics import StepStatistics
 from weighting.build import build
 from weighting.build.plan import plan_of
-from weighting.columns import column_of, signal_of
+from weighting.columns import column_of, plain_name, signal_of
 from weighting.contract import Signals
 from weighting.language.read import load, resolve
 from weighting.loss.cross_entropy import signals_from, signals_of, token_loss, weighted_sum
-from weighting.loss.logits import IGNORE_INDEX, check_labels
+from weighting.loss.logits import IGNORE_INDEX, TOPK, check_labels
 from weighting.spec import Spec
 
 if TYPE_CHECKING:
@@ -103,7 +103,8 @@ class Hook:
     @property
     def columns(self) -> tuple[str, ...]:
         """The columns of the data that it reads, beside that of the domains."""
-        found = {column_of(name) or name for name in self.fn.needs - _TOLD}
+        told = {name for name in self.fn.needs if name in _TOLD or name.startswith(TOPK)}
+        found = {column_of(name) or name for name in self.fn.needs - told}
         return tuple(sorted(found))
 
     @property
@@ -373,8 +374,13 @@ class Hook:
         for name in self.columns:
             key = name if name in Signals.__dataclass_fields__ else signal_of(name)
             told[key] = self._of_labels(name, valid).float()
-        if lacking := sorted(self.fn.needs & _OF_LOGITS - found.keys()):
-            msg = f"{self.fn.spec.name} reads {lacking[0]}, which TRL's fused head does not tell"
+        of_logits = {name for name in self.fn.needs if name in _OF_LOGITS or name.startswith(TOPK)}
+        if lacking := sorted(of_logits - found.keys()):
+            name = plain_name(lacking[0])
+            msg = (
+                f"{self.fn.spec.name} reads {name}, which TRL's fused head does not tell; take "
+                "Hugging Face's Trainer, which has the logits"
+            )
             raise ValueError(msg)
         signals = signals_of({**found, **told})
         out = self.fn(signals, self.step)

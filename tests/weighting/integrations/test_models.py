@@ -126,6 +126,30 @@ def test_a_column_weighs_rows_or_single_tokens():
         assert_close(loss, (own * nll)[valid].sum() / valid.sum())
 
 
+OF_LOGITS = ("eaft", "error-norm", "focal", "beyond-ll", "eslm", "rho-1", "cvar", "term")
+
+
+@for_each("spec", OF_LOGITS)
+def test_every_signal_of_the_logits_is_had(spec):
+    """The loss is that of the function for logits, and of a column of reference losses."""
+    batch = tiny.padded(tiny.rows())
+    inputs = {name: x for name, x in batch.items() if name != "domain"}
+    ref_loss = torch.linspace(0, 5, batch["labels"].numel()).view_as(batch["labels"])
+    more = {"ref_loss": ref_loss} if spec == "rho-1" else {}
+    model, _, _ = weighed(spec)
+    loss = model(**inputs, **more, domain=batch["domain"]).loss
+    logits = tiny.model()(**inputs).logits[:, :-1]
+    expected, _ = wt.weighted_cross_entropy(
+        logits,
+        batch["labels"][:, 1:],
+        wt.build(wt.load(spec)),
+        step=1,
+        ref_loss=ref_loss[:, 1:],
+        segment_ids=torch.zeros_like(batch["labels"][:, 1:]),
+    )
+    assert_close(loss, expected)
+
+
 def test_samples_are_told_by_whatever_the_collator_gives():
     """Positions, sample numbers and bounds of samples all say which tokens are one sequence."""
     batch = tiny.flattened(tiny.rows())

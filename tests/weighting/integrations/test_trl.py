@@ -110,6 +110,8 @@ def test_what_the_fused_head_does_not_tell_is_refused(tmp_path):
         weigh(packed, "group-dro", domains=tiny.DOMAINS).train()
     with pytest.raises(ValueError, match="error_norm"):
         weigh(trainer(tmp_path / "norm", rows), "error-norm").train()
+    with pytest.raises(ValueError, match="topk_entropy_20"):
+        weigh(trainer(tmp_path / "topk", rows), "eaft").train()
     with pytest.raises(ValueError, match="loss_type"):
         weigh(trainer(tmp_path / "dft", rows, loss_type="dft"), "linupper")
 
