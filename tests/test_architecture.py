@@ -60,7 +60,14 @@ def test_there_is_something_to_look_at():
 
 @each_file
 def test_the_core_knows_no_trainer_no_ranks_and_no_log(path):
-    """Nothing in weighting imports the integration, torchtitan, torch.distributed or logging."""
+    """Nothing in weighting imports the integration, torchtitan, torch.distributed or logging.
+
+    But for weighting/integrations, the shells of other hosts, which nothing else imports.
+    """
+    if path.is_relative_to(ROOM / "integrations"):
+        assert not reaches(imports(path), "torchtitan")
+        return
+    assert not reaches(imports(path), "weighting.integrations")
     assert not [room for room in FORBIDDEN if reaches(imports(path), room)]
     dotted = {ast.unparse(n) for n in ast.walk(parsed(path)) if isinstance(n, ast.Attribute)}
     assert not [name for name in dotted if name.startswith("torch.distributed")]

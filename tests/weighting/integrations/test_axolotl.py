@@ -1,0 +1,48 @@
+"""The axolotl plugin against a stand-in of the interface that axolotl documents for plugins."""
+
+import importlib
+import sys
+import types
+
+import pydantic
+import pytest
+
+from weighting.integrations import versions
+
+
+class BasePlugin:
+    """The methods of axolotl's class that the plugin fills in, as axolotl calls them."""
+
+    def get_input_args(self):
+        """Return the dotted name of a pydantic model."""
+
+    def post_trainer_create(self, cfg, trainer):
+        """Change the trainer."""
+
+
+@pytest.fixture
+def plugin(monkeypatch):
+    """Return the plugin's file, imported as axolotl does."""
+    for name in ("axolotl", "axolotl.integrations", "axolotl.integrations.base"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    sys.modules["axolotl.integrations.base"].BasePlugin = BasePlugin
+    monkeypatch.setattr(versions, "version", lambda _name: "0.19.0")
+    monkeypatch.delitem(sys.modules, "weighting.integrations.axolotl", raising=False)
+    yield importlib.import_module("weighting.integrations.axolotl")
+    sys.modules.pop("weighting.integrations.axolotl")
+
+
+def test_the_plugin_weighs_the_trainer_by_what_the_yaml_says(plugin, monkeypatch):
+    """The words of the YAML reach `weigh`, and a wrong spec is refused when it is read."""
+    seen = []
+    monkeypatch.setattr(plugin, "weigh", lambda *given, **more: seen.append((given, more)))
+    made = plugin.WeightingPlugin()
+    where, name = made.get_input_args().rsplit(".", 1)
+    args = getattr(importlib.import_module(where), name)
+    cfg = args(weighting="group-dro", weighting_domains=["code", "prose"])
+    made.post_trainer_create(cfg, "trainer")
+    ((spec, more),) = seen
+    assert spec == ("trainer", "group-dro")
+    assert more == {"domains": ["code", "prose"], "domain_column": "domain", "record": 0}
+    with pytest.raises(pydantic.ValidationError, match="did you mean"):
+        args(weighting="linuper")

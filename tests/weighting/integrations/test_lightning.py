@@ -1,0 +1,105 @@
+"""Lightning with weights: exact under accumulation, resumed from its checkpoints."""
+
+import lightning
+import pytest
+import tiny_models as tiny
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.testing import assert_close
+
+from weighting.integrations.lightning import WeightingCallback
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*does not have many workers", "ignore:Checkpoint directory", "ignore:.*LeafSpec"
+)
+BATCH = 3
+
+
+class Module(lightning.LightningModule):
+    """A module as users write it, with plain gradient descent."""
+
+    def __init__(self, further=False):
+        super().__init__()
+        self.model = tiny.model()
+        if further:
+            self.other = tiny.model()
+
+    def training_step(self, batch, _index):
+        """Return the model's loss."""
+        return self.model(**batch).loss
+
+    def configure_optimizers(self):
+        """Return plain gradient descent."""
+        return torch.optim.SGD(self.model.parameters(), lr=0.1)
+
+
+class Logger(lightning.pytorch.loggers.CSVLogger):
+    """Keeps what is logged."""
+
+    def log_metrics(self, metrics, step=None):
+        """Keep it."""
+        self.lines = [*getattr(self, "lines", []), {**metrics, "step": step}]
+
+
+def fitted(folder, steps, ckpt_path=None, spec="group-dro", seeds=(1, 1), **options):
+    """Return a trainer and a module that have trained steps, each epoch on a batch a seed."""
+    batches = [tiny.padded(tiny.rows(BATCH, seed)) for seed in seeds]
+    keep = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
+    host = lightning.Trainer(
+        default_root_dir=folder,
+        accelerator="cpu",
+        max_steps=steps,
+        log_every_n_steps=1,
+        logger=Logger(folder),
+        callbacks=[WeightingCallback(spec, domains=tiny.DOMAINS, record=1), keep],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
+    module = Module()
+    host.fit(module, torch.utils.data.DataLoader(batches, batch_size=None), ckpt_path=ckpt_path)
+    return host, module
+
+
+def test_a_run_is_the_formulas_and_a_resumed_one_ends_alike(tmp_path):
+    """Parameters are those of float64; cut in two, those of the whole, bit for bit."""
+    steps = [[tiny.padded(tiny.rows(BATCH, 1))]] * 4
+    losses, parameters = tiny.descended("llama", "group-dro", steps)
+    host, module = fitted(tmp_path, 4)
+    for name, value in module.model.named_parameters():
+        assert_close(value.double(), parameters[name], rtol=1e-4, atol=2e-6)
+    logged = [x for x in host.logger.lines if "weighting/weighted_loss" in x]
+    for line, loss in zip(logged, losses, strict=True):
+        assert_close(line["weighting/weighted_loss"], loss, rtol=1e-5, atol=1e-6)
+    assert (tmp_path / "weighting" / "metrics.jsonl").read_text().count("\n") == 4
+    assert len([*(tmp_path / "weighting" / "record").iterdir()]) == 4
+
+    _, second = fitted(tmp_path, 4, ckpt_path=str(tmp_path / "epoch=0.ckpt"))
+    for name, value in module.state_dict().items():
+        assert torch.equal(second.state_dict()[name], value)
+    with pytest.raises(ValueError, match="another spec"):
+        fitted(tmp_path, 4, ckpt_path=str(tmp_path / "epoch=0.ckpt"), spec="linupper")
+
+
+def test_accumulated_batches_are_weighed_each_by_itself(tmp_path):
+    """The step is the mean of the batches' own weighted means, as Lightning has it."""
+    options = {"seeds": (1, 2), "accumulate_grad_batches": 2}
+    _, module = fitted(tmp_path, 1, spec="linupper", **options)
+    grads = []
+    for seed in (1, 2):
+        model = tiny.model("llama", torch.float64)
+        method = tiny.reference("linupper", tiny.DOMAINS)
+        total, count = tiny.weighted_sum(model, tiny.padded(tiny.rows(BATCH, seed)), method)
+        (total / count / 2).backward()
+        grads.append({name: x.grad for name, x in model.named_parameters()})
+    for name, value in tiny.model("llama", torch.float64).named_parameters():
+        expected = value - 0.1 * (grads[0][name] + grads[1][name])
+        found = module.model.get_parameter(name).double()
+        assert_close(found, expected, rtol=1e-4, atol=2e-6)
+
+
+def test_a_module_with_two_models_is_refused(tmp_path):
+    """It is not known which one is meant."""
+    host = lightning.Trainer(default_root_dir=tmp_path, logger=False, accelerator="cpu")
+    with pytest.raises(ValueError, match="2 models of Hugging Face's: model, other"):
+        WeightingCallback("linupper").setup(host, Module(further=True), "fit")

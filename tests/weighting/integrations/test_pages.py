@@ -1,0 +1,104 @@
+"""The `py` blocks of the pages on other trainers and on fine-tuning run, in their order."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_models as tiny
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import (
+    DataCollatorForTokenClassification,
+    PreTrainedTokenizerFast,
+    TrainingArguments,
+)
+from transformers import Trainer as HuggingFaceTrainer
+from trl import SFTConfig, SFTTrainer
+
+from weighting.integrations import versions
+
+ROOT = Path(__file__).resolve().parents[3]
+sys.path.insert(0, str(ROOT / "tests" / "docs"))
+from blocks import blocks  # noqa: E402
+
+sys.path.pop(0)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings(
+        "ignore::FutureWarning",
+        "ignore:.*does not have many workers",
+        "ignore:.*LeafSpec",
+        "ignore:.*`training_step` returned",
+        "ignore:.*number of training batches",
+        "ignore::weighting.OneUnitWarning",
+        "ignore::UserWarning:trl",
+    ),
+]
+
+
+def before():
+    """Return what a reader has: a model, its data, and the settings of a trainer."""
+    words = {str(i): i for i in range(tiny.VOCABULARY)}
+    made = Tokenizer(WordLevel(words, unk_token="0"))
+    made.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, pad_token="0", eos_token="2")
+    options = {"max_steps": 2, "per_device_train_batch_size": 2, "report_to": "none"}
+    options |= {"use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
+    options |= {"dataloader_pin_memory": False}
+    rows = [{name: row[name] for name in ("input_ids", "labels")} for row in tiny.rows()]
+    batch = tiny.padded(tiny.rows())
+    del batch["domain"]
+    model = tiny.model()
+    return {
+        "model": model,
+        "reference": tiny.model().eval(),
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+        "loader": torch.utils.data.DataLoader([batch] * 10, batch_size=None),
+        "data": Dataset.from_list(
+            [
+                {k: v.tolist() for k, v in zip(batch, x, strict=True)}
+                for x in zip(*batch.values(), strict=True)
+            ]
+        ),
+        "collator": DataCollatorForTokenClassification(tokenizer),
+        "chats": Dataset.from_list([{"prompt": "3 4", "completion": f" {i} 9"} for i in range(8)]),
+        "tokenizer": tokenizer,
+        "args": TrainingArguments("out", **options),
+        "sft_args": SFTConfig("sft", bf16=False, gradient_checkpointing=False, **options),
+        "Trainer": HuggingFaceTrainer,
+        "SFTTrainer": SFTTrainer,
+        "rows": rows,
+    }
+
+
+@pytest.mark.parametrize("page", ["other-trainers", "fine-tuning"])
+def test_the_blocks_of_a_page_run(page, tmp_path, monkeypatch, capsys):
+    """Each `py` block trains with what the page says a reader has."""
+    monkeypatch.chdir(tmp_path)
+    found = [block for block in blocks() if block.page == page and block.language == "py"]
+    assert len(found) >= 3
+    names = {}
+    for number, block in enumerate(found):
+        names = {**names, **{k: v for k, v in before().items() if k != "rows" or k not in names}}
+        exec(compile(block.text, f"{page}.md, block {number}", "exec"), names)
+    if page == "other-trainers":
+        assert "unweighted_loss" in capsys.readouterr().out
+    assert (tmp_path / "out" / "weighting" / "run.json").exists()
+
+
+def test_the_page_names_the_versions():
+    """Those that were tested, and those that are refused."""
+    text = (ROOT / "docs" / "other-trainers.md").read_text(encoding="utf-8")
+    assert f"Tested with {', '.join(f'{n} {v}' for n, v in versions.TESTED.items())}." in text
+    for package, floor in versions._FLOORS.items():
+        assert f"{package} before {floor}" in text
+
+
+def test_an_older_host_is_refused(monkeypatch):
+    """The message says which version there must be, and why."""
+    monkeypatch.setattr(versions, "version", lambda _name: "5.22.1")
+    with pytest.raises(ImportError, match=r"transformers 5\.22\.1 is too old.*num_items_in_batch"):
+        versions.need("transformers")
