@@ -1,32 +1,37 @@
-r"""Every stock Llama-3 config of torchtitan, with a weighting plugged in, and a paper's own.
+r"""Every config of the host's text models, with a weighting plugged in, and a paper's own.
 
     torchrun ... -m torchtitan.train --module titan_integration --config llama3_debugmodel \
         --weighting.spec specs/linupper.yaml
 
-The debug model and the proxy train on text that every Python has; the other Llama-3s read C4, as
-the host's do.  `paper_*` are those of Sow et al., ICLR 2025: what they need, and what differs from
-the authors' runs, is in `paper.py`.
+Debug models and the proxy train on text that every Python has; the others read C4, as the host's
+do.  Below are those that differ from the host's; what else it has is found by name.  `paper_*` are
+those of Sow et al., ICLR 2025: what they need, and what differs from the authors' runs, is in
+`paper.py`.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from torchtitan.components.optimizer import LRSchedulersContainer, default_adamw
 from torchtitan.config import CompileConfig, TrainingConfig
-from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataLoader
 from torchtitan.models.common.config_utils import decoder_vocab_size
 from torchtitan.models.llama3 import config_registry as stock
 from torchtitan.models.llama3 import model_registry
 from torchtitan.tools.logging import logger
 
+from titan_integration.commands.configs import family_of
 from titan_integration.data.loader import DomainTextDataLoader
 from titan_integration.data.tokenizer import ensure_tokenizer
 from titan_integration.paper import on_fineweb, on_slimpajama, resized
 from titan_integration.trainer.plug_in import with_weighting
+from titan_integration.trainer.stock import on_data_that_is_there, stock_config
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torchtitan.trainer import Trainer
 
     from titan_integration.trainer.trainer import WeightedTrainer
@@ -137,11 +142,12 @@ def _resized(flavor: str, assets: str) -> Trainer.Config:
 
 
 def _on_c4(config: Trainer.Config) -> WeightedTrainer.Config:
-    """Read the same C4 as the host, through the loader that knows domains."""
-    c4 = DomainTextDataLoader.Config(
-        dataset="allenai/c4", hf_name="en", domain_column="", streaming=True
-    )
-    if isinstance(config.dataloader, HuggingFaceTextDataLoader.Config):
-        config.dataloader = c4
-    config.validator.dataloader = replace(c4, split="validation", infinite=False)
-    return with_weighting(config)
+    return with_weighting(on_data_that_is_there(config))
+
+
+def __getattr__(name: str) -> Callable[[], WeightedTrainer.Config]:
+    """Return the host's own config function of this name, its config weighted."""
+    if family := family_of(name):
+        return partial(stock_config, family, name)
+    msg = f"module {__name__!r} has no attribute {name!r}"
+    raise AttributeError(msg)

@@ -31,6 +31,65 @@ def tiny():
     return config
 
 
+def small_qwen3_debugmodel():
+    """Return the host's Qwen3 with two layers."""
+    return _of_two_layers("qwen3_debugmodel")
+
+
+def small_deepseek_v3_debugmodel():
+    """Return the host's DeepSeek-V3 with two layers, the second a mixture of experts."""
+    return _of_two_layers("deepseek_v3_debugmodel")
+
+
+def _of_two_layers(name):
+    from titan_integration import config_registry  # noqa: PLC0415 - in its ranks
+
+    config = getattr(config_registry, name)()
+    del config.model_spec.model.layers[2:]
+    return config
+
+
+def dies_once():
+    """Return the same; the second rank is killed in step 4, unless all have started again."""
+    first = os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
+    if first and os.environ.get("RANK") == "1":
+        _before_step(4, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    return tiny()
+
+
+def fails_alone():
+    """Return the same; the second rank finds an error in step 2."""
+
+    def fail():
+        msg = "only here"
+        raise ValueError(msg)
+
+    if os.environ.get("RANK") == "1":
+        _before_step(2, fail)
+    return tiny()
+
+
+def impatient():
+    """Return the same; ranks look for files of others for a second."""
+    from titan_integration.state import checkpoint  # noqa: PLC0415 - in its ranks
+
+    checkpoint._PATIENCE = 1.0
+    return tiny()
+
+
+def _before_step(step, action):
+    from titan_integration.trainer.trainer import WeightedTrainer  # noqa: PLC0415 - in its ranks
+
+    train_step = WeightedTrainer.train_step
+
+    def changed(self, batches):
+        if self.step == step:
+            action()
+        train_step(self, batches)
+
+    WeightedTrainer.train_step = changed
+
+
 class Run:
     """A training that was started, first of a process group; its ranks speak to a file.
 
@@ -94,6 +153,17 @@ class Before:
 def launched(log, words):
     """Be `weighting train` in a process of its own."""
     with log.open("w") as file:
+        os.dup2(file.fileno(), 2)
+    main(["train", *words])
+
+
+def on_node(home, log, words):
+    """Be `weighting train` on a node with a home of its own, first of a process group."""
+    os.setsid()
+    home.mkdir(exist_ok=True)
+    os.environ.update(environment(), HOME=str(home), XDG_CACHE_HOME=str(home / "cache"))
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     main(["train", *words])
 

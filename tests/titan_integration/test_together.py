@@ -81,8 +81,8 @@ def test_two_ranks_with_other_data_do_not_train(tmp_path, names, count, told):
 
 @pytest.mark.processes
 @pytest.mark.parametrize("lacking", [0, 1])
-def test_a_file_that_one_node_lacks_is_said_on_both(tmp_path, lacking):
-    """Each node has a launcher of its own, which shows one message that names rank and host."""
+def test_a_file_that_one_node_lacks_is_said_once(tmp_path, lacking):
+    """One node says it, with rank and host; the launcher of the other says who does."""
     folders = [write(tmp_path / f"{node}", "rare", "web") for node in range(2)]
     (folders[lacking] / "data.jsonl").unlink()
     with socket.socket() as free:
@@ -101,7 +101,10 @@ def test_a_file_that_one_node_lacks_is_said_on_both(tmp_path, lacking):
         for node in range(2)
     ]
     expected = f"rank {lacking} on {socket.gethostname()}: data.jsonl: no such file or directory"
-    assert [message(*one) for one in ended(*runs)] == [expected] * 2
+    both = ended(*runs)
+    assert [status for status, _ in both] == [2, 2], both
+    assert message(2, "".join(said for _, said in both)) == expected
+    assert sum("says why" in said for _, said in both) == 1
 
 
 SCRIPT = """

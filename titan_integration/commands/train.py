@@ -8,28 +8,31 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import signal
+import socket
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous.api import RendezvousError
 from torch.distributed.run import get_args_parser
 from torch.distributed.run import run as torchrun
 
+from titan_integration.commands.configs import OURS, family_named, refuse_unknown
+from titan_integration.host.nodes import Nodes, meeting
 from titan_integration.host.quiet import quiet
 from titan_integration.host.run_dir import refuse_unwritable
-from weighting.errors import nearest, printable
+from weighting.errors import printable
 from weighting.runs.files import read_lines
 from weighting.runs.layout import FOLDER, METRICS
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 RUN_MODULE = "titan_integration.host.run_module"
 """What starts each rank's module."""
@@ -70,12 +73,14 @@ class Options(HostOptions):
         name: The spec's name.
         mixture: A spec by which data is drawn.
         allow_plugins: Whether the modules that specs name are imported.
+        nodes: How the launchers of several nodes find each other.
     """
 
     spec: str
     name: str
     mixture: str | None = None
     allow_plugins: bool = False
+    nodes: Mapping[str, Any] = field(default_factory=dict)
 
 
 def main(**options: Any) -> int:  # noqa: ANN401 - those of `Options`
@@ -86,10 +91,13 @@ def main(**options: Any) -> int:  # noqa: ANN401 - those of `Options`
     """
     given = Options(**options)
     check_config(given.module, given.config)
+    launcher, told = meeting(Nodes(**given.nodes))
     flags = run_flags(given)
     folder = Path(value_of(flags, "--dump_folder") or ".")
     refuse_unwritable(folder)
-    code = on_ranks(given.ranks, "torchtitan.train", flags)
+    if told:
+        print(told, flush=True)  # noqa: T201 - before the host's log
+    code = on_ranks(given.ranks, "torchtitan.train", flags, launcher)
     if code == 0 and "--checkpoint.create_seed_checkpoint" not in flags:
         _report(folder)
     return code
@@ -114,8 +122,7 @@ def check_config(module: str, config: str) -> None:
     Raises:
         ValueError: There is none; says which there are.
     """
-    if message := _unknown_config(module, config):
-        raise ValueError(message)
+    refuse_unknown(module, config)
 
 
 def run_flags(options: Options) -> list[str]:
@@ -131,9 +138,11 @@ def host_flags(options: HostOptions, spec: str, folder: str) -> list[str]:
 
     Those are to follow; where they are, defaults are left out, as `folder` for `--dump_folder`.
     """
-    flags = ["--module", options.module, "--config", options.config, "--weighting.spec", spec]
+    module = OURS if family_named(options.module) else options.module
+    flags = ["--module", module, "--config", options.config, "--weighting.spec", spec]
     defaults = {"--dump_folder": folder}
-    if not torch.accelerator.is_available() and options.config in _FOR_CPU:
+    small = options.config in _FOR_CPU or (module == OURS and "debug" in options.config)
+    if not torch.accelerator.is_available() and small:
         defaults |= _ON_CPU
     for flag, value in defaults.items():
         if value_of(options.flags, flag) is None:
@@ -157,18 +166,20 @@ def value_of(flags: Sequence[str], flag: str) -> str | None:
     return found
 
 
-def on_ranks(ranks: int | None, module: str, flags: list[str]) -> int:
+def on_ranks(
+    ranks: int | None, module: str, flags: list[str], launcher: Sequence[str] = ("--standalone",)
+) -> int:
     """Run a module on ranks of this machine, by default one per accelerator; return the status.
 
     The first rank's output is shown, and what ended another one alone; the status is 0, that of the
-    rank that failed, or 128 + n for signal n.
+    rank that failed, or 128 + n for signal n.  `launcher` tells torchrun of other nodes.
     """
     ranks = ranks or max(1, torch.accelerator.device_count())
     if not torch.accelerator.is_available():
         # Ranks share the cores; more threads than that only get in each other's way.
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     os.environ["PYTHONSAFEPATH"] = "1"  # as -P, which torchrun does not hand on
-    options = ["--standalone", f"--nproc-per-node={ranks}", "--local-ranks-filter=0"]
+    options = [*launcher, f"--nproc-per-node={ranks}", "--local-ranks-filter=0"]
     # The ranks have said what was wrong, so torchrun adds nothing of its own.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     # torchrun passes on what ends it, and an interrupted rank would show where that met it.
@@ -183,8 +194,12 @@ def on_ranks(ranks: int | None, module: str, flags: list[str]) -> int:
             codes = {x.local_rank: x.exitcode for x in error.failures.values() if x.exitcode > 0}
             if codes and 0 not in codes:
                 sys.stderr.write(_last_words(Path(logs), min(codes)))
-            sys.stderr.write(_killed(error))
+            sys.stderr.write(_killed(error, alone="--standalone" in launcher))
             return max(codes.values(), default=1)
+        except RendezvousError as error:
+            why = str(error.__cause__ or error) or type(error).__name__
+            sys.stderr.write(f"error: {socket.gethostname()} met no other node: {why}\n")
+            return 1
         except SignalException as stopped:  # the ranks have been ended
             by = signal.SIGINT if isinstance(stopped, _Interrupted) else stopped.sigval
             sys.stderr.write(f"stopped by {by.name}\n")
@@ -203,16 +218,17 @@ def _end_ranks(*_: object) -> NoReturn:
     raise _Interrupted
 
 
-def _killed(error: ChildFailedError) -> str:
+def _killed(error: ChildFailedError, *, alone: bool = True) -> str:
     """Say which rank was ended by a signal, if one was; torchrun ends the others by SIGTERM."""
-    signals = {x.local_rank: -x.exitcode for x in error.failures.values() if x.exitcode < 0}
+    signals = {rank: -x.exitcode for rank, x in error.failures.items() if x.exitcode < 0}
     killed = {rank: number for rank, number in signals.items() if number != signal.SIGTERM}
     if not killed:
         return ""
     rank = min(killed)
     name = signal.Signals(killed[rank]).name
     short = ", as when memory runs short" if name == "SIGKILL" else ""
-    return f"error: rank {rank} was ended by {name}{short}\n"
+    where = "" if alone else f" on {socket.gethostname()}"
+    return f"error: rank {rank}{where} was ended by {name}{short}\n"
 
 
 def _last_words(logs: Path, rank: int) -> str:
@@ -226,20 +242,6 @@ def _last_words(logs: Path, rank: int) -> str:
 
 _TAIL = 30
 """Lines of a traceback that say where it comes from."""
-
-
-def _unknown_config(module: str, config: str) -> str | None:
-    """Return what is wrong with the name of a config function of ours, or None.
-
-    The file is read as text: importing it, and torchtitan with it, takes ten seconds.
-    """
-    if module != "titan_integration":
-        return None
-    text = Path(__file__).parent.with_name("config_registry.py").read_text(encoding="utf-8")
-    known = re.findall(r"^def ([a-z]\w+)\(", text, re.MULTILINE)
-    if config in known:
-        return None
-    return f"no config function {config!r}{nearest(config, known)}; there are {', '.join(known)}"
 
 
 def _report(folder: Path) -> None:

@@ -69,6 +69,8 @@ def use_cpu() -> bool:
     # Host and torch compile this: some twenty seconds a process, to save milliseconds a step.
     vars(attention)["_compiled_create_block_mask"] = create_block_mask
     vars(torch_cp)["_compiled_create_block_mask"] = create_block_mask
+    # The host's routers ask for float32, which a CPU computes in anyway.
+    warnings.filterwarnings("ignore", "In CPU autocast, but the target dtype is not supported")
     # `fix_initial_weights` sees to it.
     warnings.filterwarnings("ignore", r"DTensor .* may not have complete support on cpu")
     logger.addFilter(lambda record: "Peak FLOPS used" not in record.getMessage())  # nan here

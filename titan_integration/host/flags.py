@@ -9,6 +9,7 @@ from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 from torchtitan.config import ConfigManager
+from typing_extensions import override
 
 from weighting.errors import closest
 
@@ -16,6 +17,17 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 _parse = ConfigManager.parse_args
+
+
+class _Weighted(ConfigManager):
+    """The host's, which has a weighting plugged into what the config function returns."""
+
+    @override
+    def _load_config(self, args: list[str]) -> tuple[object, list[str]]:
+        from titan_integration.trainer.stock import weighted  # noqa: PLC0415 - the host's trainer
+
+        config, rest = super()._load_config(args)
+        return weighted(config), rest
 
 
 def parse(arguments: Sequence[str] | None = None) -> Any:  # noqa: ANN401 - the host's config
@@ -27,7 +39,7 @@ def parse(arguments: Sequence[str] | None = None) -> Any:  # noqa: ANN401 - the 
     """
     given = sys.argv[1:] if arguments is None else [*arguments]
     said = io.StringIO()
-    manager = ConfigManager()
+    manager = _Weighted()
     try:
         with contextlib.redirect_stderr(said):
             return _parse(manager, given)

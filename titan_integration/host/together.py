@@ -90,7 +90,7 @@ def exchange(words: str, patience: float = PATIENCE) -> list[str]:
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if ranks == 1 or "MASTER_ADDR" not in os.environ:
         return [words]
-    store, talk = _store(), f"together/{next(_talks)}"
+    store, talk = meeting_place(), f"together/{next(_talks)}"
     limit = timedelta(seconds=patience)
     store.set(f"{talk}/{rank}", words)
     if rank == 0:  # so that thousands need not ask for thousands
@@ -113,7 +113,7 @@ _talks = itertools.count()
 
 
 @functools.cache
-def _store() -> dist.Store:
+def meeting_place() -> dist.Store:
     """Return the store that the process group will use; kept, as the first rank may serve it."""
     store, _, _ = next(dist.rendezvous("env://"))
     return dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)

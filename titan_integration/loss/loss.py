@@ -88,7 +88,8 @@ class WeightedChunkedLoss(ChunkedLossWrapper):
         """late: one more gradient of the output layer for each further sequence on a rank. keep:
         all logits of a microbatch. recompute: a second product of the output layer. full: the
         output layer as it is, on all tokens at once. auto: late or keep, whichever needs less
-        memory, if that is at most a sixteenth of the device's; recompute otherwise."""
+        memory, if that is at most a sixteenth of the device's; recompute otherwise; full for an
+        output layer that does more than a linear one: soft-capped, adapted or of float8."""
 
     _run: Run | None = None
 
@@ -97,6 +98,7 @@ class WeightedChunkedLoss(ChunkedLossWrapper):
         super().__init__(config, compile_config=compile_config)
         self.memory = config.memory
         self._path: Path | None = None
+        self._said = False
 
     def bind(self, run: Run) -> None:
         """Weigh the calls that train by a run's weighting from now on."""
@@ -119,7 +121,7 @@ class WeightedChunkedLoss(ChunkedLossWrapper):
             return super().__call__(pred, labels.long(), global_valid_tokens, **loss_inputs)
         if call.run.fn.plan.identity and self.memory == "auto":
             return call.record_plain(*super().__call__(pred, labels.long(), global_valid_tokens))
-        if self.memory == "full":
+        if self.memory == "full" or (self._whole(self.lm_head) and not call.waits):
             return _from_logits(self.lm_head(pred), self._vocab_size, call), {}
         with self._gathered(self.lm_head, for_long=call.waits) as head:
             batch = Batch(
@@ -155,6 +157,14 @@ class WeightedChunkedLoss(ChunkedLossWrapper):
         """Refuse labels outside the vocabulary, before they are cut into chunks."""
         if isinstance(weight := getattr(lm_head, "weight", None), Tensor):
             check_labels(plain(labels), size_of(weight, self._vocab_size))
+
+    def _whole(self, lm_head: nn.Module) -> bool:
+        """Tell whether the output layer does more than a linear one, so that all of it is run."""
+        whole = self.memory == "auto" and type(lm_head).forward is not nn.Linear.forward
+        if whole and not self._said:
+            self._said = True
+            logger.info(f"Weighted loss: full, as the output layer is a {type(lm_head).__name__}")
+        return whole
 
     @property
     def _vocab_size(self) -> int | None:
@@ -296,8 +306,12 @@ def weighted_loss_config(stock: BaseLoss.Config) -> BaseLoss.Config:
         return WeightedChunkedLoss.Config(num_chunks=stock.num_chunks, loss_fn=stock.loss_fn)
     if type(stock) is CrossEntropyLoss.Config:
         return WeightedCrossEntropyLoss.Config(global_vocab_size=stock.global_vocab_size)
-    msg = (
-        f"cannot weight the loss {type(stock).__qualname__}; "
-        "use CrossEntropyLoss, alone or in a ChunkedLossWrapper"
+    several = type(stock).__qualname__.startswith("MTPLoss")
+    why = (
+        ": it adds losses of tokens further ahead, each with labels of its own, and a weighting is "
+        "shown one loss of each token; take the config without them"
+        if several
+        else "; use CrossEntropyLoss, alone or in a ChunkedLossWrapper"
     )
+    msg = f"cannot weight the loss {type(stock).__qualname__}{why}"
     raise ValueError(msg)

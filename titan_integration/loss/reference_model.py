@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.fsdp import FSDPModule
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torchtitan.distributed import ParallelDims
     from torchtitan.models.common.decoder import Decoder
+    from torchtitan.protocols.state_dict_adapter import BaseStateDictAdapter
     from torchtitan.trainer import Trainer
 
 
@@ -46,7 +48,8 @@ SOURCE = "--weighting.reference"
 def find_checkpoint(path: str, source: str = SOURCE) -> Path:
     """Return the folder of a checkpoint: the path itself, or the latest finished `step-N` in it.
 
-    Warns of later ones that are not finished, or exports for Hugging Face.
+    A folder for Hugging Face is one too, though a `step-N` of torchtitan's own format beside it is
+    taken first.  Warns of later ones that are not finished, or exports.
 
     Args:
         path: A folder.
@@ -59,7 +62,7 @@ def find_checkpoint(path: str, source: str = SOURCE) -> Path:
     if not folder.is_dir():
         msg = f"{source} {path}: no such folder{near(folder.name, siblings(path))}"
         raise ValueError(msg)
-    if (folder / METADATA).is_file():
+    if (folder / METADATA).is_file() or is_export(folder):
         return folder
     passed: list[Path] = []
     for step in step_folders(folder).values():
@@ -70,15 +73,14 @@ def find_checkpoint(path: str, source: str = SOURCE) -> Path:
                 )
             return step
         passed.append(step)
-    exports = [where.name for where in (folder, *passed) if is_export(where)]
-    if exports:
-        what = f"{exports[0]} is a finished export for Hugging Face"
-    else:
-        there = ", ".join(sorted(p.name for p in folder.iterdir())[:10]) or "nothing"
-        what = f"neither {METADATA} nor a folder step-N with one; there is: {there}"
+    exported = next((step for step in passed if is_export(step)), None)
+    if exported is not None:
+        return exported
+    there = ", ".join(sorted(p.name for p in folder.iterdir())[:10]) or "nothing"
     msg = (
-        f"{source} {path}: no checkpoint here, {what}. It takes a checkpoint of torchtitan's own "
-        "format"
+        f"{source} {path}: no checkpoint here, neither {METADATA} nor a folder step-N with one, "
+        f"nor *.safetensors; there is: {there}. It takes a checkpoint of torchtitan's own format, "
+        "or a model's folder for Hugging Face"
     )
     raise ValueError(msg)
 
@@ -141,7 +143,9 @@ def build_reference(
     with torch.no_grad():  # Buffers are in no checkpoint.
         model.init_weights(buffer_device=torch.device(utils.device_type) if offload else None)
     if folder is not None:
-        load_model(model, folder, f"{spec.name} {spec.flavor}", source)
+        convert = spec.state_dict_adapter
+        adapter = convert(spec.model, None) if convert is not None else None
+        load_model(model, folder, f"{spec.name} {spec.flavor}", source, adapter)
     model.requires_grad_(requires_grad=False)
     model.eval()
     if isinstance(config.loss, WeightedChunkedLoss.Config):
@@ -149,19 +153,38 @@ def build_reference(
     return model
 
 
-def load_model(model: torch.nn.Module, folder: Path, name: str, source: str = SOURCE) -> None:
+def load_model(
+    model: torch.nn.Module,
+    folder: Path,
+    name: str,
+    source: str = SOURCE,
+    adapter: BaseStateDictAdapter | None = None,
+) -> None:
     """Load the parameters of a checkpoint, whatever else is in it; every rank must call it.
+
+    Args:
+        model: The model.
+        folder: A checkpoint as `find_checkpoint` returns it.
+        name: The model's, for messages.
+        source: Where the folder was given, for messages.
+        adapter: Knows Hugging Face's names, for a folder of theirs.
 
     Raises:
         ValueError: The checkpoint cannot be read, or is not one of this architecture, `name`.
     """
     wrapper = ModelWrapper(model)
     state = wrapper.state_dict()
+    of_hf = is_export(folder)
+    if of_hf and adapter is None:
+        msg = f"{source}: {folder} is for Hugging Face, and the host cannot convert {name} from it"
+        raise ValueError(msg)
+    reader: Any = HuggingFaceStorageReader(str(folder)) if of_hf else IntactReader(folder)
+    wanted = adapter.to_hf(state) if of_hf and adapter is not None else state
     try:
-        saved = IntactReader(folder).read_metadata().state_dict_metadata
-        misfits = _misfits(state, saved)
+        saved = reader.read_metadata().state_dict_metadata
+        misfits = _misfits(wanted, saved)
         if not misfits:
-            dcp.load(state, storage_reader=IntactReader(folder))
+            dcp.load(wanted, storage_reader=reader if of_hf else IntactReader(folder))
     except (Exception, CheckpointException) as error:
         msg = f"{source}: cannot read {folder}: {why(error)}"
         raise ValueError(msg) from error
@@ -173,7 +196,7 @@ def load_model(model: torch.nn.Module, folder: Path, name: str, source: str = SO
             "--config it was trained with, and stores its losses as a column 'ref_loss'"
         )
         raise ValueError(msg)
-    wrapper.load_state_dict(state)
+    wrapper.load_state_dict(adapter.from_hf(wanted) if of_hf and adapter is not None else state)
 
 
 @torch.no_grad()

@@ -89,6 +89,11 @@ class ResumingCheckpointManager(CheckpointManager):
                 their own.
         """
         folder = Path(self.folder)
+        initial = self.initial_load_path
+        if initial and not filesystem.is_remote(initial):
+            of_hf = self.sd_adapter is not None and is_export(Path(initial))
+            if not self.initial_load_in_hf and _on_first_rank(lambda: of_hf):
+                self.initial_load_in_hf = self.initial_load_model_only = True
         if not filesystem.is_remote(self.folder):
             if not self.load_only:
                 _refuse_separate(folder)

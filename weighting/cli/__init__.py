@@ -10,6 +10,7 @@ from weighting.cli.compare import compare
 from weighting.cli.completion import completion
 from weighting.cli.doctor import doctor
 from weighting.cli.explain import explain
+from weighting.cli.export import export
 from weighting.cli.listing import list_words
 from weighting.cli.mix import mix
 from weighting.cli.new_stage import new_stage
@@ -53,6 +54,7 @@ main.add_command(train)
 main.add_command(compare)
 main.add_command(mix)
 main.add_command(score)
+main.add_command(export)
 main.add_command(report)
 main.add_command(tokens)
 main.add_command(replay_command)

@@ -9,6 +9,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from weighting.cli.common import echo, give_up
+from weighting.cli.host import from_host
 from weighting.errors import nearest
 from weighting.language.find import shipped
 from weighting.language.words import words
@@ -27,7 +28,7 @@ KINDS = {
     "schedule": "schedules: wherever a number may change over the steps of a run",
 }
 _SPECS = "specs: weighting check NAME, weighting train NAME"
-_ALL = ("stages", "specs", "schedules")
+_ALL = ("stages", "specs", "schedules", "configs")
 _LEVELS = 4
 
 
@@ -37,13 +38,13 @@ def _completed(_: click.Context, __: click.Parameter, start: str) -> list[Comple
 
 @click.command("list")
 @click.argument(
-    "what", metavar="[stages|specs|schedules|WORD]", default="", shell_complete=_completed
+    "what", metavar="[stages|specs|schedules|configs|WORD]", default="", shell_complete=_completed
 )
 def list_words(what: str) -> None:
     """List the stages, schedules and shipped specs, a line each.
 
     With a WORD, those that have it in their name or in what they do. More of
-    one of them: weighting explain NAME.
+    one of them: weighting explain NAME. With configs, the models to train.
 
     \b
     Examples:
@@ -51,7 +52,8 @@ def list_words(what: str) -> None:
       weighting list schedules
       weighting list domain
     """  # noqa: D301
-    sections = {title: rows for title, rows in _sections(what.lower()) if rows}
+    found = _configs() if what == "configs" else _sections(what.lower())
+    sections = {title: rows for title, rows in found if rows}
     if not sections:
         known = [*_ALL, *(word.name for word in words()), *shipped()]
         give_up(f"nothing here has {what!r} in it{nearest(what, known)}")
@@ -71,6 +73,13 @@ def _sections(what: str) -> Iterator[tuple[str, list[tuple[str, str]]]]:
         yield title, [row for row in rows if some in " ".join(row).lower()]
     if what not in {"stages", "schedules"}:
         yield _SPECS, [row for row in _specs() if some in " ".join(row).lower()]
+
+
+def _configs() -> Iterator[tuple[str, list[tuple[str, str]]]]:
+    """Yield where configs come from, with what each is."""
+    for family, names in from_host("configs", "configs")().items():
+        title = "weighting's own" if family == "titan_integration" else f"torchtitan's {family}"
+        yield f"{title}: weighting train SPEC --config NAME", [(*x,) for x in names]
 
 
 def _told(word: Word) -> str:

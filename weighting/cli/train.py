@@ -26,7 +26,15 @@ _GROUPS = {
     "What is trained": ["config", "module", "reference"],
     "On which data": ["data", "mixture"],
     "How": ["steps", "seed", "ranks"],
-    "Where results go": ["folder"],
+    "On several nodes": [
+        "nnodes",
+        "node_rank",
+        "rdzv_endpoint",
+        "rdzv_backend",
+        "rdzv_id",
+        "max_restarts",
+    ],
+    "Where results go": ["folder", "hf"],
     "Other": ["allow_plugins", "help_all", "help"],
 }
 _FLAGS = {
@@ -60,14 +68,14 @@ def _help_all(context: click.Context, _: click.Parameter, value: bool) -> None:
     default="llama3_debugmodel",
     show_default=True,
     is_eager=True,
-    help="Config function.",
+    help="Model: weighting list configs.",
 )
 @click.option(
     "--module",
     default="titan_integration",
     show_default=True,
     is_eager=True,
-    help="Module it is found in.",
+    help="Module of a config of yours.",
 )
 @click.option("--reference", help="Checkpoint whose loss is ref_loss, for specs that read it.")
 @click.option("--data", help="A .jsonl/.parquet file or folder, or a Hugging Face name.")
@@ -75,7 +83,14 @@ def _help_all(context: click.Context, _: click.Parameter, value: bool) -> None:
 @click.option("--steps", type=click.IntRange(1), help="Optimizer steps, --training.steps.")
 @click.option("--seed", type=click.IntRange(0), help="Of the first weights, --debug.seed.")
 @click.option("--ranks", type=click.IntRange(1), help="Processes; default one per accelerator.")
+@click.option("--nnodes", type=click.IntRange(1), help="Nodes; default SLURM's, or one.")
+@click.option("--node-rank", type=click.IntRange(0), help="Which node this is, from 0 on.")
+@click.option("--rdzv-endpoint", help="Where nodes meet, HOST:PORT of the first.")
+@click.option("--rdzv-backend", help="How they meet; default c10d.")
+@click.option("--rdzv-id", help="Tells runs apart that meet at one place.")
+@click.option("--max-restarts", type=click.IntRange(0), help="After failed processes; default 0.")
 @click.option("--dump_folder", "--out", "folder", help="Folder of the run; default outputs/<spec>.")
+@click.option("--hf", is_flag=True, help="Export to Hugging Face at the end, to <out>/hf.")
 @allow_plugins
 @click.option(
     "--help-all",
@@ -92,6 +107,7 @@ def train(
     flags: tuple[str, ...],
     *,
     allow_plugins: bool,
+    hf: bool,
     **options: object,
 ) -> None:
     """Train with torchtitan, weighted by SPEC; further flags go to torchtitan.
@@ -104,7 +120,7 @@ def train(
       weighting train specs/linupper.yaml
       weighting train linupper --data my.jsonl --steps 500
       weighting train linupper --mixture mixture.yaml --data my.jsonl
-      weighting train mile --config llama3_8b --training.local_batch_size 2
+      weighting train mile --config qwen3_0_6b --training.local_batch_size 2
     """  # noqa: D301
     check_data(options["data"])
     weighting, _ = read_or_exit(spec, plugins=allow_plugins)
@@ -117,5 +133,7 @@ def train(
             give_up(str(error))
     given = {flag: options.pop(name) for name, flag in SHORT.items()}
     short = [f"{flag}={value}" for flag, value in given.items() if value is not None]
+    options["nodes"] = {name: options.pop(name) for name in _GROUPS["On several nodes"]}
     options |= {"spec": spec, "mixture": mixture, "allow_plugins": allow_plugins}
-    run_in_host("train", name=weighting.name, flags=[*short, *flags], **options)
+    command = "train_and_export" if hf else "train"
+    run_in_host(command, name=weighting.name, flags=[*short, *flags], **options)

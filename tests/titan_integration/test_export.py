@@ -1,0 +1,199 @@
+"""A checkpoint for Hugging Face: the same logits there, and the same tokens of a text."""
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from faulty import on_node
+from forked import FORKS
+from torch.testing import assert_close
+
+import titan_integration.host.cpu as on_cpu
+
+on_cpu.use_cpu()
+
+from torchtitan.models.llama3 import model_registry  # noqa: E402
+from torchtitan.models.qwen3 import model_registry as qwen3  # noqa: E402
+
+from titan_integration import config_registry  # noqa: E402
+from titan_integration.commands import export  # noqa: E402
+from titan_integration.host.hf_configs import hf_config  # noqa: E402
+from titan_integration.loss.reference_model import find_checkpoint, load_model  # noqa: E402
+from titan_integration.paper import resized  # noqa: E402
+
+transformers = pytest.importorskip("transformers")
+
+LENGTH = 48
+# What transformers itself does, and what torch says of a process alone.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def tiny_llama():
+    """Return the debug model's config with two layers, two heads for keys and Llama 3.1's RoPE."""
+    config = config_registry.llama3_debugmodel()
+    config.model_spec = resized(config.model_spec, layers=2, heads=4, width=64)
+    for block in config.model_spec.model.layers:
+        block.attention.rope = replace(
+            block.attention.rope, scaling="llama", original_max_position_embeddings=16
+        )
+    return config
+
+
+def tiny_tied():
+    """Return the same with one matrix for both ends."""
+    config = tiny_llama()
+    config.model_spec.model.enable_weight_tying = True
+    return config
+
+
+def tiny_qwen3():
+    """Return the host's Qwen3 with two layers; its embeddings are tied."""
+    return _of_two_layers("qwen3_debugmodel")
+
+
+def tiny_qwen3_moe():
+    """Return the host's Qwen3 of experts with two layers."""
+    return _of_two_layers("qwen3_moe_debug")
+
+
+def _of_two_layers(name):
+    config = getattr(config_registry, name)()
+    del config.model_spec.model.layers[2:]
+    return config
+
+
+def saved(config, folder):
+    """Return a model with random weights, which a checkpoint in the folder holds."""
+    config.training.seq_len = LENGTH
+    torch.manual_seed(0)
+    model_config = config.model_spec.model
+    model_config.update_from_config(config=config)
+    model = model_config.build()
+    model.init_weights(buffer_device=None)
+    dcp.save(model.state_dict(), checkpoint_id=str(folder / "step-3"))
+    return model.eval()
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_tied, tiny_qwen3, tiny_qwen3_moe])
+def test_logits_in_transformers_are_ours(make, tmp_path):
+    """Of every token, to 1e-5, and of experts, which the host multiplies in bfloat16, to that."""
+    config = make()
+    model = saved(config, tmp_path)
+    export.write(config, tmp_path / "step-3", tmp_path / "hf", torch.float32)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    assert theirs.config.tie_word_embeddings == config.model_spec.model.enable_weight_tying
+    tokens = torch.randint(0, 2048, (2, LENGTH))
+    positions = torch.arange(LENGTH).repeat(2, 1)
+    with torch.no_grad():
+        masks = model.get_attention_masks(positions)
+        ours = model(tokens, positions=positions, attention_masks=masks)
+        there = theirs(tokens).logits
+    close = 2e-2 if make is tiny_qwen3_moe else 1e-5
+    assert_close(there, ours, rtol=close, atol=close)
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_qwen3])
+def test_a_folder_for_hugging_face_is_a_checkpoint_too(make, tmp_path):
+    """What was exported is loaded again, bit for bit, and misfits are told."""
+    config = make()
+    model = saved(config, tmp_path)
+    export.write(config, tmp_path / "step-3", tmp_path / "hf", torch.float32)
+    assert find_checkpoint(str(tmp_path / "hf")) == tmp_path / "hf"
+    spec = config.model_spec
+    adapter = spec.state_dict_adapter(spec.model, None)
+    other = spec.model.build()
+    load_model(other, tmp_path / "hf", "it", "CHECKPOINT", adapter)
+    for key, value in model.state_dict().items():
+        assert torch.equal(other.state_dict()[key], value), key
+    (wrong := make()).model_spec.model.layers.append(wrong.model_spec.model.layers[0])
+    with pytest.raises(ValueError, match=r"is no checkpoint of it: it has no model\.layers\.2"):
+        load_model(wrong.model_spec.model.build(), tmp_path / "hf", "it", "CHECKPOINT", adapter)
+
+
+def test_a_text_begins_in_transformers_as_in_training(tmp_path):
+    """With the token that begins documents, once; the model's files know it, too."""
+    config = tiny_llama()
+    saved(config, tmp_path)
+    export.write(config, tmp_path / "step-3", tmp_path / "hf", torch.bfloat16)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    ours = config.tokenizer.build(tokenizer_path=config.hf_assets_path)
+    text = "def weigh(tokens):\n    return tokens"
+    assert theirs(text).input_ids == ours.encode(text, add_bos=True, add_eos=False)
+    assert theirs.decode(theirs(text).input_ids, skip_special_tokens=True) == text
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos_id, ours.eos_id)
+    told = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
+    assert (told["bos_token_id"], told["eos_token_id"]) == (ours.bos_id, ours.eos_id)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert model.dtype == torch.bfloat16
+
+
+def test_experts_chosen_with_a_bias_are_refused(tmp_path):
+    """Transformers' Qwen3 has no place for it."""
+    config = tiny_qwen3_moe()
+    config.training.seq_len = LENGTH
+    config.model_spec.model.update_from_config(config=config)
+    model = config.model_spec.model.build()
+    model.init_weights(buffer_device=None)
+    model.layers["0"].moe.expert_bias_E.fill_(0.5)
+    dcp.save(model.state_dict(), checkpoint_id=str(tmp_path / "step-3"))
+    with pytest.raises(ValueError, match="chosen with a bias that balances their load"):
+        export.write(config, tmp_path / "step-3", tmp_path / "hf", torch.float32)
+    assert not (tmp_path / "hf").exists()
+
+
+def test_a_model_whose_config_is_not_known_takes_the_published_one(tmp_path):
+    """From beside the tokenizer; without it, it is refused."""
+    spec = replace(qwen3("debugmodel"), name="another")
+    with pytest.raises(ValueError, match=r"another debugmodel: its config\.json is not written"):
+        hf_config(spec, str(tmp_path), 32)
+    (tmp_path / "config.json").write_text('{"model_type": "other"}')
+    assert hf_config(spec, str(tmp_path), 32) == {"model_type": "other"}
+    assert hf_config(model_registry("8B"), "", 8192)["rope_scaling"]["rope_type"] == "llama3"
+
+
+def test_the_command_makes_a_new_folder_alone(tmp_path):
+    """One that is there is left alone, and a checkpoint that is not is said."""
+    given = {"module": "titan_integration", "config": "llama3_debugmodel"}
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "kept").touch()
+    with pytest.raises(ValueError, match=re.escape(f"CHECKPOINT {tmp_path / 'no'}: no such")):
+        export.main(checkpoint=str(tmp_path / "no"), out=str(tmp_path / "x"), **given)
+    (tmp_path / "step-1").mkdir()
+    (tmp_path / "step-1" / ".metadata").touch()
+    with pytest.raises(ValueError, match="exists already"):
+        export.main(checkpoint=str(tmp_path), out=str(tmp_path / "there"), **given)
+    assert [x.name for x in (tmp_path / "there").iterdir()] == ["kept"]
+    with pytest.raises(ValueError, match="no config function 'llama3_x'"):
+        export.main(checkpoint="a", out="b", module="titan_integration", config="llama3_x")
+
+
+@pytest.mark.processes
+@pytest.mark.slow
+def test_a_run_is_exported_at_its_end_and_goes_on(tmp_path):
+    """By `weighting train --hf`: what is exported is its last step, from which more steps go on."""
+    out = tmp_path / "out"
+    words = ["linupper", "--module=faulty", "--config=tiny", "--ranks=1", f"--out={out}", "--hf"]
+    words += ["--training.seq_len=32", "--training.local_batch_size=2", "--debug.seed=1"]
+
+    def started(*more):
+        log = tmp_path / "log"
+        run = FORKS.Process(target=on_node, args=(tmp_path / "home", log, [*words, *more]))
+        run.start()
+        run.join(300)
+        return run.exitcode, log.read_text()
+
+    status, said = started("--steps=2")
+    assert status == 0, said
+    assert f"exported: {out / 'hf'}, of {out / 'checkpoint' / 'step-2'}" in said
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out / "hf")
+    assert theirs.config.num_hidden_layers == 1
+    status, said = started("--steps=3")
+    assert status == 2
+    assert f"--hf: {out / 'hf'} exists already" in said
+    (out / "hf").rename(out / "before")
+    status, said = started("--steps=3", f"--checkpoint.initial_load_path={out / 'before'}")
+    assert status == 0, said
+    assert "Training starts at step 3" in said

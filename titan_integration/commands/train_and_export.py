@@ -1,0 +1,33 @@
+"""A run whose last checkpoint is exported for Hugging Face: `weighting train --hf`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from titan_integration.commands import export, train
+
+# The last checkpoint stays one to go on from, which the host's own export is not.
+_KEEP = ["--checkpoint.enable", "--checkpoint.no-last-save-model-only"]
+
+
+def main(**options: Any) -> int:  # noqa: ANN401 - those of `train.Options`
+    """Train, then write the folder `hf` beside the checkpoints; return the status of the run.
+
+    Raises:
+        ValueError: As of both; what the run cannot mend is said before it.
+    """
+    given = train.Options(**options | {"flags": [*_KEEP, *options["flags"]]})
+    flags = train.run_flags(given)
+    folder = Path(train.value_of(flags, "--dump_folder") or ".")
+    out = folder / "hf"
+    if out.exists():
+        msg = f"--hf: {out} exists already; move it away, or take another --dump_folder"
+        raise ValueError(msg)
+    if status := train.main(**vars(given)):
+        return status
+    if given.nodes.get("node_rank"):  # the first node does
+        return 0
+    checkpoint = folder / (train.value_of(flags, "--checkpoint.folder") or "checkpoint")
+    what = {"module": given.module, "config": given.config, "flags": given.flags}
+    return export.main(checkpoint=str(checkpoint), out=str(out), **what)

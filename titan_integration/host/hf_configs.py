@@ -1,0 +1,129 @@
+"""The `config.json` of a model, as Hugging Face's transformers spells it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from torchtitan.models.common.rope import ComplexRoPE, CosSinRoPE
+
+if TYPE_CHECKING:
+    from torchtitan.protocols.model_spec import ModelSpec
+
+
+def hf_config(spec: ModelSpec, assets: str, length: int) -> dict[str, Any]:
+    """Return the config of a model of the host's: of Llama-3 and Qwen3, dense or of experts.
+
+    Of other models it is the `config.json` that lies with the tokenizer, as downloads have it.
+
+    Args:
+        spec: The model.
+        assets: The folder of its tokenizer.
+        length: Tokens of the longest text, where the model does not say it.
+
+    Raises:
+        ValueError: There is none to be had, or transformers has no such model.
+    """
+    if spec.name in _MAKERS:
+        return _MAKERS[spec.name](spec.model, length)
+    there = Path(assets) / "config.json"
+    if there.is_file():
+        return json.loads(there.read_text(encoding="utf-8"))
+    msg = (
+        f"{spec.name} {spec.flavor}: its config.json is not written from the model, as that of "
+        f"{' and '.join(_MAKERS)} is; put the published one beside the tokenizer, into {assets}"
+    )
+    raise ValueError(msg)
+
+
+def refuse_untold(spec: ModelSpec, state: dict[str, Any]) -> None:
+    """Refuse a state that transformers' model of that name has no place for.
+
+    Raises:
+        ValueError: Experts are chosen with a bias that its router lacks.
+    """
+    if spec.name != "qwen3":
+        return
+    if any(key.endswith("expert_bias_E") and bool(x.any()) for key, x in state.items()):
+        msg = (
+            f"{spec.name} {spec.flavor}: experts were chosen with a bias that balances their load, "
+            "which transformers' Qwen3 lacks; train with load_balance_coeff=None in its layers to "
+            "export it"
+        )
+        raise ValueError(msg)
+
+
+def _llama(model: Any, length: int) -> dict[str, Any]:  # noqa: ANN401 - a config of the host's
+    rope = model.layers[0].attention.rope
+    assert isinstance(rope, ComplexRoPE.Config)
+    found = _dense(model, length) | {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "mlp_bias": False,
+    }
+    if rope.scaling == "llama":
+        found["rope_scaling"] = {
+            "rope_type": "llama3",
+            "factor": rope.scaling_factor,
+            "low_freq_factor": rope.low_freq_factor,
+            "high_freq_factor": rope.high_freq_factor,
+            "original_max_position_embeddings": rope.original_max_position_embeddings,
+        }
+    return found
+
+
+def _qwen3(model: Any, length: int) -> dict[str, Any]:  # noqa: ANN401
+    assert isinstance(model.layers[0].attention.rope, CosSinRoPE.Config)
+    found = _dense(model, length) | {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "use_sliding_window": False,
+    }
+    if (moe := model.layers[0].moe) is None:
+        return found
+    experts = moe.routed_experts.inner_experts
+    return found | {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "num_experts": moe.num_experts,
+        "num_experts_per_tok": moe.router.top_k,
+        "moe_intermediate_size": experts.hidden_dim,
+        "intermediate_size": experts.hidden_dim,
+        "norm_topk_prob": moe.router.route_norm,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
+
+
+def _dense(model: Any, length: int) -> dict[str, Any]:  # noqa: ANN401
+    """Return what decoders have in common."""
+    block = model.layers[0]
+    attention, rope = block.attention, block.attention.rope
+    if rope.scaling == "yarn" and rope.rope_factor > 1:
+        msg = "rotary positions are scaled by YaRN, for which no config.json is written yet"
+        raise ValueError(msg)
+    heads = attention.n_heads
+    found = {
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.dim,
+        "num_hidden_layers": len(model.layers),
+        "num_attention_heads": heads,
+        "num_key_value_heads": attention.n_kv_heads or heads,
+        "head_dim": attention.head_dim or model.dim // heads,
+        "hidden_act": "silu",
+        "rms_norm_eps": model.norm.eps,
+        "rope_theta": rope.theta,
+        "rope_scaling": None,
+        "max_position_embeddings": max(rope.max_seq_len, length),
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": model.enable_weight_tying,
+        "use_cache": True,
+    }
+    if block.feed_forward is not None:
+        found["intermediate_size"] = cast("int", block.feed_forward.w1.out_features)
+    return found
+
+
+_MAKERS = {"llama3": _llama, "qwen3": _qwen3}
