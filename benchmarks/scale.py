@@ -20,7 +20,7 @@ import weighting as wt
 from weighting.build import Weighting, plan_of
 from weighting.contract import Alone
 from weighting.language.read import resolve
-from weighting.loss.linear import CHUNKS, SHARE, Memory, Sizes, path_of
+from weighting.loss.linear import CHUNK, CHUNKS, SHARE, Memory, Sizes, chunk_of, path_of
 from weighting.loss.linear import Path as Way
 from weighting.loss.logits import Slice, statistics
 from weighting.testing.batches import batch
@@ -250,7 +250,7 @@ class Layer(NamedTuple):
     @property
     def chunk(self) -> int:
         """Bytes of a chunk of logits."""
-        return math.ceil(self.tokens / CHUNKS) * self.vocabulary * self.itemsize
+        return chunk_of(self.tokens, CHUNKS) * self.vocabulary * self.itemsize
 
     @property
     def plain(self) -> int:
@@ -291,7 +291,7 @@ def products(layer: Layer, way: Way | None) -> float:
     k = 1.0 if way.most is None else way.most / layer.tokens
     if way.memory == "keep":
         return 1 + 2 * k
-    return 4 - 1 / CHUNKS if way.most is None else 1 + 3 * k
+    return 4 - layer.chunk / layer.logits if way.most is None else 1 + 3 * k
 
 
 def peak(layer: Layer, way: Way | None, *, copies: int = 2) -> int:
@@ -303,8 +303,10 @@ def peak(layer: Layer, way: Way | None, *, copies: int = 2) -> int:
         return layer.plain + (layer.calls * way.units - 1) * layer.gradient
     if way.memory == "recompute":
         return layer.plain + (layer.calls - 1) * layer.chunk
-    # The logits that a selection leaves are copied out; the last copy is there till the next is.
-    copied = 0 if way.most is None else 2 * layer.chunk
+    # The gradients that a selection leaves are copied out, chunk by chunk; else all hidden states
+    # are there once more, times the weights.
+    states = layer.tokens * layer.width * layer.itemsize
+    copied = states if way.most is None else layer.chunk
     return gradients + layer.calls * layer.logits + copied
 
 
@@ -406,7 +408,7 @@ collectives are counted by weighing a batch on ranks that only count.
 | F | FLOPs of training on a token: 6 N without the input embedding, 12 layers D L | FLOPs |
 | U | a product of the output layer, 2 T D V FLOPs; an unweighted loss takes 3 | U |
 | e | bytes of an element, {BF16} in bfloat16 | bytes |
-| g, c, h | gradient of the layer, e V D / t; chunk of logits, e T V / ({CHUNKS} t); e T D | bytes |
+| g, c, h | layer's gradient, e V D / t; chunk, e V / t min(T / {CHUNKS}, {CHUNK:,}); e T D | bytes |
 | K | domains, here {DOMAINS} | domains |
 | k | largest part of a rank's tokens that a selection keeps | 1 |
 
@@ -489,15 +491,15 @@ def _ways() -> list[str]:
     return [_WAYS, _PASSES]
 
 
-_WAYS = f"""## Ways through the output layer
+_WAYS = """## Ways through the output layer
 
 Beside c + g + h, which a chunked loss without weights takes as well.
 
 | way | for weights | U | more bytes on a rank | where |
 |---|---|---|---|---|
 | late | per token or sequence | 3 | (m u - 1) g | u = n if sequences come late, else 1 |
-| keep | any | 3; 1 + 2k | m e T V / t - c | a selection 2 c more |
-| recompute | any | 4 - 1/{CHUNKS}; 1 + 3k | (m - 1) c | the last chunk is there still |
+| keep | any | 3; 1 + 2k | m e T V / t - c + h | a selection c, not h, more |
+| recompute | any | 4 - c t / (e T V); 1 + 3k | (m - 1) c | the last chunk is there still |
 | full | any, no pipeline | 3 | max(2 e T V / t, e T V / t + g + h) - c - g - h | |
 
 A selection inside sequences keeps its k on every rank; one over the batch, such as `rho-1`, may

@@ -9,7 +9,8 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.testing import assert_close
 
 import weighting as wt
-from weighting.loss.linear import Sizes, path_of
+from weighting.loss import linear
+from weighting.loss.linear import LLAMA3_8B, Sizes, path_of
 
 IGNORED = -100
 ROWS, LENGTH, WIDTH, VOCABULARY = 4, 6, 5, 11
@@ -324,7 +325,7 @@ MIB = 2**20
         ("linupper", 1, "auto", "late"),
         ("linupper", 4, "auto", "late"),
         ("linupper", 64, "auto", "keep"),
-        ("linupper", 64, "late", "late"),
+        ("linupper", 64, "late", "keep"),
         ("rho-1", 4, "auto", "keep"),
         ("rho-1", 512, "auto", "recompute"),
         ("doremi-proxy", 4, "auto", "keep"),
@@ -341,13 +342,52 @@ def test_the_way_is_the_cheapest_within_the_budget(name, rows, memory, expected)
     assert path.memory in str(path)
 
 
+@pytest.mark.parametrize(
+    ("rows", "name", "memory"),
+    [
+        (1, "linupper", "late"),
+        (8, "linupper", "late"),
+        (16, "linupper", "late"),
+        (8, "rho-1", "recompute"),
+    ],
+)
+def test_8b_on_80_gb_recomputes_only_beyond_what_the_unweighted_loss_takes(rows, name, memory):
+    """At 8 rows late takes 10.4 GiB where torchtitan's own loss takes 16.2: no fourth product."""
+    sizes = LLAMA3_8B._replace(tokens=rows * 8192, rows=rows)
+    path = path_of(tables.built(tables.SPEC_TEXTS[name]).plan, sizes)
+    assert path.memory == memory
+    assert path.chunk == min(rows * 1024, 2048)
+    plain = rows * 1024 * sizes.vocabulary * 14  # bfloat16, and float32 three times
+    assert path.extra + path.chunk * sizes.vocabulary * 2 <= max(plain, sizes.budget)
+
+
+def test_room_for_logits_is_that_of_one_chunk(monkeypatch):
+    """Chunks cross sequences: 4 rows of 6 tokens in chunks of 7 or less need room for 6."""
+    made = []
+    room = linear._room
+
+    def noting(*args):
+        made.append(room(*args))
+        return made[-1]
+
+    monkeypatch.setattr(linear, "_room", noting)
+    text = tables.SPEC_TEXTS["linupper"]
+    batch = example(text)
+    how = {"memory": "late", "chunks": 4}
+    expected = from_logits(*batch, tables.built(text))
+    must_agree(from_hidden(*batch, tables.built(text), **how), expected)
+    assert [x.shape for x in made] == [(6, VOCABULARY)]
+    must_agree(from_hidden(*batch, tables.built(text), memory="late", chunks=5), expected)
+    assert made[-1].shape == (5, VOCABULARY), "of spans that begin and end inside of rows"
+
+
 def test_calls_that_wait_each_keep_what_they_take():
     """In a pipeline even one scalar that comes late keeps a gradient of the layer a microbatch."""
     fn = tables.built(tables.SPEC_TEXTS["mile"])
     sizes = Sizes(64, 1, 8192, 80, 4, 256 * MIB)
     layer, logits = 8192 * 80 * 4, 64 * 8192 * 4
 
-    late = path_of(fn.plan, sizes, "late", parts=8)
+    late = path_of(fn.plan, sizes._replace(tokens=128), "late", parts=8)
     assert (late.units, late.extra) == (1, 7 * layer)
     assert "a gradient of the output layer a call" in str(late)
     auto = path_of(fn.plan, sizes, parts=8)

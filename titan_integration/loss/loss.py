@@ -27,7 +27,17 @@ from titan_integration.loss.vocab_parallel import (
 )
 from titan_integration.state.microbatches import When
 from weighting.loss.cross_entropy import weighted_sum
-from weighting.loss.linear import Batch, Head, Memory, Path, Sizes, begin, late_bound, path_of
+from weighting.loss.linear import (
+    Batch,
+    Head,
+    Memory,
+    Path,
+    Sizes,
+    begin,
+    chunk_of,
+    late_bound,
+    path_of,
+)
 from weighting.loss.logits import check_labels
 
 if TYPE_CHECKING:
@@ -85,11 +95,12 @@ class WeightedChunkedLoss(ChunkedLossWrapper):
         """The host's fields, and how weights that come late are met."""
 
         memory: Memory = "auto"
-        """late: one more gradient of the output layer for each further sequence on a rank. keep:
-        all logits of a microbatch. recompute: a second product of the output layer. full: the
-        output layer as it is, on all tokens at once. auto: late or keep, whichever needs less
-        memory, if that is at most a sixteenth of the device's; recompute otherwise; full for an
-        output layer that does more than a linear one: soft-capped, adapted or of float8."""
+        """late: one more gradient of the output layer for each further sequence on a rank, or all
+        logits of a microbatch where that is less. keep: all logits of a microbatch. recompute: a
+        second product of the output layer. full: the output layer as it is, on all tokens at once.
+        auto: late or keep, whichever needs less memory, if that is no more than the unweighted
+        loss would take, or a sixteenth of the device's; recompute otherwise; full for an output
+        layer that does more than a linear one: soft-capped, adapted or of float8."""
 
     _run: Run | None = None
 
@@ -200,7 +211,7 @@ class WeightedChunkedLoss(ChunkedLossWrapper):
         """Return the way through the output layer, chosen at the first batch and said once."""
         labels, run = plain(call.labels), call.run
         sizes = Sizes.of(labels, head.weight)
-        chunk = -(-sizes.tokens // self.num_chunks)
+        chunk = chunk_of(sizes.tokens, self.num_chunks)
         if call.microbatch.when is When.LOOKAHEAD:  # signals are all that is wanted
             return Path("recompute", 1, chunk, None, 0)
         if call.microbatch.token is not None:  # weights known token by token

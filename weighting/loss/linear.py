@@ -26,10 +26,17 @@ from typing_extensions import override
 from weighting.build import Weights
 from weighting.columns import signal_of
 from weighting.loss.cross_entropy import signals_of, weighted_cross_entropy, weighted_sum
-from weighting.loss.logits import IGNORE_INDEX, Slice, check_labels, gradient_, statistics
+from weighting.loss.logits import (
+    IGNORE_INDEX,
+    Slice,
+    check_labels,
+    gradient_,
+    statistics,
+    unscaled_gradient_,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
     from weighting.build import Plan, Weighting
     from weighting.contract import Collectives
@@ -37,6 +44,8 @@ if TYPE_CHECKING:
 Memory = Literal["auto", "late", "keep", "recompute", "full"]
 CHUNKS = 8
 """Chunks a batch is cut into where nothing else is asked."""
+CHUNK = 2048
+"""Tokens in a chunk, at most: products are no faster with more."""
 
 
 def linear_weighted_cross_entropy(
@@ -75,7 +84,7 @@ def linear_weighted_cross_entropy(
         ref_loss: Loss of a reference model for each token, nats.
         columns: Dataset columns for each token, by name.
         memory: How weights that come late are met; see `path_of`.
-        chunks: Into how many chunks the batch is cut; more take less memory.
+        chunks: Into how many chunks the batch is cut at least; none has more than 2,048 tokens.
         sequence_ids: Sequence of each token: equal ids in one row are one, counted from 0 in each
             row or on from row to row.  None: each row of [B, L] is a sequence, and in [T] each
             document.  A padding-free batch needs them, see `Signals`.
@@ -172,7 +181,7 @@ class Sizes(NamedTuple):
         vocabulary: Rows of the weight.
         width: Columns of the weight.
         itemsize: Bytes of an element of the weight.
-        budget: Bytes that may be spent beside one chunk of logits.
+        budget: Bytes that may be spent beside one chunk of logits in any case; see `path_of`.
     """
 
     tokens: int
@@ -181,6 +190,11 @@ class Sizes(NamedTuple):
     width: int
     itemsize: int
     budget: int
+
+    @property
+    def row_of_logits(self) -> int:
+        """Bytes of the logits of a token."""
+        return self.vocabulary * self.itemsize
 
     @classmethod
     def of(cls, labels: Tensor, weight: Tensor) -> Sizes:
@@ -247,12 +261,15 @@ def path_of(
     """Return the way through the output layer for a spec, given the sizes of a call.
 
         late       3 matrix products; a gradient of the layer for each further sequence
-        keep       3 matrix products; all logits, in the dtype they come in
+        keep       3 matrix products; the gradients of all logits, in the dtype of the weight
         recompute  4 matrix products; nothing more
 
+    Where sequences are so short that their gradients take more than all logits, `late` is `keep`.
     The last two skip the gradient of tokens that a selection drops.  `auto` takes the one of the
     first two that needs less memory, if that is within the budget, and recompute otherwise.
-    Where weights wait for `parts` calls, what each keeps is there at once, and counted.
+    The budget is what an unweighted loss of as many chunks would take, if that is more than
+    `sizes.budget`.  Where weights wait for `parts` calls, what each keeps is there at once, and
+    counted.
 
     Raises:
         ValueError: `late` is asked for, but the weights come late for every token.
@@ -260,8 +277,8 @@ def path_of(
     late = "token" if plan.deferred_level == "sequence" and not sizes.rows else plan.deferred_level
     units = sizes.rows if late == "sequence" else 1
     extra = {
-        "late": (units * parts - 1) * sizes.vocabulary * sizes.width * sizes.itemsize,
-        "keep": parts * sizes.tokens * sizes.vocabulary * sizes.itemsize,
+        "late": (units * parts - 1) * sizes.width * sizes.row_of_logits,
+        "keep": parts * sizes.tokens * sizes.row_of_logits,
         "recompute": 0,
     }
     if late == "token":
@@ -270,16 +287,33 @@ def path_of(
             msg = f"{plan.spec.name} weighs every token late; use memory auto, keep or recompute"
             raise ValueError(msg)
     taken = memory
+    chunk = chunk_of(sizes.tokens, chunks)
+    least = min(extra.keys() - {"recompute"}, key=lambda name: extra[name])
     if memory == "auto":
-        least = min(extra.keys() - {"recompute"}, key=lambda name: extra[name])
-        taken = least if extra[least] <= sizes.budget else "recompute"
+        allowed = max(sizes.budget, _plain_bytes(sizes, chunks) - chunk * sizes.row_of_logits)
+        taken = least if extra[least] <= allowed else "recompute"
+    elif memory == "late":
+        taken = least
     assert taken in extra, "full logits take no path"
-    chunk = max(1, -(-sizes.tokens // chunks))
     share = plan.max_active_fraction(collectives)
     most = None
     if taken != "late" and share < 1 and sizes.rows:
         most = min(sizes.tokens, math.ceil(share * sizes.tokens * parts) + sizes.rows * parts)
     return Path(taken, units if taken == "late" else 1, chunk, most, extra[taken])
+
+
+def chunk_of(tokens: int, chunks: int) -> int:
+    """Return how many tokens a chunk has at most, of a batch cut into `chunks` of them or more."""
+    return min(max(1, -(-tokens // chunks)), CHUNK)
+
+
+def _plain_bytes(sizes: Sizes, chunks: int) -> int:
+    """Return what a chunk takes in the cross entropy of torch and torchtitan.
+
+    Beside logits of 16 bits there is a copy in float32; then log probabilities and their gradient.
+    """
+    copies = 12 if sizes.itemsize == 4 else 12 + sizes.itemsize  # noqa: PLR2004 - float32
+    return -(-sizes.tokens // chunks) * sizes.vocabulary * copies
 
 
 LLAMA3_8B = Sizes(
@@ -418,7 +452,7 @@ def begin(
     """
     known = {name: value.reshape(-1) for name, value in batch.known.items()}
     flat = batch._replace(labels=batch.labels.reshape(-1), known=known)
-    through = _late if batch.path.memory == "late" else _twice
+    through = {"late": _late, "keep": _keep, "recompute": _twice}[batch.path.memory]
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         found, finish = through(flat, hidden.detach().reshape(-1, hidden.shape[-1]), wants)
     return {name: x.reshape(batch.labels.shape) for name, x in found.items()}, finish
@@ -432,48 +466,94 @@ def _late(
     sums = _Sums(batch.head, hidden, wants, units)
     signals: list[dict[str, Tensor]] = []
     parts: list[Tensor] = []
+    scales: list[Tensor] = []
     compiling = torch.compiler.is_compiling()
-    room = None if compiling else _room(batch.head, hidden, batch.path.chunk)
-    for unit, span in _spans(len(hidden), units, batch.path.chunk):
+    spans = _spans(len(hidden), batch.path.chunk)
+    room = None if compiling else _room(batch.head, hidden, spans)
+    for span in spans:
         known = {name: value[span] for name, value in batch.known.items()}
         rows, labels = hidden[span], batch.labels[span]
         if room is None:
             # A copy, as what is compiled once for all chunks must not share memory with others.
             known = {name: value.clone() for name, value in known.items()}
             given = rows.clone(), labels.clone(), known, None
-            found, part, d_logits = _compiled_chunk(batch, *given)
+            found, part, scale, d_logits = _compiled_chunk(batch, *given)
         else:
-            found, part, d_logits = _chunk(batch, rows, labels, known, room[: len(rows)])
-        sums.add(d_logits, span, unit)
+            found, part, scale, d_logits = _chunk(batch, rows, labels, known, room[: len(rows)])
+        sums.add(d_logits, scale, span)
         signals.append(found)
         parts.append(part)
-    found, part = _joined(signals), torch.cat(parts)
+        scales.append(scale)
+    found, part, scale = _joined(signals), torch.cat(parts), torch.cat(scales)
 
     @torch.no_grad()
     def finish(token: Tensor) -> tuple[Tensor, Gradients]:
         token = token.reshape(-1) * batch.scale
-        whole, local = (x.view(units, -1).sum(1) for x in (token, part))
-        late = torch.where(whole > 0, whole / torch.where(local > 0, local, 1), 0)
-        return weighted_sum(found["loss"], token), sums.scaled(late)
+        whole, local = torch.stack([token, part]).view(2, units, -1).sum(-1)
+        late = torch.where(local > 0, whole / local, whole)
+        return weighted_sum(found["loss"], token), sums.scaled(scale, late)
 
     return found, finish
 
 
 def _chunk(
     batch: Batch, rows: Tensor, labels: Tensor, known: dict[str, Tensor], room: Tensor | None
-) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """Return a chunk's signals, the local part of its weights, and its logits' gradient by that."""
+) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
+    """Return a chunk's signals, the local part of its weights, and its logits' gradient by that.
+
+    The gradient comes in two: a factor for each token, and what it is to be multiplied with.
+    """
     head = batch.head
     logits = head.logits(rows, out=room)
-    found = statistics(logits, labels, batch.needs, head.cut)
-    lse = found.pop("lse")
+    found, total = unscaled_gradient_(logits, labels, batch.needs, head.cut)
+    del found["lse"]
     part = batch.local({**found, **known})
-    part = torch.where(found["loss"].isfinite(), part, 0)
-    return found, part, gradient_(logits, labels, lse, part, head.cut)
+    part = part.masked_fill(~found["loss"].isfinite(), 0)
+    return found, part, _per_token(part, total), logits
 
 
 _compiled_chunk = cast("Any", torch.compiler.nested_compile_region(_chunk))
 """For compiled callers: one graph for chunks of a size, where unrolled ones take a minute."""
+
+
+def _per_token(weight: Tensor, total: Tensor) -> Tensor:
+    """Return the factors that turn unscaled gradients of logits into those of weight * loss."""
+    return torch.where(weight > 0, weight / total, weight)
+
+
+def _keep(
+    batch: Batch, hidden: Tensor, wants: tuple[bool, bool]
+) -> tuple[dict[str, Tensor], Finish]:
+    """Go once, and keep every logit's gradient until its token's weight is known."""
+    head, path = batch.head, batch.path
+    spans = _spans(len(hidden), path.chunk)
+    room = hidden.new_empty(len(hidden), len(head.weight))
+    signals: list[dict[str, Tensor]] = []
+    totals: list[Tensor] = []
+    for span in spans:
+        logits = head.logits(hidden[span], out=room[span])
+        found, total = unscaled_gradient_(logits, batch.labels[span], batch.needs, head.cut)
+        signals.append(found)
+        totals.append(total)
+    found, total = _joined(signals), torch.cat(totals)
+    del found["lse"]
+
+    @torch.no_grad()
+    def finish(token: Tensor) -> tuple[Tensor, Gradients]:
+        weight = token.reshape(-1) * batch.scale
+        loss = weighted_sum(found["loss"], weight)
+        sums = _Sums(head, hidden, wants, 1)
+        if path.most is None:
+            scale = _per_token(weight, total)
+            sums.add(room, scale, slice(None))
+            return loss, sums.scaled(scale)
+        weight, rows = _selected(weight, path.most)
+        scale = _per_token(weight, total)
+        for piece in rows.split(path.chunk):
+            sums.add(room[piece], scale[piece], piece)
+        return loss, sums.scaled(scale)
+
+    return found, finish
 
 
 def _twice(
@@ -481,18 +561,17 @@ def _twice(
 ) -> tuple[dict[str, Tensor], Finish]:
     """Go once for the signals and, when the weights are known, once more for the gradients."""
     head, path = batch.head, batch.path
-    spans = [span for _, span in _spans(len(hidden), 1, path.chunk)]
-    keep = path.memory == "keep"
-    room = _room(head, hidden, len(hidden) if keep else path.chunk)
+    spans = _spans(len(hidden), path.chunk)
+    room = _room(head, hidden, spans)
     signals: list[dict[str, Tensor]] = []
     for span in spans:
         rows = hidden[span]
-        logits = head.logits(rows, out=room[span] if keep else room[: len(rows)])
+        logits = head.logits(rows, out=room[: len(rows)])
         signals.append(statistics(logits, batch.labels[span], batch.needs, head.cut))
-    lse = torch.cat([part.pop("lse") for part in signals])
     found = _joined(signals)
+    lse = found.pop("lse")
     # The second pass begins where the first one ended.
-    last = None if keep or path.most is not None else spans[-1]
+    last = spans[-1] if path.most is None else None
 
     @torch.no_grad()
     def finish(token: Tensor) -> tuple[Tensor, Gradients]:
@@ -505,19 +584,20 @@ def _twice(
             pieces = [*rows.split(path.chunk)]
         for piece in pieces:
             rows = hidden[piece]
-            logits = room[piece] if keep else room[: len(rows)]
-            if not keep and piece is not last:
+            logits = room[: len(rows)]
+            if piece is not last:
                 head.logits(rows, out=logits)
             gradient_(logits, batch.labels[piece], lse[piece], weight[piece], head.cut)
-            sums.add(logits, piece, 0)
-        return loss, sums.total()
+            sums.add(logits, None, piece)
+        return loss, sums.scaled(None)
 
     return found, finish
 
 
-def _room(head: Head, hidden: Tensor, tokens: int) -> Tensor:
-    """Return room for the logits of so many tokens, [tokens, V], which all chunks share."""
-    return hidden.new_empty(tokens, len(head.weight))
+def _room(head: Head, hidden: Tensor, spans: list[slice]) -> Tensor:
+    """Return room for the logits of the longest span, [tokens, V], which all share."""
+    longest = max((span.stop - span.start for span in spans), default=0)
+    return hidden.new_empty(longest, len(head.weight))
 
 
 def _selected(weight: Tensor, most: int) -> tuple[Tensor, Tensor]:
@@ -532,14 +612,11 @@ def _selected(weight: Tensor, most: int) -> tuple[Tensor, Tensor]:
     return weight * torch.where(crowded, total / torch.where(crowded, carried, 1), 1), rows
 
 
-def _spans(tokens: int, units: int, chunk: int) -> Iterator[tuple[int, slice]]:
-    """Yield the late unit and the tokens of each chunk: even, and never of two units."""
-    each = tokens // units
-    chunks = -(-each // chunk)
-    size = -(-each // max(chunks, 1))
-    for unit in range(units):
-        for start in range(unit * each, (unit + 1) * each, size):
-            yield unit, slice(start, min(start + size, (unit + 1) * each))
+def _spans(tokens: int, chunk: int) -> list[slice]:
+    """Return the tokens of each chunk: even, in order, none longer than `chunk`."""
+    chunks = -(-tokens // chunk)
+    size = -(-tokens // max(chunks, 1))
+    return [slice(start, min(start + size, tokens)) for start in range(0, tokens, max(size, 1))]
 
 
 def _joined(signals: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -560,33 +637,63 @@ class _Sums:
         self._d_bias = None if no_bias else head.weight.new_zeros(shape, dtype=torch.float32)
         self._empty = [True] * units
 
-    def add(self, d_logits: Tensor, rows: slice | Tensor, unit: int) -> None:
-        """Add what some tokens of a unit contribute, given the gradient of their logits."""
-        hidden = self._hidden[rows]
-        if self._d_hidden is not None:
-            self._d_hidden[rows] = d_logits @ self._head.weight
-        if self._d_weight:
-            into = self._d_weight[unit]
-            if self._empty[unit]:
-                torch.mm(d_logits.t(), hidden, out=into)
+    def add(self, d_logits: Tensor, scale: Tensor | None, rows: slice | Tensor) -> None:
+        """Add what some tokens contribute.
+
+        Args:
+            d_logits: The gradient of their logits, [T, V]; with `scale`, up to that.
+            scale: [T], for each token; None if the gradient is whole.
+            rows: Which tokens they are.
+        """
+        if self._d_hidden is not None:  # which is scaled in the end
+            if isinstance(rows, slice):
+                torch.mm(d_logits, self._head.weight, out=self._d_hidden[rows])
             else:
-                into.addmm_(d_logits.t(), hidden)
-        if self._d_bias is not None:
-            self._d_bias[unit] += d_logits.sum(0, dtype=torch.float32)
-        self._empty[unit] = False
+                self._d_hidden[rows] = d_logits @ self._head.weight
+        if not self._d_weight and self._d_bias is None:
+            return
+        hidden = self._hidden[rows]
+        if scale is not None:
+            hidden = torch.mul(hidden, scale[:, None], out=torch.empty_like(hidden))
+        for unit, part in self._by_unit(rows):
+            if self._d_weight:
+                into = self._d_weight[unit]
+                if self._empty[unit]:
+                    torch.mm(d_logits[part].t(), hidden[part], out=into)
+                else:
+                    into.addmm_(d_logits[part].t(), hidden[part])
+            if self._d_bias is not None:
+                ones = torch.ones_like(hidden[part, 0]) if scale is None else scale[part]
+                column = ones.to(d_logits.dtype)[:, None]
+                self._d_bias[unit] += (d_logits[part].t() @ column).squeeze(1)
+            self._empty[unit] = False
 
-    def scaled(self, late: Tensor) -> Gradients:
-        """Return the gradients under the late part of each unit's weights, [units]."""
-        if self._d_hidden is not None:
-            _times_(self._d_hidden.view(self._units, -1), late[:, None])
-        if self._d_weight:
+    def _by_unit(self, rows: slice | Tensor) -> list[tuple[int, slice]]:
+        """Return the late units of some tokens, and which of these are of each."""
+        if self._units == 1:
+            return [(0, slice(None))]
+        assert isinstance(rows, slice), "only one unit is walked in another order"
+        each = len(self._hidden) // self._units
+        return [
+            (unit, slice(max(unit * each - rows.start, 0), (unit + 1) * each - rows.start))
+            for unit in range(rows.start // each, -(-rows.stop // each))
+        ]
+
+    def scaled(self, scale: Tensor | None, late: Tensor | None = None) -> Gradients:
+        """Return the gradients.
+
+        Args:
+            scale: [T], what `add` was given for each token.
+            late: [units], the late part of each unit's weights; None if there is none.
+        """
+        if self._d_hidden is not None and scale is not None:
+            if late is not None:
+                scale = (scale.view(self._units, -1) * late[:, None]).view(-1)
+            _times_(self._d_hidden, scale[:, None])
+        if self._d_weight and late is not None:
             _fold_(self._d_weight, late)
-        if self._d_bias is not None:
+        if self._d_bias is not None and late is not None:
             self._d_bias[0] = late @ self._d_bias
-        return self.total()
-
-    def total(self) -> Gradients:
-        """Return the gradients of the first unit, which holds all."""
         d_weight = self._d_weight[0] if self._d_weight else None
         d_bias = None if self._d_bias is None else self._d_bias[0].to(self._head.weight.dtype)
         return Gradients(self._d_hidden, d_weight, d_bias)

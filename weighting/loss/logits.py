@@ -10,6 +10,10 @@ and is never gathered.
     entropy    = log s - sum_v d_v exp d_v / s                    nats
     error_norm = sqrt(1 - 2 p_label + sum_v exp(d_v)^2 / s^2)
 
+The gradient is made of the very exponentials that are summed up, one for each logit.  They are not
+scaled to probabilities: the products that follow are linear, so that 1/s goes with the weight of
+the token to the other operand, the hidden states, which is the smaller by far.
+
 On CPU the sums run over blocks of rows that stay in the cache; elsewhere they are compiled into one
 pass.  Either way nothing of the size of the chunk is made beside the chunk.
 """
@@ -114,26 +118,69 @@ def statistics(
         needs: Names of signals; those that logits do not tell are left out.
         cut: How the vocabulary is cut; None when it is whole.
     """
+    return _summed(logits, labels, needs, cut, store=False)[0]
+
+
+@torch.no_grad()
+def unscaled_gradient_(
+    logits: Tensor, labels: Tensor, needs: frozenset[str], cut: Slice | None = None
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Overwrite logits by the gradient of each loss times a number of its own, in the same pass.
+
+        dz' = exp(z - max z) - s * onehot(label) = s * (p - onehot(label))
+
+    Rows of which a loss is not finite for their logits, and rows of ignored labels, hold something
+    finite: give them a weight of 0.
+
+    Args:
+        logits: [T, V], or this rank's part of the vocabulary.
+        labels: As those of `statistics`.
+        needs: The same.
+        cut: The same.
+
+    Returns:
+        What `statistics` returns; and s, [T], at least 1 where the loss is finite.
+    """
+    return _summed(logits, labels, needs, cut, store=True)
+
+
+def _summed(
+    logits: Tensor, labels: Tensor, needs: frozenset[str], cut: Slice | None, *, store: bool
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Return the statistics and s; with `store`, overwrite the logits."""
     place, here = _place(labels, logits, cut)
     with_entropy, with_squares = "entropy" in needs, "error_norm" in needs
-    top = logits.amax(-1).float()
-    top = top if cut is None else cut.ranks.max(top)
-    parts = _by_rows(_sums, logits, top, with_entropy, with_squares)
-    hit = torch.where(here, logits.gather(-1, place).squeeze(-1).float() - top, 0)
-    sums = torch.stack([hit, *parts])
-    hit, total, *rest = sums if cut is None else cut.ranks.sum(sums)
+    found = {
+        name: _topk_entropy(logits, int(name.removeprefix(TOPK)), cut)
+        for name in needs
+        if name.startswith(TOPK)
+    }
+    own_top = logits.amax(-1).float()
+    top = own_top if cut is None else cut.ranks.max(own_top)
+    own = logits.gather(-1, place[:, None]).squeeze(-1).float() - top
+    parts = _by_rows(_sums, logits, top, with_entropy, with_squares, store)
+    if cut is None:
+        hit, (total, *rest) = own, parts
+    else:
+        # A maximum over ranks may pass over a NaN, and so would the sums of this part.
+        lost = own_top.isnan() | (own_top == torch.inf)
+        parts = (parts[0].masked_fill(lost, torch.nan), *parts[1:])
+        hit, total, *rest = cut.ranks.sum(torch.stack([own.masked_fill(~here, 0), *parts]))
     log_total = total.log()
-    loss = torch.where(labels == IGNORE_INDEX, 0, log_total - hit)
-    found = {"loss": loss, "lse": top + log_total}
+    found["loss"] = (log_total - hit).masked_fill(labels == IGNORE_INDEX, 0)
+    found["lse"] = top + log_total
     if with_entropy:
         found["entropy"] = (log_total - rest[0] / total).clamp(min=0)
     if with_squares:
         two_hits = 2 * (hit - log_total).exp()
         found["error_norm"] = (1 - two_hits + rest[-1] / (total * total)).clamp(min=0).sqrt()
-    for name in needs:
-        if name.startswith(TOPK):
-            found[name] = _topk_entropy(logits, int(name.removeprefix(TOPK)), cut)
-    return found
+    if store:
+        # p - 1 from the logit itself: in bfloat16, 1 less p would be lost to rounding.
+        miss = torch.expm1(own - log_total) * total
+        if cut is not None:
+            miss = torch.where(here, miss, own.exp())
+        _put_(logits, place, miss.nan_to_num(0))
+    return found, total
 
 
 @torch.no_grad()
@@ -153,17 +200,25 @@ def gradient_(
     """
     place, here = _place(labels, logits, cut)
     # p - 1 from the logit itself: in bfloat16, 1 less p would be lost to rounding.
-    miss = torch.expm1(logits.gather(-1, place).squeeze(-1).float() - lse) * weight
-    _by_rows(_weighted_softmax, logits, lse - weight.log(), weight == 0)
-    miss = torch.where(here & (weight > 0), miss, logits.gather(-1, place).squeeze(-1))
-    return logits.scatter_(-1, place, miss.to(logits.dtype)[:, None])
+    own = logits.gather(-1, place[:, None]).squeeze(-1).float()
+    miss = torch.expm1(own - lse) * weight
+    shift = lse - weight.log()
+    _by_rows(_exponentials, logits, shift)
+    miss = torch.where(here & (weight > 0), miss, (own - shift).exp().nan_to_num(0))
+    return _put_(logits, place, miss)
 
 
 def _place(labels: Tensor, logits: Tensor, cut: Slice | None) -> tuple[Tensor, Tensor]:
-    """Return each label's place in this part of the vocabulary, [T, 1], and whether it is there."""
-    place = labels if cut is None else labels - cut.start
-    here = (place >= 0) & (place < logits.shape[-1]) & (labels != IGNORE_INDEX)
-    return torch.where(here, place, 0)[:, None], here
+    """Return each label's place in this part of the vocabulary, [T], and whether it is there."""
+    wanted = labels if cut is None else labels - cut.start
+    place = wanted.clamp(0, logits.shape[-1] - 1)
+    return place, (place == wanted) & (labels != IGNORE_INDEX)
+
+
+def _put_(logits: Tensor, place: Tensor, value: Tensor) -> Tensor:
+    """Put a value into each row, at its place; `scatter_` takes its time in 16 bits on CPU."""
+    rows = torch.arange(len(logits), device=logits.device)
+    return logits.index_put_((rows, place), value.to(logits.dtype))
 
 
 def _sums(
@@ -171,34 +226,51 @@ def _sums(
     top: Tensor,
     with_entropy: bool,
     with_squares: bool,
+    store: bool,
     scratch: tuple[Tensor | None, Tensor | None],
 ) -> tuple[Tensor, ...]:
-    """Return sum exp d, and if wanted sum d exp d and sum (exp d)^2, each [T]."""
-    d = torch.sub(logits, top[:, None], out=_rows(scratch[0], logits))
-    if not (with_entropy or with_squares):
-        return (d.exp_().sum(-1),)
-    e = torch.exp(d, out=_rows(scratch[1], logits))
+    """Return sum exp d, and if wanted sum d exp d and sum (exp d)^2, each [T]; may store exp d.
+
+    What is not finite, as d of a logit of -inf or all of a row with a NaN, counts as exp d = 0.
+    """
+    in_place = store and logits.dtype == torch.float32
+    with_two = with_entropy or with_squares  # of d and exp d
+    d = _difference(logits, top, scratch[0], in_place=in_place and not with_two)
+    d.nan_to_num_(nan=-1e4, neginf=-1e4)
+    if not with_two:
+        e = d.exp_()
+    elif scratch[1] is None:
+        e = d.exp()
+    else:
+        e = torch.exp(d, out=logits if in_place else scratch[1][: len(logits)])
     sums = [e.sum(-1)]
-    if with_entropy:  # a logit of -inf contributes nothing, but -inf * 0 would be NaN
-        sums.append(d.clamp_(min=-1e4).mul_(e).sum(-1))
+    if with_entropy:
+        sums.append(d.mul_(e).sum(-1))
+    if store and e is not logits:
+        logits.copy_(e)
     if with_squares:
-        sums.append(e.mul_(e).sum(-1))
+        sums.append(d.copy_(e).mul_(e).sum(-1))
     return tuple(sums)
 
 
-def _weighted_softmax(
-    logits: Tensor, shift: Tensor, zero: Tensor, scratch: tuple[Tensor | None, Tensor | None]
+def _exponentials(
+    logits: Tensor, shift: Tensor, scratch: tuple[Tensor | None, Tensor | None]
 ) -> tuple[Tensor, ...]:
-    """Overwrite logits by exp(logits - shift), and by 0 in rows that are to be."""
-    out = logits if logits.dtype == torch.float32 else _rows(scratch[0], logits)
-    p = torch.sub(logits, shift[:, None], out=out).exp_().masked_fill_(zero[:, None], 0)
-    if p is not logits:
-        logits.copy_(p)
+    """Overwrite logits by exp(logits - shift), and by 0 what is not finite."""
+    d = _difference(logits, shift, scratch[0], in_place=logits.dtype == torch.float32)
+    e = d.nan_to_num_(nan=-torch.inf, neginf=-torch.inf).exp_()
+    if e is not logits:
+        logits.copy_(e)
     return (shift,)
 
 
-def _rows(scratch: Tensor | None, logits: Tensor) -> Tensor | None:
-    return None if scratch is None else scratch[: len(logits)]
+def _difference(logits: Tensor, shift: Tensor, scratch: Tensor | None, *, in_place: bool) -> Tensor:
+    """Return logits - shift, float32: in their place, in the scratch given, or anew."""
+    if scratch is None:
+        return logits.float() - shift[:, None]
+    # One after the other: a difference of two dtypes takes three times as long.
+    d = logits if in_place else scratch[: len(logits)].copy_(logits)
+    return d.sub_(shift[:, None])
 
 
 def _by_rows(
