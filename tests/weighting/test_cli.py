@@ -136,6 +136,17 @@ def test_explain_fills_in_what_was_left_out():
     assert ["500", "0.4"] in rows
 
 
+def test_explain_says_what_further_forward_passes_cost():
+    """A scope of the step, and a reference, cost time; the spec that has neither says nothing."""
+    done = run("explain", "rho-1")
+    assert "a second model goes forward" in done.output
+    assert "goes forward twice" not in done.output
+    text = "{version: 1, scope: step, pipeline: normalize -> temperature(1)}"
+    done = run("explain", text)
+    assert "each goes forward twice" in done.output
+    assert "a second model" not in done.output
+
+
 LOSS_PATHS = {
     "uniform": """
 loss path: the trainer's own loss, nothing added

@@ -118,13 +118,17 @@ class StepStatistics:
         edges = torch.stack([-lowest, highest], dim=1)
         moments = torch.cat([counts.view(-1, _ADDED), edges], dim=1)
         self._nonfinite.zero_()
-        raise_if_nonfinite(self._fn.spec, int(nonfinite))
+        named = summarize(moments, [*self._fn.plan.factors])
+        # Read at once, as each look at a device waits for it.
+        parts = [nonfinite, shares, torch.stack([*named.values()]), units, by_domain]
+        read = torch.cat(parts).cpu().split([len(x) for x in parts])
+        bad, means, values, units, by_domain = read
+        raise_if_nonfinite(self._fn.spec, int(bad))
         by_domain = by_domain.view_as(self._by_domain)
         if self.warnings is None:
             self.warnings = _one_unit_warnings(self._fn, units, by_domain[0])
-        unweighted, weighted = shares.tolist()
-        named = summarize(moments, [*self._fn.plan.factors])
-        found = {name: value.item() for name, value in named.items()}
+        unweighted, weighted = means.tolist()
+        found = dict(zip(named, values.tolist(), strict=True))
         found |= _domain_means(self._fn, by_domain)
         return {"unweighted_loss": unweighted, "weighted_loss": weighted, **found}
 

