@@ -7,8 +7,10 @@ import torch.nn.functional as F  # noqa: N812 - the usual name
 from looping import for_each
 from torch._dynamo.backends.common import aot_autograd
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import weighting as wt
+from weighting.compiled import compiled
 from weighting.loss import linear
 from weighting.loss.linear import LLAMA3_8B, Sizes, path_of
 
@@ -437,6 +439,64 @@ def test_int32_labels_give_what_int64_labels_give(name, memory):
     assert torch.equal(loss, other)
     assert torch.equal(out.token, again.token)
     assert all(torch.equal(*pair) for pair in zip(grads, others, strict=True))
+
+
+# Launches -----------------------------------------------------------------------------------------
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations that start a kernel: all but views, and memory that is only taken."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        """Note the name of the operation."""
+        name = func._schema.name.partition("::")[2]
+        if not (func.is_view or "empty" in name or name == "_unsafe_view"):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("name", "folds"), [("linupper", 1), ("mile", 0)])
+def test_an_accelerator_launches_few_kernels_beside_compiled_ones(monkeypatch, name, folds):
+    """Eight chunks are eight compiled calls, and what is around them takes 70 operations or less.
+
+    Three products a chunk are 24 of these.
+    """
+    calls = []
+
+    def counted(function):
+        def call(*args):
+            calls.append(function.__name__)
+            with _disable_current_modes():
+                return function(*args)
+
+        return call
+
+    monkeypatch.setattr(linear, "_compiles", lambda _: True)
+    monkeypatch.setattr(linear, "compiled", counted)
+    fn = tables.built(tables.SPEC_TEXTS[name])
+    fn.forward = counted(fn.forward)
+    (hidden, weight), labels, _ = example(tables.SPEC_TEXTS[name], shape=(4, 16))
+    with Launches() as launches:
+        wt.linear_weighted_cross_entropy(hidden, weight, labels, fn, memory="late")[0].backward()
+    assert len(launches.names) <= 70
+    expected = [*["_weighed"] * 8, "forward", *["_fold_pieces_"] * folds]
+    assert calls == expected
+
+
+def test_what_cannot_be_compiled_runs_as_it_is():
+    """A branch on a value is told of once; results are those of the function."""
+
+    def halved(x):
+        return x / 2 if x.sum() > 0 else x
+
+    call = compiled(halved)
+    with pytest.warns(UserWarning, match="halved runs without being compiled"):
+        assert call(torch.ones(2)).tolist() == [0.5, 0.5]
+    assert call(-torch.ones(2)).tolist() == [-1, -1]
 
 
 # Compiled callers ---------------------------------------------------------------------------------

@@ -170,7 +170,7 @@ def through_compiled(z, labels, weight):
     """Return statistics and gradient by the road of accelerators, whose kernels are compiled."""
 
     def by_rows(kernel, rows, *rest):
-        return logits._compiled(kernel)(rows, *rest, (None, None))
+        return logits.compiled(kernel)(rows, *rest, (None, None))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(logits, "_by_rows", by_rows)
@@ -183,7 +183,7 @@ def through_compiled(z, labels, weight):
 def test_compiled_kernels_give_the_eager_values(dtype):
     """Torch's own compiler gives the eager values; equal shapes compile once, others once more."""
     torch._dynamo.reset()
-    logits._compiled.cache_clear()
+    logits.compiled.cache_clear()
     counters.clear()
     graphs = []
     for rows in (TOKENS, TOKENS, TOKENS, 5, 9, 6):
@@ -322,7 +322,8 @@ def device(monkeypatch):
     """Return a device whose tensors have shapes but no values."""
     # Asking a device that is not there how large it is, or compiling for it, cannot work.
     monkeypatch.setattr(linear, "budget", lambda _: 2**30)
-    monkeypatch.setattr(logits, "_compiled", lambda kernel: kernel)
+    for module in (logits, linear):
+        monkeypatch.setattr(module, "compiled", lambda kernel: kernel)
     with FakeTensorMode():
         yield torch.device("cuda")
 

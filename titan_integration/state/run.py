@@ -15,6 +15,7 @@ import torch
 
 from titan_integration.state.microbatches import WEIGHTS, Microbatches, When
 from titan_integration.state.statistics import StepStatistics
+from weighting.compiled import compiled
 from weighting.contract import Alone
 from weighting.loss.cross_entropy import signals_of
 
@@ -139,12 +140,15 @@ def start(
         observer: Is shown every weighted call.
         ranks: Reaches the ranks that hold other tokens.
         pipeline: The stages, if there are any.
-        backend: Compiles the weighting to one graph, if given.
+        backend: Compiles the weighting to one graph, if given.  Without it an accelerator's
+            compiler is asked, and is not needed.
     """
     fn = fn.to(device)
     weigh: Callable[[Signals, Tensor], Weights] = fn
     if backend is not None:
         weigh = torch.compile(fn, fullgraph=True, dynamic=False, backend=backend)
+    elif device.type != "cpu":
+        weigh = compiled(fn)
     return Run(
         fn,
         torch.zeros((), dtype=torch.int64, device=device),

@@ -25,6 +25,7 @@ from typing_extensions import override
 
 from weighting.build import Weights
 from weighting.columns import signal_of
+from weighting.compiled import compiled
 from weighting.loss.cross_entropy import signals_of, weighted_cross_entropy, weighted_sum
 from weighting.loss.logits import (
     IGNORE_INDEX,
@@ -122,6 +123,7 @@ def linear_weighted_cross_entropy(
         raise ValueError(msg)
     check_labels(labels, len(weight))
     labels = labels.long()
+    step = torch.as_tensor(step, device=labels.device)  # one graph for all steps
     columns = {signal_of(name): value for name, value in (columns or {}).items()}
     given = {"valid": labels != IGNORE_INDEX, **given, **columns}
     known = {name: value for name, value in given.items() if value is not None}
@@ -505,11 +507,34 @@ def _chunk(
     """
     head = batch.head
     logits = head.logits(rows, out=room)
-    found, total = unscaled_gradient_(logits, labels, batch.needs, head.cut)
+    # Collectives of a cut vocabulary stay outside of what is compiled.
+    weigh = compiled(_weighed) if head.cut is None and _compiles(logits.device) else _weighed
+    found, part, scale = weigh(logits, labels, batch.needs, head.cut, batch.local, known)
+    return found, part, scale, logits
+
+
+def _weighed(
+    logits: Tensor,
+    labels: Tensor,
+    needs: frozenset[str],
+    cut: Slice | None,
+    local: Callable[[dict[str, Tensor]], Tensor],
+    known: dict[str, Tensor],
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Overwrite logits by their unscaled gradient; return signals, local weights and scales."""
+    found, total = unscaled_gradient_(logits, labels, needs, cut)
     del found["lse"]
-    part = batch.local({**found, **known})
+    part = local({**found, **known})
     part = part.masked_fill(~found["loss"].isfinite(), 0)
-    return found, part, _per_token(part, total), logits
+    return found, part, _per_token(part, total)
+
+
+def _compiles(device: torch.device) -> bool:
+    """Tell whether all of the work on a chunk is compiled at once.
+
+    On CPU it is not: blocks stay in the cache, and compiling takes seconds to gain little.
+    """
+    return device.type != "cpu" and not torch.compiler.is_compiling()
 
 
 _compiled_chunk = cast("Any", torch.compiler.nested_compile_region(_chunk))
@@ -712,11 +737,19 @@ def _fold_(of_units: list[Tensor], late: Tensor) -> None:
     # Compiled code makes no such pieces in memory: there the loop would be unrolled for nothing.
     folds = 1 if torch.compiler.is_compiling() else _FOLDS
     size = -(-len(of_units[0]) // folds)
-    for first, *others in zip(*(x.split(size) for x in of_units), strict=True):
-        total = first.float() * late[0]
-        for other, factor in zip(others, late[1:], strict=True):
-            total.addcmul_(other.float(), factor)
-        first.copy_(total)
+    fold = compiled(_fold_pieces_) if _compiles(late.device) else _fold_pieces_
+    if fold is not _fold_pieces_:
+        size = len(of_units[0])
+    for pieces in zip(*(x.split(size) for x in of_units), strict=True):
+        fold([*pieces], late)
+
+
+def _fold_pieces_(of_units: list[Tensor], late: Tensor) -> None:
+    first, *others = of_units
+    total = first.float() * late[0]
+    for other, factor in zip(others, late[1:], strict=True):
+        total = total.addcmul_(other.float(), factor)
+    first.copy_(total)
 
 
 _FOLDS = 16

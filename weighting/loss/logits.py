@@ -20,14 +20,14 @@ pass.  Either way nothing of the size of the chunk is made beside the chunk.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from weighting.columns import signal_of
+from weighting.compiled import compiled
 from weighting.errors import LabelError
 
 if TYPE_CHECKING:
@@ -280,7 +280,7 @@ def _by_rows(
     if torch.compiler.is_compiling():
         return kernel(logits, *rest, (None, None))
     if logits.device.type != "cpu":
-        return _compiled(kernel)(logits, *rest, (None, None))
+        return compiled(kernel)(logits, *rest, (None, None))
     size = min(max(1, _BLOCK // logits.shape[-1]), max(1, len(logits)))
     # New memory for every block would cost more than the arithmetic.
     scratch = tuple(logits.new_empty(size, logits.shape[-1], dtype=torch.float32) for _ in "de")
@@ -293,11 +293,6 @@ def _by_rows(
         for start in range(0, max(1, len(logits)), size)
     ]
     return tuple(torch.cat(parts) for parts in zip(*blocks, strict=True))
-
-
-@functools.cache
-def _compiled(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(kernel)
 
 
 def _topk_entropy(logits: Tensor, k: int, cut: Slice | None) -> Tensor:
