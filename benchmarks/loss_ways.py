@@ -94,6 +94,8 @@ def variants(batch: Batch) -> list[Variant]:
             kind = "given weights" if weighted else "unweighted"
             way = functools.partial(torchs, weighted=weighted, rows=rows)
             found.append(Variant(f"{name}, {kind}", way, "linear_cross_entropy"))
+    compiled = functools.partial(cut, filtered=None, how="torch_compile")
+    found.append(Variant("CCE compiled, given weights", compiled, "logits are kept"))
     if batch.hidden.is_cuda:
         found += [
             Variant("Liger, unweighted", functools.partial(ligers, weighted=False)),
@@ -271,13 +273,13 @@ def ligers_scaled(
 
 
 def cut(
-    batch: Batch, hidden: Tensor, weight: Tensor, *, filtered: str | None
+    batch: Batch, hidden: Tensor, weight: Tensor, *, filtered: str | None, how: str = "cce"
 ) -> tuple[Tensor, Tensor]:
     """Apple's cut cross entropy, exact or with small gradients left out, which is its default."""
     from cut_cross_entropy import linear_cross_entropy  # noqa: PLC0415
 
     labels = batch.labels.flatten()
     nll = linear_cross_entropy(
-        hidden.flatten(0, 1), weight, labels, reduction="none", filter_eps=filtered
+        hidden.flatten(0, 1), weight, labels, reduction="none", filter_eps=filtered, impl=how
     )
     return (batch.given.flatten() * nll).sum() / batch.count, batch.given
