@@ -53,7 +53,7 @@ MUTANTS = (
         f"{STAGES}/mean_one.py",
         "total) * count)",
         "total))",
-        f"{KIT}::test_the_language_passes",
+        f"{LAWS}::test_the_laws_of_the_kit_hold",
     ),
     Mutant(
         "the shift of MiLe's entropy",
