@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def hf_config(spec: ModelSpec, assets: str, length: int) -> dict[str, Any]:
-    """Return the config of a model of the host's: of Llama-3 and Qwen3, dense or of experts.
+    """Return the config of a model of the host's: of Llama-3, Qwen3 or DeepSeek-V3.
 
     Of other models it is the `config.json` that lies with the tokenizer, as downloads have it.
 
@@ -32,7 +32,7 @@ def hf_config(spec: ModelSpec, assets: str, length: int) -> dict[str, Any]:
         return json.loads(there.read_text(encoding="utf-8"))
     msg = (
         f"{spec.name} {spec.flavor}: its config.json is not written from the model, as that of "
-        f"{' and '.join(_MAKERS)} is; put the published one beside the tokenizer, into {assets}"
+        f"{', '.join(_MAKERS)} is; put the published one beside the tokenizer, into {assets}"
     )
     raise ValueError(msg)
 
@@ -96,21 +96,79 @@ def _qwen3(model: Any, length: int) -> dict[str, Any]:  # noqa: ANN401
     }
 
 
-def _dense(model: Any, length: int) -> dict[str, Any]:  # noqa: ANN401
-    """Return what decoders have in common."""
-    block = model.layers[0]
-    attention, rope = block.attention, block.attention.rope
+def _deepseek_v3(model: Any, length: int) -> dict[str, Any]:  # noqa: ANN401
+    dense = [block for block in model.layers if block.moe is None]
+    moe = model.layers[-1].moe
+    attention, router = model.layers[0].attention, moe.router
+    rope, hidden = attention.rope, moe.routed_experts.inner_experts.hidden_dim
+    if router.score_func != "sigmoid":
+        msg = (
+            f"experts are scored by {router.score_func}, and transformers' DeepSeek-V3 scores them "
+            "by sigmoid"
+        )
+        raise ValueError(msg)
+    shared = moe.shared_experts.w1.out_features if moe.shared_experts is not None else 0
+    found = _common(model, length) | {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "model_type": "deepseek_v3",
+        "num_attention_heads": attention.n_heads,
+        "num_key_value_heads": attention.n_heads,
+        "q_lora_rank": attention.q_lora_rank or None,
+        "kv_lora_rank": attention.kv_lora_rank,
+        "qk_nope_head_dim": attention.qk_nope_head_dim,
+        "qk_rope_head_dim": attention.qk_rope_head_dim,
+        "v_head_dim": attention.v_head_dim,
+        "rope_interleave": True,
+        "intermediate_size": dense[0].feed_forward.w1.out_features if dense else hidden,
+        "moe_intermediate_size": hidden,
+        "first_k_dense_replace": len(dense),
+        "n_routed_experts": moe.num_experts,
+        "n_shared_experts": shared // hidden,
+        "num_experts_per_tok": router.top_k,
+        "n_group": router.num_expert_groups or 1,
+        "topk_group": router.num_limited_groups or 1,
+        "norm_topk_prob": router.route_norm,
+        "routed_scaling_factor": router.route_scale,
+    }
     if rope.scaling == "yarn" and rope.rope_factor > 1:
+        found["rope_scaling"] = {
+            "rope_type": "yarn",
+            "factor": rope.rope_factor,
+            "beta_fast": rope.beta_fast,
+            "beta_slow": rope.beta_slow,
+            "original_max_position_embeddings": rope.original_seq_len,
+            "truncate": rope.truncate,
+            "mscale_all_dim": attention.mscale,  # scales scores, as the host does,
+            "attention_factor": 1.0,  # and not the rotations as well
+        }
+    return found
+
+
+def _dense(model: Any, length: int) -> dict[str, Any]:  # noqa: ANN401
+    """Return what decoders with grouped heads have in common."""
+    block = model.layers[0]
+    attention = block.attention
+    if attention.rope.scaling == "yarn" and attention.rope.rope_factor > 1:
         msg = "rotary positions are scaled by YaRN, for which no config.json is written yet"
         raise ValueError(msg)
     heads = attention.n_heads
-    found = {
-        "vocab_size": model.vocab_size,
-        "hidden_size": model.dim,
-        "num_hidden_layers": len(model.layers),
+    found = _common(model, length) | {
         "num_attention_heads": heads,
         "num_key_value_heads": attention.n_kv_heads or heads,
         "head_dim": attention.head_dim or model.dim // heads,
+    }
+    if block.feed_forward is not None:
+        found["intermediate_size"] = cast("int", block.feed_forward.w1.out_features)
+    return found
+
+
+def _common(model: Any, length: int) -> dict[str, Any]:  # noqa: ANN401
+    """Return what all decoders have in common."""
+    rope = model.layers[0].attention.rope
+    return {
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.dim,
+        "num_hidden_layers": len(model.layers),
         "hidden_act": "silu",
         "rms_norm_eps": model.norm.eps,
         "rope_theta": rope.theta,
@@ -121,9 +179,6 @@ def _dense(model: Any, length: int) -> dict[str, Any]:  # noqa: ANN401
         "tie_word_embeddings": model.enable_weight_tying,
         "use_cache": True,
     }
-    if block.feed_forward is not None:
-        found["intermediate_size"] = cast("int", block.feed_forward.w1.out_features)
-    return found
 
 
-_MAKERS = {"llama3": _llama, "qwen3": _qwen3}
+_MAKERS = {"llama3": _llama, "qwen3": _qwen3, "deepseek_v3": _deepseek_v3}
