@@ -72,6 +72,7 @@ class ColumnsCollator:
 
     def _id(self, value: Any) -> Any:  # noqa: ANN401 - a name, an id, or a list of them
         """Return a domain's id, or a list of them."""
+        value = value.tolist() if hasattr(value, "tolist") else value
         if isinstance(value, str):
             if value not in self._ids:
                 fix = nearest(value, self._ids) or f"; there are {', '.join(self._ids)}"

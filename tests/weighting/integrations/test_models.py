@@ -257,3 +257,18 @@ def test_state_goes_on_in_another_model_and_is_of_its_spec():
     _, _, others = weighed("doremi-x-linupper-x-mile")
     with pytest.raises(ValueError, match="another spec"):
         others.load_state_dict(whole[1])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # which torch looks at as it traces
+def test_a_compiled_model_has_the_same_loss():
+    """The graph breaks at the loss, which is weighted as in eager mode."""
+    batch = tiny.padded(tiny.rows())
+    found = []
+    for compiled in (False, True):
+        model, _, _ = weighed("linupper-x-mile")
+        call = torch.compile(model, backend="eager") if compiled else model
+        loss = call(**batch).loss
+        loss.backward()
+        found.append((loss, model.get_input_embeddings().weight.grad))
+    assert_close(found[0], found[1])

@@ -94,9 +94,14 @@ def test_samples_laid_end_to_end_are_sequences(tmp_path):
 
 
 def test_dft_is_trls_own(tmp_path):
-    """The spec trains the parameters of loss_type="dft", on completions alone."""
-    rows = [{"prompt": "3 4 5 6", "completion": f" {7 + i} 9 11 {20 - i} 8"} for i in range(BATCH)]
-    _, ours = descended(weigh(trainer(tmp_path / "ours", rows), "dft"))
+    """The spec trains the parameters of loss_type="dft", on completions alone, with a column."""
+    rows = [
+        {"prompt": "3 4 5 6", "completion": f" {7 + i} 9 11 {20 - i} 8", "domain": "code"}
+        for i in range(BATCH)
+    ]
+    host = weigh(trainer(tmp_path / "ours", rows), "dft", domains=tiny.DOMAINS)
+    line, ours = descended(host)
+    assert line["weighting/domain/code/share"] == 1
     _, theirs = descended(trainer(tmp_path / "theirs", rows, loss_type="dft"))
     for name, value in theirs.items():
         assert_close(ours[name], value)
