@@ -21,6 +21,7 @@ BLOCKS = blocks()
 ELSEWHERE = {"py": "tests/test_recipes.py", "text": "a formula or a file of another program"}
 """Languages whose blocks other tests run, or nobody can."""
 TRAINED_ELSEWHERE = {
+    "README": "tests/titan_integration/test_newcomer.py",
     "tutorial": "tests/titan_integration/test_newcomer.py",
 }
 """Pages whose blocks of commands that train are run as they stand by another test."""

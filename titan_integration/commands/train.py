@@ -22,11 +22,11 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import get_args_parser
 from torch.distributed.run import run as torchrun
 
+from titan_integration.commands.closing import Given, closing, left_by
+from titan_integration.commands.screen import screen
 from titan_integration.host.quiet import quiet
 from titan_integration.host.run_dir import refuse_unwritable
 from weighting.errors import nearest, printable
-from weighting.runs.files import read_lines
-from weighting.runs.layout import FOLDER, METRICS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -89,9 +89,12 @@ def main(**options: Any) -> int:  # noqa: ANN401 - those of `Options`
     flags = run_flags(given)
     folder = Path(value_of(flags, "--dump_folder") or ".")
     refuse_unwritable(folder)
-    code = on_ranks(given.ranks, "torchtitan.train", flags)
+    before = left_by(folder)
+    with screen(folder):
+        code = on_ranks(given.ranks, "torchtitan.train", flags)
     if code == 0 and "--checkpoint.create_seed_checkpoint" not in flags:
-        _report(folder)
+        ran = Given(given.spec, given.name, given.config, given.module, given.allow_plugins)
+        print(f"\n{closing(ran, folder, before)}")  # noqa: T201 - the result
     return code
 
 
@@ -240,11 +243,3 @@ def _unknown_config(module: str, config: str) -> str | None:
     if config in known:
         return None
     return f"no config function {config!r}{nearest(config, known)}; there are {', '.join(known)}"
-
-
-def _report(folder: Path) -> None:
-    from titan_integration.observe.metrics import table  # noqa: PLC0415 - takes seconds
-
-    path = folder / FOLDER / METRICS
-    if path.exists():
-        print(f"\n{table(read_lines(path))}\n\nmetrics: {path}")  # noqa: T201 - the result
