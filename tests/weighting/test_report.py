@@ -21,7 +21,7 @@ from weighting.cli import main
 from weighting.report.charts import POINTS, Line, line_chart, number, thinned, ticks
 from weighting.report.figures import by_domain, domain_mass, loss_shift, paired
 from weighting.report.read import read_runs
-from weighting.report.tables import interval, over_seeds, settings
+from weighting.report.tables import as_text, by_seed, interval, over_seeds, settings
 
 DOMAINS = ("code", "prose")
 CHARTS = {
@@ -276,6 +276,29 @@ def test_repeats_with_other_seeds_give_a_mean_difference_and_its_interval(tmp_pa
     assert "abs-0, abs-1, abs-2" in {row[0] for row in table.rows}
     warmer = repeats(tmp_path / "warmer", OTHER, (0.0,), lr=2)
     assert over_seeds(read_runs([*first, *second[:1], *warmer])) is None
+
+
+def test_a_comparison_over_seeds_ends_in_losses_by_domain_with_their_intervals(tmp_path):
+    """Of each spec the mean and interval over seeds; from the second on also of differences."""
+    groups = {
+        "uniform": read_runs(repeats(tmp_path, PLAIN, (0.0, 0.5, -0.5))),
+        "abs": read_runs(repeats(tmp_path, OTHER, (-0.1, 0.3, -0.8))),
+    }
+    table = by_seed(groups)
+    labels = [row[0] for row in table.rows if row[0]]
+    names = (*DOMAINS, "all tokens", "mean over domains")
+    assert labels == [*(f"validation, {name}" for name in names), labels[-1]]
+    assert labels[-1] == "training, last quarter, unweighted"
+    last = validation(4, 0.0)[f"{DOMAINS[0]}/loss"]
+    wide, half = (4.3027 * x / math.sqrt(3) for x in (0.5, 0.1))
+    plain, other = table.rows[:2]
+    assert plain[1:] == ("uniform", *(f"{last + x:.4f}" for x in (0, -wide, wide)), "", "", "")
+    assert other[:2] == ("", "abs")
+    assert other[5:] == tuple(f"{-0.2 + x:+.4f}" for x in (0, -half, half))
+    lines = as_text(table).splitlines()
+    assert lines[0].split() == [*table.head]
+    assert lines[-1] == table.caption
+    assert len({line.index(plain[2]) for line in lines if plain[2] in line}) == 1
 
 
 def test_without_repeats_there_is_no_table_over_seeds(two):

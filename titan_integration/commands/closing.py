@@ -37,7 +37,7 @@ class Given(NamedTuple):
 
 
 def left_by(folder: Path) -> tuple[int, int, Path | None]:
-    """Return what changes when a run trains: its metrics' file and size, and its last checkpoint."""
+    """Return what changes as a run trains: its metrics' file and size, and its last checkpoint."""
     path = folder / FOLDER / METRICS
     about = path.stat() if path.exists() else None
     saved = step_folders(folder / CHECKPOINTS).values()
