@@ -201,11 +201,11 @@ def test_seeds_need_a_text_to_validate_on(tmp_path):
     """With data of one's own it is to be named, and validation may not be turned off."""
     data = tmp_path / "a.jsonl"
     data.write_text('{"text": "a"}\n')
-    assert said(SPECS, "--seeds=2", f"--data={data}") == (
+    assert said("--seeds=2", f"--data={data}") == (
         "--seeds compares validation losses; say on which text, with "
         "--validator.dataloader.dataset_path FILE\n"
     )
-    assert "leave out --validator.no-enable" in said(SPECS, "--seeds=2", "--validator.no-enable")
+    assert "leave out --validator.no-enable" in said("--seeds=2", "--validator.no-enable")
 
 
 def test_each_seed_has_its_own_folders_and_the_first_keeps_the_plain_names():

@@ -303,7 +303,7 @@ def _checked(args: Options, run: Run) -> WeightedTrainer.Config:
     if not isinstance(config, WeightedTrainer.Config):
         msg = f"{args.module}.{args.config} has no weighting; give it one with with_weighting"
         raise ValueError(msg)  # noqa: TRY004 - the user named it
-    plan = plan_of(run.spec)
+    plan = plan_of(run.spec, steps=config.training.steps)
     if config.weighting.record:
         asked(config.weighting.record)
     preflight.refuse_unsupported(config, plan)
