@@ -1,6 +1,7 @@
 """The report of runs: what is on the page, that it holds together, and that it fits a browser."""
 
 import base64
+import dataclasses
 import hashlib
 import html
 import html.parser
@@ -15,13 +16,15 @@ import subprocess
 
 import click.testing
 import pytest
+import torch
 
 import weighting as wt
 from weighting.cli import main
 from weighting.report.charts import POINTS, Line, line_chart, number, thinned, ticks
 from weighting.report.figures import by_domain, domain_mass, loss_shift, paired
 from weighting.report.read import read_runs
-from weighting.report.tables import as_text, by_seed, interval, over_seeds, settings
+from weighting.report.tables import as_text, by_seed, interval, most_moved, over_seeds, settings
+from weighting.runs.replay import Record, Step
 
 DOMAINS = ("code", "prose")
 CHARTS = {
@@ -299,6 +302,26 @@ def test_a_comparison_over_seeds_ends_in_losses_by_domain_with_their_intervals(t
     assert lines[0].split() == [*table.head]
     assert lines[-1] == table.caption
     assert len({line.index(plain[2]) for line in lines if plain[2] in line}) == 1
+
+
+def test_sequences_most_raised_and_lowered_are_listed_where_they_were_recorded(tmp_path):
+    """Those of more and of less weight than one, the furthest first; none of no token."""
+    [run] = read_runs([write_run(tmp_path / "a", [line(1)])])
+    assert most_moved(run) == []
+    weight = torch.tensor([1.0, 1.5, 0.25, 3.0, 9.0])
+    columns = (torch.arange(5), *([torch.zeros(5).long()] * 2), torch.ones(5).long())
+    tokens, signals = torch.tensor([8.0, 8, 8, 8, 0]), {"loss": torch.arange(5) / 2}
+    step = Step(1200, columns[0], *columns[1:], tokens, weight, signals, {})
+    record = Record({}, ("prose", "verse"), (step,))
+    raised, lowered = most_moved(dataclasses.replace(run, record=record))
+    assert raised.rows == [
+        ("verse", "1,200", "3", "8", "1.5000", "3.0000"),
+        ("verse", "1,200", "1", "8", "0.5000", "1.5000"),
+    ]
+    assert lowered.rows == [("verse", "1,200", "2", "8", "1.0000", "0.2500")]
+    bare = dataclasses.replace(step, signals={})
+    raised, _ = most_moved(dataclasses.replace(run, record=Record({}, (), (bare,))))
+    assert raised.rows[0] == ("–", "1,200", "3", "8", "–", "3.0000")
 
 
 def test_without_repeats_there_is_no_table_over_seeds(two):

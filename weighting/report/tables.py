@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from statistics import fmean, quantiles, stdev
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from weighting.report.figures import domain_mass, paired, speed
 
 if TYPE_CHECKING:
@@ -24,6 +26,10 @@ _PLACES = {"dump_folder", "checkpoint.initial_load_path", "weighting.spec"}
 """Settings in which repeats may differ: where files are, and the spec, which has a hash."""
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 """In the names of functions; another one in every process."""
+_MOVED = 5
+"""Sequences that are shown of those most raised, and of those most lowered."""
+_ROUNDING = 1e-3
+"""A weight that is no further from one is one."""
 _T = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
 """97.5 % quantiles of Student's t, from one degree of freedom on."""
 
@@ -88,6 +94,38 @@ def masses(run: Run) -> Table | None:
     head = ("domain", "tokens", "tokens × weight", "mean weight")
     head += ("drawn, last step",) if drawn else ()
     return Table(f"Domain mass, {run.name}: means over steps", head, rows) if rows else None
+
+
+def most_moved(run: Run) -> list[Table]:
+    """Return the recorded sequences whose mean weights were largest, and smallest."""
+    record = run.record
+    if record is None or not record.steps:
+        return []
+    weight, losses = record.flat("weight"), [x.signals.get("loss") for x in record.steps]
+    sizes = torch.tensor([len(step.row) for step in record.steps])
+    steps = torch.tensor([step.step for step in record.steps]).repeat_interleave(sizes)
+    rows, tokens, domains = (record.flat(x) for x in ("row", "tokens", "domain"))
+    known = [x for x in losses if x is not None]
+    loss = torch.cat(known) if len(known) == len(losses) else None
+    found = list[Table]()
+    for what, sign in (("raised", 1), ("lowered", -1)):
+        moved = (sign * (weight - 1)).where(tokens > 0, -math.inf)
+        most = moved.topk(min(_MOVED, len(moved)))
+        lines = [
+            (
+                record.domains[domains[i]] if record.domains else "–",
+                f"{steps[i]:,}",
+                f"{rows[i]:,}",
+                f"{tokens[i]:,.0f}",
+                _or_dash(loss[i].item() if loss is not None else math.nan),
+                _or_dash(weight[i].item()),
+            )
+            for i in most.indices[most.values > _ROUNDING].tolist()
+        ]
+        head = ("domain of most tokens", "step", "row of its batch", "tokens", "loss (nats)")
+        caption = f"Sequences most {what}, {run.name}, of {len(weight):,} recorded"
+        found += [Table(caption, (*head, "mean weight"), lines)] if lines else []
+    return found
 
 
 def validation(runs: Sequence[Run]) -> Table | None:
