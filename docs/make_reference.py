@@ -220,6 +220,8 @@ def typed(name: str, schema: dict[str, Any]) -> tuple[str, str]:
     if any(way.get("$comment") for way in ways):
         shared = any("pattern" in way for way in ways)
         return "number or schedule", span_of(low, high) + (", or `k/n`" if shared else "")
+    if any("%" in way.get("pattern", "") for way in ways):
+        return "whole number, or share of the run", f"{span_of(low, high)}, or `5%`"
     if first.get("exclusiveMinimum") == 0:
         return kind, "above 0"
     return kind, span_of(low, high) if kind in {"number", "whole number"} else "any"

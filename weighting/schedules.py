@@ -17,10 +17,23 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PlainValidator,
     WithJsonSchema,
 )
+from pydantic_core import PydanticKnownError
 from torch import Tensor
 from typing_extensions import override
+
+
+class Percent(BaseModel):
+    """A share of the optimizer steps of a run, in percent: `5%`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
+    value: float
+
+    def of(self, steps: int) -> int:
+        """Return the share of so many steps, rounded to a whole one."""
+        return round(steps * self.value / 100)
 
 
 class Schedule(BaseModel, ABC):
@@ -40,6 +53,18 @@ class Schedule(BaseModel, ABC):
     @abstractmethod
     def extremes(self) -> tuple[float, ...]:
         """Return values between which every value of the schedule lies."""
+
+    @property
+    def shares(self) -> dict[str, Percent]:
+        """The arguments that are given as a share of the run."""
+        found = ((name, getattr(self, name)) for name in type(self).model_fields)
+        return {name: value for name, value in found if isinstance(value, Percent)}
+
+    def over_steps(self, steps: int) -> Schedule:
+        """Return the schedule for a run of so many optimizer steps: shares as numbers of steps."""
+        counts = {name: share.of(steps) for name, share in self.shares.items()}
+        counts |= {name: max(counts[name], 1) for name in {"over"} & {*counts}}
+        return self.model_copy(update=counts) if counts else self
 
 
 class Constant(Schedule):
@@ -73,6 +98,35 @@ class ShareOfN(Schedule):
         return (self.numerator,)
 
 
+def _steps(low: int) -> Any:  # noqa: ANN401 - what Annotated takes
+    """Let a whole number of steps, or a share of the run, stand for steps."""
+
+    def check(value: object) -> object:
+        if isinstance(value, Percent):
+            if 0 <= value.value <= 100:  # noqa: PLR2004 - percent
+                return value
+            msg = f"must be from 0% to 100% of the run, not {value.value:g}%"
+            raise ValueError(msg)
+        if isinstance(value, bool) or not isinstance(value, int):
+            kind = "int_from_float" if isinstance(value, float) else "int_type"
+            raise PydanticKnownError(kind)
+        if value < low:
+            kind = "greater_than_equal"
+            raise PydanticKnownError(kind, {"ge": low})
+        return value
+
+    return PlainValidator(check, json_schema_input_type=int)
+
+
+def _steps_written(low: int) -> WithJsonSchema:
+    share = {"type": "string", "pattern": r"^\s*[0-9.]+\s*%\s*$"}
+    return WithJsonSchema({"anyOf": [{"type": "integer", "minimum": low}, share]})
+
+
+_FromZero = Annotated[int | Percent, _steps(0), _steps_written(0)]
+_FromOne = Annotated[int | Percent, _steps(1), _steps_written(1)]
+
+
 class Step(Schedule):
     """`before` until step `at`, then `after` (from step `at` on)."""
 
@@ -80,11 +134,11 @@ class Step(Schedule):
     positional: ClassVar[int] = 2
     before: float
     after: float
-    at: int = Field(ge=0)
+    at: _FromZero
 
     @override
     def __call__(self, step: Tensor) -> Tensor:
-        return torch.where(step < self.at, self.before, self.after)
+        return torch.where(step < known_steps(self.at), self.before, self.after)
 
     @override
     def extremes(self) -> tuple[float, ...]:
@@ -97,11 +151,11 @@ class _Ramp(Schedule):
     positional: ClassVar[int] = 2
     start: float
     end: float
-    over: int = Field(ge=1)
+    over: _FromOne
 
-    def progress(self, step: Tensor, begin: int = 0) -> Tensor:
+    def progress(self, step: Tensor, begin: int | Percent = 0) -> Tensor:
         """Return how far the ramp has come, from 0 to 1."""
-        return ((step - begin).to(torch.float32) / self.over).clamp(0, 1)
+        return ((step - known_steps(begin)).to(torch.float32) / known_steps(self.over)).clamp(0, 1)
 
     @override
     def extremes(self) -> tuple[float, ...]:
@@ -112,7 +166,7 @@ class Linear(_Ramp):
     """start + (end - start) * t, t running from 0 to 1 over `over` steps after `begin`."""
 
     name: ClassVar[str] = "linear"
-    begin: int = Field(default=0, ge=0)
+    begin: _FromZero = 0
 
     @override
     def __call__(self, step: Tensor) -> Tensor:
@@ -125,7 +179,7 @@ class Cosine(_Ramp):
     """end + (start - end) * (1 + cos(pi t)) / 2, t from 0 to 1 over `over` steps after `begin`."""
 
     name: ClassVar[str] = "cosine"
-    begin: int = Field(default=0, ge=0)
+    begin: _FromZero = 0
 
     @override
     def __call__(self, step: Tensor) -> Tensor:
@@ -184,6 +238,9 @@ def _number(value: object) -> object:
     """Let a plain number stand for the constant schedule."""
     if isinstance(value, Schedule):
         return value
+    if isinstance(value, Percent):
+        msg = f"{value.value:g}% is a share of a run's steps, and not one of these; give a number"
+        raise ValueError(msg)  # noqa: TRY004 - as below
     if isinstance(value, bool) or not isinstance(value, int | float):
         msg = f"must be a number or a schedule, not {value!r}{_quotes_hint(value)}"
         raise ValueError(msg)  # noqa: TRY004 - pydantic turns only a ValueError into a message
@@ -251,6 +308,12 @@ CapNumber = Annotated[
 """A largest weight, in mean-one terms or as k/n of the total; below 1 no weights can obey it."""
 FloorNumber = Annotated[Schedule, _COERCE, _within(0, 1, share=True), _written(0, 1, share=True)]
 """A smallest weight, in mean-one terms or as k/n of the total; above 1 no weights can obey it."""
+
+
+def known_steps(steps: int | Percent) -> int:
+    """Return a number of steps, as all are in what was built."""
+    assert not isinstance(steps, Percent), "`plan_of` and `build` are given the steps of the run"
+    return steps
 
 
 def _scalar(value: float, like: Tensor) -> Tensor:

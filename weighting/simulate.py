@@ -14,7 +14,7 @@ from weighting.columns import plain_name
 from weighting.language.read import resolve
 from weighting.loss.cross_entropy import signals_of
 from weighting.pipeline import has_cap, numbers
-from weighting.schedules import Constant, Piecewise, Schedule, ShareOfN, Step
+from weighting.schedules import Constant, Piecewise, Schedule, ShareOfN, Step, known_steps
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -250,7 +250,8 @@ def last_turn(schedule: Schedule) -> int:
 def turns(schedule: Schedule) -> list[int]:
     """Return the steps at which a schedule starts, jumps or ends."""
     if isinstance(schedule, Step):
-        return [max(schedule.at - 1, 0), schedule.at]
+        at = known_steps(schedule.at)
+        return [max(at - 1, 0), at]
     if isinstance(schedule, Piecewise):
         return [turn for at in schedule.values for turn in (max(at - 1, 0), at)]
     begin = getattr(schedule, "begin", 0)

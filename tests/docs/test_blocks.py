@@ -26,6 +26,7 @@ ELSEWHERE = {
 TRAINERS = {"other-trainers", "fine-tuning"}
 """Pages whose `py` blocks train in other hosts."""
 TRAINED_ELSEWHERE = {
+    "README": "tests/titan_integration/test_newcomer.py",
     "tutorial": "tests/titan_integration/test_newcomer.py",
 }
 """Pages whose blocks of commands that train are run as they stand by another test."""

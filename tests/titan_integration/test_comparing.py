@@ -190,6 +190,33 @@ def said(*arguments, specs=SPECS):
     return done.stderr.removeprefix("error: ")
 
 
+def test_seeds_need_a_text_to_validate_on(tmp_path):
+    """With data of one's own it is to be named, and validation may not be turned off."""
+    data = tmp_path / "a.jsonl"
+    data.write_text('{"text": "a"}\n')
+    assert said("--seeds=2", f"--data={data}") == (
+        "--seeds compares validation losses; say on which text, with "
+        "--validator.dataloader.dataset_path FILE\n"
+    )
+    assert "leave out --validator.no-enable" in said("--seeds=2", "--validator.no-enable")
+
+
+def test_each_seed_has_its_own_folders_and_the_first_keeps_the_plain_names():
+    """So a comparison of one seed, validated at its end, goes on with more."""
+    runs = [comparing.Run(name, name, resolve(name), []) for name in SPECS]
+    options = comparing.Options(
+        **dict.fromkeys(("module", "config", "folder"), "x"),
+        **dict.fromkeys(("out", "steps", "mixture", "reference")),
+        specs=[],
+        seed=5,
+        seeds=3,
+        allow_plugins=False,
+    )
+    names = [run.name for run in comparing._repeated(runs, options)]
+    assert names == [f"{name}{x}" for x in ("", "@6", "@7") for name in SPECS]
+    assert [run.again for run in comparing._repeated(runs, options)] == [0, 0, 1, 1, 2, 2]
+
+
 def test_wrong_comparisons_are_refused(tmp_path, monkeypatch):
     """Each is one message, and nothing is left behind."""
     monkeypatch.chdir(tmp_path)

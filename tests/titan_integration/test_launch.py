@@ -57,7 +57,8 @@ def test_a_stage_of_ones_own_trains_on_data_of_ones_own(tmp_path):
 
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     metrics = tmp_path / "out" / "weighting" / "metrics.jsonl"
-    assert done.stdout.rstrip().endswith(f"metrics: {metrics}")
+    assert f"\nmetrics: {metrics}\n" in done.stdout
+    assert f"report {tmp_path / 'out'} --out" in done.stdout.splitlines()[-1]
     found = [json.loads(line) for line in metrics.read_text().splitlines()]
     assert [line["step"] for line in found] == [*range(1, 11)]
     for line in found:

@@ -10,7 +10,7 @@ import torch
 import weighting as wt
 from titan_integration.commands import run_queue as series
 from titan_integration.observe import metrics
-from titan_integration.observe.metrics import set_aside, table
+from titan_integration.observe.metrics import set_aside
 from titan_integration.observe.run_json import about
 from titan_integration.state.run import start
 from weighting.runs.files import read_lines
@@ -49,16 +49,6 @@ def test_a_file_that_is_not_metrics_is_named_with_its_line(tmp_path):
 
     with pytest.raises(ValueError, match=r"metrics.jsonl:1: not a line of metrics"):
         read_lines(path)
-
-
-def test_the_table_is_small_and_has_both_ends():
-    """A long run is shown in eight rows, the first and the last step among them."""
-    rows = table([line(step) for step in range(1, 101)]).splitlines()
-
-    assert len(rows) == 9
-    assert rows[1].split() == ["1", "2.0000", "2.1000", "1.500", "0.900", "0.250"]
-    assert rows[-1].split()[0] == "100"
-    assert table([]) == "no steps were logged"
 
 
 def test_an_earlier_file_is_kept_under_the_first_free_name(tmp_path):
@@ -190,7 +180,6 @@ def test_what_is_not_finite_is_null(tmp_path):
     assert "NaN" not in path.read_text()
     assert "Infinity" not in path.read_text()
     assert math.isnan(read_lines(path)[0]["unweighted_loss"])
-    assert "     3      nan" in metrics.table(read_lines(path))
     text = about(tmp_path / "run.json", {"config": {"a": math.inf}}, {"step": 1})
     assert json.loads(text)["config"] == {"a": None}
 

@@ -1,12 +1,19 @@
-"""A newcomer's ten minutes: the tutorial's commands, as they stand, in an empty folder."""
+"""Three newcomers: who writes a spec, who trains, who makes a stage; their pages as they stand.
 
+All lines of the three run in one empty folder, and one of them trains.
+"""
+
+import contextlib
 import html.parser
+import io
 import json
 import re
 import shlex
+import shutil
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
+import click.testing
 import pytest
 
 pytest.importorskip("torchtitan")
@@ -15,20 +22,37 @@ import torch
 from matplotlib import image
 from warm import weighting
 
+from titan_integration.commands.screen import Live
+from weighting.cli import main
 from weighting.runs.replay import read_record
 
 ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 TUTORIAL = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
+OWN_STAGES = (ROOT / "docs" / "own-stages.md").read_text(encoding="utf-8")
 SVG = "{http://www.w3.org/2000/svg}"
 
 pytestmark = pytest.mark.processes
 
 
+def lines_of(block):
+    """Return the commands of a block as words; what follows a # is for the reader."""
+    return [shlex.split(line, comments=True) for line in block.splitlines()]
+
+
 def commands():
-    """Return the lines of the tutorial's section as words; what follows a # is for the reader."""
+    """Return the lines of the tutorial's ten minutes."""
     section = TUTORIAL.split("\n## Ten minutes\n")[1].split("\n## ")[0]
     [block] = re.findall(r"^```sh\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
-    return [shlex.split(line, comments=True) for line in block.splitlines()]
+    return lines_of(block)
+
+
+def next_lines():
+    """Return the lines of the README that follow `make train`."""
+    [block] = re.findall(r"^```sh\n(\.venv/bin.*?)^```", README, re.MULTILINE | re.DOTALL)
+    found = lines_of(block)
+    assert {line[0] for line in found} == {".venv/bin/weighting"}
+    return [["weighting", *line[1:]] for line in found]
 
 
 def after(command, flag):
@@ -47,17 +71,29 @@ def named(verb):
 
 @pytest.fixture(scope="module")
 def ten(tmp_path_factory):
-    """Run every line in an empty folder; return that, and what each line printed."""
+    """Run every line in a folder with the README alone; return that, and what each line printed."""
     folder, said = tmp_path_factory.mktemp("newcomer"), {}
-    for command in commands():
-        assert command[0] == "weighting"
-        # A minute of work, on a machine that others may use.
-        done = weighting(*command[1:], cwd=folder, timeout=900)
-        line = shlex.join(command)
-        assert done.returncode == 0, line + done.stdout[-3000:] + done.stderr[-3000:]
-        assert "Traceback" not in done.stdout + done.stderr, line
-        said[line] = done.stdout
+    shutil.copy(ROOT / "README.md", folder)
+    with contextlib.chdir(folder):
+        for command in [*commands(), *next_lines()]:
+            assert command[0] == "weighting"
+            said[shlex.join(command)] = (trained if command[1] == "train" else printed)(command)
     return folder, said
+
+
+def trained(command):
+    """Return what a command prints that starts the trainer, in a process of its own."""
+    done = weighting(*command[1:], timeout=900)  # a minute of work, where nobody else works
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "Traceback" not in done.stdout + done.stderr
+    return done.stdout
+
+
+def printed(command):
+    """Return what a command prints."""
+    done = click.testing.CliRunner().invoke(main, command[1:])
+    assert done.exit_code == 0, f"{shlex.join(command)}: {done.output}"
+    return done.output
 
 
 def test_the_way_is_whole():
@@ -111,31 +147,93 @@ def test_pictures_show_what_was_asked_for(ten):
         assert sum(d.count("L") > 20 for d in paths) == len(specs)
 
 
-def test_training_ends_with_a_table_and_leaves_its_metrics(ten):
-    """The last row of the table is the last line of the metrics; every step was recorded."""
+def test_make_train_is_the_line_of_the_tutorial():
+    """So that what is tried here of one holds for the other."""
+    [train] = named("train")
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    [line] = re.findall(r"^train: .*\n\t\$\(BIN\)/(.*)", makefile, re.MULTILINE)
+    assert shlex.split(line) == train
+
+
+def test_training_ends_in_a_summary_of_the_run(ten):
+    """First, last, least, mean and largest are those of the metrics; every step was recorded."""
     folder, said = ten
     [train] = named("train")
     text = said[shlex.join(train)]
-    head, *rows = re.search(r"^ +step +loss .*?(?=\n\n)", text, re.MULTILINE | re.DOTALL)[
-        0
-    ].splitlines()
-    assert head.split() == ["step", "loss", "weighted", "weight", "max", "ESS", "capped"]
     run = folder / "outputs" / train[2]
     path = run / "weighting" / "metrics.jsonl"
-    assert f"metrics: {path.relative_to(folder)}" in text
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["step"] for line in lines] == [*range(1, 61)]
-    last = lines[-1]
-    shown = ("step", "unweighted_loss", "weighted_loss", "weight/max", "weight/ess_frac")
-    wanted = [last[name] for name in shown]
-    # The table rounds to three or four digits after the point.
-    assert [float(x) for x in rows[-1].split()[:5]] == pytest.approx(wanted, abs=6e-4)
-    assert last["unweighted_loss"] < lines[0]["unweighted_loss"] - 1, "it learns"
+    names = {
+        "loss (nats)": "unweighted_loss",
+        "weighted loss (nats)": "weighted_loss",
+        "largest weight (mean 1)": "weight/max",
+        "effective sample size (share)": "weight/ess_frac",
+        "share at the cap": "pipeline/capped_frac",
+    }
+    for label, name in names.items():
+        [row] = re.findall(rf"^{re.escape(label)} +(.*)$", text, re.MULTILINE)
+        values = [line[name] for line in lines]
+        wanted = [values[0], values[-1], min(values), sum(values) / 60, max(values)]
+        # The table rounds to three or four digits after the point.
+        assert [float(x) for x in row.split()] == pytest.approx(wanted, abs=6e-4), label
+    assert re.search(r"^tokens per second( +[\d,]+){5}$", text, re.MULTILINE)
+    at_cap = sum(line["pipeline/capped_frac"] > 0 for line in lines)
+    told = f"a cap held weights down at {at_cap} of these: " if at_cap else "no cap held a weight"
+    assert told in text
+    assert lines[-1]["unweighted_loss"] < lines[0]["unweighted_loss"] - 1, "it learns"
     assert [step.step for step in read_record(run).steps] == [*range(1, 61)]
     page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
-    told = {re.sub(r"^(domain/)\w+", r"\1<name>", name) for name in last}
+    told = {re.sub(r"^(domain/)\w+", r"\1<name>", name) for name in lines[-1]}
     told = {re.sub(r"^pipeline(?=/)", "<factor>", name) for name in told}
     assert not [name for name in told if f"| `{name}` |" not in page]
+
+
+def test_what_was_saved_is_there_and_the_next_commands_are_those_of_the_readme(ten):
+    """Every place exists; the commands that are named after it are filled in and work."""
+    folder, said = ten
+    [train] = named("train")
+    _, _, last = said[shlex.join(train)].rpartition("\n\nmetrics: ")
+    saved, _, following = last.partition("\n\nnext:\n")
+    places = dict(line.split(": ") for line in f"metrics: {saved}".splitlines())
+    assert [*places] == ["metrics", "record", "checkpoint"]
+    assert all((folder / place).exists() for place in places.values())
+    lines = [line[line.index("weighting") + 1 :] for line in lines_of(following)]
+    lines[0][-1] = lines[0][-1].removeprefix(f"outputs/{train[2]}/")  # beside the run's files
+    assert lines == [line[1:] for line in next_lines()]
+
+
+def test_nothing_is_logged_that_no_user_can_change(ten):
+    """The host's doubts about its version and about flags nobody gave are left out."""
+    text = ten[1][shlex.join(*named("train"))]
+    assert "torchtitan version: " in text
+    for noise in ("0.0.0", "initial_load_model_only", "TORCH_NCCL", "safetensors"):
+        assert noise not in text
+
+
+def test_a_terminal_shows_one_line_of_that_log(ten, tmp_path):
+    """The step, the total, the loss and the time left; the log is kept in a file."""
+    text = ten[1][shlex.join(*named("train"))]
+    (tmp_path / "weighting").mkdir()
+    shown, log = io.StringIO(), text.partition("\n\n")[0].splitlines()
+    live = Live(shown, tmp_path)
+    for line in log:
+        live.line(line)
+    live.end()
+    pieces = shown.getvalue().split("\r\x1b[K")
+    assert sum(piece.startswith("step ") for piece in pieces) == 61  # the last one twice
+    assert re.fullmatch(r"step 60 of 60  loss [\d.]+  0:00:00 left\n", pieces[-1])
+    assert not any("\n" in piece for piece in pieces[:-1]), "nothing else takes a line"
+    kept = (tmp_path / "weighting" / "train.log").read_text().splitlines()
+    assert kept == [line.removeprefix("[rank0]:") for line in log]
+
+
+def test_tokens_of_the_readme_are_weighed_under_the_checkpoint(ten):
+    """A row for each of the first tokens in a pipe, by the checkpoint of the last step."""
+    [tokens] = [line for line in next_lines() if line[1] == "tokens"]
+    text = ten[1][shlex.join(tokens)]
+    assert "outputs/linupper/checkpoint/step-60" in text
+    assert len(text.splitlines()) > 200
 
 
 def test_replay_has_a_column_for_each_spec(ten):

@@ -1,6 +1,7 @@
 """The report of runs: what is on the page, that it holds together, and that it fits a browser."""
 
 import base64
+import dataclasses
 import hashlib
 import html
 import html.parser
@@ -15,13 +16,15 @@ import subprocess
 
 import click.testing
 import pytest
+import torch
 
 import weighting as wt
 from weighting.cli import main
 from weighting.report.charts import POINTS, Line, line_chart, number, thinned, ticks
 from weighting.report.figures import by_domain, domain_mass, loss_shift, paired
 from weighting.report.read import read_runs
-from weighting.report.tables import interval, over_seeds, settings
+from weighting.report.tables import as_text, by_seed, interval, most_moved, over_seeds, settings
+from weighting.runs.replay import Record, Step
 
 DOMAINS = ("code", "prose")
 CHARTS = {
@@ -276,6 +279,49 @@ def test_repeats_with_other_seeds_give_a_mean_difference_and_its_interval(tmp_pa
     assert "abs-0, abs-1, abs-2" in {row[0] for row in table.rows}
     warmer = repeats(tmp_path / "warmer", OTHER, (0.0,), lr=2)
     assert over_seeds(read_runs([*first, *second[:1], *warmer])) is None
+
+
+def test_a_comparison_over_seeds_ends_in_losses_by_domain_with_their_intervals(tmp_path):
+    """Of each spec the mean and interval over seeds; from the second on also of differences."""
+    groups = {
+        "uniform": read_runs(repeats(tmp_path, PLAIN, (0.0, 0.5, -0.5))),
+        "abs": read_runs(repeats(tmp_path, OTHER, (-0.1, 0.3, -0.8))),
+    }
+    table = by_seed(groups)
+    labels = [row[0] for row in table.rows if row[0]]
+    names = (*DOMAINS, "all tokens", "mean over domains")
+    assert labels == [*(f"validation, {name}" for name in names), labels[-1]]
+    assert labels[-1] == "training, last quarter, unweighted"
+    last = validation(4, 0.0)[f"{DOMAINS[0]}/loss"]
+    wide, half = (4.3027 * x / math.sqrt(3) for x in (0.5, 0.1))
+    plain, other = table.rows[:2]
+    assert plain[1:] == ("uniform", *(f"{last + x:.4f}" for x in (0, -wide, wide)), "", "", "")
+    assert other[:2] == ("", "abs")
+    assert other[5:] == tuple(f"{-0.2 + x:+.4f}" for x in (0, -half, half))
+    lines = as_text(table).splitlines()
+    assert lines[0].split() == [*table.head]
+    assert lines[-1] == table.caption
+    assert len({line.index(plain[2]) for line in lines if plain[2] in line}) == 1
+
+
+def test_sequences_most_raised_and_lowered_are_listed_where_they_were_recorded(tmp_path):
+    """Those of more and of less weight than one, the furthest first; none of no token."""
+    [run] = read_runs([write_run(tmp_path / "a", [line(1)])])
+    assert most_moved(run) == []
+    weight = torch.tensor([1.0, 1.5, 0.25, 3.0, 9.0])
+    columns = (torch.arange(5), *([torch.zeros(5).long()] * 2), torch.ones(5).long())
+    tokens, signals = torch.tensor([8.0, 8, 8, 8, 0]), {"loss": torch.arange(5) / 2}
+    step = Step(1200, columns[0], *columns[1:], tokens, weight, signals, {})
+    record = Record({}, ("prose", "verse"), (step,))
+    raised, lowered = most_moved(dataclasses.replace(run, record=record))
+    assert raised.rows == [
+        ("verse", "1,200", "3", "8", "1.5000", "3.0000"),
+        ("verse", "1,200", "1", "8", "0.5000", "1.5000"),
+    ]
+    assert lowered.rows == [("verse", "1,200", "2", "8", "1.0000", "0.2500")]
+    bare = dataclasses.replace(step, signals={})
+    raised, _ = most_moved(dataclasses.replace(run, record=Record({}, (), (bare,))))
+    assert raised.rows[0] == ("–", "1,200", "3", "8", "–", "3.0000")
 
 
 def test_without_repeats_there_is_no_table_over_seeds(two):

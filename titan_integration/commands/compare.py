@@ -29,6 +29,7 @@ from weighting.language.read import resolve
 from weighting.mixture import with_mixture
 from weighting.report.page import write_report
 from weighting.report.read import read_runs
+from weighting.report.tables import as_text, by_seed
 from weighting.runs.files import read_lines
 from weighting.runs.layout import CHECKPOINTS, FOLDER, METRICS
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
     from titan_integration.data.loader import DomainTextDataLoader
     from titan_integration.trainer.trainer import WeightedTrainer
+    from weighting.report.tables import Table
     from weighting.spec import Spec
 
 ORDERS, REPORT = "compare.json", "report.html"
@@ -68,12 +70,14 @@ class Run(NamedTuple):
         text: The spec as the user gave it.
         spec: What weighs and draws.
         flags: What it is given and others may not be.
+        again: 0 for the first seed, 1 for the next one, and so on.
     """
 
     name: str
     text: str
     spec: Spec
     flags: list[str]
+    again: int = 0
 
 
 class RunFailedError(Exception):
@@ -94,6 +98,7 @@ class Options(launch.HostOptions):
         out: File of the report; None for one in the folder.
         steps: Of each run; None for those of the config.
         seed: Of the first weights.
+        seeds: How many seeds each spec is trained with, from that one on.
         mixture: A spec by which data is drawn.
         reference: Whose loss is `ref_loss`, for specs that read it.
         allow_plugins: Whether the modules that specs name are imported.
@@ -104,6 +109,7 @@ class Options(launch.HostOptions):
     out: str | None
     steps: int | None
     seed: int
+    seeds: int = 1
     mixture: str | None
     reference: str | None
     allow_plugins: bool
@@ -149,12 +155,15 @@ def table(folders: Sequence[Path]) -> str:
 
 def _compare(args: Options) -> None:
     runs = _runs(args)
+    if args.seeds > 1:
+        args = replace(args, flags=_validating(args))
+        runs = _repeated(runs, args)
     folder = Path(args.folder)
     out = Path(args.out or folder / REPORT)
     refuse_unwritable(folder)
     refuse_unwritable(out.parent)
     launch.check_config(args.module, args.config)
-    steps = _preflight(args, runs)
+    steps = _preflight(args, [run for run in runs if not run.again])
     begun = [name for name in (SEED, *_names(runs)) if series.begun(folder / name)]
     orders: dict[str, Any] = {name: getattr(args, name) for name in _COMMON}
     orders |= {"flags": [*args.flags], "steps": steps}
@@ -169,7 +178,21 @@ def _compare(args: Options) -> None:
         _train(args, runs, steps, lock)
     folders = [folder / run.name for run in runs]
     write_report(folders, out, explanation)
-    print(printable(f"\n{table(folders)}\n\nreport: {out}", keep="\n"))  # noqa: T201 - the result
+    told = as_text(_by_seed(folder, runs)) if args.seeds > 1 else table(folders)
+    print(printable(f"\n{told}\n\nreport: {out}", keep="\n"))  # noqa: T201 - the result
+
+
+def _by_seed(folder: Path, runs: Sequence[Run]) -> Table:
+    """Return the losses of all specs over their seeds, and differences to the first spec."""
+    read = read_runs([folder / run.name for run in runs])
+    specs = dict.fromkeys(run.text for run in runs)
+    groups = {
+        next(run.name for run in runs if run.text == text): [
+            found for run, found in zip(runs, read, strict=True) if run.text == text
+        ]
+        for text in specs
+    }
+    return by_seed(groups)
 
 
 def _order(name: str) -> str:
@@ -210,6 +233,31 @@ def _runs(args: Options) -> list[Run]:
         msg = f"none of the specs reads ref_loss; leave out --reference {args.reference}"
         raise ValueError(msg)
     return runs
+
+
+def _repeated(runs: Sequence[Run], args: Options) -> list[Run]:
+    """Return the runs of all seeds, those of a seed one after the other."""
+    return [
+        run if not again else run._replace(name=f"{run.name}@{args.seed + again}", again=again)
+        for again in range(args.seeds)
+        for run in runs
+    ]
+
+
+def _validating(args: Options) -> list[str]:
+    """Return the user's flags after those that have every run validated at its end.
+
+    Raises:
+        ValueError: The user's data is given, and no text to validate on.
+    """
+    texts = ("--validator.dataloader.dataset_path", "--validator.dataloader.dataset")
+    if args.data and all(launch.value_of(args.flags, flag) is None for flag in texts):
+        msg = f"--seeds compares validation losses; say on which text, with {texts[0]} FILE"
+        raise ValueError(msg)
+    if "--validator.no-enable" in args.flags or "--validator.no_enable" in args.flags:
+        msg = "--seeds compares validation losses; leave out --validator.no-enable"
+        raise ValueError(msg)
+    return ["--validator.enable", *args.flags]
 
 
 def _free(name: str, taken: Sequence[str]) -> str:
@@ -255,7 +303,7 @@ def _checked(args: Options, run: Run) -> WeightedTrainer.Config:
     if not isinstance(config, WeightedTrainer.Config):
         msg = f"{args.module}.{args.config} has no weighting; give it one with with_weighting"
         raise ValueError(msg)  # noqa: TRY004 - the user named it
-    plan = plan_of(run.spec)
+    plan = plan_of(run.spec, steps=config.training.steps)
     if config.weighting.record:
         asked(config.weighting.record)
     preflight.refuse_unsupported(config, plan)
@@ -300,24 +348,25 @@ def _train(args: Options, runs: Sequence[Run], steps: int, lock: IO[str]) -> Non
     """
     folder = Path(args.folder)
     done = [min(max(series.last_saved(folder / run.name), 0), steps) for run in runs]
-    common = ["--debug.seed", str(args.seed)]
+    saves = ["--checkpoint.interval", str(max(steps // 10, 1))]
+    ends = ["--validator.freq", str(steps)] if args.seeds > 1 else []
+    ends = [] if launch.value_of(args.flags, "--validator.freq") else ends
     with View(steps, done) as view:
-        if series.last_saved(folder / SEED) < 0:
-            view.seed()
-            whole = [f"--parallelism.{degree}_degree=1" for degree in _DEGREES]
-            flags = [*args.flags, *whole, "--checkpoint.create_seed_checkpoint"]
-            one = replace(args, ranks=1, flags=flags)
-            words = _words(one, "uniform", folder / SEED, steps, common)
-            _run(args, SEED, words, lock, view)
-        first = folder / SEED / CHECKPOINTS / "step-0"
-        common += ["--checkpoint.initial_load_path", str(first.resolve())]
-        common += ["--checkpoint.interval", str(max(steps // 10, 1))]
         for run, at in zip(runs, done, strict=True):
+            first = f"{SEED}@{args.seed + run.again}" if run.again else SEED
+            common = ["--debug.seed", str(args.seed + run.again)]
+            if series.last_saved(folder / first) < 0:
+                view.seed(first)
+                whole = [f"--parallelism.{degree}_degree=1" for degree in _DEGREES]
+                flags = [*args.flags, *whole, "--checkpoint.create_seed_checkpoint"]
+                one = replace(args, ranks=1, flags=flags)
+                _run(args, first, _words(one, "uniform", folder / first, steps, common), lock, view)
+            weights = (folder / first / CHECKPOINTS / "step-0").resolve()
             if at == steps:
                 view.say(f"{cut(run.name)}: trained already")
                 continue
-            more = [*run.flags, *common]
-            words = _words(args, run.text, folder / run.name, steps, more)
+            common += ["--checkpoint.initial_load_path", str(weights), *saves, *ends]
+            words = _words(args, run.text, folder / run.name, steps, [*run.flags, *common])
             view.begin(run.name, at)
             _run(args, run.name, words, lock, view)
             view.end(read_lines(folder / run.name / FOLDER / METRICS)[-1]["unweighted_loss"])

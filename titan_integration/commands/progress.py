@@ -65,10 +65,10 @@ class View:
         if self._bar is None:
             print(printable(text), flush=True)  # noqa: T201 - progress
 
-    def seed(self) -> None:
-        """Begin to make the first weights."""
-        self._name = SEED
-        self.say(f"{SEED}: makes the first weights, the same for all runs")
+    def seed(self, name: str = SEED) -> None:
+        """Begin to make the first weights of the runs of a seed."""
+        self._name = name
+        self.say(f"{name}: makes the first weights, the same for all runs")
 
     def begin(self, name: str, step: int) -> None:
         """Begin a run, or go on with it after a step."""

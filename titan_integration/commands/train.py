@@ -23,13 +23,13 @@ from torch.distributed.elastic.rendezvous.api import RendezvousError
 from torch.distributed.run import get_args_parser
 from torch.distributed.run import run as torchrun
 
+from titan_integration.commands.closing import Given, closing, left_by
 from titan_integration.commands.configs import OURS, family_named, refuse_unknown
+from titan_integration.commands.screen import screen
 from titan_integration.host.nodes import Nodes, meeting
 from titan_integration.host.quiet import quiet
 from titan_integration.host.run_dir import refuse_unwritable
 from weighting.errors import printable
-from weighting.runs.files import read_lines
-from weighting.runs.layout import FOLDER, METRICS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -97,9 +97,12 @@ def main(**options: Any) -> int:  # noqa: ANN401 - those of `Options`
     refuse_unwritable(folder)
     if told:
         print(told, flush=True)  # noqa: T201 - before the host's log
-    code = on_ranks(given.ranks, "torchtitan.train", flags, launcher)
+    before = left_by(folder)
+    with screen(folder):
+        code = on_ranks(given.ranks, "torchtitan.train", flags, launcher)
     if code == 0 and "--checkpoint.create_seed_checkpoint" not in flags:
-        _report(folder)
+        ran = Given(given.spec, given.name, given.config, given.module, given.allow_plugins)
+        print(f"\n{closing(ran, folder, before)}")  # noqa: T201 - the result
     return code
 
 
@@ -242,11 +245,3 @@ def _last_words(logs: Path, rank: int) -> str:
 
 _TAIL = 30
 """Lines of a traceback that say where it comes from."""
-
-
-def _report(folder: Path) -> None:
-    from titan_integration.observe.metrics import table  # noqa: PLC0415 - takes seconds
-
-    path = folder / FOLDER / METRICS
-    if path.exists():
-        print(f"\n{table(read_lines(path))}\n\nmetrics: {path}")  # noqa: T201 - the result

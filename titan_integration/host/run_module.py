@@ -25,8 +25,10 @@ def main() -> None:
         sys.path.append(here)
     if module == "torchtitan.train":
         from titan_integration.host.flags import explain_mistyped  # noqa: PLC0415 - takes seconds
+        from titan_integration.host.quiet import hide_noise  # noqa: PLC0415
 
         explain_mistyped()
+        hide_noise()
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     except ValueError:

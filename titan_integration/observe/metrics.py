@@ -16,9 +16,10 @@ from titan_integration.host.run_dir import writing
 from titan_integration.observe.mixture import mixtures
 from weighting.runs import layout
 from weighting.runs.files import json_text
+from weighting.runs.summary import capped
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     from titan_integration.state.run import Run
 
@@ -82,29 +83,6 @@ class WeightedMetricsProcessor(MetricsProcessor):
                 logger.warning(warning)
         line = {"step": step, **found, "grad_norm": grad_norm, "tps": tokens / seconds}
         self.keep(layout.METRICS, line)
-
-
-def capped(found: dict[str, float]) -> float:
-    """Return the largest share of units at their cap among the factors of one line."""
-    shares = [
-        v for k, v in found.items() if k.endswith("/capped_frac") and k != "weight/capped_frac"
-    ]
-    return max(shares, default=0.0)
-
-
-def table(lines: Sequence[dict[str, float]], rows: int = 8) -> str:
-    """Return a small table of a run: step, losses, largest weight, ESS and share at the cap."""
-    if not lines:
-        return "no steps were logged"
-    last = len(lines) - 1
-    picked = sorted({round(i * last / max(rows - 1, 1)) for i in range(rows)})
-    out = ["  step     loss  weighted  weight max    ESS  capped"]
-    out += [
-        f"{line['step']:6.0f} {line['unweighted_loss']:8.4f}  {line['weighted_loss']:8.4f}"
-        f"  {line['weight/max']:10.3f} {line['weight/ess_frac']:6.3f}  {capped(line):6.3f}"
-        for line in (lines[i] for i in picked)
-    ]
-    return "\n".join(out)
 
 
 def append_line(path: Path, line: Mapping[str, float]) -> None:

@@ -118,7 +118,7 @@ class WeightedTrainer(Trainer):
                 versions.check()
                 if on_cpu:
                     cpu.prepare_config(config)
-                plan = plan_of(read_spec(config.weighting))
+                plan = plan_of(read_spec(config.weighting), steps=config.training.steps)
                 if config.weighting.record:
                     asked(config.weighting.record)  # what is wrong with it is said first
                 refuse_unsupported(config, plan)

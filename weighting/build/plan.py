@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from weighting.build.checks import order_problems
+from weighting.build.shares import over_steps
 from weighting.build.targets import drawing, targets_of
 from weighting.contract import Alone, Pool, Weigh
 from weighting.errors import SpecError
@@ -131,12 +132,17 @@ class Plan:
         return "\n".join(lines)
 
 
-def plan_of(spec: Spec) -> Plan:
+def plan_of(spec: Spec, *, steps: int | None = None) -> Plan:
     """Check how the stages of a spec fit together and return its plan; builds no module.
+
+    Args:
+        spec: The spec.
+        steps: Optimizer steps of the run, by which shares of it become steps: `at=5%`.
 
     Raises:
         SpecError: They do not fit; every problem at once.
     """
+    spec = spec if steps is None else over_steps(spec, steps)
     if problems := order_problems(spec):
         raise SpecError(problems)
     factors = {name: expand(pipeline) for name, pipeline in spec.factors.items()}

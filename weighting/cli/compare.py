@@ -32,6 +32,13 @@ from weighting.cli.report import SUFFIXES
 @click.option(
     "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the first weights."
 )
+@click.option(
+    "--seeds",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Train each spec with so many seeds; ends in validation losses with intervals.",
+)
 @click.option("--mixture", help="A spec by whose domain weights training data is drawn.")
 @click.option("--reference", help="Checkpoint whose loss is ref_loss, for specs that read it.")
 @click.option("--config", default="llama3_debugmodel", show_default=True, help="Config function.")
@@ -61,6 +68,7 @@ def compare(
     \b
     Examples:
       weighting compare uniform linupper
+      weighting compare uniform linupper --seeds 3
       weighting compare uniform linupper mile --data my.jsonl --steps 500
       weighting compare uniform mine.yaml --config llama3_8b \\
           --dump_folder outputs/8b --training.local_batch_size 2

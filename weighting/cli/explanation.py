@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from typing_extensions import override
 
-from weighting.build import build
+from weighting.build import build, plan_of
 from weighting.build.domains import domain_weights, proportions
+from weighting.build.shares import over_steps, share_problems
 from weighting.build.trace import statistics_of
 from weighting.cli.common import WIDTH
 from weighting.contract import Alone, Source, Weigh
@@ -52,6 +53,11 @@ _SCOPES = {
 def explanation(spec: Spec, plan: Plan, steps: int | None = None) -> list[str]:
     """Return the lines of an explanation, at most 80 columns wide where words allow."""
     lines = [f"{spec.name}  (version {spec.version}, hash {spec.hash})"]
+    if share_problems(spec):
+        steps = steps or 100  # so that a step is a percent
+        whole, plan = over_steps(spec, steps), plan_of(spec, steps=steps)
+    else:
+        whole = spec
     for name, planned in plan.factors.items():
         lines += ["", f"{name}: one weight per {planned[-1].level}"]
         lines += _wrapped("written", arrow_text(spec.factors[name]).split(" -> "))
@@ -60,11 +66,11 @@ def explanation(spec: Spec, plan: Plan, steps: int | None = None) -> list[str]:
         lines += [_row(step) for step in planned]
     lines += [
         "",
-        *_ending(spec, plan),
-        *_domains(spec, plan),
+        *_ending(whole, plan),
+        *_domains(whole, plan),
         "",
-        *_loss_path(spec, plan),
-        *_exchanges(spec),
+        *_loss_path(whole, plan),
+        *_exchanges(whole),
         "",
     ]
     lines += _schedules(plan, steps)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from weighting.cli.common import read_or_exit
-from weighting.errors import printable
+from weighting.cli.common import give_up, read_or_exit
+from weighting.errors import SpecError, printable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,9 +30,13 @@ def read_named(arguments: Sequence[str], *, plugins: bool, shown: int = SHORTEST
 
     Names that would look alike when cut to `shown` characters are numbered.
     """
+    from weighting.build.shares import share_problems  # noqa: PLC0415 - imports torch
+
     found: list[Named] = []
     for argument in arguments:
         spec, plan = read_or_exit(argument, plugins=plugins)
+        if problems := share_problems(spec):
+            give_up(str(SpecError(problems)))
         unnamed = spec.name == type(spec).model_fields["name"].default
         label = argument if unnamed and "\n" not in argument else spec.name
         found.append(Named(label, spec, plan))

@@ -75,6 +75,7 @@ def tokens(words: tuple[str, ...], *, allow_plugins: bool, **options: object) ->
 def refusal(spec: Spec, plan: Plan) -> str | None:
     """Return why a text and a model alone do not tell the weights of a spec, or None."""
     from weighting.build import build  # noqa: PLC0415 - imports torch
+    from weighting.build.shares import share_problems  # noqa: PLC0415
     from weighting.loss.logits import TOPK  # noqa: PLC0415
 
     lacking = sorted(x for x in plan.needs - _FROM_LOGITS if not x.startswith(TOPK))
@@ -87,6 +88,8 @@ def refusal(spec: Spec, plan: Plan) -> str | None:
         return f"it reads the column {name!r}, which a plain text does not have"
     if plan.listens_to:
         return "it is told between batches how training goes, and here nothing trains"
+    if problems := share_problems(spec):
+        return str(SpecError(problems))
     try:
         build(spec, domains=["text"])
     except SpecError as error:

@@ -3,7 +3,8 @@
 pipeline = stage ( ("->" | "→") stage )*
 stage    = name [ "(" [ argument ("," argument)* ] ")" ]
 argument = [ name "=" ] value
-value    = number | number "/" "n" | word | "text" | name "(" ... ")" | "{" key ":" value ... "}"
+value    = number | number "/" "n" | number "%" | word | "text"
+         | name "(" ... ")" | "{" key ":" value ... "}"
 """
 
 from __future__ import annotations
@@ -43,6 +44,14 @@ class Share:
 
 
 @dataclass(frozen=True)
+class OfRun:
+    """A number of percent, of the steps of a run: 5%."""
+
+    percent: float
+    span: Span
+
+
+@dataclass(frozen=True)
 class Pairs:
     """A map written in braces: {0: 100, 500: 0.4}."""
 
@@ -69,7 +78,7 @@ class Call:
     name_span: Span
 
 
-Value = Literal | Share | Pairs | Call
+Value = Literal | Share | OfRun | Pairs | Call
 
 _TOKEN = re.compile(
     r"""(?P<space>\s+)
@@ -78,7 +87,7 @@ _TOKEN = re.compile(
       | (?P<name>[^\W\d]\w*(?:[-.](?=\w)\w+)*)
       | (?P<text>"(?:[^"\\\n]|\\.)*"|'[^'\n]*')
       | (?P<joint>=>|\|+|>)
-      | (?P<mark>[(){},=:/])
+      | (?P<mark>[(){},=:/%])
       | (?P<other>[-+.\w]+|.)""",
     re.VERBOSE,
 )
@@ -146,6 +155,8 @@ def _value_text(value: Value) -> str:
         return _call_text(value)
     if isinstance(value, Share):
         return f"{number_text(value.numerator)}/n"
+    if isinstance(value, OfRun):
+        return f"{number_text(value.percent)}%"
     if isinstance(value, Pairs):
         return (
             "{" + ", ".join(f"{_value_text(k)}: {_value_text(v)}" for k, v in value.entries) + "}"
@@ -262,6 +273,8 @@ class _Parser:
     def _number(self, token: _Token) -> Value:
         integral = re.fullmatch(r"[-+]?[0-9]{1,18}", token.text)
         value = int(token.text) if integral else float(token.text)
+        if self._accept("%"):
+            return OfRun(float(value), (token.span[0], self._end()))
         if not self._accept("/"):
             return Literal(value, token.span)
         unit = self._peek()

@@ -11,10 +11,10 @@ from pydantic import BaseModel, ValidationError
 from weighting.contract import Stage
 from weighting.errors import Problem, Source, Span, nearest
 from weighting.language import arrow
-from weighting.language.arrow import Argument, Call, Literal, Pairs, Share, Value
+from weighting.language.arrow import Argument, Call, Literal, OfRun, Pairs, Share, Value
 from weighting.language.yaml_nodes import Map, Node, Scalar, Seq
 from weighting.registry import stages
-from weighting.schedules import SCHEDULES, Constant, Schedule, ShareOfN
+from weighting.schedules import SCHEDULES, Constant, Percent, Schedule, ShareOfN
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 _NO_STAGE = "a pipeline needs a stage; write uniform for plain training"
-_SHARE = re.compile(r"([-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?)\s*/\s*n")
+_SHARE = re.compile(r"([-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?)\s*(/\s*n|%)")
 
 
 def make_stage(source: Source, call: Call, problems: list[Problem]) -> Stage | None:
@@ -234,6 +234,11 @@ def _plain(source: Source, value: Value, problems: list[Problem]) -> Any:  # noq
             return ShareOfN(numerator=value.numerator)
         problems.append(source.problem("the number over n is not finite", value.span))
         return None
+    if isinstance(value, OfRun):
+        if math.isfinite(value.percent):
+            return Percent(value=value.percent)
+        problems.append(source.problem("the number of percent is not finite", value.span))
+        return None
     if isinstance(value, Call):
         return _make(source, value, SCHEDULES, "schedule", problems)
     if isinstance(value, Pairs):
@@ -267,6 +272,8 @@ def _written(value: object) -> Value:
         return Literal(value.value, span)
     if isinstance(value, ShareOfN):
         return Share(value.numerator, span)
+    if isinstance(value, Percent):
+        return OfRun(value.value, span)
     if isinstance(value, Schedule):
         return _call(value, positional=value.positional)
     if isinstance(value, dict):
@@ -290,6 +297,8 @@ def _named(call: Call) -> Call:
 def _yaml_value(value: Value) -> object:
     if isinstance(value, Share):
         return f"{arrow.number_text(value.numerator)}/n"
+    if isinstance(value, OfRun):
+        return f"{arrow.number_text(value.percent)}%"
     if isinstance(value, Pairs):
         return {key.value: _yaml_value(item) for key, item in value.entries}
     if isinstance(value, Call):
@@ -352,7 +361,8 @@ def _yaml_argument(
         return Literal(None, node.span)
     if isinstance(node.value, str):
         if share := _SHARE.fullmatch(node.value.strip()):
-            return Share(float(share[1]), node.span)
+            kind = OfRun if share[2] == "%" else Share
+            return kind(float(share[1]), node.span)
         if re.match(r"\s*\w+\s*\(", node.value):
             calls = arrow.parse(source, node.text, node.offsets, problems)
             if len(calls) > 1:

@@ -64,7 +64,12 @@ def page(runs: Sequence[Run], explain: Explain, *, static: bool = False) -> str:
             measured,
             "None of the runs was validated.",
         ),
-        _section("Weights", figures.weights(runs), [], "No weights were logged."),
+        _section(
+            "Weights",
+            figures.weights(runs),
+            [table for run in runs for table in tables.most_moved(run)],
+            "No weights were logged.",
+        ),
         _section(
             "Domains",
             [chart for run in runs for chart in figures.domains(run)],

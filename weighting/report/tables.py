@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from statistics import fmean, quantiles, stdev
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from weighting.report.figures import domain_mass, paired, speed
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from weighting.report.read import Run
 
@@ -19,10 +21,15 @@ _UNKNOWN = "unknown"
 _LONG = 120
 """Characters shown of a setting."""
 _MEANS = {"all tokens": "loss", "mean over domains": "domain_mean_loss"}
+_TRAINING = "training, last quarter, unweighted"
 _PLACES = {"dump_folder", "checkpoint.initial_load_path", "weighting.spec"}
 """Settings in which repeats may differ: where files are, and the spec, which has a hash."""
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 """In the names of functions; another one in every process."""
+_MOVED = 5
+"""Sequences that are shown of those most raised, and of those most lowered."""
+_ROUNDING = 1e-3
+"""A weight that is no further from one is one."""
 _T = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
 """97.5 % quantiles of Student's t, from one degree of freedom on."""
 
@@ -89,6 +96,38 @@ def masses(run: Run) -> Table | None:
     return Table(f"Domain mass, {run.name}: means over steps", head, rows) if rows else None
 
 
+def most_moved(run: Run) -> list[Table]:
+    """Return the recorded sequences whose mean weights were largest, and smallest."""
+    record = run.record
+    if record is None or not record.steps:
+        return []
+    weight, losses = record.flat("weight"), [x.signals.get("loss") for x in record.steps]
+    sizes = torch.tensor([len(step.row) for step in record.steps])
+    steps = torch.tensor([step.step for step in record.steps]).repeat_interleave(sizes)
+    rows, tokens, domains = (record.flat(x) for x in ("row", "tokens", "domain"))
+    known = [x for x in losses if x is not None]
+    loss = torch.cat(known) if len(known) == len(losses) else None
+    found = list[Table]()
+    for what, sign in (("raised", 1), ("lowered", -1)):
+        moved = (sign * (weight - 1)).where(tokens > 0, -math.inf)
+        most = moved.topk(min(_MOVED, len(moved)))
+        lines = [
+            (
+                record.domains[domains[i]] if record.domains else "–",
+                f"{steps[i]:,}",
+                f"{rows[i]:,}",
+                f"{tokens[i]:,.0f}",
+                _or_dash(loss[i].item() if loss is not None else math.nan),
+                _or_dash(weight[i].item()),
+            )
+            for i in most.indices[most.values > _ROUNDING].tolist()
+        ]
+        head = ("domain of most tokens", "step", "row of its batch", "tokens", "loss (nats)")
+        caption = f"Sequences most {what}, {run.name}, of {len(weight):,} recorded"
+        found += [Table(caption, (*head, "mean weight"), lines)] if lines else []
+    return found
+
+
 def validation(runs: Sequence[Run]) -> Table | None:
     """Return loss and perplexity of every domain, and differences to the first run.
 
@@ -147,6 +186,44 @@ def over_seeds(runs: Sequence[Run]) -> Table | None:
     caption = f"Loss minus that of the same seed among {base}: mean over seeds, 95 % t interval"
     head = ("runs", "loss", "n seeds", "mean (nats)", "from", "to")
     return Table(caption, head, rows, words=2) if rows else None
+
+
+def by_seed(groups: Mapping[str, Sequence[Run]]) -> Table:
+    """Return the losses of each group over its seeds, and differences to the first, by pairs.
+
+    Args:
+        groups: Runs by what weighs, in the same order of seeds; two seeds or more.
+    """
+    (base, _), *_ = groups.items()
+    count = len(groups[base])
+    measured = _measured([run for group in groups.values() for run in group])
+    rows = list[tuple[str, ...]]()
+    for label, losses in measured.items():
+        first = losses[:count]
+        for i, name in enumerate(groups):
+            own = losses[i * count : (i + 1) * count]
+            gaps = [x - y for x, y in zip(own, first, strict=True)]
+            apart = [f"{x:+.4f}" for x in (fmean(gaps), *interval(gaps))] if i else [""] * 3
+            levels = [f"{x:.4f}" for x in (fmean(own), *interval(own))]
+            rows.append((label if not i else "", name, *levels, *apart))
+    caption = f"Losses in nats over {count} seeds, and minus those of {base} by seed"
+    caption += ": means and 95 % t intervals"
+    head = ("loss", "spec", "mean", "from", "to", "difference", "from", "to")
+    return Table(caption, head, rows, words=2)
+
+
+def as_text(table: Table) -> str:
+    """Return a table as lines of text, its caption last."""
+    lines = [table.head, *table.rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    out = list[str]()
+    for line in lines:
+        cells = [
+            f"{cell:{'<' if i < table.words else '>'}{width}}"
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        out.append("  ".join(cells).rstrip())
+    return "\n".join([*out, "", table.caption])
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -225,22 +302,38 @@ def _gaps(pairs: Sequence[tuple[Run, Run]]) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {}
     late = [[y for _, y in paired(*pair)] for pair in pairs]
     if all(late):
-        means = [fmean(gaps[-max(len(gaps) // 4, 1) :]) for gaps in late]
-        found["training, last quarter, unweighted"] = means
-    runs = [run for pair in pairs for run in pair]
+        found[_TRAINING] = [fmean(gaps[-max(len(gaps) // 4, 1) :]) for gaps in late]
+    validated = _validated([run for pair in pairs for run in pair])
+    return found | {
+        label: [a - b for a, b in zip(losses[::2], losses[1::2], strict=True)]
+        for label, losses in validated.items()
+    }
+
+
+def _measured(runs: Sequence[Run]) -> dict[str, list[float]]:
+    """Return what was measured of all runs, by its name."""
+    found: dict[str, list[float]] = {}
+    losses = [[y for _, y in run.series("unweighted_loss")] for run in runs]
+    found[_TRAINING] = [fmean(own[-max(len(own) // 4, 1) :]) for own in losses]
+    return _validated(runs) | found
+
+
+def _validated(runs: Sequence[Run]) -> dict[str, list[float]]:
+    """Return the validation losses of all runs by domain and their means, if all have them alike.
+
+    They are those of the last step at which all were validated, on as many tokens of each domain.
+    """
     step = _common_step(runs)
     if step is None:
-        return found
-    lines = [(_validation_at(run, step), _validation_at(first, step)) for run, first in pairs]
-    names = _validated_domains([line for pair in lines for line in pair])
+        return {}
+    lines = [_validation_at(run, step) for run in runs]
+    names = _validated_domains(lines)
+    if any(len({line.get(f"{name}/tokens") for line in lines}) > 1 for name in names):
+        return {}
     keys = {f"validation, {name}": f"{name}/loss" for name in names}
     keys |= {f"validation, {label}": key for label, key in _MEANS.items()}
-    same = all(a.get(f"{n}/tokens") == b.get(f"{n}/tokens") for a, b in lines for n in names)
-    for label, key in keys.items() if same else ():
-        gaps = [a.get(key, math.nan) - b.get(key, math.nan) for a, b in lines]
-        if all(map(math.isfinite, gaps)):
-            found[label] = gaps
-    return found
+    found = {label: [line.get(key, math.nan) for line in lines] for label, key in keys.items()}
+    return {label: x for label, x in found.items() if all(map(math.isfinite, x))}
 
 
 def _t_quantile(df: int) -> float:

@@ -8,6 +8,7 @@ run.json                spec, configuration, versions and starts
 metrics.jsonl           a line for each logged step
 validation.jsonl        a line for each validation
 mixture.yaml            the proportions of domains it found, as a spec
+train.log               its log, where a terminal showed one line instead
 record/                 sequences-*.parquet, documents-*.parquet, tokens-*.parquet
 """
 
@@ -18,6 +19,7 @@ METRICS = "metrics.jsonl"
 VALIDATION = "validation.jsonl"
 RUN = "run.json"
 MIXTURE = "mixture.yaml"
+LOG = "train.log"
 RECORD = f"{FOLDER}/record"
 SEQUENCES, DOCUMENTS, TOKENS = "sequences", "documents", "tokens"
 """What the names of a record's files begin with."""
