@@ -1,6 +1,5 @@
 """The data loader: rows of packed documents that carry the domain of every token."""
 
-import functools
 import hashlib
 import json
 import math
@@ -8,7 +7,6 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any, get_args
 
 import torch
@@ -18,7 +16,16 @@ from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.tools.logging import logger
 from typing_extensions import override
 
-from titan_integration.data.data_files import local_files, saved_dataset, suffix_of
+from titan_integration.data.bad_records import BadRecords, OnBadRecord
+from titan_integration.data.contents import Encoder, check_vocabulary, hash_of
+from titan_integration.data.data_files import (
+    DataFile,
+    data_at,
+    is_pattern,
+    local_files,
+    saved_dataset,
+    suffix_of,
+)
 from titan_integration.data.documents import (
     Documents,
     embedded_documents,
@@ -31,7 +38,8 @@ from titan_integration.data.identity import differences, files_of, name_in, toke
 from titan_integration.data.packing import Cut, Encode, PackedRows, RowMode
 from titan_integration.data.records import DEFAULT_DOMAIN_COLUMN, ONLY_DOMAIN, Columns
 from titan_integration.data.stream_sources import HubStream, LocalStream, Source
-from titan_integration.data.streaming import StreamedRows
+from titan_integration.data.streaming import BAD_RECORDS, StreamedRows
+from titan_integration.data.urls import Url
 
 EMBEDDED = "stdlib"
 
@@ -58,9 +66,9 @@ class DomainTextDataLoader(ParallelAwareDataloader):
         """
 
         dataset: str = EMBEDDED
-        """``stdlib`` (the running Python's own library), a file or directory (.jsonl, .ndjson,
-        .json, each also .gz or .zst, .parquet, or what ``save_to_disk`` wrote), or a Hugging Face
-        name. A file or directory in ``dataset_path`` wins."""
+        """``stdlib`` (the running Python's own library), a file, directory, pattern or
+        address (.jsonl, .ndjson, .json, .csv, each also .gz or .zst, .arrow, .parquet, or what
+        ``save_to_disk`` wrote), or a Hugging Face name. What ``dataset_path`` names wins."""
 
         hf_name: str | None = None
         """Configuration name of a Hugging Face data set."""
@@ -69,7 +77,8 @@ class DomainTextDataLoader(ParallelAwareDataloader):
         """``train`` or ``validation``; a directory's sub-directory; Hugging Face's split."""
 
         text_column: str = "text"
-        """Column of the text; dots reach into nested records."""
+        """Column of the text, token ids or messages; dots reach into nested records. Records
+        without a ``text`` may have ``input_ids`` or ``messages``."""
 
         domain_column: str = DEFAULT_DOMAIN_COLUMN
         """Column of the domain, such as ``meta.redpajama_set_name``; empty: one domain, ``all``."""
@@ -82,6 +91,10 @@ class DomainTextDataLoader(ParallelAwareDataloader):
         """Columns of numbers that the batches carry: one for each document, or a list of one for
         each predicted token (each but the first, begin and end of text included). Dots reach into
         nested records. Those that the weighting's spec reads are added by the trainer."""
+
+        on_bad_record: OnBadRecord = "refuse"
+        """``refuse``: the first record that cannot be used ends the run. ``skip``: it is passed
+        over and counted; the metrics have the count as ``bad_records``."""
 
         streaming: bool = False
         """Read local files or Hugging Face data as a stream, instead of by index. Rows of one
@@ -144,7 +157,13 @@ class DomainTextDataLoader(ParallelAwareDataloader):
                 "set --dataloader.infinite or --dataloader.rows mixed"
             )
             raise ValueError(msg)
-        encode = functools.partial(tokenizer.encode, add_bos=True, add_eos=True)
+        if config.on_bad_record not in get_args(OnBadRecord):
+            msg = (
+                f"on_bad_record {config.on_bad_record!r}; set --dataloader.on_bad_record to "
+                f"{' or '.join(get_args(OnBadRecord))}"
+            )
+            raise ValueError(msg)
+        encode = Encoder(tokenizer)
         cut = Cut(seq_len, local_batch_size, dp_rank, dp_world_size)
         where = config.dataset_path or config.dataset
         made_from: dict[str, Any] = {"seq_len": seq_len, "vocab_size": tokenizer.get_vocab_size()}
@@ -170,6 +189,8 @@ class DomainTextDataLoader(ParallelAwareDataloader):
                 seed=config.seed,
                 infinite=config.infinite,
             )
+            largest, place = documents.largest_id
+            check_vocabulary(largest, encode.vocab_size, place)
             rows.check_size(where)
             made_from |= {"seed": config.seed, "shards": rows.num_shards}
             made_from |= {"documents": len(documents), "text": _fingerprint(documents)}
@@ -226,6 +247,14 @@ class DomainTextDataLoader(ParallelAwareDataloader):
         self._rows.pools.proportions = scaled(proportions, self.domains)
 
     @property
+    def bad_records(self) -> int:
+        """How many records were passed over as bad: of all the data, or so far in a stream."""
+        if self.documents is not None:
+            return self.documents.bad_records
+        assert isinstance(self._rows, StreamedRows)
+        return self._rows.bad.count
+
+    @property
     def identity(self) -> dict[str, Any]:
         """Facts and digests that are alike on all ranks whose loaders yield rows of one stream."""
         facts = {key: fact for key, fact in self._made_from.items() if key != "modified"}
@@ -247,6 +276,8 @@ class DomainTextDataLoader(ParallelAwareDataloader):
         self._iterated = True
         self._state = self._rows.own_state()
         for inputs, labels, moved in super().__iter__():
+            if isinstance(self._rows, StreamedRows):  # a worker may have counted them
+                self._rows.bad.count = moved.pop(BAD_RECORDS)
             self._state |= moved
             yield inputs, labels
 
@@ -345,7 +376,8 @@ def load_documents(config: DomainTextDataLoader.Config) -> Documents:
     if path := local_path(config):
         if folder := saved_dataset(path, config.split):
             return hub_documents(open_saved(folder), columns, config.domains, str(folder))
-        return local_documents(path, config.split, columns, config.domains)
+        bad = BadRecords(config.on_bad_record)
+        return local_documents(path, config.split, columns, config.domains, bad)
     dataset = open_hub(config.dataset, config.hf_name, config.split, streaming=False)
     return hub_documents(dataset, columns, config.domains, config.dataset)
 
@@ -373,10 +405,10 @@ def _streamed_rows(config: DomainTextDataLoader.Config, encode: Encode, cut: Cut
     if config.num_workers > 1:
         msg = f"{where}: a stream can use at most one worker, not {config.num_workers}"
         raise ValueError(msg)
-    columns = _columns(config)
+    columns, bad = _columns(config), BadRecords(config.on_bad_record)
     domains = tuple(config.domains or ()) if config.domain_column else (ONLY_DOMAIN,)
     rows = StreamedRows(
-        _source(config, columns, cut),
+        _source(config, columns, cut, bad),
         encode,
         cut,
         columns,
@@ -384,39 +416,44 @@ def _streamed_rows(config: DomainTextDataLoader.Config, encode: Encode, cut: Cut
         rows=config.rows,
         seed=config.seed,
         infinite=config.infinite,
+        bad=bad,
     )
     rows.check_first()
     return rows
 
 
-def _source(config: DomainTextDataLoader.Config, columns: Columns, cut: Cut) -> Source:
+def _source(
+    config: DomainTextDataLoader.Config, columns: Columns, cut: Cut, bad: BadRecords
+) -> Source:
     path = local_path(config)
     if path is None:
         stream = open_hub(config.dataset, config.hf_name, config.split, streaming=True)
         return HubStream(stream, config.dataset, cut)
     if folder := saved_dataset(path, config.split):
         return HubStream(open_saved(folder).to_iterable_dataset(), str(folder), cut)
-    return LocalStream(path, config.split, columns, cut)
+    return LocalStream(path, config.split, columns, cut, bad)
 
 
 def _columns(config: DomainTextDataLoader.Config) -> Columns:
     return Columns(config.text_column, config.domain_column, tuple(config.columns))
 
 
-def local_path(config: DomainTextDataLoader.Config) -> Path | None:
-    """Return the file or directory that a configuration names; None if it names none."""
-    # Not Path's methods, which raise for an unknown user and for a name that is too long.
+def local_path(config: DomainTextDataLoader.Config) -> DataFile | None:
+    """Return the file, folder, pattern or address that a configuration names; None if none."""
     if config.dataset_path is not None:
-        return Path(os.path.expanduser(config.dataset_path))  # noqa: PTH111
-    path = Path(os.path.expanduser(config.dataset))  # noqa: PTH111
+        return data_at(config.dataset_path)
+    path = data_at(config.dataset)
     looks_local = config.dataset.startswith((".", "/", "~")) or suffix_of(path) != ""
-    return path if looks_local or os.path.exists(path) else None  # noqa: PTH110
+    if looks_local or isinstance(path, Url) or is_pattern(path):
+        return path
+    return path if os.path.exists(path) else None  # noqa: PTH110
 
 
 def _fingerprint(documents: Documents) -> str:
     """Hash a few documents of all parts, to notice that a state belongs to other text."""
-    few = range(0, len(documents), max(1, len(documents) // 64))
-    return hashlib.sha256(repr([documents[i] for i in few]).encode()).hexdigest()[:16]
+    few = [documents[i] for i in range(0, len(documents), max(1, len(documents) // 64))]
+    told = [(x if isinstance(x, str) else hash_of(x).hex(), domain) for x, domain in few]
+    return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
 
 
 def _unchanged(batch: Any) -> Any:  # noqa: ANN401

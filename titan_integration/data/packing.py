@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
+from titan_integration.data.contents import Encoded, encoded
 from titan_integration.data.documents import Documents
-from titan_integration.data.records import Values
+from titan_integration.data.records import IGNORED, Values
 from weighting.columns import signal_of
 
 # A rank tokenizes only its own shards when its rows always fall on them: when the global batch
@@ -59,12 +60,14 @@ class Piece(NamedTuple):
     """A stretch of one document: its inputs and one more token, the last label.
 
     Its domain, and the values of its columns, float32: 0-D for one that all its tokens share, or
-    one for each input, which belongs to the label after it.
+    one for each input, which belongs to the label after it. Which of the labels are predicted, if
+    not all.
     """
 
     tokens: Tensor
     domain_id: int
     numbers: tuple[Tensor, ...] = ()
+    predicted: Tensor | None = None
 
 
 class RowPools:
@@ -235,7 +238,7 @@ class PackedRows(IterableDataset[Batch]):
         rows = 1 if self._infinite else self._global_batch
         need, have = rows * self._seq_len, 0
         for i in range(len(self._documents)):
-            have += max(len(self._whole(i).tokens) - 1, 0)
+            have += _predicted(self._whole(i))
             if have >= need:
                 break
         if have < need:
@@ -248,7 +251,7 @@ class PackedRows(IterableDataset[Batch]):
         if self._rows == "mixed":
             return
         for name, members in zip(self.domains, self._members, strict=True):
-            if not any(len(self._whole(int(i)).tokens) > 1 for i in members):
+            if not any(_predicted(self._whole(int(i))) for i in members):
                 msg = (
                     f"{where}: domain {name!r} has no token to predict, so no row can be packed "
                     "from it; add text to it, or set --dataloader.rows mixed"
@@ -286,12 +289,13 @@ class PackedRows(IterableDataset[Batch]):
 
     def _whole(self, index: int) -> Piece:
         documents = self._documents
+        place = functools.partial(documents.place_of, index)
         return whole_piece(
-            self._encode(documents.texts[index]),
-            documents.domain_ids[index],
+            encoded(self._encode, documents.texts[index], place),
+            int(documents.domain_ids[index]),
             documents.columns,
             [column[index] for column in documents.numbers],
-            functools.partial(documents.place_of, index),
+            place,
         )
 
     def _order(self, pool: int, epoch: int) -> np.ndarray:
@@ -329,7 +333,7 @@ class PackedRows(IterableDataset[Batch]):
 
 
 def whole_piece(
-    tokens: list[int],
+    whole: Encoded,
     domain_id: int,
     columns: Sequence[str],
     numbers: Sequence[Values],
@@ -340,7 +344,7 @@ def whole_piece(
     Raises:
         ValueError: If there is one number for each token, but of another number of tokens.
     """
-    predicted = max(len(tokens) - 1, 0)
+    predicted = max(len(whole.ids) - 1, 0)
     for name, values in zip(columns, numbers, strict=True):
         if np.ndim(values) and np.size(values) != predicted:
             msg = (
@@ -350,16 +354,19 @@ def whole_piece(
             )
             raise ValueError(msg)
     return Piece(
-        torch.tensor(tokens, dtype=torch.int64),
+        torch.tensor(whole.ids, dtype=torch.int64),
         domain_id,
         tuple(torch.tensor(values, dtype=torch.float32) for values in numbers),
+        None if whole.predicted is None else torch.tensor(whole.predicted),
     )
 
 
 def cut_piece(whole: Piece, offset: int, take: int) -> Piece:
     """Return a stretch of ``take`` inputs of a document, the label after them, and its numbers."""
     numbers = tuple(x[offset : offset + take] if x.ndim else x for x in whole.numbers)
-    return whole._replace(tokens=whole.tokens[offset : offset + take + 1], numbers=numbers)
+    predicted = None if whole.predicted is None else whole.predicted[offset : offset + take]
+    tokens = whole.tokens[offset : offset + take + 1]
+    return whole._replace(tokens=tokens, numbers=numbers, predicted=predicted)
 
 
 def batch_of(
@@ -380,7 +387,18 @@ def batch_of(
     }
     for i, name in enumerate(columns):
         inputs[signal_of(name)] = stack(lambda p, i=i: p.numbers[i].expand(len(p.tokens) - 1))
-    return inputs, stack(lambda p: p.tokens[1:])
+    return inputs, stack(_labels)
+
+
+def _predicted(piece: Piece) -> int:
+    if piece.predicted is not None:
+        return int(piece.predicted.sum())
+    return max(len(piece.tokens) - 1, 0)
+
+
+def _labels(piece: Piece) -> Tensor:
+    labels = piece.tokens[1:]
+    return labels if piece.predicted is None else labels.where(piece.predicted, IGNORED)
 
 
 def shard_key(lane: int) -> str:

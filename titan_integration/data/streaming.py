@@ -2,10 +2,12 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from torch.utils.data import IterableDataset
 
+from titan_integration.data.bad_records import BadRecords
+from titan_integration.data.contents import Content, content_of, encoded
 from titan_integration.data.packing import (
     Batch,
     Cut,
@@ -21,12 +23,23 @@ from titan_integration.data.packing import (
 from titan_integration.data.records import (
     ONLY_DOMAIN,
     Columns,
+    Values,
     check_encodable,
     domain_of,
     numbers_of,
-    text_of,
 )
 from titan_integration.data.stream_sources import Position, Source
+
+BAD_RECORDS = "bad_records"
+"""Under which a batch tells how many bad records came before it; not a part of the state."""
+
+
+class _Held(NamedTuple):
+    """What a record holds."""
+
+    content: Content
+    domain: str
+    numbers: tuple[Values, ...]
 
 
 class StreamedRows(IterableDataset[Batch]):
@@ -50,8 +63,10 @@ class StreamedRows(IterableDataset[Batch]):
         rows: RowMode,
         seed: int,
         infinite: bool,
+        bad: BadRecords | None = None,
     ) -> None:
         """Take this rank's part of a stream."""
+        self.bad = bad or BadRecords()
         self.domains = domains
         self.pools = RowPools(rows, len(domains), seed)
         self._only = (None,) if rows == "mixed" else domains
@@ -116,8 +131,7 @@ class StreamedRows(IterableDataset[Batch]):
             ValueError: If there is none, or one cannot be read, or has not the columns or a domain.
         """
         for place, record, _ in self._source.read(0, None):
-            if text := text_of(record, self._columns, place):
-                self._whole(text, record, self._domain(record, place), place)
+            if (held := self._held(record, place)) and self._whole(held, place):
                 return
         self._raise_empty(None, ())
 
@@ -138,7 +152,7 @@ class StreamedRows(IterableDataset[Batch]):
                     return
                 rows.append(pieces)
             row += self._global_batch
-            moved = {"row": row, self._key: json.dumps(positions)}
+            moved = {"row": row, self._key: json.dumps(positions), BAD_RECORDS: self.bad.count}
             yield *batch_of(rows, self._columns.numbers), moved
 
     def _rows(
@@ -154,14 +168,13 @@ class StreamedRows(IterableDataset[Batch]):
             empty = position is None and not skip  # until there is something in a whole epoch
             found: set[str] = set()
             for place, record, after in self._source.read(epoch, position):
-                text = text_of(record, self._columns, place)
-                domain = self._domain(record, place) if text else None
-                if domain is None:
+                if (held := self._held(record, place)) is None:
                     continue
-                found.add(domain)
-                if only not in {None, domain}:
+                found.add(held.domain)
+                if only not in {None, held.domain}:
                     continue
-                whole = self._whole(text, record, domain, place)
+                if (whole := self._whole(held, place)) is None:
+                    continue
                 offset, skip = skip, 0
                 while (take := min(len(whole.tokens) - 1 - offset, room)) > 0:
                     pieces.append(cut_piece(whole, offset, take))
@@ -198,13 +211,29 @@ class StreamedRows(IterableDataset[Batch]):
             raise ValueError(msg)
         return name
 
-    def _whole(self, text: str, record: Mapping[str, Any], domain: str, place: str) -> Piece:
-        check_encodable(text, self._columns.text, place)
-        check_encodable(text, self._columns.text, place)
-        return whole_piece(
-            self._encode(text),
-            self.domains.index(domain),
-            self._columns.numbers,
-            numbers_of(record, self._columns, place),
-            lambda: place,
-        )
+    def _held(self, record: Mapping[str, Any], place: str) -> _Held | None:
+        """Return what a record holds; None if that is nothing, or it is passed over."""
+        try:
+            content = content_of(record, self._columns, place)
+            if not content:
+                return None
+            check_encodable(content, self._columns.text, place)
+            numbers = numbers_of(record, self._columns, place)
+        except ValueError as error:
+            self.bad.found(error)
+            return None
+        return _Held(content, self._domain(record, place), numbers)
+
+    def _whole(self, held: _Held, place: str) -> Piece | None:
+        """Return a document with its tokens; None if it is passed over."""
+        try:
+            return whole_piece(
+                encoded(self._encode, held.content, lambda: place),
+                self.domains.index(held.domain),
+                self._columns.numbers,
+                held.numbers,
+                lambda: place,
+            )
+        except ValueError as error:
+            self.bad.found(error)
+            return None
