@@ -27,6 +27,8 @@ from titan_integration.data.records import Columns
 # Copies up to so many bytes stay in memory.
 _IN_MEMORY = 32 << 20
 
+_NUMBER = re.compile(r"\d+$")
+
 # Files that are open at a time.
 _MOST_OPEN = 64
 
@@ -143,33 +145,38 @@ class Storing:
         self._parts: list[_Part] = []
         self._starts, self._numbers = array("q"), array("L")
         self._memory = bytearray()
-        self._copied = 0
+        self._copied = self._end = 0
+        self._place = ""
         self._file: IO[bytes] | None = None
 
     def begin(self, file: DataFile) -> None:
         """Go on with the documents of another file."""
+        self._finish()
         self._parts.append(_Part(file, len(self), "", False, 0, _identity(on_disk(file))))
+        self._place = ""
 
     def add(self, content: Content, found: Scanned) -> None:
         """Keep a document of the present file."""
-        part = self._parts[-1]
-        place, number = _split(found.place)
         start, end = found.before.byte, found.after.byte
+        plain = start is not None
         self.hashes += hash_of(content)
         if start is None or end is None:
             start = self._copied
             self._copy(packed(content))
             end = self._copied
         self._starts.append(start)
-        self._numbers.append(number)
-        plain = found.before.byte is not None
-        self._parts[-1] = part._replace(place=place, plain=plain, end=end)
+        if not self._place:  # the first of its file tells how places begin, and all end in a number
+            self._place = _NUMBER.sub("", found.place)
+            self._parts[-1] = self._parts[-1]._replace(place=self._place, plain=plain)
+        self._numbers.append(int(found.place[len(self._place) :]))
+        self._end = end
 
     def __len__(self) -> int:
         return len(self._starts)
 
     def done(self) -> StoredContents:
         """Return the documents."""
+        self._finish()
         parts = [
             part
             for part, after in zip(
@@ -182,6 +189,10 @@ class Storing:
         starts = np.frombuffer(self._starts, np.int64)
         numbers = np.frombuffer(self._numbers, f"u{self._numbers.itemsize}").astype(np.uint32)
         return StoredContents(parts, starts, numbers, self._columns, copies)
+
+    def _finish(self) -> None:
+        if self._parts:
+            self._parts[-1] = self._parts[-1]._replace(end=self._end)
 
     def _copy(self, content: bytes) -> None:
         self._memory += content
@@ -215,12 +226,6 @@ class Storing:
         if self._file is not None:
             self._file.close()
             Path(self._file.name).unlink(missing_ok=True)
-
-
-def _split(place: str) -> tuple[str, int]:
-    found = re.search(r"\d+$", place)
-    assert found, place
-    return place[: found.start()], int(found[0])
 
 
 def _identity(file: Path | int) -> tuple[int, int]:
