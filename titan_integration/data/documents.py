@@ -108,6 +108,7 @@ def local_documents(
     columns: Columns,
     domains: Sequence[str] | None = None,
     bad: BadRecords | None = None,
+    sources: Sequence[tuple[str, DataFile, str | None]] = (),
 ) -> Documents:
     """Read files once, and keep where their documents are.
 
@@ -118,6 +119,7 @@ def local_documents(
         columns: Names of the columns of text, domain and numbers.
         domains: Names in the order of their ids; sorted names from the data by default.
         bad: What becomes of records that cannot be used; they are refused by default.
+        sources: In place of the path, names, places and domains of several, which it names.
 
     Raises:
         ValueError: If a file is missing, unreadable or lacks a column, or the domains do not match;
@@ -129,16 +131,21 @@ def local_documents(
     numbers: list[tuple[Values, ...]] = []
     files: list[tuple[str, int]] = []
     largest = (-1, "")
+    each = sources or [("", path, None)]
     with contextlib.closing(storing):
-        for file in local_files(path, split):
-            files.append((name_in(path, file), len(storing)))
+        for own, file, name in [
+            (own, file, f"{prefix}/{name_in(place, file)}" if prefix else name_in(place, file))
+            for prefix, place, own in each
+            for file in local_files(place, split)
+        ]:
+            files.append((name, len(storing)))
             storing.begin(file)
             for record in scan(file, columns, bad):
                 try:
                     content = content_of(record.record, columns, record.place)
                     if not content:
                         continue
-                    domain = domain_of(record.record, columns, record.place)
+                    domain = own or domain_of(record.record, columns, record.place)
                     values = numbers_of(record.record, columns, record.place)
                 except ValueError as error:
                     bad.found(error)

@@ -38,6 +38,10 @@ class Source(Protocol):
         """
         ...
 
+    def order(self, position: Position | None) -> tuple[int, ...]:
+        """Return what tells which of two positions in an epoch comes first; None is the start."""
+        ...
+
     def checked(self, epoch: int, position: Position) -> Position:
         """Return a position that was saved, in today's form.
 
@@ -83,6 +87,10 @@ class LocalStream:
             if after.byte is not None:  # so that nothing before it is read again
                 at |= {"byte": after.byte, "line": after.line}
             yield place, record, at
+
+    def order(self, position: Position | None) -> tuple[int, ...]:
+        """Return file and record."""
+        return (position["file"], position["record"]) if position else ()
 
     def checked(self, epoch: int, position: Position) -> Position:
         """Return a position, also one that an older version saved in Hugging Face's form."""
@@ -167,6 +175,10 @@ class HubStream:
                 raise ValueError(msg) from error
             number += 1
             yield place, record, {**after, "records_read": number}
+
+    def order(self, position: Position | None) -> tuple[int, ...]:
+        """Return how many records were read."""
+        return (position.get("records_read", 0),) if position else ()
 
     def checked(self, epoch: int, position: Position) -> Position:  # noqa: ARG002
         """Return a position as it is: only Hugging Face knows what it means."""

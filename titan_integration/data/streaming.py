@@ -1,5 +1,6 @@
 """Rows of a stream of records, for text that does not fit in memory."""
 
+import functools
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, NoReturn
@@ -8,6 +9,7 @@ from torch.utils.data import IterableDataset
 
 from titan_integration.data.bad_records import BadRecords
 from titan_integration.data.contents import Content, content_of, encoded
+from titan_integration.data.one_reading import Item, OneReading
 from titan_integration.data.packing import (
     Batch,
     Cut,
@@ -47,9 +49,8 @@ class StreamedRows(IterableDataset[Batch]):
 
     Differs from ``PackedRows``: the records are split among the ranks, so here the rows do depend
     on the number of ranks, and a saved state only fits the same number. Where rows are of one
-    domain each, every domain has a stream of its own, which passes over the others: the source is
-    read once for each domain, which takes as many times the reading. Records without text are
-    passed over.
+    domain each, every domain has its own place in the stream, which is read once for all
+    (``OneReading``). Records without text are passed over.
     """
 
     def __init__(
@@ -71,6 +72,8 @@ class StreamedRows(IterableDataset[Batch]):
         self.pools = RowPools(rows, len(domains), seed)
         self._only = (None,) if rows == "mixed" else domains
         self._source = source
+        self._readings: dict[int, OneReading[_Held]] = {}
+        self._starts: dict[int, dict[str, Position | None]] = {}
         self._encode = encode
         self._columns = columns
         self._seq_len = cut.seq_len
@@ -81,15 +84,15 @@ class StreamedRows(IterableDataset[Batch]):
         self._key = f"dp_rank_{cut.rank}"
         # Text, because Hugging Face's nested state has no fixed shape and a checkpoint entry must
         # have one.
-        self.state: dict[str, Any] = {
+        self.start: dict[str, Any] = {
             "world_size": cut.num_ranks,
             "row": 0,
             self._key: json.dumps([[0, None, 0]] * len(self._only)),
         }
 
-    def own_state(self) -> dict[str, Any]:
-        """Return the starting state."""
-        return dict(self.state)
+    def saved(self, state: Mapping[str, Any], *, own: bool) -> dict[str, Any]:  # noqa: ARG002
+        """Return a state as it is saved, which is this rank's own."""
+        return dict(state)
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Start from a saved state.
@@ -98,10 +101,10 @@ class StreamedRows(IterableDataset[Batch]):
             ValueError: If it was saved by another number of ranks or with other files, or is
                 damaged.
         """
-        if state.get("world_size") != self.state["world_size"]:
+        if state.get("world_size") != self.start["world_size"]:
             msg = (
                 f"data loader state: saved with {state.get('world_size')} data-parallel ranks, "
-                f"now there are {self.state['world_size']}; a streamed data set can only resume "
+                f"now there are {self.start['world_size']}; a streamed data set can only resume "
                 "with the same number"
             )
             raise ValueError(msg)
@@ -122,7 +125,7 @@ class StreamedRows(IterableDataset[Batch]):
             [epoch, source and self._source.checked(epoch, source), offset]
             for epoch, source, offset in positions
         ]
-        self.state = {key: state[key] for key in self.state} | {self._key: json.dumps(positions)}
+        self.start = {key: state[key] for key in self.start} | {self._key: json.dumps(positions)}
 
     def check_first(self) -> None:
         """Read the records up to the first one with text.
@@ -137,14 +140,22 @@ class StreamedRows(IterableDataset[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield this rank's batches."""
-        positions = json.loads(self.state[self._key])
+        positions = json.loads(self.start[self._key])
+        self._readings.clear()
+        self._starts.clear()
+        for only, (epoch, position, _) in zip(self._only, positions, strict=True):
+            self._starts.setdefault(epoch, {})[only or ""] = position
+        for epoch, starts in self._starts.items():  # those of earlier epochs come to it later
+            if None in starts.values():
+                late = [x for e, others in self._starts.items() if e < epoch for x in others]
+                starts.update(dict.fromkeys(late))
         packed = [
             self._rows(only, *position)
             for only, position in zip(self._only, positions, strict=True)
         ]
-        row = self.state["row"]
+        row = self.start["row"]
         while True:
-            pools, _ = self.pools.of_batch(row, self._global_batch)
+            pools, _ = self.pools.of_batch(row, self._global_batch, self._seq_len)
             rows: list[list[Piece]] = []
             for pool in pools[self._first_row : self._first_row + self._local_batch]:
                 pieces, positions[pool] = next(packed[pool], (None, None))
@@ -167,12 +178,7 @@ class StreamedRows(IterableDataset[Batch]):
         while True:
             empty = position is None and not skip  # until there is something in a whole epoch
             found: set[str] = set()
-            for place, record, after in self._source.read(epoch, position):
-                if (held := self._held(record, place)) is None:
-                    continue
-                found.add(held.domain)
-                if only not in {None, held.domain}:
-                    continue
+            for place, held, after in self._records(only, epoch, position, found):
                 if (whole := self._whole(held, place)) is None:
                     continue
                 offset, skip = skip, 0
@@ -190,6 +196,30 @@ class StreamedRows(IterableDataset[Batch]):
             if empty:
                 self._raise_empty(only, found)
             epoch, position, skip = epoch + 1, None, 0
+
+    def _read(self, epoch: int, position: Position | None) -> Iterator[Item[_Held]]:
+        for place, record, after in self._source.read(epoch, position):
+            if (held := self._held(record, place)) is not None:
+                yield place, held, after
+
+    def _records(
+        self, only: str | None, epoch: int, position: Position | None, found: set[str]
+    ) -> Iterator[Item[_Held]]:
+        """Yield what records hold, of one domain or all; and note in `found` which there are."""
+        if only is None:
+            for item in self._read(epoch, position):
+                found.add(item[1].domain)
+                yield item
+            return
+        if epoch not in self._readings:
+            self._readings[epoch] = OneReading(
+                functools.partial(self._read, epoch),
+                lambda held: (held.domain, len(held.content)),
+                self._source.order,
+                self._starts.get(epoch) or dict.fromkeys(self.domains),
+            )
+        yield from self._readings[epoch].of(only, position)
+        found |= self._readings[epoch].found
 
     def _raise_empty(self, only: str | None, found: Iterable[str]) -> NoReturn:
         there = f" of domain {only!r}" if only else ""
