@@ -31,7 +31,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from titan_integration.data.data_files import local_files
-from titan_integration.data.records import Columns, domain_of, read_records, text_of
+from titan_integration.data.formats import read_records
+from titan_integration.data.records import Columns, domain_of, text_of
 from weighting.runs.files import write_whole
 
 SEQ_LEN = 512

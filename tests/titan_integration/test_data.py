@@ -616,9 +616,9 @@ def test_missing_paths(build, files, tmp_path):
         build(dataset=str(files / "a.json"))
     with pytest.raises(ValueError, match=r"no \.jsonl, .*\.parquet file in this directory"):
         build(dataset=str(tmp_path))
-    (tmp_path / "x.csv").write_text("a,b")
-    with pytest.raises(ValueError, match=r"cannot read \.csv; use \.jsonl"):
-        build(dataset=str(tmp_path / "x.csv"))
+    (tmp_path / "x.txt").write_text("a,b")
+    with pytest.raises(ValueError, match=r"cannot read \.txt; use \.jsonl"):
+        build(dataset=str(tmp_path / "x.txt"))
 
 
 def test_unknown_splits_and_names(build, monkeypatch):

@@ -101,6 +101,9 @@ def saved(loaders):
     return functools.reduce(lambda a, b: a | b, [loader.state_dict() for loader in loaders])
 
 
+SHARDS = {"big": 192, "one": 1, "small": 48}
+
+
 def slow_rows(file, tokenizer, domain_and_turn, seed=0):
     """Pack rows from the definition, token by token; ``domain_and_turn`` are those of each row.
 
@@ -109,7 +112,7 @@ def slow_rows(file, tokenizer, domain_and_turn, seed=0):
     """
     documents = load_documents(DomainTextDataLoader.Config(dataset=str(file)))
     assert documents.names == DOMAINS
-    num_shards = {"big": 192, "one": 1, "small": 48}
+    num_shards = SHARDS
 
     def tokens(domain, shard):
         members = [i for i in range(len(documents)) if documents[i][1] == domain]
@@ -135,7 +138,7 @@ def slow_rows(file, tokenizer, domain_and_turn, seed=0):
 
 def test_drawn_rows_agree_with_a_slow_packer(file, tokenizer, build):
     """Inputs, positions, domains and labels are those of the definition, over several epochs."""
-    steps, change, size = 330, 100, 7  # Philox makes four numbers at once; batches begin in between
+    steps, change, size = 385, 117, 6  # Philox makes four numbers at once; batches begin in between
 
     def draws():
         numbers = np.random.Generator(np.random.Philox(7))
@@ -148,8 +151,9 @@ def test_drawn_rows_agree_with_a_slow_packer(file, tokenizer, build):
     loader = build(local_batch=size, seed=7)
     found = rows([loader], steps, change=change)
     assert torch.equal(torch.cat(list(found), dim=1), expected)
-    epochs = [[cursor[0] for cursor in loader.state_dict()[f"shard_{s:03d}"]] for s in range(192)]
-    assert (np.max(epochs, axis=0) >= [1, 50, 2]).all()
+    entries = [v for key, v in loader.state_dict().items() if key.startswith("shard_")]
+    for pool, least in enumerate([1, 50, 2]):
+        assert max(epoch for v in entries for of, epoch, *_ in v if of == pool) >= least
 
 
 def test_turns_agree_with_a_slow_packer(file, tokenizer, build):
@@ -244,7 +248,8 @@ def test_a_domains_text_is_read_once_before_it_is_read_again(file, tokenizer, bu
         of_documents = inputs["columns.i"].long().flatten()
         seen += of_documents.bincount(minlength=len(documents))
         entries = [v for key, v in loader.state_dict().items() if key.startswith("shard")]
-        if through := min(epoch for entry in entries for epoch, _, _ in entry) == 1:
+        epochs = [epoch for entry in entries for _, epoch, _, _ in entry]
+        if through := len(epochs) == sum(SHARDS.values()) and min(epochs) == 1:
             break
     assert through
     there = [len(tokenizer.encode(t, add_bos=True, add_eos=True)) - 1 for t in documents.texts]
@@ -531,12 +536,70 @@ def test_states_of_other_rows(build, streamed):
         build(seed=1, **streamed).load_state_dict(build(**streamed).state_dict())
 
 
-def test_lanes_that_disagree(build):
-    """About where a domain of few documents is, which has one place for all of them."""
+def as_0_1_0(state):
+    """Return a state as version 0.1.0 saved it: in every lane the cursors of all domains."""
+    moved = {
+        (pool, int(key[6:])): cursor
+        for key, entry in state.items()
+        if key.startswith("shard_")
+        for pool, *cursor in entry
+    }
+    return state | {
+        f"shard_{lane:03d}": [
+            moved.get((pool, lane % SHARDS[name]), [0, 0, 0]) for pool, name in enumerate(DOMAINS)
+        ]
+        for lane in range(192)
+    }
+
+
+def test_a_state_of_0_1_0_goes_on(build):
+    """It has the cursors of all domains in every lane; those that disagree are refused."""
     loader = build()
-    rows([loader], 3)
-    state = loader.state_dict()
+    batches = iter(loader)
+    rows([batches], 3)
+    state = as_0_1_0(loader.state_dict())
+    resumed = build()
+    resumed.load_state_dict(state)
+    assert torch.equal(rows([resumed], 5), rows([batches], 5))
     entry = [list(cursor) for cursor in state["shard_100"]]
     entry[DOMAINS.index("one")][0] += 1
     with pytest.raises(ValueError, match=r"'shard_100' is .* at row 24, which cannot be"):
         build().load_state_dict(state | {"shard_100": entry})
+
+
+def test_a_saved_state_has_what_was_opened(build):
+    """Of a batch of eight rows, at most eight cursors have moved."""
+    loader = build()
+    rows([loader], 1)
+    state = loader.state_dict()
+    assert 1 < sum(len(v) for key, v in state.items() if key.startswith("shard_")) <= 8
+
+
+@pytest.mark.parametrize("num_ranks", [5, 128, 250])
+def test_no_document_is_tokenized_by_two_ranks(num_ranks):
+    """However many there are: the number of shards is a multiple of the global batch."""
+    documents = Documents([f"{i}" * 40 for i in range(2000)], [0] * 2000, ("a",))
+    calls = []
+
+    def encode(text):
+        calls.append(text)
+        return [*text.encode()]
+
+    for rank in range(num_ranks):
+        cut = Cut(seq_len=32, local_batch=2, rank=rank, num_ranks=num_ranks)
+        packed = PackedRows(documents, encode, cut, rows="mixed", seed=0, infinite=True)
+        for _ in itertools.islice(packed, 3):
+            pass
+    assert len(calls) == len(set(calls))
+
+
+def test_a_state_with_another_number_of_shards_goes_on_with_it(build):
+    """As of version 0.1.0, which had 192 for every batch, or of another batch size."""
+    first = build(local_batch=7)
+    first.take_shards(192)
+    batches = iter(first)
+    rows([batches], 9)
+    resumed = build(local_batch=7)
+    assert resumed.state_dict().keys() != first.state_dict().keys()
+    resumed.load_state_dict(first.state_dict())
+    assert torch.equal(rows([resumed], 9), rows([batches], 9))

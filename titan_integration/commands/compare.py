@@ -17,8 +17,9 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn
 from titan_integration.commands import run_queue as series
 from titan_integration.commands import train as launch
 from titan_integration.commands.progress import SEED, View, cut
-from titan_integration.data.data_files import local_files, saved_dataset
-from titan_integration.data.records import Columns, domain_of, numbers_of, read_records
+from titan_integration.data.data_files import data_at, local_files, saved_dataset
+from titan_integration.data.formats import read_records
+from titan_integration.data.records import Columns, domain_of, numbers_of
 from titan_integration.data.records import text_of as check_text
 from titan_integration.host.quiet import quiet
 from titan_integration.host.run_dir import refuse_unwritable
@@ -322,7 +323,7 @@ def _check_data(loader: DomainTextDataLoader.Config, name: str) -> None:
     data = loader.dataset_path or loader.dataset
     try:
         if loader.dataset_path or data.startswith((".", "/", "~")):
-            path = Path(data).expanduser()
+            path = data_at(data)
             if saved_dataset(path, loader.split):
                 return
             for place, record in read_records(local_files(path, loader.split)[0], columns):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,9 +17,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
 import weighting as wt
+from titan_integration.data.contents import Encoder
 from titan_integration.data.identity import differences
 from titan_integration.data.loader import EMBEDDED, DomainTextDataLoader, load_documents, scaled
 from titan_integration.data.packing import Cut, PackedRows
+from titan_integration.data.sources import is_sources
 from titan_integration.host.quiet import quiet
 from weighting.build.domains import proportions
 from weighting.cli.common import give_up
@@ -79,7 +80,7 @@ def texts(
     proportions = _proportions(run, told, about, plugins=plugins)
     _check_same(run, told, _made_from(told, tokenizer, size))
     loaded = load_documents(told.loader)
-    encode = partial(tokenizer.encode, add_bos=True, add_eos=True)
+    encode = Encoder(tokenizer)
     places = {divmod((step - 1) * rows + row, size): (step, row) for step, row in wanted}
     found: dict[tuple[int, int], list[str]] = {}
     for rank in sorted({rank for _, rank in places}):
@@ -91,6 +92,7 @@ def texts(
             seed=told.loader.seed,
             infinite=told.loader.infinite,
         )
+        packed.deal(told.starts[0].made_from["shards"])
         if proportions:
             packed.pools.proportions = proportions
         last = max(batch for batch, other in places if other == rank)
@@ -207,6 +209,9 @@ def _check_local(run: Path, loader: DomainTextDataLoader.Config) -> None:
         raise ValueError(msg)
     if where == EMBEDDED and loader.dataset_path is None:
         return
+    if is_sources(Path(where)):
+        msg = f"{run}: its text is of several sources, {where}, and is not read again; {_LEAVE[3:]}"
+        raise ValueError(msg)
     if not Path(where).expanduser().exists():
         msg = (
             f"{run}: its text, {where}, is not here: it is on a hub, or was moved; go to where the "
@@ -250,6 +255,7 @@ def _made_from(told: _Told, tokenizer: HuggingFaceTokenizer, size: int) -> dict[
         seq_len=told.seq_len,
         local_batch_size=size,
     )
+    loader.take_shards(told.starts[0].made_from.get("shards"))
     return json.loads(loader.state_dict()["made_from"])
 
 

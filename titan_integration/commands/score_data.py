@@ -17,15 +17,18 @@ import pyarrow.parquet as pq
 from torchtitan.tools.logging import logger
 
 from titan_integration.data.data_files import (
+    ARROW,
     PARQUET,
+    DataFile,
     folder_columns,
     local_files,
     saved_dataset,
     suffix_of,
 )
 from titan_integration.data.documents import open_hub, open_saved
+from titan_integration.data.formats import read_records, schema_of
 from titan_integration.data.loader import EMBEDDED, DomainTextDataLoader, load_documents, local_path
-from titan_integration.data.records import REF_LOSS, Columns, domain_of, read_records, text_of
+from titan_integration.data.records import REF_LOSS, Columns, domain_of, text_of
 from weighting.errors import printable
 from weighting.runs.files import json_text, writing_whole
 
@@ -155,12 +158,12 @@ def _parts(config: DomainTextDataLoader.Config, columns: Columns) -> list[_Part]
     return [_dataset(dataset, where)]
 
 
-def _file(path: Path, columns: Columns) -> _Part:
+def _file(path: DataFile, columns: Columns) -> _Part:
     schema = None
-    if suffix_of(path) == PARQUET:
+    if suffix_of(path) in {ARROW, PARQUET}:
         # What is wrong with a broken file is said when its records are read.
         with contextlib.suppress(pa.ArrowException, OSError):
-            schema = pq.read_schema(path)
+            schema = schema_of(path)
             for name in folder_columns(path).keys() - set(schema.names):
                 kind = pa.float64() if name in columns.numbers else pa.string()
                 schema = schema.append(pa.field(name, kind))

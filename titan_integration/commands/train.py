@@ -153,7 +153,7 @@ def host_flags(options: HostOptions, spec: str, folder: str) -> list[str]:
     if not sys.stdout.isatty():
         flags.append("--metrics.disable_color_printing")
     if options.data:
-        is_local = Path(options.data).exists()
+        is_local = Path(options.data).exists() or any(c in options.data for c in "*?[")
         flags += ["--dataloader.dataset_path" if is_local else "--dataloader.dataset", options.data]
     return flags
 

@@ -1,5 +1,6 @@
 """Which local files hold the data of a split, and what the names of their folders say."""
 
+import glob
 import os
 import stat
 from collections import defaultdict
@@ -10,12 +11,19 @@ from urllib.parse import unquote
 
 from torchtitan.tools.logging import logger, warn_once
 
+from titan_integration.data.urls import Url, files_at, is_url
 from weighting.errors import closest, printable
 
+DataFile = Path | Url
+"""A file of data, here or at an address."""
+
 _JSON = (".jsonl", ".ndjson", ".json")
+CSV = ".csv"
+ARROW = ".arrow"
 PARQUET = ".parquet"
-SUFFIXES = (*_JSON, *(s + packed for packed in (".gz", ".zst") for s in _JSON), PARQUET)
-READABLE = f"{', '.join(_JSON)} (also .gz, .zst), {PARQUET}"
+_LINES = (*_JSON, CSV)
+SUFFIXES = (*_LINES, *(s + packed for packed in (".gz", ".zst") for s in _LINES), ARROW, PARQUET)
+READABLE = f"{', '.join(_LINES)} (also .gz, .zst), {ARROW}, {PARQUET}"
 """The suffixes, for messages."""
 
 # What a split's directory may be called.
@@ -32,14 +40,25 @@ _FEW = 10
 _NO_VALUE = "__HIVE_DEFAULT_PARTITION__"
 
 
-def suffix_of(path: Path) -> str:
+def data_at(name: str) -> DataFile:
+    """Return the file, folder, pattern or address that a name stands for; ``~`` is one's home."""
+    # Not Path's method, which raises for an unknown user.
+    return Url(name) if is_url(name) else Path(os.path.expanduser(name))  # noqa: PTH111
+
+
+def on_disk(file: DataFile) -> Path:
+    """Return where a file can be opened; one at an address is fetched first."""
+    return file.fetched() if isinstance(file, Url) else file
+
+
+def suffix_of(path: DataFile) -> str:
     """Return the suffix of a data file in lower case, such as ``.jsonl.gz``; empty for others."""
     name = path.name.lower()
     return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")
 
 
-def local_files(path: Path, split: str) -> list[Path]:
-    """List the data files of one split, sorted by path.
+def local_files(path: DataFile, split: str) -> Sequence[DataFile]:
+    """List the data files of one split, sorted by path; at an address, none is fetched yet.
 
     Links are followed. A file or folder that several ways lead to is read once, under its own name
     if that is among them. What is not read is named in one warning on the first rank.
@@ -48,7 +67,12 @@ def local_files(path: Path, split: str) -> list[Path]:
         ValueError: If the path does not exist or cannot be read, or nothing in it fits; names what
             there is.
     """
+    if isinstance(path, Url):
+        return _files_at(path, split)
     try:
+        if is_pattern(path):
+            found = [f for one in _matches(path) for f in local_files(one, split)]
+            return sorted({os.path.realpath(str(f)): f for f in reversed(found)}.values(), key=str)
         folder = _split_folder(path, split)
         return [path] if folder is None else _files_in(folder, path)
     except OSError as error:
@@ -56,12 +80,52 @@ def local_files(path: Path, split: str) -> list[Path]:
         raise ValueError(msg) from error
 
 
-def saved_dataset(path: Path, split: str) -> Path | None:
+def _files_at(url: Url, split: str) -> list[Url]:
+    files = files_at(url, lambda name: bool(suffix_of(Path(name))) and not name.startswith("."))
+    tops = {f: path.partition("/")[0] for f, path in files.items() if "/" in path}
+    there = set(tops.values())
+    chosen = next((x for x in (*_SPLIT_DIRS.get(split, ()), split) if x in there), None)
+    if chosen:
+        return [f for f, top in tops.items() if top == chosen]
+    if known := sorted(there & {name for names in _SPLIT_DIRS.values() for name in names}):
+        msg = f"{url}: no folder for split {split!r}; there are {', '.join(known)}"
+        raise ValueError(msg)
+    if not files:
+        msg = f"{url}: no {READABLE} file there"
+        raise ValueError(msg)
+    return [*files]
+
+
+def is_pattern(path: Path) -> bool:
+    """Tell whether a path is a pattern such as ``shards/*.jsonl``, and no file of that name."""
+    return any(c in str(path) for c in "*?[") and not os.path.exists(path)  # noqa: PTH110
+
+
+def _matches(pattern: Path) -> list[Path]:
+    """Return the data files and folders that a pattern names; ``**`` goes down any folders.
+
+    Raises:
+        ValueError: If it names none.
+    """
+    named = [Path(p) for p in sorted(glob.glob(str(pattern), recursive=True))]  # noqa: PTH207
+    found = [p for p in named if p.is_dir() or suffix_of(p)]
+    if "**" in str(pattern):  # which names what is in a folder beside the folder
+        found = [p for p in found if not p.is_dir()]
+    if not found:
+        others = f"; it names {_some([p.name for p in named])}" if named else ""
+        msg = f"{pattern}: no {READABLE} file or folder matches this pattern{others}"
+        raise ValueError(msg)
+    return found
+
+
+def saved_dataset(path: DataFile, split: str) -> Path | None:
     """Return the folder of a split that ``datasets``' ``save_to_disk`` wrote; None for other data.
 
     Raises:
         ValueError: If the path does not exist or cannot be read, or has folders for other splits.
     """
+    if isinstance(path, Url) or is_pattern(path):
+        return None
     try:
         folder = _split_folder(path, split)
         return folder if folder and _is_saved(folder.iterdir()) else None
@@ -70,7 +134,7 @@ def saved_dataset(path: Path, split: str) -> Path | None:
         raise ValueError(msg) from error
 
 
-def folder_columns(file: Path) -> dict[str, str]:
+def folder_columns(file: DataFile) -> dict[str, str]:
     """Return the columns that the folders of a file's path name, as in ``domain=web/x.parquet``."""
     found: dict[str, str] = {}
     for part in file.parent.parts:

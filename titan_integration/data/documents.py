@@ -4,7 +4,9 @@ Everything that a user can get wrong about data is found here, when the document
 while training.
 """
 
+import contextlib
 import functools
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +17,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from titan_integration.data.bad_records import BadRecords
 from titan_integration.data.builtin_text import DOMAINS, stdlib_text
-from titan_integration.data.data_files import local_files, near, siblings
-from titan_integration.data.identity import content_of, name_in
+from titan_integration.data.contents import Content, content_of, hash_of, largest_id
+from titan_integration.data.data_files import DataFile, local_files, near, siblings
+from titan_integration.data.formats import scan
+from titan_integration.data.identity import content_of as content_digests
+from titan_integration.data.identity import joined, name_in
 from titan_integration.data.records import (
     ONLY_DOMAIN,
     Columns,
@@ -25,9 +31,9 @@ from titan_integration.data.records import (
     domain_of,
     number_wanted,
     numbers_of,
-    read_records,
     text_of,
 )
+from titan_integration.data.stored import Storing
 
 
 @dataclass(frozen=True)
@@ -37,32 +43,38 @@ class Documents:
     ``numbers`` has one sequence per column, with a float32 number for each document, or an array of
     one for each of its predicted tokens. ``place_of`` names a document's record, for messages.
     ``files`` has the name of each file they come from, with the number of its first document.
-    ``stored`` has the files of texts that are not in memory.
+    ``stored`` has the files of texts that are not in memory. ``largest_id`` is of token ids, with
+    its place; ``bad_records`` were passed over.
     """
 
-    texts: Sequence[str]
-    domain_ids: Sequence[int]
+    texts: Sequence[Content]
+    domain_ids: Sequence[int] | np.ndarray
     names: tuple[str, ...]
     columns: tuple[str, ...] = ()
     numbers: tuple[Sequence[Values] | np.ndarray, ...] = ()
     place_of: Callable[[int], str] = "document {}".format
     files: tuple[tuple[str, int], ...] = ()
     stored: tuple[Path, ...] = ()
+    largest_id: tuple[int, str] = (-1, "")
+    bad_records: int = 0
+    digests: dict[str, Any] | None = None
 
     def __len__(self) -> int:
         """Return the number of documents."""
         return len(self.texts)
 
-    def __getitem__(self, index: int) -> tuple[str, str]:
+    def __getitem__(self, index: int) -> tuple[Content, str]:
         """Return text and domain name of one document."""
         return self.texts[index], self.names[self.domain_ids[index]]
 
     @functools.cached_property
     def content(self) -> dict[str, Any]:
         """Digests of what the documents hold: ``identity.content_of``."""
-        texts = None if self.stored else self.texts
+        if self.digests is not None:
+            return self.digests
+        hashes = None if self.stored else joined(hash_of(text) for text in self.texts)
         columns = dict(zip(self.columns, self.numbers, strict=True))
-        return content_of(texts, self.domain_ids, columns, self.files)
+        return content_digests(hashes, self.domain_ids, columns, self.files)
 
 
 def embedded_documents(
@@ -91,9 +103,14 @@ def embedded_documents(
 
 
 def local_documents(
-    path: Path, split: str, columns: Columns, domains: Sequence[str] | None = None
+    path: DataFile,
+    split: str,
+    columns: Columns,
+    domains: Sequence[str] | None = None,
+    bad: BadRecords | None = None,
+    sources: Sequence[tuple[str, DataFile, str | None]] = (),
 ) -> Documents:
-    """Read local files into memory; for more text than fits there, stream it.
+    """Read files once, and keep where their documents are.
 
     Args:
         path: A data file (see ``data_files.SUFFIXES``), or a directory of them (with a
@@ -101,36 +118,64 @@ def local_documents(
         split: ``train``, ``validation``, ``test`` or a sub-directory's name.
         columns: Names of the columns of text, domain and numbers.
         domains: Names in the order of their ids; sorted names from the data by default.
+        bad: What becomes of records that cannot be used; they are refused by default.
+        sources: In place of the path, names, places and domains of several, which it names.
 
     Raises:
         ValueError: If a file is missing, unreadable or lacks a column, or the domains do not match;
             names the place.
     """
-    texts: list[str] = []
-    found: list[str | None] = []
+    bad = bad or BadRecords()
+    storing = Storing(columns)
+    found = _Domains()
     numbers: list[tuple[Values, ...]] = []
-    places: list[str] = []
     files: list[tuple[str, int]] = []
-    unnamed = ""
-    for file in local_files(path, split):
-        files.append((name_in(path, file), len(texts)))
-        for place, record in read_records(file, columns):
-            text = text_of(record, columns, place)
-            if not text:
-                continue
-            texts.append(text)
-            found.append(domain_of(record, columns, place))
-            if columns.numbers:  # else no time and memory for what is never asked
-                numbers.append(numbers_of(record, columns, place))
-                places.append(place)
-            unnamed = unnamed or (place if found[-1] is None else "")
-    if not texts:
-        msg = f"{path}: no text in any record of split {split!r}"
-        raise ValueError(msg)
-    ids, names = _number(found, unnamed, columns, domains, str(path))
-    by_column = _by_column(numbers, columns)
-    place_of = places.__getitem__ if places else "document {}".format
-    return Documents(texts, ids, names, columns.numbers, by_column, place_of, tuple(files))
+    largest = (-1, "")
+    each = sources or [("", path, None)]
+    with contextlib.closing(storing):
+        for own, file, name in [
+            (own, file, f"{prefix}/{name_in(place, file)}" if prefix else name_in(place, file))
+            for prefix, place, own in each
+            for file in local_files(place, split)
+        ]:
+            files.append((name, len(storing)))
+            storing.begin(file)
+            for record in scan(file, columns, bad):
+                try:
+                    content = content_of(record.record, columns, record.place)
+                    if not content:
+                        continue
+                    domain = own or domain_of(record.record, columns, record.place)
+                    values = numbers_of(record.record, columns, record.place)
+                except ValueError as error:
+                    bad.found(error)
+                    continue
+                storing.add(content, record)
+                found.add(domain, record.place)
+                largest = max(largest, (largest_id(content), record.place))
+                if columns.numbers:  # else no time and memory for what is never asked
+                    numbers.append(values)
+        if not len(storing):
+            passed = f"; {bad.count} bad records were passed over" if bad.count else ""
+            msg = f"{path}: no text in any record of split {split!r}{passed}"
+            raise ValueError(msg)
+        ids, names = _number(found, columns, domains, str(path))
+        by_column = _by_column(numbers, columns)
+        texts = storing.done()
+    hashes = np.frombuffer(storing.hashes, np.uint64)
+    by_name = dict(zip(columns.numbers, by_column, strict=True))
+    return Documents(
+        texts,
+        ids,
+        names,
+        columns.numbers,
+        by_column,
+        texts.place_of,
+        tuple(files),
+        largest_id=largest,
+        bad_records=bad.count,
+        digests=content_digests(hashes, ids, by_name, files),
+    )
 
 
 def hub_documents(
@@ -148,7 +193,7 @@ def hub_documents(
         msg = f"{where}: the data set has no records"
         raise ValueError(msg)
     first = f"{where}: record 0"
-    text_of(dataset[0], columns, first)
+    content_of(dataset[0], columns, first)
     kept = _with_text(dataset, columns, where)
     if len(kept) < len(dataset):
         dataset = cast("datasets.Dataset", dataset.select(kept, keep_in_memory=True))
@@ -156,7 +201,7 @@ def hub_documents(
     numbers_of(dataset[0], columns, first)
     there = dataset.column_names
     tops = [c if c in there else c.partition(".")[0] for c in (columns.domain, *columns.numbers)]
-    found = [domain_of(dataset[0], columns, first)] * len(dataset)
+    found = _Domains()
     numbers: list[tuple[Values, ...]] = []
     if wanted := sorted({top for top in tops if top in there}):
         picked = dataset.select_columns(wanted).with_format("arrow")
@@ -164,10 +209,13 @@ def hub_documents(
         records = (record for batch in batches for record in batch.to_pylist())
         for i, record in enumerate(records):
             place = f"{where}: record {kept[i]}"
-            found[i] = domain_of(record, columns, place)
+            found.add(domain_of(record, columns, place), place)
             numbers.append(numbers_of(record, columns, place))
-    unnamed = f"{where}: record {kept[found.index(None)]}" if None in found else ""
-    ids, names = _number(found, unnamed, columns, domains, where)
+    else:
+        only = domain_of(dataset[0], columns, first)
+        for _ in range(len(dataset)):
+            found.add(only, first)
+    ids, names = _number(found, columns, domains, where)
     by_column = _by_column(numbers, columns)
 
     def place_of(index: int) -> str:
@@ -249,23 +297,33 @@ def _by_column(
     )
 
 
+class _Domains:
+    """The domains of documents, in their order."""
+
+    def __init__(self) -> None:
+        self.names: dict[str | None, int] = {}
+        self.ids = array("i")
+        self.unnamed = ""
+
+    def add(self, name: str | None, place: str) -> None:
+        """Add a document's; None if it has none."""
+        self.ids.append(self.names.setdefault(name, len(self.names)))
+        if name is None:
+            self.unnamed = self.unnamed or place
+
+
 def _number(
-    found: Sequence[str | None],
-    unnamed: str,
-    columns: Columns,
-    declared: Sequence[str] | None,
-    where: str,
-) -> tuple[list[int], tuple[str, ...]]:
-    """Return ids and names; ``unnamed`` is the first place without a domain, or empty."""
-    if unnamed and any(d is not None for d in found):
-        msg = f"{unnamed}: no {columns.domain!r} here, but other records of {where} have one"
+    found: _Domains, columns: Columns, declared: Sequence[str] | None, where: str
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Return ids and names."""
+    if found.unnamed and len(found.names) > 1:
+        msg = f"{found.unnamed}: no {columns.domain!r} here, but other records of {where} have one"
         raise ValueError(msg)
-    present = {ONLY_DOMAIN if d is None else d for d in set(found)}
-    names = _names(present, declared, where)
-    ids: dict[str | None, int] = {name: i for i, name in enumerate(names)}
-    if unnamed:
-        ids[None] = ids[ONLY_DOMAIN]
-    return [ids[d] for d in found], names
+    present = [ONLY_DOMAIN if name is None else name for name in found.names]
+    names = _names(set(present), declared, where)
+    to_id = {name: i for i, name in enumerate(names)}
+    ids = np.array([to_id[name] for name in present], np.int32)
+    return ids[np.frombuffer(found.ids, np.int32)], names
 
 
 def _names(present: set[str], declared: Sequence[str] | None, where: str) -> tuple[str, ...]:
@@ -284,7 +342,7 @@ def _names(present: set[str], declared: Sequence[str] | None, where: str) -> tup
     return tuple(declared)
 
 
-class _HubTexts(Sequence[str]):
+class _HubTexts(Sequence[Content]):
     """The text column of a Hugging Face data set, read one record at a time."""
 
     def __init__(
@@ -296,4 +354,4 @@ class _HubTexts(Sequence[str]):
         return len(self._dataset)
 
     def __getitem__(self, index: Any) -> Any:  # noqa: ANN401
-        return text_of(self._dataset[index], self._columns, self._place_of(index))
+        return content_of(self._dataset[index], self._columns, self._place_of(index))

@@ -13,10 +13,12 @@ import os
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from xxhash import xxh3_64_digest, xxh3_64_hexdigest, xxh3_128_hexdigest
+from xxhash import xxh3_64_digest, xxh3_64_hexdigest, xxh3_64_intdigest, xxh3_128_hexdigest
+
+from titan_integration.data.urls import Url
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     from torchtitan.components.tokenizer import BaseTokenizer
@@ -37,14 +39,18 @@ _PROBE = (
 """Two tokenizers that encode this alike and have one vocabulary are taken for the same."""
 
 
-def name_in(path: Path, file: Path) -> str:
+def name_in(path: Path | Url, file: Path | Url) -> str:
     """Return what a file of a data set at this path is called, wherever that is copied to."""
+    if isinstance(path, Url) or isinstance(file, Url):
+        return str(file).removeprefix(str(path).rstrip("/") + "/") if file != path else file.name
+    if "*" in str(path):
+        return file.name if path.parent == file.parent else str(file)
     return os.path.relpath(file, path) if path.is_dir() else file.name
 
 
 def content_of(
-    texts: Sequence[str] | None,
-    domain_ids: Sequence[int],
+    hashes: np.ndarray | None,
+    domain_ids: Sequence[int] | np.ndarray,
     columns: Mapping[str, Sequence[float | np.ndarray] | np.ndarray],
     files: Sequence[tuple[str, int]],
 ) -> dict[str, Any]:
@@ -53,20 +59,18 @@ def content_of(
     And where documents come from files, under `by_file`, one of each file's documents.
 
     Args:
-        texts: Of the documents; None where they are not in memory, and are not read.
+        hashes: 64 bits of each document's text; None where they are not in memory, and not read.
         domain_ids: Domain of each document.
         columns: A number, or an array of them, for each document, by the column's name.
         files: The name of each file, with the number of its first document.
     """
     each: dict[str, np.ndarray] = {"domains": np.asarray(domain_ids, np.int64)}
-    if texts is not None:
-        each["text"] = _joined(
-            [xxh3_64_digest(text.encode("utf-8", "surrogatepass")) for text in texts]
-        )
+    if hashes is not None:
+        each["text"] = hashes
     hashed = {
         name: values
         if isinstance(values, np.ndarray)
-        else _joined([xxh3_64_digest(_bytes(x)) for x in values])
+        else joined(xxh3_64_digest(_bytes(x)) for x in values)
         for name, values in columns.items()
     }
     ends = [start for _, start in files[1:]] + [len(domain_ids)]
@@ -82,7 +86,7 @@ def content_of(
     }
 
 
-def files_of(files: Mapping[str, Path]) -> dict[str, Any]:
+def files_of(files: Mapping[str, Path | Url]) -> dict[str, Any]:
     """Return what tells files apart that are too large to be read now: `files` and `modified`.
 
     Raises:
@@ -91,6 +95,11 @@ def files_of(files: Mapping[str, Path]) -> dict[str, Any]:
     told: dict[str, Any] = {}
     modified: list[int] = []
     for name, path in files.items():
+        if isinstance(path, Url):
+            size, content, time = path.told()
+            told[name] = [size, content]
+            modified.append(xxh3_64_intdigest(time.encode()) >> 1)
+            continue
         try:
             size, changed = path.stat().st_size, path.stat().st_mtime_ns
             with path.open("rb") as file:
@@ -201,7 +210,7 @@ def _few(files: dict[str, Any]) -> dict[str, Any]:
     return {f"some of {len(files)} files": xxh3_64_hexdigest(json.dumps(files).encode())}
 
 
-def _joined(hashes: Sequence[bytes]) -> np.ndarray:
+def joined(hashes: Iterable[bytes]) -> np.ndarray:
     """Return 64-bit hashes as one array."""
     return np.frombuffer(b"".join(hashes), np.uint64)
 

@@ -1,15 +1,13 @@
 """The data loader: rows of packed documents that carry the domain of every token."""
 
-import functools
 import hashlib
 import json
 import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
-from pathlib import Path
-from typing import Any, get_args
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import torch
 from torch import Tensor
@@ -18,7 +16,16 @@ from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.tools.logging import logger
 from typing_extensions import override
 
-from titan_integration.data.data_files import local_files, saved_dataset, suffix_of
+from titan_integration.data.bad_records import BadRecords, OnBadRecord
+from titan_integration.data.contents import Encoder, check_vocabulary, hash_of
+from titan_integration.data.data_files import (
+    DataFile,
+    data_at,
+    is_pattern,
+    local_files,
+    saved_dataset,
+    suffix_of,
+)
 from titan_integration.data.documents import (
     Documents,
     embedded_documents,
@@ -28,10 +35,15 @@ from titan_integration.data.documents import (
     open_saved,
 )
 from titan_integration.data.identity import differences, files_of, name_in, tokenizer_digest, unsure
-from titan_integration.data.packing import Cut, Encode, PackedRows, RowMode
+from titan_integration.data.packing import Cut, Encode, PackedRows, RowMode, is_count
 from titan_integration.data.records import DEFAULT_DOMAIN_COLUMN, ONLY_DOMAIN, Columns
+from titan_integration.data.sources import Sources, is_sources, read_sources
 from titan_integration.data.stream_sources import HubStream, LocalStream, Source
-from titan_integration.data.streaming import StreamedRows
+from titan_integration.data.streaming import BAD_RECORDS, StreamedRows
+from titan_integration.data.urls import Url
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 EMBEDDED = "stdlib"
 
@@ -58,9 +70,9 @@ class DomainTextDataLoader(ParallelAwareDataloader):
         """
 
         dataset: str = EMBEDDED
-        """``stdlib`` (the running Python's own library), a file or directory (.jsonl, .ndjson,
-        .json, each also .gz or .zst, .parquet, or what ``save_to_disk`` wrote), or a Hugging Face
-        name. A file or directory in ``dataset_path`` wins."""
+        """``stdlib`` (the running Python's own library), a file, directory, pattern or
+        address (.jsonl, .ndjson, .json, .csv, each also .gz or .zst, .arrow, .parquet, or what
+        ``save_to_disk`` wrote), or a Hugging Face name. What ``dataset_path`` names wins."""
 
         hf_name: str | None = None
         """Configuration name of a Hugging Face data set."""
@@ -69,7 +81,8 @@ class DomainTextDataLoader(ParallelAwareDataloader):
         """``train`` or ``validation``; a directory's sub-directory; Hugging Face's split."""
 
         text_column: str = "text"
-        """Column of the text; dots reach into nested records."""
+        """Column of the text, token ids or messages; dots reach into nested records. Records
+        without a ``text`` may have ``input_ids`` or ``messages``."""
 
         domain_column: str = DEFAULT_DOMAIN_COLUMN
         """Column of the domain, such as ``meta.redpajama_set_name``; empty: one domain, ``all``."""
@@ -83,9 +96,12 @@ class DomainTextDataLoader(ParallelAwareDataloader):
         each predicted token (each but the first, begin and end of text included). Dots reach into
         nested records. Those that the weighting's spec reads are added by the trainer."""
 
+        on_bad_record: OnBadRecord = "refuse"
+        """``refuse``: the first record that cannot be used ends the run. ``skip``: it is passed
+        over and counted; the metrics have the count as ``bad_records``."""
+
         streaming: bool = False
-        """Read local files or Hugging Face data as a stream, instead of by index. Rows of one
-        domain each read it once for each domain, which takes as many times the reading."""
+        """Read local files or Hugging Face data as a stream, instead of by index."""
 
         infinite: bool = True
         """Start over when the text ends."""
@@ -102,6 +118,8 @@ class DomainTextDataLoader(ParallelAwareDataloader):
     """Domain names in the order of their ids."""
     documents: Documents | None
     """What was opened; None of a stream."""
+    has_weights: bool
+    """Whether the data says itself in which proportions rows are drawn."""
 
     def __init__(
         self,
@@ -132,19 +150,12 @@ class DomainTextDataLoader(ParallelAwareDataloader):
             ValueError: For anything wrong with the data or its description; names the place and the
                 fix.
         """
-        if config.seed < 0:
-            msg = f"seed {config.seed} is negative; set --dataloader.seed to 0 or more"
-            raise ValueError(msg)
-        if config.rows not in get_args(RowMode):
-            msg = f"rows {config.rows!r}; set --dataloader.rows to {', '.join(get_args(RowMode))}"
-            raise ValueError(msg)
-        if config.rows != "mixed" and not config.infinite:
-            msg = (
-                f"rows {config.rows!r} of a text that is read once: it would end domain by domain; "
-                "set --dataloader.infinite or --dataloader.rows mixed"
-            )
-            raise ValueError(msg)
-        encode = functools.partial(tokenizer.encode, add_bos=True, add_eos=True)
+        sources = _sources(config)
+        self.has_weights = sources is not None and sources.has_weights
+        if self.has_weights and config.rows == "mixed":
+            config = replace(config, rows="drawn")
+        _check_settings(config)
+        encode = Encoder(tokenizer)
         cut = Cut(seq_len, local_batch_size, dp_rank, dp_world_size)
         where = config.dataset_path or config.dataset
         made_from: dict[str, Any] = {"seq_len": seq_len, "vocab_size": tokenizer.get_vocab_size()}
@@ -170,7 +181,13 @@ class DomainTextDataLoader(ParallelAwareDataloader):
                 seed=config.seed,
                 infinite=config.infinite,
             )
+            largest, place = documents.largest_id
+            check_vocabulary(largest, encode.vocab_size, place)
             rows.check_size(where)
+            if sources is not None and self.has_weights:
+                stages = sources.stages(documents.names)
+                rows.pools.stages = [(n, scaled(x, documents.names)) for n, x in stages]
+                made_from |= {"weights": [[*stage] for stage in stages]}
             made_from |= {"seed": config.seed, "shards": rows.num_shards}
             made_from |= {"documents": len(documents), "text": _fingerprint(documents)}
             made_from |= {"content": documents.content}
@@ -180,7 +197,7 @@ class DomainTextDataLoader(ParallelAwareDataloader):
         self._rows = rows
         self._mode = config.rows
         self._iterated = False
-        self._state = dict(rows.state)
+        self._state, self._own = dict(rows.start), False
         self._made_from = made_from | {"domains": list(rows.domains)}
         self._columns = list(config.columns)
         with warnings.catch_warnings():
@@ -217,6 +234,9 @@ class DomainTextDataLoader(ParallelAwareDataloader):
     @proportions.setter
     def proportions(self, proportions: Iterable[float]) -> None:
         self._check_drawn()
+        if self.has_weights:
+            msg = "data loader: the sources have weights, which say how rows are drawn; leave them out"
+            raise ValueError(msg)
         if self._iterated and self.num_workers:
             msg = (
                 "data loader: proportions cannot change now, as worker processes draw rows ahead; "
@@ -224,6 +244,14 @@ class DomainTextDataLoader(ParallelAwareDataloader):
             )
             raise ValueError(msg)
         self._rows.pools.proportions = scaled(proportions, self.domains)
+
+    @property
+    def bad_records(self) -> int:
+        """How many records were passed over as bad: of all the data, or so far in a stream."""
+        if self.documents is not None:
+            return self.documents.bad_records
+        assert isinstance(self._rows, StreamedRows)
+        return self._rows.bad.count
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -245,15 +273,18 @@ class DomainTextDataLoader(ParallelAwareDataloader):
     def __iter__(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
         """Yield batches from the loaded state on; iterating again starts there again."""
         self._iterated = True
-        self._state = self._rows.own_state()
+        self._state, self._own = dict(self._rows.start), True
         for inputs, labels, moved in super().__iter__():
+            if isinstance(self._rows, StreamedRows):  # a worker may have counted them
+                self._rows.bad.count = moved.pop(BAD_RECORDS)
             self._state |= moved
             yield inputs, labels
 
     @override
     def state_dict(self) -> dict[str, Any]:
         """Return what it takes to go on after the last batch that was yielded."""
-        return {"made_from": json.dumps(self._made_from, sort_keys=True), **self._state}
+        saved = self._rows.saved(self._state, own=self._own)
+        return {"made_from": json.dumps(self._made_from, sort_keys=True), **saved}
 
     @override
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -274,6 +305,8 @@ class DomainTextDataLoader(ParallelAwareDataloader):
                 "--checkpoint.exclude_from_loading dataloader"
             )
             raise ValueError(msg) from None
+        if made_from.get("documents") == self._made_from.get("documents"):
+            self.take_shards(made_from.get("shards"))
         if different := differences(made_from, self._made_from):
             msg = (
                 f"data loader state: saved for other rows: {'; '.join(different)}. Restore the "
@@ -283,7 +316,22 @@ class DomainTextDataLoader(ParallelAwareDataloader):
         if (doubt := unsure(made_from, self._made_from)) and self.dp_rank == 0:
             logger.warning(f"data loader state: {doubt}")
         self._rows.load(state_dict)
-        self._state = dict(self._rows.state)
+        self._state, self._own = dict(self._rows.start), False
+
+    def take_shards(self, number: object) -> None:
+        """Go on with the number of shards of a saved state, of another batch size or version.
+
+        Nothing changes if it cannot be one.
+        """
+        rows = self._rows
+        if isinstance(rows, PackedRows) and is_count(number) and number:
+            before = rows.num_shards
+            rows.deal(cast("int", number))
+            if rows.num_shards != number:  # an impossible one, which is said of the state
+                rows.deal(before)
+            self._made_from["shards"] = rows.num_shards
+            if rows.num_shards != before:
+                self._state = dict(rows.start)
 
 
 def scaled(proportions: Iterable[float], domains: tuple[str, ...]) -> tuple[float, ...]:
@@ -343,11 +391,41 @@ def load_documents(config: DomainTextDataLoader.Config) -> Documents:
     if config.dataset == EMBEDDED and config.dataset_path is None:
         return embedded_documents(config.split, config.domains, config.columns)
     if path := local_path(config):
+        bad = BadRecords(config.on_bad_record)
+        if is_sources(path):
+            each = read_sources(cast("Path", path)).paths(cast("Path", path))
+            return local_documents(path, config.split, columns, config.domains, bad, each)
         if folder := saved_dataset(path, config.split):
             return hub_documents(open_saved(folder), columns, config.domains, str(folder))
-        return local_documents(path, config.split, columns, config.domains)
+        return local_documents(path, config.split, columns, config.domains, bad)
     dataset = open_hub(config.dataset, config.hf_name, config.split, streaming=False)
     return hub_documents(dataset, columns, config.domains, config.dataset)
+
+
+def _check_settings(config: DomainTextDataLoader.Config) -> None:
+    """Check what needs no data.
+
+    Raises:
+        ValueError: A setting cannot be so; names its flag.
+    """
+    if config.seed < 0:
+        msg = f"seed {config.seed} is negative; set --dataloader.seed to 0 or more"
+        raise ValueError(msg)
+    if config.rows not in get_args(RowMode):
+        msg = f"rows {config.rows!r}; set --dataloader.rows to {', '.join(get_args(RowMode))}"
+        raise ValueError(msg)
+    if config.rows != "mixed" and not config.infinite:
+        msg = (
+            f"rows {config.rows!r} of a text that is read once: it would end domain by domain; "
+            "set --dataloader.infinite or --dataloader.rows mixed"
+        )
+        raise ValueError(msg)
+    if config.on_bad_record not in get_args(OnBadRecord):
+        msg = (
+            f"on_bad_record {config.on_bad_record!r}; set --dataloader.on_bad_record to "
+            f"{' or '.join(get_args(OnBadRecord))}"
+        )
+        raise ValueError(msg)
 
 
 def _streamed_rows(config: DomainTextDataLoader.Config, encode: Encode, cut: Cut) -> StreamedRows:
@@ -373,10 +451,10 @@ def _streamed_rows(config: DomainTextDataLoader.Config, encode: Encode, cut: Cut
     if config.num_workers > 1:
         msg = f"{where}: a stream can use at most one worker, not {config.num_workers}"
         raise ValueError(msg)
-    columns = _columns(config)
+    columns, bad = _columns(config), BadRecords(config.on_bad_record)
     domains = tuple(config.domains or ()) if config.domain_column else (ONLY_DOMAIN,)
     rows = StreamedRows(
-        _source(config, columns, cut),
+        _source(config, columns, cut, bad),
         encode,
         cut,
         columns,
@@ -384,39 +462,63 @@ def _streamed_rows(config: DomainTextDataLoader.Config, encode: Encode, cut: Cut
         rows=config.rows,
         seed=config.seed,
         infinite=config.infinite,
+        bad=bad,
     )
     rows.check_first()
     return rows
 
 
-def _source(config: DomainTextDataLoader.Config, columns: Columns, cut: Cut) -> Source:
+def _sources(config: DomainTextDataLoader.Config) -> Sources | None:
+    """Return the sources that a configuration names, if it names a file of them.
+
+    Raises:
+        ValueError: For anything wrong with them, or settings that they cannot have.
+    """
+    path = local_path(config)
+    if path is None or isinstance(path, Url) or not is_sources(path):
+        return None
+    found = read_sources(path)
+    if config.streaming:
+        msg = f"{path}: sources are read by index; leave out --dataloader.streaming"
+        raise ValueError(msg)
+    if found.has_weights and config.rows == "turns":
+        msg = f"{path}: domains take turns here, and are not drawn by weight; leave out the weights"
+        raise ValueError(msg)
+    return found
+
+
+def _source(
+    config: DomainTextDataLoader.Config, columns: Columns, cut: Cut, bad: BadRecords
+) -> Source:
     path = local_path(config)
     if path is None:
         stream = open_hub(config.dataset, config.hf_name, config.split, streaming=True)
         return HubStream(stream, config.dataset, cut)
     if folder := saved_dataset(path, config.split):
         return HubStream(open_saved(folder).to_iterable_dataset(), str(folder), cut)
-    return LocalStream(path, config.split, columns, cut)
+    return LocalStream(path, config.split, columns, cut, bad)
 
 
 def _columns(config: DomainTextDataLoader.Config) -> Columns:
     return Columns(config.text_column, config.domain_column, tuple(config.columns))
 
 
-def local_path(config: DomainTextDataLoader.Config) -> Path | None:
-    """Return the file or directory that a configuration names; None if it names none."""
-    # Not Path's methods, which raise for an unknown user and for a name that is too long.
+def local_path(config: DomainTextDataLoader.Config) -> DataFile | None:
+    """Return the file, folder, pattern or address that a configuration names; None if none."""
     if config.dataset_path is not None:
-        return Path(os.path.expanduser(config.dataset_path))  # noqa: PTH111
-    path = Path(os.path.expanduser(config.dataset))  # noqa: PTH111
+        return data_at(config.dataset_path)
+    path = data_at(config.dataset)
     looks_local = config.dataset.startswith((".", "/", "~")) or suffix_of(path) != ""
-    return path if looks_local or os.path.exists(path) else None  # noqa: PTH110
+    if looks_local or isinstance(path, Url) or is_sources(path) or is_pattern(path):
+        return path
+    return path if os.path.exists(path) else None  # noqa: PTH110
 
 
 def _fingerprint(documents: Documents) -> str:
     """Hash a few documents of all parts, to notice that a state belongs to other text."""
-    few = range(0, len(documents), max(1, len(documents) // 64))
-    return hashlib.sha256(repr([documents[i] for i in few]).encode()).hexdigest()[:16]
+    few = [documents[i] for i in range(0, len(documents), max(1, len(documents) // 64))]
+    told = [(x if isinstance(x, str) else hash_of(x).hex(), domain) for x, domain in few]
+    return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
 
 
 def _unchanged(batch: Any) -> Any:  # noqa: ANN401

@@ -22,20 +22,25 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
+from titan_integration.data.contents import Encoded, encoded
 from titan_integration.data.documents import Documents
-from titan_integration.data.records import Values
+from titan_integration.data.records import IGNORED, Values
 from weighting.columns import signal_of
 
-# A rank tokenizes only its own shards when its rows always fall on them: when the global batch
-# divides the number of shards, as 1, 2, 3, 4, 6, 8, ..., 64, 96 and 192 do. Otherwise ranks share
-# shards and tokenize some text twice. A change of this number changes every stream of rows and
-# refuses older states.
+# The fewest shards of an endless stream. A rank tokenizes only its own shards when its rows always
+# fall on them: when the global batch divides the number of shards, so the number is a multiple of
+# the batch, `shards_for`. A state has its number; one of version 0.1.0 has this, and goes on with
+# it.
 NUM_SHARDS = 192
 
 RowMode = Literal["mixed", "drawn", "turns"]
 Encode = Callable[[str], list[int]]
-# Inputs by name and labels, each [b, L], and the entries of the saved state that this batch moved.
+# Inputs by name and labels, each [b, L], and what this batch moved: the next row, and cursors.
 Batch = tuple[dict[str, Tensor], Tensor, dict[str, Any]]
+
+
+# The next row, and the cursors that have moved, by pool and shard.
+State = dict[Any, Any]
 
 
 class Cut(NamedTuple):
@@ -59,12 +64,14 @@ class Piece(NamedTuple):
     """A stretch of one document: its inputs and one more token, the last label.
 
     Its domain, and the values of its columns, float32: 0-D for one that all its tokens share, or
-    one for each input, which belongs to the label after it.
+    one for each input, which belongs to the label after it. Which of the labels are predicted, if
+    not all.
     """
 
     tokens: Tensor
     domain_id: int
     numbers: tuple[Tensor, ...] = ()
+    predicted: Tensor | None = None
 
 
 class RowPools:
@@ -80,10 +87,11 @@ class RowPools:
         """Start with uniform proportions."""
         self.count = 1 if rows == "mixed" else num_domains
         self.proportions = (1 / self.count,) * self.count
+        self.stages: list[tuple[int, tuple[float, ...]]] = []
         self._rows = rows
         self._seed = seed
 
-    def of_batch(self, row: int, size: int) -> tuple[list[int], int]:
+    def of_batch(self, row: int, size: int, seq_len: int) -> tuple[list[int], int]:
         """Return each row's pool, and the number that deals the first row, ``row``, to a shard.
 
         Usually that is the row's own number. But in turns, rows are counted within their pool:
@@ -97,7 +105,10 @@ class RowPools:
         # Philox counts in blocks of four numbers, so any row's is found without those before it.
         blocks = np.random.Philox(self._seed).advance(row // 4)
         uniform = np.random.Generator(blocks).random(row % 4 + size)[row % 4 :]
-        cumulative = np.cumsum(self.proportions)
+        proportions = self.proportions
+        for tokens, shares in self.stages:  # in place of those, from so many tokens on
+            proportions = shares if tokens <= row * seq_len else proportions
+        cumulative = np.cumsum(proportions)
         pools = np.searchsorted(cumulative / cumulative[-1], uniform, side="right")
         return pools.tolist(), row
 
@@ -105,7 +116,7 @@ class RowPools:
 class PackedRows(IterableDataset[Batch]):
     """The local batches of one data-parallel rank.
 
-    An endless stream reads from ``NUM_SHARDS`` shards of each pool; a pool with fewer documents has
+    An endless stream reads from ``num_shards`` shards of each pool; a pool with fewer documents has
     fewer shards, so that its text too is read once before any of it is read again. A finite one
     reads from a single shard, on every rank: only so does each rank know where the text ends, stop
     at the same step as the others, and leave out less than a batch.
@@ -132,13 +143,12 @@ class PackedRows(IterableDataset[Batch]):
         """Deal the documents to shards; nothing is tokenized yet."""
         self.domains = documents.names
         self.pools = RowPools(rows, len(documents.names), seed)
-        self.num_shards = min(NUM_SHARDS, len(documents)) if infinite else 1
         self._documents = documents
         self._members = [np.arange(len(documents))]
         if rows != "mixed":
             ids = np.asarray(documents.domain_ids)
-            self._members = [np.flatnonzero(ids == i) for i in range(len(documents.names))]
-        self._shards = [_most_shards(len(members), self.num_shards) for members in self._members]
+            ends = np.bincount(ids, minlength=len(documents.names)).cumsum()
+            self._members = np.split(np.argsort(ids, kind="stable"), ends[:-1])
         self._encode = encode
         self._seq_len = cut.seq_len
         self._local_batch = cut.local_batch
@@ -147,15 +157,29 @@ class PackedRows(IterableDataset[Batch]):
         self._rows = rows
         self._seed = seed
         self._infinite = infinite
-        start = [list(Cursor()) for _ in self._shards]
-        self.state: dict[str, Any] = {"row": 0}
-        self.state |= {shard_key(lane): start for lane in range(self.num_shards)}
+        self.start: State = {"row": 0}
+        self.deal(shards_for(self._global_batch))
 
-    def own_state(self) -> dict[str, Any]:
-        """Return the part of the starting state that this rank saves: the shards it reads."""
-        return {"row": self.state["row"]} | {
-            shard_key(lane): self.state[shard_key(lane)] for lane in self._own(self.num_shards)
-        }
+    def deal(self, num_shards: int) -> None:
+        """Deal the documents to so many shards, or fewer if there are fewer documents."""
+        self.num_shards = min(num_shards, len(self._documents)) if self._infinite else 1
+        self._shards = [_most_shards(len(members), self.num_shards) for members in self._members]
+
+    def saved(self, state: State, *, own: bool) -> dict[str, Any]:
+        """Return a state as it is saved, an entry for each lane: of all, or those this rank reads.
+
+        A lane's entry is the cursor of its shard. If there are several pools, it has the cursors
+        that have moved, each after its pool's number, of the shards that have the lane's number.
+        """
+        lanes = self._own(self.num_shards) if own else range(self.num_shards)
+        if len(self._shards) == 1:
+            entries = {lane: [[*state.get((0, lane), Cursor())]] for lane in lanes}
+        else:
+            entries = {lane: list[list[int]]() for lane in lanes}
+            for key in sorted(key for key in state if isinstance(key, tuple)):
+                if key[1] in entries:
+                    entries[key[1]].append([key[0], *state[key]])
+        return {"row": state["row"]} | {shard_key(lane): entry for lane, entry in entries.items()}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Start from a saved state.
@@ -163,66 +187,84 @@ class PackedRows(IterableDataset[Batch]):
         Raises:
             ValueError: If entries are missing or impossible.
         """
-        loaded: dict[str, Any] = {key: state.get(key) for key in self.state}
-        row = loaded["row"]
+        row = state.get("row")
         if not is_count(row):
             msg = f"data loader state: 'row' is {row!r}, not a count; the checkpoint is damaged"
             raise ValueError(msg)
-        for lane in range(self.num_shards):
-            entry = loaded[shard_key(lane)]
-            sound = _is_list(entry, len(self._shards)) and all(
-                _is_list(cursor, len(Cursor._fields))
-                and all(map(is_count, cursor))
-                # Lanes that share a shard of a small pool say the same about it.
-                and list(cursor) == list(loaded[shard_key(lane % shards)][pool])
-                for pool, (cursor, shards) in enumerate(zip(entry, self._shards, strict=True))
-            )
-            if not sound:
+        entries = [state.get(shard_key(lane)) for lane in range(self.num_shards)]
+        found: State = {"row": row}
+        for lane, entry in enumerate(entries):
+            cursors = self._loaded(lane, entries)
+            if cursors is None:
                 msg = (
                     f"data loader state: {shard_key(lane)!r} is {entry!r} at row {row}, which "
                     "cannot be; the checkpoint is damaged or not of this loader"
                 )
                 raise ValueError(msg)
-        self.state = loaded
+            found |= cursors
+        self.start = found
+
+    def _loaded(self, lane: int, entries: list[Any]) -> dict[tuple[int, int], Cursor] | None:
+        """Return the cursors of a lane's entry by pool and shard; None if it cannot be."""
+        entry = entries[lane]
+        if type(entry) not in {list, tuple}:
+            return None
+        size = len(Cursor._fields)
+        if len(self._shards) > 1 and all(_is_list(moved, size + 1) for moved in entry):
+            sound = all(
+                all(map(is_count, moved))
+                and moved[0] < len(self._shards)
+                and lane < self._shards[moved[0]]
+                for moved in entry
+            )
+            return {(m[0], lane): Cursor(*m[1:]) for m in entry} if sound else None
+        # One pool; or as version 0.1.0 saved it, the cursors of all pools.
+        sound = _is_list(entry, len(self._shards)) and all(
+            _is_list(cursor, size)
+            and all(map(is_count, cursor))
+            # Lanes that share a shard of a small pool say the same about it.
+            and _is_list(first := entries[lane % shards], len(self._shards))
+            and list(cursor) == list(first[pool])
+            for pool, (cursor, shards) in enumerate(zip(entry, self._shards, strict=True))
+        )
+        if not sound:
+            return None
+        return {
+            (pool, lane): Cursor(*cursor)
+            for pool, (cursor, shards) in enumerate(zip(entry, self._shards, strict=True))
+            if lane < shards and any(cursor)
+        }
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield this rank's batches; worker process ``w`` of ``n`` yields every ``n``-th one."""
         worker = get_worker_info()
         turn, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        own = [set(self._own(shards)) for shards in self._shards]
-        cursors = [
-            [Cursor(*self.state[shard_key(shard)][pool]) for shard in range(shards)]
-            for pool, shards in enumerate(self._shards)
-        ]
+        own = {shards: set(self._own(shards)) for shards in set(self._shards)}
+        cursors = {key: cursor for key, cursor in self.start.items() if isinstance(key, tuple)}
         # A document that goes on in the shard's next row is found here, not tokenized again.
         encode = [functools.lru_cache(maxsize=2 * n)(self._whole) for n in self._shards]
         order = functools.lru_cache(maxsize=8 * len(self._shards))(self._order)
-        row = self.state["row"]
-        # Kept from batch to batch, as most cursors stand still; a list that was given away stays.
-        moved = {lane: self._of_lane(cursors, lane) for lane in self._own(self.num_shards)}
+        row = self.start["row"]
+        moved: State = {}
         for batch in itertools.count():
             mine: list[list[Piece]] = []
-            touched: set[tuple[int, int]] = set()
-            pools, number = self.pools.of_batch(row, self._global_batch)
+            pools, number = self.pools.of_batch(row, self._global_batch, self._seq_len)
             for i, pool in enumerate(pools):
                 shard = (number + i) % self._shards[pool]
-                if shard not in own[pool]:
+                if shard not in own[self._shards[pool]]:
                     continue
-                packed, cursors[pool][shard] = self._pack(
-                    pool, shard, cursors[pool][shard], encode[pool], order
+                packed, cursor = self._pack(
+                    pool, shard, cursors.get((pool, shard), Cursor()), encode[pool], order
                 )
-                touched.add((pool, shard))
+                cursors[pool, shard] = moved[pool, shard] = cursor
                 if packed is None:  # for whichever rank: all of them stop here
                     return
                 if 0 <= i - self._first_row < self._local_batch:
                     mine.append(packed)
             row += self._global_batch
-            moved = {
-                lane: self._moved(entry, lane, touched, cursors) for lane, entry in moved.items()
-            }
             if batch % workers == turn:
-                state = {shard_key(lane): entry for lane, entry in moved.items()}
-                yield *batch_of(mine, self._documents.columns), {"row": row, **state}
+                yield *batch_of(mine, self._documents.columns), {"row": row, **moved}
+                moved = {}
 
     def check_size(self, where: str) -> None:
         """Check that there is text for one row, or, if finite, for one batch of all ranks.
@@ -235,7 +277,7 @@ class PackedRows(IterableDataset[Batch]):
         rows = 1 if self._infinite else self._global_batch
         need, have = rows * self._seq_len, 0
         for i in range(len(self._documents)):
-            have += max(len(self._whole(i).tokens) - 1, 0)
+            have += _predicted(self._whole(i))
             if have >= need:
                 break
         if have < need:
@@ -248,50 +290,30 @@ class PackedRows(IterableDataset[Batch]):
         if self._rows == "mixed":
             return
         for name, members in zip(self.domains, self._members, strict=True):
-            if not any(len(self._whole(int(i)).tokens) > 1 for i in members):
+            if not any(_predicted(self._whole(int(i))) for i in members):
                 msg = (
                     f"{where}: domain {name!r} has no token to predict, so no row can be packed "
                     "from it; add text to it, or set --dataloader.rows mixed"
                 )
                 raise ValueError(msg)
 
-    @staticmethod
-    def _of_lane(cursors: list[list[Cursor]], lane: int) -> list[list[int]]:
-        """Return where the shard of a lane is in every pool."""
-        return [[*of_pool[lane % len(of_pool)]] for of_pool in cursors]
-
-    def _moved(
-        self,
-        entry: list[list[int]],
-        lane: int,
-        touched: set[tuple[int, int]],
-        cursors: list[list[Cursor]],
-    ) -> list[list[int]]:
-        """Return the entry of a lane, a new one if the cursor of one of its shards has moved."""
-        here = [(pool, shard) for pool, shard in touched if lane % self._shards[pool] == shard]
-        if not here:
-            return entry
-        entry = [*entry]
-        for pool, shard in here:
-            entry[pool] = [*cursors[pool][shard]]
-        return entry
-
     def _own(self, num_shards: int) -> list[int]:
         # Steps move a rank's rows by the global batch, so modulo this number they never move.
         period = math.gcd(self._global_batch, num_shards)
-        _, number = self.pools.of_batch(self.state["row"], self._global_batch)
+        _, number = self.pools.of_batch(self.start["row"], self._global_batch, self._seq_len)
         start = number + self._first_row
         residues = {(start + i) % period for i in range(self._local_batch)}
         return [s for s in range(num_shards) if s % period in residues]
 
     def _whole(self, index: int) -> Piece:
         documents = self._documents
+        place = functools.partial(documents.place_of, index)
         return whole_piece(
-            self._encode(documents.texts[index]),
-            documents.domain_ids[index],
+            encoded(self._encode, documents.texts[index], place),
+            int(documents.domain_ids[index]),
             documents.columns,
             [column[index] for column in documents.numbers],
-            functools.partial(documents.place_of, index),
+            place,
         )
 
     def _order(self, pool: int, epoch: int) -> np.ndarray:
@@ -329,7 +351,7 @@ class PackedRows(IterableDataset[Batch]):
 
 
 def whole_piece(
-    tokens: list[int],
+    whole: Encoded,
     domain_id: int,
     columns: Sequence[str],
     numbers: Sequence[Values],
@@ -340,7 +362,7 @@ def whole_piece(
     Raises:
         ValueError: If there is one number for each token, but of another number of tokens.
     """
-    predicted = max(len(tokens) - 1, 0)
+    predicted = max(len(whole.ids) - 1, 0)
     for name, values in zip(columns, numbers, strict=True):
         if np.ndim(values) and np.size(values) != predicted:
             msg = (
@@ -350,16 +372,19 @@ def whole_piece(
             )
             raise ValueError(msg)
     return Piece(
-        torch.tensor(tokens, dtype=torch.int64),
+        torch.tensor(whole.ids, dtype=torch.int64),
         domain_id,
         tuple(torch.tensor(values, dtype=torch.float32) for values in numbers),
+        None if whole.predicted is None else torch.tensor(whole.predicted),
     )
 
 
 def cut_piece(whole: Piece, offset: int, take: int) -> Piece:
     """Return a stretch of ``take`` inputs of a document, the label after them, and its numbers."""
     numbers = tuple(x[offset : offset + take] if x.ndim else x for x in whole.numbers)
-    return whole._replace(tokens=whole.tokens[offset : offset + take + 1], numbers=numbers)
+    predicted = None if whole.predicted is None else whole.predicted[offset : offset + take]
+    tokens = whole.tokens[offset : offset + take + 1]
+    return whole._replace(tokens=tokens, numbers=numbers, predicted=predicted)
 
 
 def batch_of(
@@ -380,7 +405,23 @@ def batch_of(
     }
     for i, name in enumerate(columns):
         inputs[signal_of(name)] = stack(lambda p, i=i: p.numbers[i].expand(len(p.tokens) - 1))
-    return inputs, stack(lambda p: p.tokens[1:])
+    return inputs, stack(_labels)
+
+
+def _predicted(piece: Piece) -> int:
+    if piece.predicted is not None:
+        return int(piece.predicted.sum())
+    return max(len(piece.tokens) - 1, 0)
+
+
+def _labels(piece: Piece) -> Tensor:
+    labels = piece.tokens[1:]
+    return labels if piece.predicted is None else labels.where(piece.predicted, IGNORED)
+
+
+def shards_for(global_batch: int) -> int:
+    """Return the number of shards: the least multiple of a batch from ``NUM_SHARDS`` on."""
+    return global_batch * -(-NUM_SHARDS // global_batch)
 
 
 def shard_key(lane: int) -> str:

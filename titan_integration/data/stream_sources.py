@@ -7,7 +7,6 @@ and with the position after it, a dict from which reading goes on.
 import copy
 from collections.abc import Iterator, Mapping
 from itertools import islice
-from pathlib import Path
 from typing import Any, Protocol
 
 import datasets
@@ -15,9 +14,11 @@ import numpy as np
 from datasets.distributed import split_dataset_by_node
 from torchtitan.tools.logging import logger, warn_once
 
-from titan_integration.data.data_files import local_files
+from titan_integration.data.bad_records import BadRecords
+from titan_integration.data.data_files import DataFile, local_files
+from titan_integration.data.formats import Spot, read_records, scan
 from titan_integration.data.packing import Cut, is_count
-from titan_integration.data.records import Columns, read_records
+from titan_integration.data.records import Columns
 
 Position = dict[str, Any]
 Record = Mapping[str, Any]
@@ -37,6 +38,10 @@ class Source(Protocol):
         """
         ...
 
+    def order(self, position: Position | None) -> tuple[int, ...]:
+        """Return what tells which of two positions in an epoch comes first; None is the start."""
+        ...
+
     def checked(self, epoch: int, position: Position) -> Position:
         """Return a position that was saved, in today's form.
 
@@ -53,28 +58,39 @@ class LocalStream:
     all read all files, and of every ``num_ranks`` records each rank keeps one.
     """
 
-    def __init__(self, path: Path, split: str, columns: Columns, cut: Cut) -> None:
+    def __init__(
+        self, path: DataFile, split: str, columns: Columns, cut: Cut, bad: BadRecords
+    ) -> None:
         """List the files; raises ValueError if there are none."""
         self.where = str(path)
         self._files = local_files(path, split)
         self._columns = columns
         self._cut = cut
+        self._bad = bad
 
     def read(self, epoch: int, position: Position | None) -> Iterator[tuple[str, Record, Position]]:
-        """Yield this rank's records; a position is the number of a file and of a record in it."""
+        """Yield this rank's records; a position is the number of a file and a spot in it."""
         files, step, offset = self._part(epoch)
-        first, start = (position["file"], position["record"]) if position else (0, 0)
+        first, start = 0, Spot()
+        if position:
+            first = position["file"]
+            start = Spot(position["record"], position.get("byte"), position.get("line", 0))
         records = (
-            (place, record, {"file": i, "name": files[i].name, "record": number})
+            (found.place, found.record, (i, found.after))
             for i in range(first, len(files))
-            for number, (place, record) in enumerate(
-                read_records(files[i], self._columns, start if i == first else 0),
-                start=1 + (start if i == first else 0),
-            )
+            for found in scan(files[i], self._columns, self._bad, start if i == first else Spot())
         )
         while len(some := list(islice(records, step))) > offset:
             place, record, _ = some[offset]
-            yield place, record, some[-1][-1]
+            i, after = some[-1][-1]
+            at: Position = {"file": i, "name": files[i].name, "record": after.record}
+            if after.byte is not None:  # so that nothing before it is read again
+                at |= {"byte": after.byte, "line": after.line}
+            yield place, record, at
+
+    def order(self, position: Position | None) -> tuple[int, ...]:
+        """Return file and record."""
+        return (position["file"], position["record"]) if position else ()
 
     def checked(self, epoch: int, position: Position) -> Position:
         """Return a position, also one that an older version saved in Hugging Face's form."""
@@ -108,12 +124,13 @@ class LocalStream:
                 "--checkpoint.exclude_from_loading dataloader"
             )
             raise ValueError(msg)
-        return {"file": file, "name": now, "record": record}
+        spot = {key: found[key] for key in ("byte", "line") if is_count(found.get(key))}
+        return {"file": file, "name": now, "record": record, **spot}
 
-    def _count(self, file: Path) -> int:
+    def _count(self, file: DataFile) -> int:
         return sum(1 for _ in read_records(file, self._columns))
 
-    def _part(self, epoch: int) -> tuple[list[Path], int, int]:
+    def _part(self, epoch: int) -> tuple[list[DataFile], int, int]:
         """Return the files this rank reads, and of how many records in turn it keeps which."""
         files, cut = list(self._files), self._cut
         if epoch:
@@ -158,6 +175,10 @@ class HubStream:
                 raise ValueError(msg) from error
             number += 1
             yield place, record, {**after, "records_read": number}
+
+    def order(self, position: Position | None) -> tuple[int, ...]:
+        """Return how many records were read."""
+        return (position.get("records_read", 0),) if position else ()
 
     def checked(self, epoch: int, position: Position) -> Position:  # noqa: ARG002
         """Return a position as it is: only Hugging Face knows what it means."""

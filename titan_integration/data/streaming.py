@@ -1,11 +1,15 @@
 """Rows of a stream of records, for text that does not fit in memory."""
 
+import functools
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from torch.utils.data import IterableDataset
 
+from titan_integration.data.bad_records import BadRecords
+from titan_integration.data.contents import Content, content_of, encoded
+from titan_integration.data.one_reading import Item, OneReading
 from titan_integration.data.packing import (
     Batch,
     Cut,
@@ -21,12 +25,23 @@ from titan_integration.data.packing import (
 from titan_integration.data.records import (
     ONLY_DOMAIN,
     Columns,
+    Values,
     check_encodable,
     domain_of,
     numbers_of,
-    text_of,
 )
 from titan_integration.data.stream_sources import Position, Source
+
+BAD_RECORDS = "bad_records"
+"""Under which a batch tells how many bad records came before it; not a part of the state."""
+
+
+class _Held(NamedTuple):
+    """What a record holds."""
+
+    content: Content
+    domain: str
+    numbers: tuple[Values, ...]
 
 
 class StreamedRows(IterableDataset[Batch]):
@@ -34,9 +49,8 @@ class StreamedRows(IterableDataset[Batch]):
 
     Differs from ``PackedRows``: the records are split among the ranks, so here the rows do depend
     on the number of ranks, and a saved state only fits the same number. Where rows are of one
-    domain each, every domain has a stream of its own, which passes over the others: the source is
-    read once for each domain, which takes as many times the reading. Records without text are
-    passed over.
+    domain each, every domain has its own place in the stream, which is read once for all
+    (``OneReading``). Records without text are passed over.
     """
 
     def __init__(
@@ -50,12 +64,16 @@ class StreamedRows(IterableDataset[Batch]):
         rows: RowMode,
         seed: int,
         infinite: bool,
+        bad: BadRecords | None = None,
     ) -> None:
         """Take this rank's part of a stream."""
+        self.bad = bad or BadRecords()
         self.domains = domains
         self.pools = RowPools(rows, len(domains), seed)
         self._only = (None,) if rows == "mixed" else domains
         self._source = source
+        self._readings: dict[int, OneReading[_Held]] = {}
+        self._starts: dict[int, dict[str, Position | None]] = {}
         self._encode = encode
         self._columns = columns
         self._seq_len = cut.seq_len
@@ -66,15 +84,15 @@ class StreamedRows(IterableDataset[Batch]):
         self._key = f"dp_rank_{cut.rank}"
         # Text, because Hugging Face's nested state has no fixed shape and a checkpoint entry must
         # have one.
-        self.state: dict[str, Any] = {
+        self.start: dict[str, Any] = {
             "world_size": cut.num_ranks,
             "row": 0,
             self._key: json.dumps([[0, None, 0]] * len(self._only)),
         }
 
-    def own_state(self) -> dict[str, Any]:
-        """Return the starting state."""
-        return dict(self.state)
+    def saved(self, state: Mapping[str, Any], *, own: bool) -> dict[str, Any]:  # noqa: ARG002
+        """Return a state as it is saved, which is this rank's own."""
+        return dict(state)
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Start from a saved state.
@@ -83,10 +101,10 @@ class StreamedRows(IterableDataset[Batch]):
             ValueError: If it was saved by another number of ranks or with other files, or is
                 damaged.
         """
-        if state.get("world_size") != self.state["world_size"]:
+        if state.get("world_size") != self.start["world_size"]:
             msg = (
                 f"data loader state: saved with {state.get('world_size')} data-parallel ranks, "
-                f"now there are {self.state['world_size']}; a streamed data set can only resume "
+                f"now there are {self.start['world_size']}; a streamed data set can only resume "
                 "with the same number"
             )
             raise ValueError(msg)
@@ -107,7 +125,7 @@ class StreamedRows(IterableDataset[Batch]):
             [epoch, source and self._source.checked(epoch, source), offset]
             for epoch, source, offset in positions
         ]
-        self.state = {key: state[key] for key in self.state} | {self._key: json.dumps(positions)}
+        self.start = {key: state[key] for key in self.start} | {self._key: json.dumps(positions)}
 
     def check_first(self) -> None:
         """Read the records up to the first one with text.
@@ -116,21 +134,28 @@ class StreamedRows(IterableDataset[Batch]):
             ValueError: If there is none, or one cannot be read, or has not the columns or a domain.
         """
         for place, record, _ in self._source.read(0, None):
-            if text := text_of(record, self._columns, place):
-                self._whole(text, record, self._domain(record, place), place)
+            if (held := self._held(record, place)) and self._whole(held, place):
                 return
         self._raise_empty(None, ())
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield this rank's batches."""
-        positions = json.loads(self.state[self._key])
+        positions = json.loads(self.start[self._key])
+        self._readings.clear()
+        self._starts.clear()
+        for only, (epoch, position, _) in zip(self._only, positions, strict=True):
+            self._starts.setdefault(epoch, {})[only or ""] = position
+        for epoch, starts in self._starts.items():  # those of earlier epochs come to it later
+            if None in starts.values():
+                late = [x for e, others in self._starts.items() if e < epoch for x in others]
+                starts.update(dict.fromkeys(late))
         packed = [
             self._rows(only, *position)
             for only, position in zip(self._only, positions, strict=True)
         ]
-        row = self.state["row"]
+        row = self.start["row"]
         while True:
-            pools, _ = self.pools.of_batch(row, self._global_batch)
+            pools, _ = self.pools.of_batch(row, self._global_batch, self._seq_len)
             rows: list[list[Piece]] = []
             for pool in pools[self._first_row : self._first_row + self._local_batch]:
                 pieces, positions[pool] = next(packed[pool], (None, None))
@@ -138,7 +163,7 @@ class StreamedRows(IterableDataset[Batch]):
                     return
                 rows.append(pieces)
             row += self._global_batch
-            moved = {"row": row, self._key: json.dumps(positions)}
+            moved = {"row": row, self._key: json.dumps(positions), BAD_RECORDS: self.bad.count}
             yield *batch_of(rows, self._columns.numbers), moved
 
     def _rows(
@@ -153,15 +178,9 @@ class StreamedRows(IterableDataset[Batch]):
         while True:
             empty = position is None and not skip  # until there is something in a whole epoch
             found: set[str] = set()
-            for place, record, after in self._source.read(epoch, position):
-                text = text_of(record, self._columns, place)
-                domain = self._domain(record, place) if text else None
-                if domain is None:
+            for place, held, after in self._records(only, epoch, position, found):
+                if (whole := self._whole(held, place)) is None:
                     continue
-                found.add(domain)
-                if only not in {None, domain}:
-                    continue
-                whole = self._whole(text, record, domain, place)
                 offset, skip = skip, 0
                 while (take := min(len(whole.tokens) - 1 - offset, room)) > 0:
                     pieces.append(cut_piece(whole, offset, take))
@@ -177,6 +196,30 @@ class StreamedRows(IterableDataset[Batch]):
             if empty:
                 self._raise_empty(only, found)
             epoch, position, skip = epoch + 1, None, 0
+
+    def _read(self, epoch: int, position: Position | None) -> Iterator[Item[_Held]]:
+        for place, record, after in self._source.read(epoch, position):
+            if (held := self._held(record, place)) is not None:
+                yield place, held, after
+
+    def _records(
+        self, only: str | None, epoch: int, position: Position | None, found: set[str]
+    ) -> Iterator[Item[_Held]]:
+        """Yield what records hold, of one domain or all; and note in `found` which there are."""
+        if only is None:
+            for item in self._read(epoch, position):
+                found.add(item[1].domain)
+                yield item
+            return
+        if epoch not in self._readings:
+            self._readings[epoch] = OneReading(
+                functools.partial(self._read, epoch),
+                lambda held: (held.domain, len(held.content)),
+                self._source.order,
+                self._starts.get(epoch) or dict.fromkeys(self.domains),
+            )
+        yield from self._readings[epoch].of(only, position)
+        found |= self._readings[epoch].found
 
     def _raise_empty(self, only: str | None, found: Iterable[str]) -> NoReturn:
         there = f" of domain {only!r}" if only else ""
@@ -198,13 +241,29 @@ class StreamedRows(IterableDataset[Batch]):
             raise ValueError(msg)
         return name
 
-    def _whole(self, text: str, record: Mapping[str, Any], domain: str, place: str) -> Piece:
-        check_encodable(text, self._columns.text, place)
-        check_encodable(text, self._columns.text, place)
-        return whole_piece(
-            self._encode(text),
-            self.domains.index(domain),
-            self._columns.numbers,
-            numbers_of(record, self._columns, place),
-            lambda: place,
-        )
+    def _held(self, record: Mapping[str, Any], place: str) -> _Held | None:
+        """Return what a record holds; None if that is nothing, or it is passed over."""
+        try:
+            content = content_of(record, self._columns, place)
+            if not content:
+                return None
+            check_encodable(content, self._columns.text, place)
+            numbers = numbers_of(record, self._columns, place)
+        except ValueError as error:
+            self.bad.found(error)
+            return None
+        return _Held(content, self._domain(record, place), numbers)
+
+    def _whole(self, held: _Held, place: str) -> Piece | None:
+        """Return a document with its tokens; None if it is passed over."""
+        try:
+            return whole_piece(
+                encoded(self._encode, held.content, lambda: place),
+                self.domains.index(held.domain),
+                self._columns.numbers,
+                held.numbers,
+                lambda: place,
+            )
+        except ValueError as error:
+            self.bad.found(error)
+            return None

@@ -19,7 +19,7 @@ from weighting.runs.files import json_text
 from weighting.runs.summary import capped
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from titan_integration.state.run import Run
 
@@ -38,10 +38,20 @@ class WeightedMetricsProcessor(MetricsProcessor):
 
     _run: Run | None = None
     _dump_folder: Path = Path()
+    _bad_records: Callable[[], int] | None = None
 
-    def bind(self, run: Run, dump_folder: str) -> None:
-        """Log a run's statistics from now on, and keep them as JSON lines below its folder."""
+    def bind(
+        self, run: Run, dump_folder: str, bad_records: Callable[[], int] | None = None
+    ) -> None:
+        """Log a run's statistics from now on, and keep them as JSON lines below its folder.
+
+        Args:
+            run: The run.
+            dump_folder: Its folder.
+            bad_records: Tells how many records were passed over, where they may be.
+        """
         self._run, self._dump_folder = run, Path(dump_folder)
+        self._bad_records = bad_records
 
     def keep(self, name: str, line: Mapping[str, Any]) -> None:
         """Append a line to a file of the run's, on the first rank."""
@@ -68,6 +78,8 @@ class WeightedMetricsProcessor(MetricsProcessor):
         found = run.read_statistics()
         for kind, shares in mixtures(run).items():
             found |= {f"domain/{name}/{kind}": share for name, share in shares.items()}
+        if self._bad_records:
+            found["bad_records"] = self._bad_records()
         tokens, since = self.ntokens_since_last_log, self.time_last_log
         named = {f"weighting/{name}": value for name, value in found.items()}
         extra = {**(extra_metrics or {}), **named}

@@ -312,6 +312,9 @@ def _without_absent(
 
 def _check_data(loader: Stateful, folder: Path, saved: Mapping[str, Any]) -> None:
     """Check that a checkpoint has a data loader's state; each rank may ask for its own."""
+    shards = sum(key.startswith(f"{DATALOADER}.shard_") for key in saved)
+    if shards and hasattr(loader, "take_shards"):  # else it would ask for those of a new run
+        loader.take_shards(shards)
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, misfits(DATALOADER, loader.state_dict(), saved))
     lacks = [reason for reasons in found for reason in reasons]

@@ -210,6 +210,12 @@ def open_data(config: WeightedConfig, plan: Plan) -> dict[str, Any]:
             seq_len=config.training.seq_len,
             local_batch_size=rows,
         )
+        if plan.sampling and built.has_weights:
+            msg = (
+                f"{plan.spec.name} draws domains, and so do the weights of the sources in "
+                f"{loader.dataset_path or loader.dataset}; leave out one of them"
+            )
+            raise ValueError(msg)
         if built.documents is not None:
             keep_open(loader, built.documents)
         found[name] = built.identity

@@ -161,7 +161,10 @@ class WeightedTrainer(Trainer):
         self._agree_every = config.weighting.agree_every
         self._draws = bool(plan.sampling)
         self.loss_fn.bind(run)
-        self.metrics_processor.bind(run, config.dump_folder)
+        skips = getattr(config.dataloader, "on_bad_record", "refuse") == "skip"
+        loader = cast("DomainTextDataLoader", self.dataloader)
+        bad = (lambda: loader.bad_records) if skips else None
+        self.metrics_processor.bind(run, config.dump_folder, bad)
         validator = getattr(self, "validator", None)
         if isinstance(validator, DomainValidator):
             validator.bind(run)
@@ -333,6 +336,8 @@ class WeightedTrainer(Trainer):
             super().train()
             self.run.flush()
             self._write_mixture()
+            if bad := getattr(self.dataloader, "bad_records", 0):
+                logger.warning(f"{bad:,} bad records of the data were passed over in this run")
 
     def _write_mixture(self) -> None:
         """Leave the proportions that domain weights found, if they move; the first rank writes."""

@@ -93,7 +93,8 @@ def check_data(data: object) -> None:
     Any other name may be one of Hugging Face's.
     """
     name = str(data)
-    if name.endswith(_DATA) and not os.path.exists(name):  # noqa: PTH110 - as above
+    elsewhere = "://" in name or any(c in name for c in "*?[")
+    if name.endswith(_DATA) and not elsewhere and not os.path.exists(name):  # noqa: PTH110 - as above
         give_up(f"--data {name}: no such file; give one, or its folder")
 
 

@@ -1,0 +1,477 @@
+"""Every format of data: opened, cut into rows, stopped and resumed; and each broken on purpose."""
+
+import contextlib
+import csv
+import functools
+import gzip
+import http.server
+import io
+import json
+import threading
+from itertools import islice
+
+import datasets
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from titan_integration.data import stored, urls
+from titan_integration.data.formats import read_records
+from titan_integration.data.loader import DomainTextDataLoader, load_documents
+from titan_integration.data.records import Columns
+
+DOMAINS = ["a", "b"]
+RECORDS = [
+    {"text": f"document {i}, é 'quoted', \"twice\"\nand on " * (1 + i % 7), "domain": "ab"[i % 2]}
+    for i in range(40)
+]
+
+
+class Letters:
+    """A tokenizer of bytes, with a begin and an end of text."""
+
+    eos_id = 257
+
+    def encode(self, text, *, add_bos, add_eos):
+        """Return token ids."""
+        return [256] * add_bos + list(text.encode()) + [257] * add_eos
+
+    def get_vocab_size(self):
+        """Return how many ids there are."""
+        return 258
+
+
+class Talking(Letters):
+    """One with a chat template: the role's first letter, a colon and the content, on a line."""
+
+    def apply_chat_template(self, messages, *, add_generation_prompt=False):
+        """Return the messages as text."""
+        text = "".join(f"{m['role'][0]}:{m['content']}\n" for m in messages)
+        return text + "a:" * add_generation_prompt
+
+
+def build(path, tokenizer=None, **config):
+    """Build a loader of short rows."""
+    config = {"dataset_path": str(path), "domains": DOMAINS} | config
+    return DomainTextDataLoader.Config(**config).build(
+        dp_world_size=1,
+        dp_rank=0,
+        tokenizer=tokenizer or Letters(),
+        seq_len=32,
+        local_batch_size=2,
+    )
+
+
+def taken(batches, count):
+    """Return inputs, positions, domains and labels of some batches as one tensor."""
+    return torch.stack(
+        [
+            torch.stack([x["input"], x["positions"], x["domain_ids"], y])
+            for x, y in islice(batches, count)
+        ]
+    )
+
+
+def lines(records):
+    """Return records as JSON, one a line."""
+    return "".join(json.dumps(r) + "\n" for r in records).encode()
+
+
+def as_csv(records):
+    """Return records as CSV."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, ["text", "domain"])
+    writer.writeheader()
+    writer.writerows(records)
+    return file.getvalue().encode()
+
+
+def packed_bytes(content):
+    """Compress bytes as one frame."""
+    sink = pa.BufferOutputStream()
+    file = pa.CompressedOutputStream(sink, "zstd")
+    file.write(content)
+    file.close()
+    return sink.getvalue().to_pybytes()
+
+
+def parquet(records):
+    """Return records as Parquet of small row groups."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(records), sink, row_group_size=7)
+    return sink.getvalue().to_pybytes()
+
+
+def arrow(records, new=pa.ipc.new_file):
+    """Return records as an Arrow file, or as a stream."""
+    sink = pa.BufferOutputStream()
+    table = pa.Table.from_pylist(records)
+    with new(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=7)
+    return sink.getvalue().to_pybytes()
+
+
+FORMATS = {
+    "x.jsonl": lines,
+    "x.NDJSON": lines,
+    "lines.json": lines,
+    "array.json": lambda r: json.dumps(r, indent=1).encode(),
+    "x.jsonl.gz": lambda r: gzip.compress(lines(r)),
+    "x.jsonl.zst": lambda r: packed_bytes(lines(r)),
+    "x.csv": as_csv,
+    "x.csv.gz": lambda r: gzip.compress(as_csv(r)),
+    "x.parquet": parquet,
+    "x.arrow": arrow,
+    "stream.arrow": functools.partial(arrow, new=pa.ipc.new_stream),
+}
+
+
+def write(folder, name, records):
+    """Write records in the format that a name tells."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(FORMATS[name](records))
+    return folder / name
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
+    """Take rows of the records as plain lines, by index and as a stream."""
+    path = write(tmp_path_factory.mktemp("expected"), "x.jsonl", RECORDS)
+    return {streaming: taken(build(path, streaming=streaming), 40) for streaming in (False, True)}
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("WEIGHTING_CACHE", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setattr(urls, "_WAITS", (0.0, 0.0))
+
+
+def check(path, expected):
+    """Check that data has the rows that are expected, also from a state in their middle."""
+    for streaming in (False, True):
+        assert torch.equal(taken(build(path, streaming=streaming), 40), expected[streaming])
+        stopped = build(path, streaming=streaming)
+        assert torch.equal(taken(stopped, 11), expected[streaming][:11])
+        resumed = build(path, streaming=streaming)
+        resumed.load_state_dict(stopped.state_dict())
+        assert torch.equal(taken(resumed, 29), expected[streaming][11:])
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_gives_the_same_rows_and_resumes(tmp_path, expected, name):
+    """By index and as a stream, a file or a folder or a pattern."""
+    path = write(tmp_path, name, RECORDS)
+    check(path, expected)
+    assert torch.equal(taken(build(tmp_path), 3), expected[False][:3])
+    assert torch.equal(taken(build(tmp_path / "*"), 3), expected[False][:3])
+
+
+def test_copies_of_packed_text_leave_memory(tmp_path, expected, monkeypatch):
+    """They are in one file of the cache, which loaders of the same text share."""
+    monkeypatch.setattr(stored, "_IN_MEMORY", 100)
+    monkeypatch.setenv("WEIGHTING_CACHE", str(tmp_path / "cache"))
+    path = write(tmp_path, "x.jsonl.gz", RECORDS)
+    check(path, expected)
+    assert len([*(tmp_path / "cache/texts").iterdir()]) == 1
+
+
+def test_a_saved_dataset_gives_the_same_rows(tmp_path, expected):
+    """What `save_to_disk` wrote is read by index as the files are."""
+    datasets.disable_progress_bars()
+    datasets.Dataset.from_list(RECORDS).save_to_disk(tmp_path / "saved")
+    assert torch.equal(taken(build(tmp_path / "saved"), 40), expected[False])
+
+
+BROKEN = {
+    "x.jsonl": (lambda b: b.replace(b'{"text"', b'{"text', 1), r"x\.jsonl:1: invalid JSON"),
+    "array.json": (lambda b: b.replace(b'"text"', b'"text', 1), r"array\.json:3: invalid JSON"),
+    "x.jsonl.gz": (lambda b: b[:-20], r"x\.jsonl\.gz: cannot be read"),
+    "x.jsonl.zst": (lambda b: b"no" + b[2:], r"x\.jsonl\.zst: cannot be read"),
+    "x.csv": (lambda b: b + b"one,two,three\n", r"x\.csv:\d+: 3 fields, but .* 2"),
+    "x.parquet": (lambda b: b[:-20], r"x\.parquet: not a readable Parquet file"),
+    "x.arrow": (lambda b: b[:60], r"x\.arrow: not a readable Arrow file"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_file_is_named_with_its_record(tmp_path, name):
+    """In one message, by index and as a stream."""
+    breaks, message = BROKEN[name]
+    path = write(tmp_path, name, RECORDS)
+    path.write_bytes(breaks(path.read_bytes()))
+    for streaming in (False, True):
+        with pytest.raises(ValueError, match=message) as error:
+            taken(build(path, streaming=streaming), 400)
+        assert "\n" not in str(error.value)
+
+
+def test_csv_has_its_own_faults(tmp_path):
+    """Two columns of one name, an open quote, and text that is not UTF-8."""
+    for content, message in [
+        (b"text,text\na,b\n", r"x\.csv:1: two columns have one name"),
+        (b'text\n"open\n', r"x\.csv:2: invalid CSV"),
+        (b"text\nfine\n\xff\xfe\n", r"x\.csv:3: not UTF-8"),
+    ]:
+        (tmp_path / "x.csv").write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            build(tmp_path / "x.csv", domains=None)
+
+
+# --- bad records ---
+
+BAD = [
+    b"{oops\n",
+    b"[1]\n",
+    b'{"text": 7, "domain": "a"}\n',
+    b'{"domain": "a"}\n',
+    b'{"text": "half \\ud83d", "domain": "a"}\n',
+    b"\xff\n",
+]
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["index", "stream"])
+def test_bad_records_are_counted_and_passed_over_if_asked(tmp_path, expected, streaming, caplog):
+    """The rows are those of the good records, and the first bad ones are named."""
+    good = lines(RECORDS).splitlines(keepends=True)
+    mixed = [*good[:5], *BAD[:3], *good[5:30], *BAD[3:], *good[30:]]
+    (tmp_path / "x.jsonl").write_bytes(b"".join(mixed))
+    loader = build(tmp_path, streaming=streaming, on_bad_record="skip")
+    assert torch.equal(taken(loader, 40), expected[streaming])
+    assert loader.bad_records == (3 if streaming else 6)  # a stream has come so far
+    assert "x.jsonl:6: invalid JSON" in caplog.text
+    with pytest.raises(ValueError, match=r"x\.jsonl:6: invalid JSON"):
+        taken(build(tmp_path, streaming=streaming), 400)
+
+
+def test_if_every_record_is_bad_that_is_said(tmp_path):
+    """Skipping does not hide that a column has another name."""
+    (tmp_path / "x.jsonl").write_bytes(lines([{"body": "text"}] * 9))
+    with pytest.raises(ValueError, match=r"no text in any record.*9 bad records were passed over"):
+        build(tmp_path, on_bad_record="skip")
+    with pytest.raises(ValueError, match=r"set --dataloader\.on_bad_record to refuse or skip"):
+        build(tmp_path, on_bad_record="ignore")
+
+
+# --- token ids and messages ---
+
+
+def ids_of(text):
+    """Return what Letters makes of a text."""
+    return Letters().encode(text, add_bos=True, add_eos=True)
+
+
+TOKENISED = [{"input_ids": ids_of(r["text"]), "domain": r["domain"]} for r in RECORDS]
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.parquet", "x.arrow", "array.json", "x.jsonl.zst"])
+def test_token_ids_give_the_rows_of_their_text(tmp_path, expected, name):
+    """They stay as they are, in every format that has lists, and resume."""
+    check(write(tmp_path, name, TOKENISED), expected)
+
+
+def test_token_ids_of_a_saved_dataset(tmp_path, expected):
+    """A data set in memory maps is tokenised as well."""
+    datasets.disable_progress_bars()
+    datasets.Dataset.from_list(TOKENISED).save_to_disk(tmp_path / "saved")
+    assert torch.equal(taken(build(tmp_path / "saved"), 40), expected[False])
+
+
+def test_labels_and_masks_say_what_is_predicted(tmp_path, expected):
+    """Every other label is ignored, said as `labels`, as `loss_mask`, or by both."""
+    for more in (
+        lambda ids: {"labels": [x if i % 2 else -100 for i, x in enumerate(ids)]},
+        lambda ids: {"loss_mask": [i % 2 for i in range(len(ids))]},
+        lambda ids: {"labels": ids, "loss_mask": [i % 2 == 1 for i in range(len(ids))]},
+    ):
+        records = [r | more(r["input_ids"]) for r in TOKENISED]
+        path = write(tmp_path, "x.jsonl", records)
+        for streaming in (False, True):
+            rows = taken(build(path, streaming=streaming), 40)
+            assert torch.equal(rows[:, :3], expected[streaming][:, :3])
+            first = rows[0, :, 0]  # the first row begins with a document
+            is_second = first[1] % 2 == 1
+            assert (first[3][is_second] == -100).all()
+            ignored = rows[:, 3] == -100
+            assert torch.equal(rows[:, 3][~ignored], expected[streaming][:, 3][~ignored])
+            assert 0.4 < ignored.float().mean() < 0.6
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"input_ids": [1, 2, 258] * 20}, r":41: token id 258, but the tokenizer has 258, from 0"),
+        ({"input_ids": [1, -1]}, r":41: column 'input_ids' holds -1 at 1, which is no token id"),
+        ({"input_ids": [1, 2.5]}, r":41: column 'input_ids' holds 2.5 at 1, not a token id"),
+        ({"input_ids": [1, "x"]}, r":41: column 'input_ids' holds 'x' at 1, not a token id"),
+        ({"input_ids": "[1, 2]"}, r":41: text column 'input_ids' holds str, not a list of token"),
+        ({"input_ids": [1, 2], "labels": [1]}, r":41: column 'labels' holds 1, but there are 2"),
+        ({"input_ids": [1, 2], "labels": [2, 3]}, r":41: label 2 at 0, where .* not shifted"),
+        ({"input_ids": [1, 2], "loss_mask": [0, 2]}, r":41: 'loss_mask' holds 2 at 1, not 0 or 1"),
+    ],
+)
+def test_token_ids_that_cannot_be_are_refused_before_training(tmp_path, record, message):
+    """With file, record and reason; a stream says it when it reads them."""
+    path = write(tmp_path, "x.jsonl", [*TOKENISED, record | {"domain": "a"}])
+    with pytest.raises(ValueError, match=message):
+        build(path)
+    with pytest.raises(ValueError, match=message):
+        taken(build(path, streaming=True), 400)
+
+
+CHAT = [
+    {
+        "domain": "ab"[i % 2],
+        "messages": [
+            {"role": "user", "content": f"question {i}"},
+            {"role": "assistant", "content": "an answer"},
+            {"role": "user", "content": "and then?"},
+            {"role": "assistant", "content": "more"},
+        ],
+    }
+    for i in range(9)
+]
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.parquet"])
+@pytest.mark.parametrize("streaming", [False, True], ids=["index", "stream"])
+def test_of_a_chat_the_answers_are_predicted(tmp_path, name, streaming):
+    """In the tokenizer's template; questions are read and not predicted."""
+    path = write(tmp_path, name, CHAT)
+    rows = taken(build(path, Talking(), streaming=streaming), 9)
+    row = rows.transpose(0, 1).flatten(1)
+    predicted = bytes(x for x in row[3].tolist() if 0 <= x < 256).decode()
+    assert "question" not in predicted
+    assert "then" not in predicted
+    assert "an answermorean answermore" in predicted or "an answeran answer" in predicted
+    assert (row[3] == Talking.eos_id).any()
+    read = bytes(x for x in row[0].tolist() if x < 256).decode()
+    assert "u:question" in read
+
+
+def test_a_chat_without_a_template_is_refused(tmp_path):
+    """With the record and what to do."""
+    path = write(tmp_path, "x.jsonl", CHAT)
+    for streaming in (False, True):
+        with pytest.raises(ValueError, match=r"x\.jsonl:\d+: the tokenizer's chat template.*hf_a"):
+            build(path, streaming=streaming)
+    bad = [{"domain": "a", "messages": [{"role": "user"}]}]
+    with pytest.raises(ValueError, match=r":1: message 0 of 'messages' has no text as its 'cont"):
+        build(write(tmp_path, "x.jsonl", bad), Talking())
+
+
+# --- addresses ---
+
+
+@pytest.fixture
+def memory():
+    """Return a file system in memory, empty."""
+    files = fsspec.filesystem("memory")
+    with contextlib.suppress(FileNotFoundError):
+        files.rm("/", recursive=True)
+    return files
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.zst", "x.parquet", "array.json"])
+def test_addresses_are_read_as_files_are(memory, expected, name):
+    """One file, a folder of a split, or a pattern, by index and as a stream."""
+    memory.pipe(f"/data/train/{name}", FORMATS[name](RECORDS))
+    memory.pipe("/data/validation/y.jsonl", lines(RECORDS[:3]))
+    memory.pipe("/data/train/notes.txt", b"")
+    check(f"memory://data/train/{name}", expected)
+    assert torch.equal(taken(build("memory://data"), 3), expected[False][:3])
+    assert torch.equal(taken(build(f"memory://data/t*/{name[:3]}*"), 3), expected[False][:3])
+    with pytest.raises(ValueError, match=r"no folder for split 'test'; there are train, valid"):
+        build("memory://data", split="test")
+    with pytest.raises(ValueError, match=r"memory://nothing.*: no .* file there"):
+        build("memory://nothing/")
+    with pytest.raises(ValueError, match=r"memory://nothing/x\.jsonl: no such file"):
+        build("memory://nothing/x.jsonl")
+
+
+def test_a_bad_record_at_an_address_is_named_by_it(memory):
+    """Not by where the cache has it."""
+    memory.pipe("/x.jsonl", b'{"text": "fine"}\n{oops\n')
+    with pytest.raises(ValueError, match=r"^memory:///?x\.jsonl:2: invalid JSON"):
+        build("memory://x.jsonl", domains=None)
+
+
+def test_a_changed_file_at_an_address_is_fetched_again(memory):
+    """The cache is asked by size and time, too."""
+    for text in ("one", "three"):
+        memory.pipe("/x.jsonl", lines([{"text": text}]))
+        config = DomainTextDataLoader.Config(dataset="memory://x.jsonl")
+        assert load_documents(config)[0] == (text, "all")
+
+
+@pytest.fixture
+def server(tmp_path):
+    """Serve files over HTTP, and fail as often as asked."""
+    folder = tmp_path / "served"
+    failures = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def do_GET(self):
+            if failures:
+                self.send_error(failures.pop())
+            else:
+                super().do_GET()
+
+        def log_message(self, *_):
+            pass
+
+    folder.mkdir()
+    handler = functools.partial(Handler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as served:
+        thread = threading.Thread(target=served.serve_forever)
+        thread.start()
+        yield folder, f"http://127.0.0.1:{served.server_port}", failures
+        served.shutdown()
+        thread.join()
+
+
+def test_a_server_that_fails_is_asked_again(server, expected, caplog):
+    """Twice it fails, then it gives the file; of one that fails on and on the reason is said."""
+    folder, address, failures = server
+    write(folder, "x.jsonl.gz", RECORDS)
+    failures += [503, 500]
+    check(f"{address}/x.jsonl.gz", expected)
+    assert "trying again" in caplog.text
+    write(folder, "x.jsonl", RECORDS)
+    failures += [503] * 9
+    with pytest.raises(ValueError, match=r"x\.jsonl: cannot be reached: 503"):
+        build(f"{address}/x.jsonl")
+
+
+def test_a_file_that_is_long_is_not_read_again_to_resume(tmp_path):
+    """A stream goes on at the byte where it was."""
+    path = write(tmp_path, "x.jsonl", RECORDS * 50)
+    first = build(path, streaming=True)
+    rows = taken(first, 300)
+    expected = taken(build(path, streaming=True), 310)
+    assert torch.equal(rows, expected[:300])
+    (spot,) = json.loads(first.state_dict()["dp_rank_0"])
+    assert spot[1]["byte"] > 10_000
+    resumed = build(path, streaming=True)
+    resumed.load_state_dict(first.state_dict())
+    with path.open("r+b") as file:  # what came before is never looked at
+        file.write(b"#" * spot[1]["byte"])
+    assert torch.equal(taken(resumed, 10), expected[300:])
+
+
+def test_a_file_that_changes_under_a_run_is_refused(tmp_path):
+    """Documents are read when they are needed, so the file must stay."""
+    path = write(tmp_path, "x.jsonl", RECORDS)
+    documents = load_documents(DomainTextDataLoader.Config(dataset_path=str(path)))
+    path.write_bytes(lines(RECORDS[1:]))
+    with pytest.raises(ValueError, match=r"x\.jsonl: has changed since it was opened"):
+        documents[0]
+
+
+def test_read_records_passes_over_what_came_before(tmp_path):
+    """In every format, by the number of records."""
+    for name in FORMATS:
+        path = write(tmp_path, name, RECORDS)
+        texts = [record["text"] for _, record in read_records(path, Columns(), 23)]
+        assert texts == [record["text"] for record in RECORDS[23:]], name
