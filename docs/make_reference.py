@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import weighting as wt
+from weighting.contract.stage import PIPELINE_HERE
 from weighting.language.schema import schema
 from weighting.registry import stages
 from weighting.schedules import SCHEDULES
@@ -59,19 +60,25 @@ EXAMPLES = {
     "loss": "loss -> mean_one",
     "max": "max(sequence) -> normalize -> temperature(0.4)",
     "mean": "mean(sequence) -> normalize -> temperature(0.4)",
+    "minus": "loss -> minus(ref_loss) -> mean_one",
     "mean_one": "loss -> mean_one",
     "multinomial": "mean(sequence) -> multinomial(draws=0.5, seed=1)",
     "normalize": "normalize -> temperature(0.4)",
+    "over": "mean(sequence) -> over(ref_loss -> mean(sequence)) -> temperature(1)",
+    "plus": "loss -> plus(entropy) -> mean_one",
     "pow": "target_prob -> pow(0.5) -> as_is",
     "quadratic": "normalize -> quadratic -> temperature(0.4)",
     "rank": "rank -> pow(2) -> mean_one",
+    "ref_loss": "loss -> over(ref_loss) -> mean_one",
     "running": "running(1, decay=0.9)",
     "select": "loss -> select(0.6)",
+    "short_loss": "short_loss(1024) -> over(loss) -> mean_one",
     "sum": "sum(sequence) -> temperature(1)",
     "table": "table(a=2, b=1) -> mean_one",
     "target_prob": "target_prob -> as_is",
     "temperature": "normalize -> temperature(0.4)",
     "threshold": "loss -> threshold(at=3)",
+    "times": "entropy -> times(loss) -> mean_one",
     "tilted": "tilted(sequence, tilt=1) -> temperature(1)",
     "token_scale": "entropy -> token_scale",
     "topical": "mean(domain) -> topical(every=10)",
@@ -210,6 +217,8 @@ def typed(name: str, schema: dict[str, Any]) -> tuple[str, str]:
     enum = next((way["enum"] for way in ways if "enum" in way), None)
     if enum:
         return "word", ", ".join(f"`{word}`" for word in enum)
+    if ways[0].get("$comment") == PIPELINE_HERE["$comment"]:
+        return "pipeline", "ends in a score"
     first = next(way for way in ways if way.get("type") not in {None, "null"})
     low = first.get("minimum", first.get("exclusiveMinimum"))
     high = first.get("maximum", first.get("exclusiveMaximum"))

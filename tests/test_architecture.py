@@ -190,6 +190,7 @@ def test_no_branch_on_the_name_of_a_stage(path):
                 "target_prob",
                 "entropy",
                 "error_norm",
+                "ref_loss",
                 "mean_one",
                 "running",
             }  # signals, and values of normalize: and scope:

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 
 import weighting as wt
 from weighting.build.statistics import MOMENTS, summarize
-from weighting.contract import Scope, Stage
+from weighting.contract import Combine, Scope, Stage
 from weighting.pipeline import expand
 from weighting.schedules import Constant, Linear, Piecewise, Schedule, Step
 from weighting.spec import arrow_text
@@ -409,7 +409,7 @@ def test_stages_leave_alone_what_they_are_given(case):
         valid = torch.arange(7) != 2  # one unit does not count
         x = torch.linspace(-1, 2, 7)
         for stage in (step.stage for step in steps[1:]):
-            if isinstance(stage, wt.Pool):
+            if isinstance(stage, wt.Pool | wt.Source | Combine):
                 continue
             state = stage.initial_state(tuple("abcdefg"))
             scope = Scope("sequence", torch.tensor(2), valid, tuple("abcdefg"), None, state)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from weighting.cli.common import WIDTH
 from weighting.cli.listing import KINDS
+from weighting.contract.stage import PIPELINE_HERE
 from weighting.language.schema import default_of
 from weighting.registry import stages
 from weighting.schedules import SCHEDULE_HERE, SCHEDULES
@@ -68,6 +69,8 @@ def _type(schema: dict[str, Any]) -> str:
 def _way(way: dict[str, Any]) -> str:
     if way == SCHEDULE_HERE:
         return "a schedule"
+    if way.get("$comment") == PIPELINE_HERE["$comment"]:
+        return "a pipeline that ends in a score"
     if "enum" in way:
         return " | ".join(map(str, way["enum"]))
     kind = way.get("type")

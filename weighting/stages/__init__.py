@@ -26,8 +26,11 @@ from weighting.stages.linupper import LinUpper as LinUpper
 from weighting.stages.loss import Loss as Loss
 from weighting.stages.mean_one import MeanOne as MeanOne
 from weighting.stages.mean_one import TokenScale as TokenScale
+from weighting.stages.minus import Minus as Minus
 from weighting.stages.multinomial import Multinomial as Multinomial
 from weighting.stages.normalize import Normalize as Normalize
+from weighting.stages.over import Over as Over
+from weighting.stages.plus import Plus as Plus
 from weighting.stages.pools import Max as Max
 from weighting.stages.pools import Mean as Mean
 from weighting.stages.pools import Sum as Sum
@@ -35,12 +38,15 @@ from weighting.stages.pools import Tilted as Tilted
 from weighting.stages.pow import Pow as Pow
 from weighting.stages.quadratic import Quadratic as Quadratic
 from weighting.stages.rank import Rank as Rank
+from weighting.stages.ref_loss import RefLoss as RefLoss
 from weighting.stages.running import Running as Running
 from weighting.stages.select import Select as Select
+from weighting.stages.short_loss import ShortLoss as ShortLoss
 from weighting.stages.table import Table as Table
 from weighting.stages.target_prob import TargetProb as TargetProb
 from weighting.stages.temperature import Temperature as Temperature
 from weighting.stages.threshold import Threshold as Threshold
+from weighting.stages.times import Times as Times
 from weighting.stages.topical import Topical as Topical
 from weighting.stages.topics import Topics as Topics
 from weighting.stages.topk_entropy import TopkEntropy as TopkEntropy

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +14,7 @@ from weighting.columns import column_of
 from weighting.contract import (
     Alone,
     Collectives,
+    Combine,
     Constrain,
     Level,
     Pool,
@@ -130,11 +131,15 @@ def as_subject(thing: Checkable) -> Subject:
     ]
     if any(part.inside() for part in parts):
         levels = ["token"]
+    if isinstance(stage, Combine):
+        levels = [expand(stage.other)[-1].level]
     specs: dict[str, Spec] = {}
     for level in levels[:2]:
         specs[level] = _around(stage, level)
-    if stage.takes is not None and levels[0] == "domain":  # one value per domain, no more
-        parts = (Loss(), Mean(level="domain"), *_weights_first(stage), *parts)
+    # One value per domain, no more; two scores are of the same units.
+    if stage.takes is not None and (levels[0] == "domain" or isinstance(stage, Combine)):
+        pooled = () if levels[0] == "token" else (Mean(level=levels[0]),)
+        parts = (Loss(), *pooled, *_weights_first(stage), *parts)
     return Subject(
         _label(stage), stage, specs, {"": parts}, _domains(parts), tuple(_columns(parts))
     )
@@ -246,16 +251,23 @@ class Trial:
         scope = Scope(level, at, valid, self.domains)
         x = weights(signals) if self.parts[0].takes == "weight" else signals.loss
         calls: list[Call] = []
+        held: list[tuple[Tensor, Scope]] = []
         for index, part in enumerate(self.parts):
             state = {k: v.to(valid.device) for k, v in self.states[index].items()}
             if isinstance(part, Source):
+                held.append((x, scope))
+                scope = Scope("token", at, valid, self.domains)
                 call = _read(part, signals, scope, state)
                 self.states[index] = call.new
             elif isinstance(part, Pool):
                 call = _pool(part, x, signals, scope)
                 scope = Scope(part.level, at, call.counts, self.domains)
             else:
-                assert isinstance(part, Shape | Weigh | Constrain)
+                assert isinstance(part, Shape | Weigh | Constrain | Combine)
+                if isinstance(part, Combine):
+                    first, around = held.pop()
+                    x = torch.stack([first, x])
+                    scope = replace(scope, valid=around.valid & scope.valid)
                 call = _apply(part, x, signals, scope, state)
                 self.states[index] = call.new
             calls.append(call)
@@ -309,7 +321,7 @@ def _pool(stage: Pool, x: Tensor, signals: Signals, scope: Scope) -> Call:
 
 
 def _apply(
-    stage: Shape | Weigh | Constrain,
+    stage: Shape | Weigh | Constrain | Combine,
     x: Tensor,
     signals: Signals,
     scope: Scope,
