@@ -39,6 +39,7 @@ EXAMPLES = {
     "as_is": "target_prob -> as_is",
     "bandit": "mean(domain) -> bandit(reward=0.1)",
     "bernoulli": "rank -> bernoulli(correct=true, seed=1)",
+    "center": "mean(sequence) -> center -> sigmoid -> mean_one",
     "clamp": "normalize -> temperature(0.4) -> clamp(2/n)",
     "clip": "normalize -> clip(min=-0.5, max=0.5) -> temperature(0.4)",
     "column": "column(quality) -> mean(sequence) -> temperature(1)",
@@ -55,8 +56,10 @@ EXAMPLES = {
     "floor": "normalize -> temperature(0.4) -> floor(0.2)",
     "focal": "focal(gamma=2) -> as_is",
     "gate": "target_prob -> gate(0.1, 0.9) -> as_is",
+    "indicator": "mean(sequence) -> indicator(mean) -> affine(0.5, 0.5) -> bernoulli(correct=true)",
     "interpolate": "normalize -> temperature(0.4) -> interpolate(0.5)",
     "linupper": "normalize -> linupper(alpha=0.5) -> temperature(0.4)",
+    "log": "mean(sequence) -> log -> temperature(1)",
     "loss": "loss -> mean_one",
     "max": "max(sequence) -> normalize -> temperature(0.4)",
     "mean": "mean(sequence) -> normalize -> temperature(0.4)",
@@ -73,8 +76,11 @@ EXAMPLES = {
     "running": "running(1, decay=0.9)",
     "select": "loss -> select(0.6)",
     "short_loss": "short_loss(1024) -> over(loss) -> mean_one",
+    "sigmoid": "mean(sequence) -> center -> sigmoid -> mean_one",
+    "standardize": "mean(sequence) -> standardize -> clip(min=-1, max=1) -> temperature(1)",
     "sum": "sum(sequence) -> temperature(1)",
     "table": "table(a=2, b=1) -> mean_one",
+    "tanh": "mean(sequence) -> standardize -> tanh -> temperature(1)",
     "target_prob": "target_prob -> as_is",
     "temperature": "normalize -> temperature(0.4)",
     "threshold": "loss -> threshold(at=3)",
@@ -129,7 +135,9 @@ def page() -> str:
             "Each picture shows the weights of the example over a batch whose loss runs from 1 to "
             "5 nats, as in the [gallery of specs](../specs/README.md).\n"
             "The grey line is a weight of 1, the dashed line 2.\n"
-            "A *number or schedule* takes a number, or one of the [schedules](#schedules)."
+            "A *number or schedule* takes a number, or one of the [schedules](#schedules).\n"
+            "A *statistic* is `median`, `mean`, `std`, or deviations from the mean, "
+            "`mean+3*std`, of the scores that the stage is given."
         ),
     ]
     for kind, (title, text) in KINDS.items():
@@ -227,7 +235,10 @@ def typed(name: str, schema: dict[str, Any]) -> tuple[str, str]:
     kinds = {"number": "number", "integer": "whole number", "boolean": "truth value"}
     kind = kinds.get(first["type"], "text")
     if any(way.get("$comment") for way in ways):
-        shared = any("pattern" in way for way in ways)
+        patterns = [way["pattern"] for way in ways if "pattern" in way]
+        if any("median" in pattern for pattern in patterns):
+            return "number, schedule or statistic", span_of(low, high)
+        shared = bool(patterns)
         return "number or schedule", span_of(low, high) + (", or `k/n`" if shared else "")
     if first.get("exclusiveMinimum") == 0:
         return kind, "above 0"

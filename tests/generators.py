@@ -24,6 +24,7 @@ STAGE_PIPELINES = {
     "as_is": "error_norm -> as_is",
     "bandit": "mean(domain) -> bandit(linear(0.1, 0.3, over=4))",
     "bernoulli": "normalize -> affine(0.5, 0.5) -> bernoulli(correct=true, seed=7)",
+    "center": "center(median) -> sigmoid -> mean_one",
     "clamp": "normalize -> temperature(0.3) -> clamp(linear(2, 1.2, over=4))",
     "clip": "normalize -> clip(min=-0.5, max=linear(0.1, 0.6, over=5)) -> temperature(0.5)",
     "column": "column(quality) -> mean_one",
@@ -42,8 +43,10 @@ STAGE_PIPELINES = {
     "floor": "normalize -> temperature(0.3) -> floor(linear(0.5, 0.1, over=4))",
     "focal": "focal(gamma=cosine(0.5, 2, over=5)) -> mean_one",
     "gate": "error_norm -> mean(sequence) -> gate(0.95, decay=0.5) -> mean_one",
+    "indicator": "loss -> indicator(mean-0.5*std) -> affine(1, 0.5) -> mean_one",
     "interpolate": "normalize -> temperature(0.4) -> interpolate(exponential(1, 0.1, over=4))",
     "linupper": "normalize -> linupper(alpha=linear(1, 1.5, over=3)) -> temperature(0.4)",
+    "log": "mean(domain) -> log -> temperature(1)",
     "loss": "loss -> mean_one",
     "max": "max(document) -> temperature(2)",
     "minus": "loss -> minus(entropy -> affine(0.5)) -> abs -> mean_one",
@@ -61,8 +64,11 @@ STAGE_PIPELINES = {
     "rank": "rank(history=6) -> affine(1, shift=0.1) -> mean_one",
     "running": "running(tau=2, decay=0.8)",
     "select": "excess_loss -> select(linear(0.3, 0.8, over=4))",
+    "sigmoid": "entropy -> center(within=document) -> sigmoid -> mean_one",
+    "standardize": "standardize -> temperature(linear(1, 2, over=4))",
     "sum": "loss -> sum(document) -> normalize -> temperature(1)",
     "table": f"{_TABLE} -> mean_one",
+    "tanh": "ref_loss -> standardize(within=sequence) -> tanh -> temperature(0.5)",
     "target_prob": "target_prob -> pow(0.5) -> mean_one",
     "temperature": "temperature(piecewise({0: 4, 2: 1, 5: 2}))",
     "threshold": "entropy -> threshold(quantile=linear(0.2, 0.7, over=4))",
@@ -78,6 +84,20 @@ STAGE_PIPELINES = {
 EXTRA_SPECS = {
     "sequence-mean": "reduction: sequence_mean\npipeline: normalize -> temperature(0.5)",
     "uniform-by-sequence": "reduction: sequence_mean\npipeline: uniform",
+    "within domains": "pipeline: normalize(within=domain) -> temperature(0.5, within=domain)",
+    "documents within domains": (
+        "pipeline: max(document) -> standardize(within=domain) -> select(0.5, within=domain)"
+    ),
+    "statistics": (
+        "factors:\n"
+        "  a: affine(-1) -> temperature(median)\n"
+        "  b: loss -> threshold(at=mean+1*std, side=below)\n"
+        "  c: normalize(delta=linear(1, 2, over=4)) -> temperature(1)"
+    ),
+    "document-mean": "reduction: document_mean\npipeline: focal -> mean_one",
+    "none-by-document": (
+        "normalize: none\nreduction: document_mean\npipeline: normalize -> temperature(0.5)"
+    ),
     "none": "normalize: none\npipeline: normalize -> temperature(0.5) -> clamp(2/n)",
     "none-by-sequence": "normalize: none\nreduction: sequence_mean\npipeline: focal -> mean_one",
     "all-levels": (

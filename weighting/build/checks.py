@@ -35,6 +35,13 @@ def order_problems(spec: Spec) -> list[Problem]:
             )
             problems.append(Problem(message, spec.place(factor, len(pipeline) - 1)))
         pooled = sum(isinstance(step.stage, Pool) for step in steps)
+        parted = any(step.stage.inside() and step.level != "token" for step in steps)
+        if spec.scope == "running" and parted:
+            message = (
+                f"{factor} works within domains, and scope: running remembers no domain of earlier "
+                "units; leave scope out"
+            )
+            problems.append(Problem(message, spec.place(factor, len(pipeline) - 1)))
         combined = any(isinstance(step.stage, Combine) for step in steps)
         if spec.scope == "running" and combined and pooled > 1:
             message = (
@@ -107,8 +114,11 @@ def _misfits(pipeline: tuple[Stage, ...], *, inside: str = "") -> Iterator[tuple
             level = expand(step.stage.other)[-1].level
             if level != step.level:
                 yield step.index, _TWO_LEVELS.format(step.stage.name, step.level, level)
-        if step.stage.inside() and step.level != "token":
-            message = f"{step.stage.name} works within each {step.stage.inside()} on tokens only"
+        inside_of = step.stage.inside()
+        units = {"token", "document", "sequence"} if inside_of == "domain" else {"token"}
+        if inside_of and step.level not in units:
+            fits = " and ".join(f"{level}s" for level in sorted(units, reverse=True))
+            message = f"{step.stage.name} works within each {inside_of} on {fits} only"
             yield step.index, f"{message}, and this score is per {step.level}"
     if sound[-1].gives != "weight":
         yield len(pipeline) - 1, f"the pipeline ends in a score; {_TO_WEIGHT} at its end"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from weighting.build.compared import MORE_UNITS, compared_levels, one_unit
+from weighting.build.compared import MORE_UNITS, compared_levels, one_unit, reduced_level
 from weighting.build.flatten import all_finite, flatten
 from weighting.build.memory import (
     RUNNING_MEAN,
@@ -25,7 +25,7 @@ from weighting.build.memory import (
 )
 from weighting.build.statistics import MOMENTS, moments, raise_if_nonfinite, summarize
 from weighting.contract import Combine, Constrain, Pool, Scope, Shape, Source, Weigh
-from weighting.contract.levels import group
+from weighting.contract.levels import domains_of, group, inside_domains
 from weighting.errors import OneUnitWarning
 from weighting.language.html import weights_html
 from weighting.pipeline import signals_read
@@ -296,7 +296,7 @@ class Weighting(nn.Module):
     def _run(self, factor: str, signals: Signals, flat: Signals, step: Tensor) -> _Run:
         """Run one factor's stages."""
         assert flat.valid is not None
-        x, tokens_ok, groups, cap = flat.loss, flat.valid, None, None
+        x, tokens_ok, groups, cap, domains = flat.loss, flat.valid, None, None, None
         scope = Scope("token", step, flat.valid, self.domains, self.collectives)
         held: list[tuple[Tensor, Scope, Tensor]] = []
         for index, (stage, *_) in enumerate(self.plan.factors[factor]):
@@ -309,7 +309,7 @@ class Weighting(nn.Module):
             elif isinstance(stage, Pool):
                 groups = group(signals, stage.level, len(self.domains), self.collectives)
                 assert groups is not None
-                x, scope, tokens_ok = self._pool(stage, x, flat.valid, scope, groups)
+                x, scope, tokens_ok, domains = self._pool(factor, stage, x, flat, scope, groups)
                 if self.spec.scope == "running":
                     x, scope = self._with_earlier(factor, *_finite(x, scope))
             else:
@@ -320,7 +320,11 @@ class Weighting(nn.Module):
                     tokens_ok = tokens_ok & counted
                 around = self._advanced(factor, index, partial(stage.advance, x), scope)
                 if inside := stage.inside():
-                    parts = group(signals, inside, len(self.domains), self.collectives)
+                    number = len(self.domains)
+                    parts = group(signals, inside, number, self.collectives)
+                    if scope.level != "token":
+                        assert domains is not None
+                        parts = inside_domains(domains, number)
                     assert parts is not None
                     around = around.within(parts)
                 x = stage.apply(x, around)
@@ -360,18 +364,28 @@ class Weighting(nn.Module):
         return _with_state(scope, after)
 
     def _pool(
-        self, stage: Pool, x: Tensor, valid: Tensor, scope: Scope, groups: Groups
-    ) -> tuple[Tensor, Scope, Tensor]:
-        """Pool token scores to units, and bring the units of all ranks together."""
+        self, factor: str, stage: Pool, x: Tensor, flat: Signals, scope: Scope, groups: Groups
+    ) -> tuple[Tensor, Scope, Tensor, Tensor | None]:
+        """Pool token scores to units, and bring the units of all ranks together.
+
+        Returned are the scores, their scope, which tokens count, and the domain of each unit where
+        a later stage works inside domains.
+        """
+        valid = flat.valid
+        assert valid is not None
         bad = valid & ~scope.valid
         counting = groups.counting(torch.stack([scope.valid.float(), bad.float()]))
         score = stage.pool(x, scope.valid, counting)
         present, spoilt = counting.counts() > 0
         if groups.level == "domain":  # a bad token must not silence its whole domain
-            return score, Scope("domain", scope.step, present, self.domains), scope.valid
-        packed = torch.stack([score, (present & ~spoilt).float()])
-        score, ok = self.collectives.gather(packed).transpose(0, 1).flatten(1)
-        return score, Scope(groups.level, scope.step, ok > 0, self.domains), valid
+            return score, Scope("domain", scope.step, present, self.domains), scope.valid, None
+        rows = [score, (present & ~spoilt).float()]
+        if any(step.stage.inside() for step in self.plan.factors[factor]):
+            assert flat.domain_ids is not None, "build checks what a pipeline needs"
+            rows.append(domains_of(groups, flat.domain_ids, valid, len(self.domains)).float())
+        score, ok, *of = self.collectives.gather(torch.stack(rows)).transpose(0, 1).flatten(1)
+        domains = of[0].long() if of else None
+        return score, Scope(groups.level, scope.step, ok > 0, self.domains), valid, domains
 
     def _with_earlier(self, factor: str, x: Tensor, scope: Scope) -> tuple[Tensor, Scope]:
         """Put the units of earlier batches behind those at hand, and remember these first."""
@@ -471,7 +485,8 @@ class Weighting(nn.Module):
         """
         if self.spec.reduction == "token_mean":
             return torch.ones_like(valid, dtype=torch.float32), valid.sum()
-        level = "sequence" if self.spec.reduction == "sequence_mean" else "domain"
+        level = reduced_level(self.spec)
+        assert level is not None
         groups = group(signals, level, len(self.domains), self.collectives)
         assert groups is not None
         lengths = groups.sum(valid.float())

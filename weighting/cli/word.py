@@ -84,5 +84,7 @@ def _way(way: dict[str, Any]) -> str:
         return noun + text + (f" {below} {high:g}" if high < _LARGEST else "")
     texts = {"boolean": "true | false", "object": "a map of numbers", "null": ""}
     if kind == "string":
+        if "median" in way.get("pattern", ""):
+            return "a statistic (median, mean, std, mean+3*std)"
         return "k/n" if "pattern" in way and "n" in way["pattern"][-8:] else "a text"
     return texts.get(str(kind), str(kind))

@@ -4,6 +4,7 @@ pipeline = stage ( ("->" | "→") stage )*
 stage    = name [ "(" [ argument ("," argument)* ] ")" ]
 argument = [ name "=" ] value
 value    = number | number "/" "n" | word | "text" | name "(" ... ")" | "{" key ":" value ... "}"
+         | statistic, as in mean+3*std
          | pipeline, of a stage that takes another, as in over(ref_loss -> mean(sequence))
 """
 
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from itertools import accumulate, islice
 from typing import TYPE_CHECKING, NoReturn
 
+from weighting.contract.statistic import DEVIATIONS, STATISTIC
 from weighting.errors import Problem, Source, Span, SpecError
 
 if TYPE_CHECKING:
@@ -83,6 +85,9 @@ Value = Literal | Share | Pairs | Call | Chain
 _TOKEN = re.compile(
     r"""(?P<space>\s+)
       | (?P<arrow>->|→)
+      | (?P<statistic>"""
+    + DEVIATIONS
+    + r""")
       | (?P<number>[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?(?![\w.]))
       | (?P<name>[^\W\d]\w*(?:[-.](?=\w)\w+)*)
       | (?P<text>"(?:[^"\\\n]|\\.)*"|'[^'\n]*')
@@ -169,7 +174,7 @@ def _word_text(value: str | float | bool | None) -> str:
         return {True: "true", False: "false", None: "null"}[value]
     if isinstance(value, int | float):
         return number_text(value)
-    plain = _NAME.fullmatch(value) and value not in _WORDS
+    plain = STATISTIC.fullmatch(value) or (_NAME.fullmatch(value) and value not in _WORDS)
     return value if plain else json.dumps(value, ensure_ascii=False)
 
 
@@ -277,6 +282,8 @@ class _Parser:
             return self._number(token)
         if token.kind == "text":
             return Literal(self._unquote(token), token.span, quoted=True)
+        if token.kind == "statistic":
+            return Literal("".join(token.text.split()), token.span)
         if token.kind == "name":
             following = self._peek()
             value = self._call(token) if following and following.text == "(" else None

@@ -5,6 +5,7 @@ from weighting.stages.affine import Affine as Affine
 from weighting.stages.as_is import AsIs as AsIs
 from weighting.stages.bandit import Bandit as Bandit
 from weighting.stages.bernoulli import Bernoulli as Bernoulli
+from weighting.stages.center import Center as Center
 from weighting.stages.clamp import Clamp as Clamp
 from weighting.stages.clip import Clip as Clip
 from weighting.stages.column import Column as Column
@@ -21,8 +22,10 @@ from weighting.stages.extremes import Extremes as Extremes
 from weighting.stages.floor import Floor as Floor
 from weighting.stages.focal import Focal as Focal
 from weighting.stages.gate import Gate as Gate
+from weighting.stages.indicator import Indicator as Indicator
 from weighting.stages.interpolate import Interpolate as Interpolate
 from weighting.stages.linupper import LinUpper as LinUpper
+from weighting.stages.log import Log as Log
 from weighting.stages.loss import Loss as Loss
 from weighting.stages.mean_one import MeanOne as MeanOne
 from weighting.stages.mean_one import TokenScale as TokenScale
@@ -42,7 +45,10 @@ from weighting.stages.ref_loss import RefLoss as RefLoss
 from weighting.stages.running import Running as Running
 from weighting.stages.select import Select as Select
 from weighting.stages.short_loss import ShortLoss as ShortLoss
+from weighting.stages.sigmoid import Sigmoid as Sigmoid
+from weighting.stages.standardize import Standardize as Standardize
 from weighting.stages.table import Table as Table
+from weighting.stages.tanh import Tanh as Tanh
 from weighting.stages.target_prob import TargetProb as TargetProb
 from weighting.stages.temperature import Temperature as Temperature
 from weighting.stages.threshold import Threshold as Threshold
