@@ -1,4 +1,4 @@
-"""Two scores, statistics as numbers, units inside their domains, and LinUpper's delta, by hand."""
+"""Words of the language worked out by hand: two scores, statistics, memory, some tokens only."""
 
 import statistics
 
@@ -7,6 +7,7 @@ import torch
 from torch.testing import assert_close
 
 import weighting as wt
+from weighting.build.domains import proportions
 
 LOSS = [1.0, 2.0, 3.0, 5.0]
 
@@ -116,3 +117,77 @@ def test_alpha_is_not_the_papers_delta(delta, gap):
     got = wt.simulate(f"{paper} -> temperature(0.4)", LOSS)
     other = wt.simulate(f"normalize -> linupper(alpha={delta}) -> temperature(0.4)", LOSS)
     assert (got - other).abs().max() > gap
+
+
+def test_only_tokens_in_range_are_weighed():
+    """The others weigh one: the first two tokens of each document keep their weight."""
+    text = "version: 1\nnormalize: none\npipeline: loss -> as_is -> where(position, below=2)\n"
+    columns = {"position": torch.tensor([[0.0, 1.0, 2.0, 0.0, 1.0]])}
+    signals = wt.Signals(loss=torch.tensor([[5.0, 4.0, 3.0, 2.0, 7.0]]), columns=columns)
+    assert wt.build(wt.loads(text))(signals).token.tolist() == [[5, 4, 1, 2, 7]]
+
+
+def test_all_bounds_hold_at_once():
+    """Of at_least, below and equals each that is given must hold."""
+    text = "version: 1\nnormalize: none\npipeline: loss -> as_is -> where(token_id, {})\n"
+    columns = {"token_id": torch.arange(4.0)[None]}
+    signals = wt.Signals(loss=torch.full((1, 4), 9.0), columns=columns)
+    for bounds, expected in {
+        "at_least=1, below=3": [1, 9, 9, 1],
+        "equals=3": [1, 1, 1, 9],
+        "at_least=2, equals=1": [1, 1, 1, 1],
+    }.items():
+        assert wt.build(wt.loads(text.format(bounds)))(signals).token.tolist() == [expected]
+
+
+def remembered(stage, rounds):
+    """Return the scores a stage makes of rounds of (loss of a, loss of b); None: not in it."""
+    text = f"version: 1\nnormalize: none\npipeline: mean(domain) -> {stage} -> as_is\n"
+    fn, found = wt.build(wt.loads(text), domains=["a", "b"]), []
+    for step, losses in enumerate(rounds):
+        valid = torch.tensor([[x is not None for x in losses]])
+        loss = torch.tensor([[0.0 if x is None else x for x in losses]])
+        ids = torch.tensor([[0, 1]])
+        found.append(fn(wt.Signals(loss=loss, valid=valid, domain_ids=ids), step).token[0].tolist())
+    return found
+
+
+def test_memory_of_domains_by_hand():
+    """Averages, earlier scores and slopes are those of the batches that a domain was in."""
+    rounds = [(4.0, None), (2.0, 8.0), (None, 4.0), (6.0, 6.0)]
+    ema = [[4, 0], [3, 8], [0, 6], [4.5, 6]]
+    assert remembered("ema(0.5)", rounds) == ema
+    assert remembered("last", rounds) == [[4, 0], [2, 8], [0, 4], [6, 6]]
+    assert remembered("last(1)", rounds) == [[4, 0], [4, 8], [0, 8], [2, 4]]
+    falling = [(10.0, 1.0), (8.0, 2.0), (3.0, 6.0)]
+    got = remembered("slope(3) -> abs", falling)
+    assert [x for row in got for x in row] == pytest.approx([0, 0, 2, 1, 3.5, 2.5])
+    got = remembered("slope(2) -> abs", falling)
+    assert [x for row in got for x in row] == pytest.approx([0, 0, 2, 1, 5, 4])
+
+
+def test_data_is_drawn_by_remembered_losses():
+    """A softmax over averages draws; a domain not yet seen is drawn as the mean of the others."""
+    text = "version: 1\napply: sampling\npipeline: mean(domain) -> ema(0.5) -> temperature(2)\n"
+    fn = wt.build(wt.loads(text), domains=["a", "b", "c"])
+    assert proportions(fn).tolist() == pytest.approx([1 / 3] * 3)
+    fn(wt.Signals(loss=torch.tensor([[1.0, 3.0]]), domain_ids=torch.tensor([[0, 1]])), 1)
+    powers = torch.tensor([1.0, 3.0, 2.0]).div(2).exp().double()
+    assert_close(proportions(fn), powers / powers.sum(), rtol=1e-6, atol=0)
+
+
+def test_a_ratio_of_two_memories_draws():
+    """What is drawn by may be combined of several memories: the ratio of the last two losses."""
+    pipeline = "mean(domain) -> last -> over(mean(domain) -> last(1)) -> temperature(1)"
+    fn = wt.build(wt.loads(f"version: 1\napply: sampling\npipeline: {pipeline}\n"), domains="ab")
+    for losses in ([4.0, 4.0], [2.0, 8.0]):
+        fn(wt.Signals(loss=torch.tensor([losses]), domain_ids=torch.tensor([[0, 1]])), 1)
+    expected = torch.tensor([0.5, 2.0]).double().softmax(0)
+    assert_close(proportions(fn), expected, rtol=1e-6, atol=0)
+
+
+def test_a_score_of_the_batch_beside_a_memory_draws_nothing():
+    """A ratio with the loss of the batch at hand is not known before the batch."""
+    pipeline = "mean(domain) -> over(mean(domain) -> last(1)) -> temperature(1)"
+    with pytest.raises(wt.SpecError, match="knows its weights only after"):
+        wt.build(wt.loads(f"version: 1\napply: sampling\npipeline: {pipeline}\n"), domains="ab")

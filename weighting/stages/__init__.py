@@ -13,6 +13,7 @@ from weighting.stages.context_gain import ContextGain as ContextGain
 from weighting.stages.doge import DoGE as DoGE
 from weighting.stages.doremi import DoReMi as DoReMi
 from weighting.stages.dynamic_loading import DynamicLoading as DynamicLoading
+from weighting.stages.ema import Ema as Ema
 from weighting.stages.entropy import Entropy as Entropy
 from weighting.stages.error_norm import ErrorNorm as ErrorNorm
 from weighting.stages.excess_loss import ExcessLoss as ExcessLoss
@@ -24,6 +25,7 @@ from weighting.stages.focal import Focal as Focal
 from weighting.stages.gate import Gate as Gate
 from weighting.stages.indicator import Indicator as Indicator
 from weighting.stages.interpolate import Interpolate as Interpolate
+from weighting.stages.last import Last as Last
 from weighting.stages.linupper import LinUpper as LinUpper
 from weighting.stages.log import Log as Log
 from weighting.stages.loss import Loss as Loss
@@ -34,10 +36,12 @@ from weighting.stages.multinomial import Multinomial as Multinomial
 from weighting.stages.normalize import Normalize as Normalize
 from weighting.stages.over import Over as Over
 from weighting.stages.plus import Plus as Plus
+from weighting.stages.pools import Length as Length
 from weighting.stages.pools import Max as Max
 from weighting.stages.pools import Mean as Mean
 from weighting.stages.pools import Sum as Sum
 from weighting.stages.pools import Tilted as Tilted
+from weighting.stages.position import Position as Position
 from weighting.stages.pow import Pow as Pow
 from weighting.stages.quadratic import Quadratic as Quadratic
 from weighting.stages.rank import Rank as Rank
@@ -46,6 +50,7 @@ from weighting.stages.running import Running as Running
 from weighting.stages.select import Select as Select
 from weighting.stages.short_loss import ShortLoss as ShortLoss
 from weighting.stages.sigmoid import Sigmoid as Sigmoid
+from weighting.stages.slope import Slope as Slope
 from weighting.stages.standardize import Standardize as Standardize
 from weighting.stages.table import Table as Table
 from weighting.stages.tanh import Tanh as Tanh
@@ -53,7 +58,9 @@ from weighting.stages.target_prob import TargetProb as TargetProb
 from weighting.stages.temperature import Temperature as Temperature
 from weighting.stages.threshold import Threshold as Threshold
 from weighting.stages.times import Times as Times
+from weighting.stages.token_id import TokenId as TokenId
 from weighting.stages.topical import Topical as Topical
 from weighting.stages.topics import Topics as Topics
 from weighting.stages.topk_entropy import TopkEntropy as TopkEntropy
 from weighting.stages.uniform import Uniform as Uniform
+from weighting.stages.where import Where as Where
