@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import weighting as wt
+from weighting.contract.stage import PIPELINE_HERE
 from weighting.language.schema import schema
 from weighting.registry import stages
 from weighting.schedules import SCHEDULES
@@ -38,6 +39,7 @@ EXAMPLES = {
     "as_is": "target_prob -> as_is",
     "bandit": "mean(domain) -> bandit(reward=0.1)",
     "bernoulli": "rank -> bernoulli(correct=true, seed=1)",
+    "center": "mean(sequence) -> center -> sigmoid -> mean_one",
     "clamp": "normalize -> temperature(0.4) -> clamp(2/n)",
     "clip": "normalize -> clip(min=-0.5, max=0.5) -> temperature(0.4)",
     "column": "column(quality) -> mean(sequence) -> temperature(1)",
@@ -45,6 +47,7 @@ EXAMPLES = {
     "doge": "doge(step_size=0.05)",
     "doremi": "doremi(step_size=1, smoothing=1e-3)",
     "dynamic_loading": "dynamic_loading(a=1.9, b=0.7)",
+    "ema": "mean(domain) -> ema(0.9) -> temperature(1)",
     "entropy": "entropy(gamma=1) -> token_scale",
     "error_norm": "error_norm -> threshold(quantile=0.9, side=below)",
     "excess_loss": "excess_loss -> select(0.6)",
@@ -54,30 +57,47 @@ EXAMPLES = {
     "floor": "normalize -> temperature(0.4) -> floor(0.2)",
     "focal": "focal(gamma=2) -> as_is",
     "gate": "target_prob -> gate(0.1, 0.9) -> as_is",
+    "indicator": "mean(sequence) -> indicator(mean) -> affine(0.5, 0.5) -> bernoulli(correct=true)",
     "interpolate": "normalize -> temperature(0.4) -> interpolate(0.5)",
+    "last": "mean(domain) -> last(1) -> over(mean(domain) -> last(2)) -> temperature(2)",
+    "length": "length(sequence) -> pow(-0.5) -> mean_one",
     "linupper": "normalize -> linupper(alpha=0.5) -> temperature(0.4)",
+    "log": "mean(sequence) -> log -> temperature(1)",
     "loss": "loss -> mean_one",
     "max": "max(sequence) -> normalize -> temperature(0.4)",
     "mean": "mean(sequence) -> normalize -> temperature(0.4)",
+    "minus": "loss -> minus(ref_loss) -> mean_one",
     "mean_one": "loss -> mean_one",
     "multinomial": "mean(sequence) -> multinomial(draws=0.5, seed=1)",
     "normalize": "normalize -> temperature(0.4)",
+    "over": "mean(sequence) -> over(ref_loss -> mean(sequence)) -> temperature(1)",
+    "plus": "loss -> plus(entropy) -> mean_one",
+    "position": "entropy -> token_scale -> where(position, below=64)",
     "pow": "target_prob -> pow(0.5) -> as_is",
     "quadratic": "normalize -> quadratic -> temperature(0.4)",
     "rank": "rank -> pow(2) -> mean_one",
+    "ref_loss": "loss -> over(ref_loss) -> mean_one",
     "running": "running(1, decay=0.9)",
     "select": "loss -> select(0.6)",
+    "short_loss": "short_loss(1024) -> over(loss) -> mean_one",
+    "sigmoid": "mean(sequence) -> center -> sigmoid -> mean_one",
+    "slope": "mean(domain) -> slope(100) -> affine(-1000) -> temperature(1)",
+    "standardize": "mean(sequence) -> standardize -> clip(min=-1, max=1) -> temperature(1)",
     "sum": "sum(sequence) -> temperature(1)",
     "table": "table(a=2, b=1) -> mean_one",
+    "tanh": "mean(sequence) -> standardize -> tanh -> temperature(1)",
     "target_prob": "target_prob -> as_is",
     "temperature": "normalize -> temperature(0.4)",
     "threshold": "loss -> threshold(at=3)",
+    "times": "entropy -> times(loss) -> mean_one",
     "tilted": "tilted(sequence, tilt=1) -> temperature(1)",
+    "token_id": "entropy -> token_scale -> where(token_id, at_least=256)",
     "token_scale": "entropy -> token_scale",
     "topical": "mean(domain) -> topical(every=10)",
     "topics": "topics(key=topics, number=8, every=10)",
     "topk_entropy": "topk_entropy(20) -> token_scale",
     "uniform": "uniform",
+    "where": "entropy -> token_scale -> where(position, below=64)",
 }
 SMALLEST = 1e-30
 """The smallest positive number of the language."""
@@ -122,7 +142,9 @@ def page() -> str:
             "Each picture shows the weights of the example over a batch whose loss runs from 1 to "
             "5 nats, as in the [gallery of specs](../specs/README.md).\n"
             "The grey line is a weight of 1, the dashed line 2.\n"
-            "A *number or schedule* takes a number, or one of the [schedules](#schedules)."
+            "A *number or schedule* takes a number, or one of the [schedules](#schedules).\n"
+            "A *statistic* is `median`, `mean`, `std`, or deviations from the mean, "
+            "`mean+3*std`, of the scores that the stage is given."
         ),
     ]
     for kind, (title, text) in KINDS.items():
@@ -210,6 +232,8 @@ def typed(name: str, schema: dict[str, Any]) -> tuple[str, str]:
     enum = next((way["enum"] for way in ways if "enum" in way), None)
     if enum:
         return "word", ", ".join(f"`{word}`" for word in enum)
+    if ways[0].get("$comment") == PIPELINE_HERE["$comment"]:
+        return "pipeline", "ends in a score"
     first = next(way for way in ways if way.get("type") not in {None, "null"})
     low = first.get("minimum", first.get("exclusiveMinimum"))
     high = first.get("maximum", first.get("exclusiveMaximum"))
@@ -218,7 +242,10 @@ def typed(name: str, schema: dict[str, Any]) -> tuple[str, str]:
     kinds = {"number": "number", "integer": "whole number", "boolean": "truth value"}
     kind = kinds.get(first["type"], "text")
     if any(way.get("$comment") for way in ways):
-        shared = any("pattern" in way for way in ways)
+        patterns = [way["pattern"] for way in ways if "pattern" in way]
+        if any("median" in pattern for pattern in patterns):
+            return "number, schedule or statistic", span_of(low, high)
+        shared = bool(patterns)
         return "number or schedule", span_of(low, high) + (", or `k/n`" if shared else "")
     if any("%" in way.get("pattern", "") for way in ways):
         return "whole number, or share of the run", f"{span_of(low, high)}, or `5%`"

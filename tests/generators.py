@@ -13,7 +13,15 @@ import weighting as wt
 from weighting.registry import stages
 
 SPECS = Path(__file__).resolve().parent.parent / "specs"
-COLUMNS = ("quality", "weight", "topk_entropy_20", "short_loss_1024", "short_loss_4096")
+COLUMNS = (
+    "quality",
+    "weight",
+    "topk_entropy_20",
+    "short_loss_1024",
+    "short_loss_4096",
+    "position",
+    "token_id",
+)
 """Columns of the batches, by the names the shipped specs read them under."""
 DOMAINS = ("code", "data", "docs", "tables", "tests")
 _TABLE = "table(code=1, data=0.5, docs=1.5, tables=linear(0.5, 2, over=4), tests=0)"
@@ -24,6 +32,7 @@ STAGE_PIPELINES = {
     "as_is": "error_norm -> as_is",
     "bandit": "mean(domain) -> bandit(linear(0.1, 0.3, over=4))",
     "bernoulli": "normalize -> affine(0.5, 0.5) -> bernoulli(correct=true, seed=7)",
+    "center": "center(median) -> sigmoid -> mean_one",
     "clamp": "normalize -> temperature(0.3) -> clamp(linear(2, 1.2, over=4))",
     "clip": "normalize -> clip(min=-0.5, max=linear(0.1, 0.6, over=5)) -> temperature(0.5)",
     "column": "column(quality) -> mean_one",
@@ -33,6 +42,7 @@ STAGE_PIPELINES = {
     "dynamic_loading": (
         "dynamic_loading(code=2, data=3, docs=linear(3, 2, over=4), tables=2, tests=2.6)"
     ),
+    "ema": "mean(domain) -> ema(linear(0.9, 0.5, over=4)) -> temperature(1)",
     "entropy": "entropy(gamma=linear(1, 2, over=4), sigma=0.5) -> mean_one",
     "error_norm": "error_norm -> mean(sequence) -> mean_one",
     "excess_loss": "excess_loss -> exp -> clip(max=5) -> mean_one",
@@ -42,21 +52,36 @@ STAGE_PIPELINES = {
     "floor": "normalize -> temperature(0.3) -> floor(linear(0.5, 0.1, over=4))",
     "focal": "focal(gamma=cosine(0.5, 2, over=5)) -> mean_one",
     "gate": "error_norm -> mean(sequence) -> gate(0.95, decay=0.5) -> mean_one",
+    "indicator": "loss -> indicator(mean-0.5*std) -> affine(1, 0.5) -> mean_one",
     "interpolate": "normalize -> temperature(0.4) -> interpolate(exponential(1, 0.1, over=4))",
+    "last": "mean(domain) -> last(1) -> over(mean(domain) -> last(2)) -> temperature(2)",
+    "length": "length(document) -> pow(-0.5) -> mean_one",
     "linupper": "normalize -> linupper(alpha=linear(1, 1.5, over=3)) -> temperature(0.4)",
+    "log": "mean(domain) -> log -> temperature(1)",
     "loss": "loss -> mean_one",
     "max": "max(document) -> temperature(2)",
+    "minus": "loss -> minus(entropy -> affine(0.5)) -> abs -> mean_one",
     "mean": "entropy -> mean(domain) -> temperature(0.8)",
     "mean_one": "target_prob -> affine(scale=-1, shift=1) -> mean_one",
     "multinomial": "error_norm -> mean(sequence) -> multinomial(0.5, correct=true)",
+    "over": "max(document) -> over(ref_loss -> mean(document)) -> normalize -> temperature(1)",
+    "position": "position -> affine(0.1) -> exp -> mean_one",
+    "plus": "mean(domain) -> plus(ref_loss -> times(entropy) -> mean(domain)) -> temperature(1)",
+    "ref_loss": "ref_loss -> affine(step(0.5, 1, at=3)) -> mean_one",
+    "short_loss": "short_loss(1024) -> mean_one",
+    "times": "mean(sequence) -> times(ref_loss -> mean(sequence)) -> temperature(2)",
     "normalize": "normalize -> temperature(0.4)",
     "pow": "normalize -> abs -> pow(linear(0.5, 3, over=4)) -> temperature(1)",
     "quadratic": "normalize -> quadratic -> temperature(0.4)",
     "rank": "rank(history=6) -> affine(1, shift=0.1) -> mean_one",
     "running": "running(tau=2, decay=0.8)",
     "select": "excess_loss -> select(linear(0.3, 0.8, over=4))",
+    "sigmoid": "entropy -> center(within=document) -> sigmoid -> mean_one",
+    "slope": "mean(domain) -> slope(3) -> temperature(1)",
+    "standardize": "standardize -> temperature(linear(1, 2, over=4))",
     "sum": "loss -> sum(document) -> normalize -> temperature(1)",
     "table": f"{_TABLE} -> mean_one",
+    "tanh": "ref_loss -> standardize(within=sequence) -> tanh -> temperature(0.5)",
     "target_prob": "target_prob -> pow(0.5) -> mean_one",
     "temperature": "temperature(piecewise({0: 4, 2: 1, 5: 2}))",
     "threshold": "entropy -> threshold(quantile=linear(0.2, 0.7, over=4))",
@@ -64,14 +89,30 @@ STAGE_PIPELINES = {
     "topical": "mean(domain) -> topical(every=2, lift=step(1, 0, at=3))",
     "topics": "topics(topics, number=8, every=2, lift=step(1, 0, at=3))",
     "topk_entropy": "topk_entropy(20) -> normalize(within=sequence) -> temperature(1)",
+    "token_id": "token_id -> indicator(1) -> affine(1, 0.5) -> mean_one",
     "token_scale": "entropy(gamma=1) -> token_scale",
     "uniform": "uniform",
+    "where": "focal -> as_is -> where(position, at_least=step(0, 1, at=3), below=2)",
 }
 """For every stage of the language a small pipeline in which it stands legally."""
 
 EXTRA_SPECS = {
     "sequence-mean": "reduction: sequence_mean\npipeline: normalize -> temperature(0.5)",
     "uniform-by-sequence": "reduction: sequence_mean\npipeline: uniform",
+    "within domains": "pipeline: normalize(within=domain) -> temperature(0.5, within=domain)",
+    "documents within domains": (
+        "pipeline: max(document) -> standardize(within=domain) -> select(0.5, within=domain)"
+    ),
+    "statistics": (
+        "factors:\n"
+        "  a: affine(-1) -> temperature(median)\n"
+        "  b: loss -> threshold(at=mean+1*std, side=below)\n"
+        "  c: normalize(delta=linear(1, 2, over=4)) -> temperature(1)"
+    ),
+    "document-mean": "reduction: document_mean\npipeline: focal -> mean_one",
+    "none-by-document": (
+        "normalize: none\nreduction: document_mean\npipeline: normalize -> temperature(0.5)"
+    ),
     "none": "normalize: none\npipeline: normalize -> temperature(0.5) -> clamp(2/n)",
     "none-by-sequence": "normalize: none\nreduction: sequence_mean\npipeline: focal -> mean_one",
     "all-levels": (
@@ -103,6 +144,16 @@ EXTRA_SPECS = {
         "  domain: mean(domain) -> exponentiated(0.5) -> floor(0.1)\n"
         "  token: entropy(1) -> token_scale\n"
         "apply: sampling"
+    ),
+    "some sequences": (
+        "factors:\n"
+        "  a: normalize -> temperature(0.5) -> where(length(sequence), below=5)\n"
+        "  b: entropy -> mean_one -> where(token_id, at_least=1)"
+    ),
+    "remembered draw": (
+        "apply: {domain: sampling}\nfactors:\n"
+        "  domain: mean(domain) -> last -> over(mean(domain) -> ema(0.5)) -> temperature(1)\n"
+        "  token: entropy -> mean_one"
     ),
     "drop": "on_nonfinite: drop\npipeline: normalize -> temperature(0.5)",
 }

@@ -180,7 +180,13 @@ def test_every_stage_class_is_named_for_its_word(name):
     """The class of a stage is its word in capitals, and lives in the file of that name."""
     cls = tables.own_stages()[name]
     assert cls.__name__.lower() == name.replace("_", "")
-    shared = {"token_scale": "mean_one", "mean": "pools", "sum": "pools", "max": "pools"}
+    shared = {
+        "token_scale": "mean_one",
+        "mean": "pools",
+        "sum": "pools",
+        "max": "pools",
+        "length": "pools",
+    }
     shared["tilted"] = "pools"
     assert cls.__module__ == f"weighting.stages.{shared.get(name, name)}"
 
@@ -197,6 +203,8 @@ def test_no_branch_on_the_name_of_a_stage(path):
                 "target_prob",
                 "entropy",
                 "error_norm",
+                "last",
+                "ref_loss",
                 "mean_one",
                 "running",
             }  # signals, and values of normalize: and scope:

@@ -669,14 +669,17 @@ def test_the_rest_of_a_weight_is_one_number_per_late_unit(case):
         assert_close(part * number, token, rtol=2e-6, atol=1e-6, msg=name)
 
 
-MAY_LOOK_AROUND = {"threshold": "its threshold may be a quantile"}
+MAY_LOOK_AROUND = {
+    "threshold": "its threshold may be a quantile",
+    "indicator": "its threshold may be a statistic",
+}
 """Stages that are pointwise with some arguments only, and why they do not say so."""
 
 
 def every_stage():
     """Return the stages of all cases but pools, sugar spelled out, by what one writes for them."""
-    other = tables.built("loss -> threshold(at=1)")
-    plans = [steps for fn in [*BUILT.values(), other] for steps in fn.plan.factors.values()]
+    others = [tables.built(f"loss -> {x}") for x in ("threshold(1)", "indicator(1) -> mean_one")]
+    plans = [steps for fn in [*BUILT.values(), *others] for steps in fn.plan.factors.values()]
     stages = [step.stage for steps in plans for step in steps]
     return {arrow_text((x,)): x for x in stages if not isinstance(x, wt.Pool)}
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from weighting.contract import Constrain, Level, Pool, Source, Stage, Weigh
+from weighting.contract import Combine, Constrain, Level, Pool, Source, Stage, Weigh
 from weighting.schedules import Constant, Schedule, ShareOfN
 from weighting.stages import Loss, Mean
 
@@ -32,7 +32,8 @@ def expand(pipeline: tuple[Stage, ...]) -> tuple[Step, ...]:
     """Return the steps a pipeline stands for.
 
     A pipeline that starts with a pool reads the loss; one that starts with another stage that takes
-    a score reads each sequence's mean loss.
+    a score reads each sequence's mean loss.  What is to be combined stands before what combines
+    it: `loss -> over(ref_loss)` is loss, ref_loss, over.
     """
     head: tuple[Stage, ...] = ()
     if pipeline[0].kind == "pool":
@@ -43,6 +44,8 @@ def expand(pipeline: tuple[Stage, ...]) -> tuple[Step, ...]:
     level: Level = "token"
     for index, written in [*((0, stage) for stage in head), *enumerate(pipeline)]:
         for stage in _without_sugar(written):
+            if isinstance(stage, Combine):
+                steps += [Step(inner, index, at) for inner, _, at in expand(stage.other)]
             if isinstance(stage, Pool):
                 level = stage.level
             steps.append(Step(stage, index, level))
@@ -93,12 +96,31 @@ def weighs_domains(steps: Sequence[Step]) -> bool:
     if any(stage.inside() for stage in rest):
         return False
     if steps[-1].level == "domain":
-        weigh = next(i for i, stage in enumerate(rest) if isinstance(stage, Weigh))
-        after = rest[weigh + 1 :]
-        return rest[weigh].known_between_batches and all(isinstance(x, Constrain) for x in after)
+        return _known_between_batches(steps)
+    if any(isinstance(stage, Combine) for stage in rest):
+        return False
     of_domain = source.known_between_batches or source.reads() <= {"domain_ids"}
     on_tokens = all(step.level == "token" for step in steps)
     return of_domain and on_tokens and not has_state(steps[1:])
+
+
+def _known_between_batches(steps: Sequence[Step]) -> bool:
+    """Tell whether all that reaches the end of a pipeline per domain comes from what it remembers.
+
+    Numbers after a stage that remembers are made of its state alone, until one has another state.
+    """
+    known: list[bool] = []
+    for stage, *_ in steps:
+        if isinstance(stage, Source):
+            known.append(False)
+        elif isinstance(stage, Combine):
+            other = known.pop()
+            known[-1] = known[-1] and other
+        elif stage.known_between_batches:
+            known[-1] = True
+        elif stage.initial_state(("",)):
+            known[-1] = False
+    return known[-1]
 
 
 def has_cap(steps: Sequence[Step]) -> bool:

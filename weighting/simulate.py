@@ -13,7 +13,7 @@ from weighting.build.statistics import MOMENTS, raise_if_nonfinite
 from weighting.columns import plain_name
 from weighting.language.read import resolve
 from weighting.loss.cross_entropy import signals_of
-from weighting.pipeline import has_cap, numbers
+from weighting.pipeline import expand, has_cap, numbers
 from weighting.schedules import Constant, Piecewise, Schedule, ShareOfN, Step, known_steps
 
 if TYPE_CHECKING:
@@ -202,8 +202,8 @@ def missing(label: str, plan: Plan, losses: Recorded) -> str | None:
 
 def written_domains(spec: Spec) -> tuple[str, ...]:
     """Return the names of domains that a spec itself tells, in their order."""
-    stages = [stage for pipeline in spec.factors.values() for stage in pipeline if stage.collects]
-    named = (getattr(stage, stage.collects or "") for stage in stages)
+    steps = (step for pipeline in spec.factors.values() for step in expand(pipeline))
+    named = (getattr(stage, stage.collects) for stage, *_ in steps if stage.collects)
     return tuple(dict.fromkeys(name for names in named for name in names))
 
 

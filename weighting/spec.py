@@ -51,7 +51,8 @@ class Spec(BaseModel):
         normalize: `mean_one` scales the product of the factors to mean one over valid tokens;
             `none` leaves it, for published methods that do not normalise.
         reduction: `token_mean` lets every token of a sequence count alike; `sequence_mean` (or
-            `domain_mean`) lets every sequence (domain) count alike whatever its length.
+            `document_mean`, `domain_mean`) lets every sequence (document, domain) count alike
+            whatever its length.
         scope: Which units statistics run over: `microbatch`, those of all data-parallel ranks;
             `rank`, those of each rank alone; `step`, those of all accumulated microbatches too;
             `running`, those of the last 1,024 units before the microbatch as well.
@@ -71,7 +72,7 @@ class Spec(BaseModel):
     name: str = Field(default="unnamed", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     factors: dict[str, Pipeline] = Field(min_length=1)
     normalize: Literal["mean_one", "none"] = "mean_one"
-    reduction: Literal["token_mean", "sequence_mean", "domain_mean"] = "token_mean"
+    reduction: Literal["token_mean", "sequence_mean", "document_mean", "domain_mean"] = "token_mean"
     scope: Literal["rank", "microbatch", "step", "running"] = "microbatch"
     on_nonfinite: Literal["error", "drop"] = "error"
     apply: Apply | dict[str, Apply] = "loss"

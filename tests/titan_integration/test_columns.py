@@ -21,7 +21,7 @@ from titan_integration.data.documents import hub_documents
 from titan_integration.data.loader import DomainTextDataLoader
 from titan_integration.data.packing import Cut, PackedRows
 from titan_integration.data.records import Columns
-from titan_integration.data.signals import data_columns, short_contexts
+from titan_integration.data.signals import data_columns, of_the_text, short_contexts
 from titan_integration.data.tokenizer import ensure_tokenizer
 from titan_integration.state.run import start
 from titan_integration.trainer.preflight import ask_for_columns, refuse_unsupported
@@ -391,3 +391,17 @@ def test_a_missing_column_ends_with_one_message_and_status_2():
     assert done.stderr.count("error: 'stdlib': no column 'ref_loss'") == 1
     assert "--dataloader.dataset_path" in done.stderr
     assert "--weighting.reference" in done.stderr
+
+
+def test_a_batch_tells_places_and_labels():
+    """Positions and labels come from the batch, when a spec reads them, and not from its data."""
+    needs = frozenset({"columns.position", "columns.token_id", "columns.quality", "loss"})
+    labels = torch.tensor([[5, -100, 7]])
+    told = of_the_text(needs, torch.tensor([[3, 0, 1]]), labels)
+    assert {name: x.tolist() for name, x in told.items()} == {
+        "columns.position": [[3.0, 0.0, 1.0]],
+        "columns.token_id": [[5.0, 0.0, 7.0]],
+    }
+    assert of_the_text(needs, None, labels)["columns.position"].tolist() == [[0.0, 1.0, 2.0]]
+    assert of_the_text(frozenset({"loss"}), None, labels) == {}
+    assert data_columns(needs) == ["quality"]

@@ -102,4 +102,4 @@ def test_most_invalid_files_are_refused():
             passed.append(path.stem)
     assert seen > 120
     # What is left: values and order inside arrow text, and what YAML itself lets pass.
-    assert len(passed) < 62, passed
+    assert len(passed) < seen * 0.55, passed

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
+
+import torch
 
 from weighting.columns import column_of, signal_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _FROM_LOGITS = re.compile(r"topk_entropy_[1-9]\d*")
 """Columns that the loss finds in the logits it has at hand."""
 _SHORT_LOSS = re.compile(r"short_loss_([1-9]\d*)")
 """Columns that are the model's own loss on a short context."""
+_OF_THE_TEXT = ("position", "token_id")
+"""Columns that a batch itself tells."""
 
 
 def short_contexts(needs: frozenset[str]) -> dict[str, int]:
@@ -21,7 +29,24 @@ def short_contexts(needs: frozenset[str]) -> dict[str, int]:
 def data_columns(needs: frozenset[str]) -> list[str]:
     """Return the columns that can come from nowhere but the data, by their names there."""
     columns = filter(None, map(column_of, needs))
-    return sorted(x for x in columns if not (_FROM_LOGITS.fullmatch(x) or _SHORT_LOSS.fullmatch(x)))
+    made = (_FROM_LOGITS.fullmatch, _SHORT_LOSS.fullmatch, _OF_THE_TEXT.__contains__)
+    return sorted(x for x in columns if not any(is_made(x) for is_made in made))
+
+
+def of_the_text(
+    needs: frozenset[str], positions: Tensor | None, labels: Tensor
+) -> dict[str, Tensor]:
+    """Return the signals of `needs` that a batch itself tells: places in documents, and labels.
+
+    Args:
+        needs: Of a weighting.
+        positions: [B, L]; rows are documents when None.
+        labels: [B, L].
+    """
+    if positions is None:
+        positions = torch.arange(labels.shape[-1], device=labels.device).expand_as(labels)
+    told = zip(_OF_THE_TEXT, (positions, labels.clamp(min=0)), strict=True)
+    return {signal_of(name): x.float() for name, x in told if signal_of(name) in needs}
 
 
 def comes_with_batch(name: str) -> bool:

@@ -22,7 +22,7 @@ from typing_extensions import override
 from titan_integration.collectives import OverRanks
 from titan_integration.data.loader import DomainTextDataLoader
 from titan_integration.data.records import REF_LOSS
-from titan_integration.data.signals import is_signal, short_contexts
+from titan_integration.data.signals import is_signal, of_the_text, short_contexts
 from titan_integration.host import cpu, versions
 from titan_integration.host.run_dir import claim
 from titan_integration.host.together import fail_together, refuse_other_data
@@ -248,6 +248,7 @@ class WeightedTrainer(Trainer):
             given["segment_ids"] = (
                 torch.zeros_like(labels) if positions is None else documents(positions)
             )
+        given |= of_the_text(self.run.fn.needs, inputs.get("positions"), labels)
         tokens, labels, kwargs = super().post_dataloading_process(inputs, labels)
         given = sharded(given, self)
         given |= self._further_losses(tokens, labels, kwargs)

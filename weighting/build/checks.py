@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from weighting.build.targets import drawing, target_problems, targets_of
-from weighting.contract import Pool, Source, Stage
+from weighting.contract import Combine, Pool, Source, Stage
 from weighting.errors import Problem
 from weighting.pipeline import expand, signals_read
 
@@ -34,7 +34,22 @@ def order_problems(spec: Spec) -> list[Problem]:
                 "leave scope out, or pool to sequences"
             )
             problems.append(Problem(message, spec.place(factor, len(pipeline) - 1)))
-        for index, stage in enumerate(pipeline):
+        pooled = sum(isinstance(step.stage, Pool) for step in steps)
+        parted = any(step.stage.inside() and step.level != "token" for step in steps)
+        if spec.scope == "running" and parted:
+            message = (
+                f"{factor} works within domains, and scope: running remembers no domain of earlier "
+                "units; leave scope out"
+            )
+            problems.append(Problem(message, spec.place(factor, len(pipeline) - 1)))
+        combined = any(isinstance(step.stage, Combine) for step in steps)
+        if spec.scope == "running" and combined and pooled > 1:
+            message = (
+                f"{factor} pools {pooled} scores, and scope: running remembers one; combine "
+                "tokens before they are pooled, or leave scope out"
+            )
+            problems.append(Problem(message, spec.place(factor, len(pipeline) - 1)))
+        for stage, index, _ in steps:
             if spec.start > 1 and stage.listens_to == "gradients":
                 message = (
                     f"{stage.name} weighs the gradients of domains, which start: does not turn "
@@ -71,30 +86,48 @@ def domain_problems(spec: Spec, domains: Sequence[str] | None) -> list[Problem]:
     return problems
 
 
-def _misfits(pipeline: tuple[Stage, ...]) -> Iterator[tuple[int, str]]:
-    """Yield (index, message) for every stage that cannot stand where it is written."""
+def _misfits(pipeline: tuple[Stage, ...], *, inside: str = "") -> Iterator[tuple[int, str]]:
+    """Yield (index, message) for every stage that cannot stand where it is written.
+
+    Args:
+        pipeline: The stages.
+        inside: The stage that takes this pipeline's score as its second, if one does.
+    """
     sound: list[Stage] = []
     for index, stage in enumerate(pipeline):
-        if message := _misfit(stage, sound):
+        if isinstance(stage, Combine):
+            yield from ((index, text) for _, text in _misfits(stage.other, inside=stage.name))
+        if message := _misfit(stage, sound, inside):
             yield index, message
         else:
             sound.append(stage)  # a misfit is passed over, lest it make others
     if len(sound) < len(pipeline):
+        return
+    if inside:
         return
     for step in expand(pipeline):
         if step.level not in step.stage.levels:
             fits = " or ".join(f"mean({level})" for level in step.stage.levels if level != "token")
             message = f"{step.stage.name} cannot weigh units of level {step.level}"
             yield step.index, f"{message}; put {fits} before it"
-        if step.stage.inside() and step.level != "token":
-            message = f"{step.stage.name} works within each {step.stage.inside()} on tokens only"
+        if isinstance(step.stage, Combine):
+            level = expand(step.stage.other)[-1].level
+            if level != step.level:
+                yield step.index, _TWO_LEVELS.format(step.stage.name, step.level, level)
+        inside_of = step.stage.inside()
+        units = {"token", "document", "sequence"} if inside_of == "domain" else {"token"}
+        if inside_of and step.level not in units:
+            fits = " and ".join(f"{level}s" for level in sorted(units, reverse=True))
+            message = f"{step.stage.name} works within each {inside_of} on {fits} only"
             yield step.index, f"{message}, and this score is per {step.level}"
     if sound[-1].gives != "weight":
         yield len(pipeline) - 1, f"the pipeline ends in a score; {_TO_WEIGHT} at its end"
 
 
-def _misfit(stage: Stage, earlier: list[Stage]) -> str | None:
+def _misfit(stage: Stage, earlier: list[Stage], inside: str) -> str | None:
     """Return why a stage cannot follow the earlier ones, or begin a pipeline, or None."""
+    if inside and stage.gives == "weight" and not isinstance(stage, Source):
+        return f"{inside} takes a score, and {stage.name} weighs; leave {stage.name} out of it"
     if not earlier:
         if stage.takes == "weight":
             return f"{stage.name} changes weights and cannot come first; {_TO_WEIGHT} before it"
@@ -106,7 +139,7 @@ def _misfit(stage: Stage, earlier: list[Stage]) -> str | None:
         return (
             f"{stage.name} takes a weight, but {before.name} gives a score; {_TO_WEIGHT} before it"
         )
-    if stage.takes == "score" and before.gives == "weight":
+    if stage.takes == "score" and before.gives == "weight" and not inside:
         message = f"{stage.name} takes a score, but {before.name} has already made weights of it"
         return f"{message}; a pipeline weighs once, at its end"
     if isinstance(stage, Pool):
@@ -119,4 +152,8 @@ def _misfit(stage: Stage, earlier: list[Stage]) -> str | None:
     return None
 
 
+_TWO_LEVELS = (
+    "{0} takes two scores of one level, and the first is per {1}, the one in its brackets per {2}; "
+    "pool both alike, as in mean(sequence) -> over(ref_loss -> mean(sequence))"
+)
 _TO_WEIGHT = "put temperature(...) or mean_one"

@@ -91,10 +91,18 @@ def _reads_domains(step: Step) -> bool:
 
 def _reduced(spec: Spec) -> dict[str, Level]:
     """Return the level whose units the reduction counts alike, by what it is called."""
-    name = f"reduction: {spec.reduction}"
-    if spec.reduction == "token_mean":
-        return {}
-    return {name: "sequence" if spec.reduction == "sequence_mean" else "domain"}
+    level = reduced_level(spec)
+    return {f"reduction: {spec.reduction}": level} if level else {}
+
+
+def reduced_level(spec: Spec) -> Level | None:
+    """Return the level whose units the reduction counts alike; None where it is tokens."""
+    levels: dict[str, Level] = {
+        "sequence_mean": "sequence",
+        "document_mean": "document",
+        "domain_mean": "domain",
+    }
+    return levels.get(spec.reduction)
 
 
 MORE_UNITS: dict[Level, str] = {

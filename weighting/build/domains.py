@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from itertools import dropwhile
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from weighting.contract import Constrain, Scope, Shape, Signals, Source, Weigh
+from weighting.contract import Combine, Constrain, Pool, Scope, Shape, Signals, Source, Weigh
 from weighting.pipeline import has_state
 
 if TYPE_CHECKING:
@@ -92,17 +91,20 @@ def _weights_of(fn: Weighting, factor: str, step: int | Tensor) -> Tensor:
     ids = torch.arange(len(fn.domains), device=at.device)
     everywhere = torch.ones_like(ids, dtype=torch.bool)
     x = torch.zeros_like(ids, dtype=torch.float32)
-    steps = [*enumerate(fn.plan.factors[factor])]
-    if steps[-1][1].level == "domain":  # what comes before has gone into the state
-        steps = [*dropwhile(lambda item: not isinstance(item[1].stage, Weigh), steps)]
+    steps = fn.plan.factors[factor]
+    pooled = steps[-1].level == "domain"  # what a batch brings has gone into the state
+    held: list[Tensor] = []
     with torch.no_grad():
-        for index, (stage, *_) in steps:
+        for index, (stage, *_) in enumerate(steps):
             scope = Scope("domain", at, everywhere, fn.domains, state=fn.state_of(factor, index))
             if isinstance(stage, Source):
-                x = stage.read(Signals(loss=x, domain_ids=ids), scope)
-            else:
-                assert isinstance(stage, Shape | Weigh | Constrain)
-                x = stage.apply(x, scope)
+                held.append(x)
+                if not pooled:
+                    x = stage.read(Signals(loss=x, domain_ids=ids), scope)
+            elif not isinstance(stage, Pool):
+                assert isinstance(stage, Shape | Weigh | Constrain | Combine)
+                both = torch.stack([held.pop(), x]) if isinstance(stage, Combine) else x
+                x = stage.apply(both, scope)
     return x / x.sum().clamp(min=torch.finfo(x.dtype).tiny)
 
 

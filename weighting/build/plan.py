@@ -150,7 +150,8 @@ def plan_of(spec: Spec, *, steps: int | None = None) -> Plan:
     on_loss = {name: steps for name, steps in factors.items() if targets[name] != "sampling"}
     runs = {n: x for n, x in factors.items() if n in on_loss or has_state_of_batches(x)}
     corrected = "both" in targets.values()
-    by_domain = {"domain_ids"} if corrected or spec.reduction == "domain_mean" else set()
+    reduced = {"domain_mean": {"domain_ids"}, "document_mean": {"segment_ids"}}
+    ids = reduced.get(spec.reduction, set()) | ({"domain_ids"} if corrected else set())
     stages = [step.stage for steps in factors.values() for step in steps]
     unscaled = spec.reduction == "token_mean" and spec.on_nonfinite == "error"
     identity = unscaled and all(
@@ -160,13 +161,14 @@ def plan_of(spec: Spec, *, steps: int | None = None) -> Plan:
     levels = {steps[-1].level for name, steps in on_loss.items() if name not in local}
     levels |= {"domain"} if corrected else set()
     levels |= {"sequence"} if spec.reduction == "sequence_mean" else set()
+    levels |= {"document"} if spec.reduction == "document_mean" else set()
     nothing = identity or (not levels and spec.reduction == "token_mean")
     return Plan(
         spec=spec,
         factors=factors,
         targets=targets,
         sampling=drawing(targets),
-        needs=frozenset(by_domain).union(*map(signals_read, runs.values())),
+        needs=frozenset(ids).union(*map(signals_read, runs.values())),
         listens_to=frozenset(stage.listens_to for stage in stages if stage.listens_to),
         identity=identity,
         token_local=local,

@@ -9,7 +9,18 @@ from torch import Tensor
 from typing_extensions import override
 
 from weighting.columns import plain_name
-from weighting.contract import Constrain, Level, Pool, Scope, Shape, Signals, Source, Stage, Weigh
+from weighting.contract import (
+    Combine,
+    Constrain,
+    Level,
+    Pool,
+    Scope,
+    Shape,
+    Signals,
+    Source,
+    Stage,
+    Weigh,
+)
 
 _UNITS = 6
 
@@ -23,7 +34,7 @@ def statistics_of(stage: Stage, level: Level) -> str:
         stage: A stage that is no sugar.
         level: What its units are.
     """
-    if isinstance(stage, Pool):
+    if isinstance(stage, Pool | Combine):
         return ""
     noted: list[str] = []
     x = torch.linspace(0.4, 1.6, _UNITS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from weighting.build.compared import MORE_UNITS, compared_levels, one_unit
+from weighting.build.compared import MORE_UNITS, compared_levels, one_unit, reduced_level
 from weighting.build.flatten import all_finite, flatten
 from weighting.build.memory import (
     RUNNING_MEAN,
@@ -24,8 +24,8 @@ from weighting.build.memory import (
     with_earlier_mean,
 )
 from weighting.build.statistics import MOMENTS, moments, raise_if_nonfinite, summarize
-from weighting.contract import Constrain, Pool, Scope, Shape, Source, Weigh
-from weighting.contract.levels import group
+from weighting.contract import Combine, Constrain, Pool, Scope, Shape, Source, Weigh
+from weighting.contract.levels import domains_of, group, inside_domains
 from weighting.errors import OneUnitWarning
 from weighting.language.html import weights_html
 from weighting.pipeline import signals_read
@@ -274,17 +274,21 @@ class Weighting(nn.Module):
     def _run_local(self, factor: str, flat: Signals, step: Tensor) -> _Run:
         """Run the stages of a token-local factor up to the number that scales it."""
         assert flat.valid is not None
-        (source, *rest) = [step.stage for step in self.plan.factors[factor]]
-        assert isinstance(source, Source)
-        sound = flat.valid & all_finite(flat, source.reads() | {"loss"})
-        scope = Scope("token", step, sound, self.domains)
-        around = _with_state(scope, self.state_of(factor, 0))  # batches do not move it
-        x, scope = _finite(source.read(flat, around), scope)
-        for stage in rest:
-            assert isinstance(stage, Shape | Weigh | Constrain)
-            scale = stage.deferred_scale() if isinstance(stage, Weigh) else None
-            x = scale.raw(x) if scale else stage.apply(x, scope)
-            if stage.gives == "score":
+        x, scope = flat.loss, Scope("token", step, flat.valid, self.domains)
+        held: list[tuple[Tensor, Scope]] = []
+        for index, (stage, *_) in enumerate(self.plan.factors[factor]):
+            if isinstance(stage, Source):
+                held.append((x, scope))
+                scope = replace(scope, valid=_sound(flat, stage))
+                # Batches do not move its state.
+                x = stage.read(flat, _with_state(scope, self.state_of(factor, index)))
+            else:
+                assert isinstance(stage, Shape | Weigh | Constrain | Combine)
+                if isinstance(stage, Combine):
+                    x, scope = _both(*held.pop(), x, scope)
+                scale = stage.deferred_scale() if isinstance(stage, Weigh) else None
+                x = scale.raw(x) if scale else stage.apply(x, scope)
+            if stage.gives == "score" or isinstance(stage, Source):
                 x, scope = _finite(x, scope)
         x = torch.where(scope.valid, x, 0)
         return _Run(x, scope.valid, x, scope.valid)
@@ -292,31 +296,41 @@ class Weighting(nn.Module):
     def _run(self, factor: str, signals: Signals, flat: Signals, step: Tensor) -> _Run:
         """Run one factor's stages."""
         assert flat.valid is not None
-        (source, *rest) = [step.stage for step in self.plan.factors[factor]]
-        assert isinstance(source, Source)
-        sound = flat.valid & all_finite(flat, source.reads() | {"loss"})
-        scope = Scope("token", step, sound, self.domains, self.collectives)
-        tokens_ok, groups, cap = flat.valid, None, None
-        around = self._advanced(factor, 0, partial(source.advance, flat), scope)
-        x, scope = _finite(source.read(flat, around), scope)
-        for index, stage in enumerate(rest, 1):
-            if isinstance(stage, Pool):
+        x, tokens_ok, groups, cap, domains = flat.loss, flat.valid, None, None, None
+        scope = Scope("token", step, flat.valid, self.domains, self.collectives)
+        held: list[tuple[Tensor, Scope, Tensor]] = []
+        for index, (stage, *_) in enumerate(self.plan.factors[factor]):
+            if isinstance(stage, Source):
+                held.append((x, scope, tokens_ok))
+                tokens_ok, sound = flat.valid, _sound(flat, stage)
+                scope = Scope("token", step, sound, self.domains, self.collectives)
+                around = self._advanced(factor, index, partial(stage.advance, flat), scope)
+                x = stage.read(flat, around)
+            elif isinstance(stage, Pool):
                 groups = group(signals, stage.level, len(self.domains), self.collectives)
                 assert groups is not None
-                x, scope, tokens_ok = self._pool(stage, x, flat.valid, scope, groups)
+                x, scope, tokens_ok, domains = self._pool(factor, stage, x, flat, scope, groups)
                 if self.spec.scope == "running":
                     x, scope = self._with_earlier(factor, *_finite(x, scope))
             else:
-                assert isinstance(stage, Shape | Weigh | Constrain)
+                assert isinstance(stage, Shape | Weigh | Constrain | Combine)
+                if isinstance(stage, Combine):
+                    first, around, counted = held.pop()
+                    x, scope = _both(first, around, x, scope)
+                    tokens_ok = tokens_ok & counted
                 around = self._advanced(factor, index, partial(stage.advance, x), scope)
                 if inside := stage.inside():
-                    parts = group(signals, inside, len(self.domains), self.collectives)
+                    number = len(self.domains)
+                    parts = group(signals, inside, number, self.collectives)
+                    if scope.level != "token":
+                        assert domains is not None
+                        parts = inside_domains(domains, number)
                     assert parts is not None
                     around = around.within(parts)
                 x = stage.apply(x, around)
                 if isinstance(stage, Constrain) and (bound := stage.cap(step)) is not None:
                     cap = bound
-            if stage.gives == "score":
+            if stage.gives == "score" or isinstance(stage, Source):
                 x, scope = _finite(x, scope)
         x = torch.where(scope.valid, x, 0)
         x, valid = self._own(x, scope), self._own(scope.valid, scope)
@@ -350,18 +364,28 @@ class Weighting(nn.Module):
         return _with_state(scope, after)
 
     def _pool(
-        self, stage: Pool, x: Tensor, valid: Tensor, scope: Scope, groups: Groups
-    ) -> tuple[Tensor, Scope, Tensor]:
-        """Pool token scores to units, and bring the units of all ranks together."""
+        self, factor: str, stage: Pool, x: Tensor, flat: Signals, scope: Scope, groups: Groups
+    ) -> tuple[Tensor, Scope, Tensor, Tensor | None]:
+        """Pool token scores to units, and bring the units of all ranks together.
+
+        Returned are the scores, their scope, which tokens count, and the domain of each unit where
+        a later stage works inside domains.
+        """
+        valid = flat.valid
+        assert valid is not None
         bad = valid & ~scope.valid
         counting = groups.counting(torch.stack([scope.valid.float(), bad.float()]))
         score = stage.pool(x, scope.valid, counting)
         present, spoilt = counting.counts() > 0
         if groups.level == "domain":  # a bad token must not silence its whole domain
-            return score, Scope("domain", scope.step, present, self.domains), scope.valid
-        packed = torch.stack([score, (present & ~spoilt).float()])
-        score, ok = self.collectives.gather(packed).transpose(0, 1).flatten(1)
-        return score, Scope(groups.level, scope.step, ok > 0, self.domains), valid
+            return score, Scope("domain", scope.step, present, self.domains), scope.valid, None
+        rows = [score, (present & ~spoilt).float()]
+        if any(step.stage.inside() for step in self.plan.factors[factor]):
+            assert flat.domain_ids is not None, "build checks what a pipeline needs"
+            rows.append(domains_of(groups, flat.domain_ids, valid, len(self.domains)).float())
+        score, ok, *of = self.collectives.gather(torch.stack(rows)).transpose(0, 1).flatten(1)
+        domains = of[0].long() if of else None
+        return score, Scope(groups.level, scope.step, ok > 0, self.domains), valid, domains
 
     def _with_earlier(self, factor: str, x: Tensor, scope: Scope) -> tuple[Tensor, Scope]:
         """Put the units of earlier batches behind those at hand, and remember these first."""
@@ -461,7 +485,8 @@ class Weighting(nn.Module):
         """
         if self.spec.reduction == "token_mean":
             return torch.ones_like(valid, dtype=torch.float32), valid.sum()
-        level = "sequence" if self.spec.reduction == "sequence_mean" else "domain"
+        level = reduced_level(self.spec)
+        assert level is not None
         groups = group(signals, level, len(self.domains), self.collectives)
         assert groups is not None
         lengths = groups.sum(valid.float())
@@ -497,6 +522,17 @@ class _Run(NamedTuple):
 
 def _ones(valid: Tensor, finite: Tensor) -> _Run:
     return _Run(valid.float(), valid, valid.float(), valid & finite)
+
+
+def _sound(flat: Signals, source: Source) -> Tensor:
+    """Return which tokens count whose signals are finite, those that a source reads."""
+    assert flat.valid is not None
+    return flat.valid & all_finite(flat, source.reads() | {"loss"})
+
+
+def _both(x: Tensor, around: Scope, other: Tensor, scope: Scope) -> tuple[Tensor, Scope]:
+    """Return two scores of the same units, [2, U]; a unit counts where it does for both."""
+    return torch.stack([x, other]), replace(scope, valid=around.valid & scope.valid)
 
 
 def _finite(x: Tensor, scope: Scope) -> tuple[Tensor, Scope]:

@@ -15,7 +15,7 @@ from weighting.build.domains import domain_weights, proportions
 from weighting.build.shares import over_steps, share_problems
 from weighting.build.trace import statistics_of
 from weighting.cli.common import WIDTH
-from weighting.contract import Alone, Source, Weigh
+from weighting.contract import Alone, Combine, Source, Weigh
 from weighting.errors import SpecError
 from weighting.language import arrow, calls
 from weighting.language.plugins import imported
@@ -28,7 +28,7 @@ from weighting.stages import Table
 from weighting.testing.subject import as_subject
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
@@ -61,7 +61,7 @@ def explanation(spec: Spec, plan: Plan, steps: int | None = None) -> list[str]:
     for name, planned in plan.factors.items():
         lines += ["", f"{name}: one weight per {planned[-1].level}"]
         lines += _wrapped("written", arrow_text(spec.factors[name]).split(" -> "))
-        lines += _wrapped("means", [_in_full(step) for step in planned])
+        lines += _wrapped("means", [_in_full(step) for step in _outer(planned)])
         lines += ["", f"  {'stage':25} {'gives':19} statistics"]
         lines += [_row(step) for step in planned]
     lines += [
@@ -90,6 +90,15 @@ def _yaml(line: str) -> list[str]:
         break_long_words=False,
         break_on_hyphens=False,
     )
+
+
+def _outer(planned: Sequence[PlannedStage]) -> Iterator[PlannedStage]:
+    """Yield the stages that stand in no other stage's brackets."""
+    depth = 0
+    for step in planned:
+        depth += isinstance(step.stage, Source) - isinstance(step.stage, Combine)
+        if depth == 1:
+            yield step
 
 
 def _in_full(step: PlannedStage) -> str:

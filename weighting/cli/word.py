@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from weighting.cli.common import WIDTH
 from weighting.cli.listing import KINDS
+from weighting.contract.stage import PIPELINE_HERE
 from weighting.language.schema import default_of
 from weighting.registry import stages
 from weighting.schedules import SCHEDULE_HERE, SCHEDULES
@@ -68,6 +69,8 @@ def _type(schema: dict[str, Any]) -> str:
 def _way(way: dict[str, Any]) -> str:
     if way == SCHEDULE_HERE:
         return "a schedule"
+    if way.get("$comment") == PIPELINE_HERE["$comment"]:
+        return "a pipeline that ends in a score"
     if "enum" in way:
         return " | ".join(map(str, way["enum"]))
     kind = way.get("type")
@@ -83,5 +86,7 @@ def _way(way: dict[str, Any]) -> str:
     if kind == "string":
         if "%" in way.get("pattern", ""):
             return "a share of the run, 5%"
+        if "median" in way.get("pattern", ""):
+            return "a statistic (median, mean, std, mean+3*std)"
         return "k/n" if "pattern" in way and "n" in way["pattern"][-8:] else "a text"
     return texts.get(str(kind), str(kind))

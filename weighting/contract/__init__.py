@@ -8,6 +8,7 @@ from weighting.contract.levels import Within as Within
 from weighting.contract.scope import Scope as Scope
 from weighting.contract.scope import ScopeWithin as ScopeWithin
 from weighting.contract.signals import Signals as Signals
+from weighting.contract.stage import Combine as Combine
 from weighting.contract.stage import Constrain as Constrain
 from weighting.contract.stage import DeferredScale as DeferredScale
 from weighting.contract.stage import Feedback as Feedback

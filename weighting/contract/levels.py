@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from weighting.contract.collectives import Alone
+
 if TYPE_CHECKING:
     from weighting.contract.collectives import Collectives
     from weighting.contract.signals import Signals
@@ -133,6 +135,24 @@ def group(
         ids = ids % length
     rows_of = torch.arange(rows, device=ids.device).repeat_interleave(ids.numel() // rows)
     return Groups(level, ids + rows_of * length, rows * length, 0, parts)
+
+
+def domains_of(groups: Groups, domain_ids: Tensor, valid: Tensor, number: int) -> Tensor:
+    """Return the domain that most valid tokens of each unit are of, [U]; the first of equals.
+
+    Args:
+        groups: The units.
+        domain_ids: [T].
+        valid: [T] bool.
+        number: Of domains.
+    """
+    domains = torch.arange(number, device=domain_ids.device)[:, None]
+    return groups.sum(((domain_ids == domains) & valid).float()).argmax(0)
+
+
+def inside_domains(ids: Tensor, number: int) -> Groups:
+    """Return the groups of units by their domains, [U], all of which are here."""
+    return Groups("domain", ids, number, 0, Alone())
 
 
 def sum_by(ids: Tensor, size: int, x: Tensor) -> Tensor:

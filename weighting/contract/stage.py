@@ -13,9 +13,16 @@ from __future__ import annotations
 import inspect
 import warnings
 from abc import abstractmethod
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    WithJsonSchema,
+)
 from typing_extensions import Unpack, override
 
 from weighting.contract.levels import Groups, Level, Within
@@ -57,6 +64,8 @@ class Stage(BaseModel):
     gives: ClassVar[Form]
     collects: ClassVar[str | None] = None
     """The field that holds arguments of free names, as in table(web=2, code=1)."""
+    nests: ClassVar[str | None] = None
+    """The field that holds another pipeline, as in over(ref_loss)."""
     always_one: ClassVar[bool] = False
     """True promises that every weight it gives is one, whatever it is given."""
     pointwise: ClassVar[bool] = False
@@ -255,6 +264,48 @@ class Constrain(_Step):
         """
         del step
         return None
+
+
+PIPELINE_HERE = {"$comment": "a pipeline"}
+"""Stands in a stage's JSON Schema where a pipeline may; `weighting.language.schema` defines it."""
+
+
+MAX_NESTED = 4
+"""Pipelines inside pipelines."""
+MAX_INSIDE = 100
+"""Stages of a pipeline inside another, with those inside it."""
+
+
+def _bounded(pipeline: tuple[Stage, ...]) -> tuple[Stage, ...]:
+    """Raise where pipelines are nested too deep, or hold too many stages."""
+    rows, depth, stages = [pipeline], 0, 0
+    while rows:
+        depth, stages = depth + 1, stages + sum(map(len, rows))
+        if depth > MAX_NESTED or stages > MAX_INSIDE:
+            msg = f"at most {MAX_NESTED} pipelines inside one another, of {MAX_INSIDE} stages"
+            raise ValueError(msg)
+        rows = [x.other for row in rows for x in row if isinstance(x, Combine)]
+    return pipeline
+
+
+class Combine(_Step):
+    """Two scores per unit -> one: the second is that of another pipeline of the same level.
+
+    `apply` is given both, [2, U]: first that of the pipeline it stands in, then that of `other`.
+    A unit counts where both do.
+    """
+
+    kind: ClassVar[str] = "shape"
+    takes: ClassVar[Form | None] = "score"
+    gives: ClassVar[Form] = "score"
+    pointwise: ClassVar[bool] = True
+    nests: ClassVar[str | None] = "other"
+    other: Annotated[
+        tuple[SerializeAsAny[Stage], ...],
+        Field(min_length=1),
+        AfterValidator(_bounded),
+        WithJsonSchema(PIPELINE_HERE),
+    ]
 
 
 class Sugar(Stage):

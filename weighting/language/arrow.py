@@ -5,6 +5,8 @@ stage    = name [ "(" [ argument ("," argument)* ] ")" ]
 argument = [ name "=" ] value
 value    = number | number "/" "n" | number "%" | word | "text"
          | name "(" ... ")" | "{" key ":" value ... "}"
+         | statistic, as in mean+3*std
+         | pipeline, of a stage that takes another, as in over(ref_loss -> mean(sequence))
 """
 
 from __future__ import annotations
@@ -12,9 +14,10 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
-from itertools import islice
+from itertools import accumulate, islice
 from typing import TYPE_CHECKING, NoReturn
 
+from weighting.contract.statistic import DEVIATIONS, STATISTIC
 from weighting.errors import Problem, Source, Span, SpecError
 
 if TYPE_CHECKING:
@@ -78,11 +81,22 @@ class Call:
     name_span: Span
 
 
-Value = Literal | Share | OfRun | Pairs | Call
+@dataclass(frozen=True)
+class Chain:
+    """A pipeline as an argument; None stands for each stage that is noted as wrong."""
+
+    calls: tuple[Call | None, ...]
+    span: Span
+
+
+Value = Literal | Share | OfRun | Pairs | Call | Chain
 
 _TOKEN = re.compile(
     r"""(?P<space>\s+)
       | (?P<arrow>->|→)
+      | (?P<statistic>"""
+    + DEVIATIONS
+    + r""")
       | (?P<number>[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?(?![\w.]))
       | (?P<name>[^\W\d]\w*(?:[-.](?=\w)\w+)*)
       | (?P<text>"(?:[^"\\\n]|\\.)*"|'[^'\n]*')
@@ -153,6 +167,8 @@ def _call_text(call: Call) -> str:
 def _value_text(value: Value) -> str:
     if isinstance(value, Call):
         return _call_text(value)
+    if isinstance(value, Chain):
+        return to_text(tuple(call for call in value.calls if call))
     if isinstance(value, Share):
         return f"{number_text(value.numerator)}/n"
     if isinstance(value, OfRun):
@@ -169,7 +185,7 @@ def _word_text(value: str | float | bool | None) -> str:
         return {True: "true", False: "false", None: "null"}[value]
     if isinstance(value, int | float):
         return number_text(value)
-    plain = _NAME.fullmatch(value) and value not in _WORDS
+    plain = STATISTIC.fullmatch(value) or (_NAME.fullmatch(value) and value not in _WORDS)
     return value if plain else json.dumps(value, ensure_ascii=False)
 
 
@@ -181,22 +197,38 @@ class _Token:
 
 
 def _split(text: str, offsets: Sequence[int]) -> Iterator[tuple[list[_Token], Span]]:
-    """Yield the tokens between arrows, with the span a message about a gap should point at."""
+    """Yield the tokens between arrows, with the span a message about a gap should point at.
+
+    Arrows between brackets belong to a pipeline that is an argument.
+    """
     tokens: list[_Token] = []
     first = offsets[0] if text else 0
     place = (first, first + 1)
+    inner = _in_brackets(text)
     for match in _TOKEN.finditer(text):
         kind = match.lastgroup or "other"
         if kind == "space":
             continue
         span = (offsets[match.start()], offsets[match.end() - 1] + 1)
-        if kind == "arrow":
+        if kind == "arrow" and not inner[match.start()]:
             yield tokens, (span if not tokens else place)
             tokens = []
             place = span
         else:
             tokens.append(_Token(kind, match.group(), span))
     yield tokens, place
+
+
+def _in_brackets(text: str) -> list[bool]:
+    """Return which characters of a text stand between brackets that are both there."""
+    depth, opened = [0] * (len(text) + 1), list[int]()
+    for match in _TOKEN.finditer(text):
+        if match.group() == "(":
+            opened.append(match.start())
+        elif match.group() == ")" and opened:
+            depth[opened.pop()] += 1
+            depth[match.end()] -= 1
+    return [x > 0 for x in accumulate(depth)]
 
 
 class _Parser:
@@ -261,14 +293,26 @@ class _Parser:
             return self._number(token)
         if token.kind == "text":
             return Literal(self._unquote(token), token.span, quoted=True)
+        if token.kind == "statistic":
+            return Literal("".join(token.text.split()), token.span)
         if token.kind == "name":
             following = self._peek()
-            if following and following.text == "(":
-                return self._call(token)
-            return Literal(_WORDS.get(token.text, token.text), token.span)
+            value = self._call(token) if following and following.text == "(" else None
+            if (arrow := self._peek()) and arrow.kind == "arrow":
+                return self._chain(value or Call(token.text, (), token.span, token.span))
+            return value or Literal(_WORDS.get(token.text, token.text), token.span)
         if token.text in _CLOSING | {",", "="}:
             self._fail(f"a value is missing before {token.text!r}", token.span)
         self._fail(f"{token.text!r} is not a value", token.span)
+
+    def _chain(self, first: Call) -> Chain:
+        calls = [first]
+        while (token := self._peek()) and token.kind == "arrow":
+            self.position += 1
+            if self._peek() is None:
+                self._fail("a stage is missing after '->'", token.span)
+            calls.append(self._call(self._take_name("a stage name")))
+        return Chain(tuple(calls), (first.span[0], self._end()))
 
     def _number(self, token: _Token) -> Value:
         integral = re.fullmatch(r"[-+]?[0-9]{1,18}", token.text)

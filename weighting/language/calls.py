@@ -11,7 +11,16 @@ from pydantic import BaseModel, ValidationError
 from weighting.contract import Stage
 from weighting.errors import Problem, Source, Span, nearest
 from weighting.language import arrow
-from weighting.language.arrow import Argument, Call, Literal, OfRun, Pairs, Share, Value
+from weighting.language.arrow import (
+    Argument,
+    Call,
+    Chain,
+    Literal,
+    OfRun,
+    Pairs,
+    Share,
+    Value,
+)
 from weighting.language.yaml_nodes import Map, Node, Scalar, Seq
 from weighting.registry import stages
 from weighting.schedules import SCHEDULES, Constant, Percent, Schedule, ShareOfN
@@ -87,7 +96,7 @@ def to_yaml(call: Call) -> object:
     """Return a call as the plain data its YAML list item holds."""
     if not call.arguments:
         return call.name
-    if len(call.arguments) == 1 and isinstance(call.arguments[0].value, Pairs):
+    if len(call.arguments) == 1 and isinstance(call.arguments[0].value, Pairs | Chain):
         return {call.name: _yaml_value(call.arguments[0].value)}
     return {call.name: {a.name: _yaml_value(a.value) for a in _named(call).arguments}}
 
@@ -130,7 +139,8 @@ def _bind(
     spans: dict[str, Span] = {}
     for index, argument in enumerate(call.arguments):
         name = argument.name
-        value = _plain(source, argument.value, problems)
+        read = _nested if _is_pipeline(cls, name, index) else _plain
+        value = read(source, argument.value, problems)
         if collects:
             if name is not None:
                 value = {name: value}
@@ -227,6 +237,26 @@ def _reason(item: ErrorDetails) -> str:
     return f"must be {must}, not {shown}"
 
 
+def _is_pipeline(cls: type[BaseModel], name: str | None, index: int) -> bool:
+    """Tell whether an argument holds another pipeline, by its name or as the first."""
+    nests: str | None = getattr(cls, "nests", None)
+    return nests is not None and (name == nests if name else index == 0)
+
+
+def _nested(source: Source, value: Value, problems: list[Problem]) -> tuple[Stage, ...] | None:
+    """Return the stages of a pipeline that is an argument, or None after noting what is wrong."""
+    if isinstance(value, Literal) and isinstance(value.value, str) and not value.quoted:
+        value = Call(value.value, (), value.span, value.span)
+    if not isinstance(value, Call | Chain):
+        message = "here stands a pipeline, as in minus(ref_loss) or over(entropy -> mean(domain))"
+        problems.append(source.problem(message, value.span))
+        return None
+    written = value.calls if isinstance(value, Chain) else (value,)
+    made = [make_stage(source, part, problems) if part else None for part in written]
+    sound = tuple(stage for stage in made if stage is not None)
+    return sound if len(sound) == len(made) else None
+
+
 def _plain(source: Source, value: Value, problems: list[Problem]) -> Any:  # noqa: ANN401
     """Return what a stage's field is given for a written value."""
     if isinstance(value, Share):
@@ -241,6 +271,10 @@ def _plain(source: Source, value: Value, problems: list[Problem]) -> Any:  # noq
         return None
     if isinstance(value, Call):
         return _make(source, value, SCHEDULES, "schedule", problems)
+    if isinstance(value, Chain):
+        message = "an argument is one value, not a pipeline"
+        problems.append(source.problem(message, value.span))
+        return None
     if isinstance(value, Pairs):
         return {key.value: _plain(source, item, problems) for key, item in value.entries}
     return value.value
@@ -276,6 +310,8 @@ def _written(value: object) -> Value:
         return OfRun(value.value, span)
     if isinstance(value, Schedule):
         return _call(value, positional=value.positional)
+    if isinstance(value, tuple):
+        return Chain(tuple(stage_call(stage) for stage in value), span)
     if isinstance(value, dict):
         entries = ((Literal(key, span), _written(item)) for key, item in value.items())
         return Pairs(tuple(entries), span)
@@ -303,6 +339,8 @@ def _yaml_value(value: Value) -> object:
         return {key.value: _yaml_value(item) for key, item in value.entries}
     if isinstance(value, Call):
         return to_yaml(value)
+    if isinstance(value, Chain):
+        return [to_yaml(call) for call in value.calls if call]
     number = value.value
     if isinstance(number, float) and number == int(number):
         return int(number)
@@ -320,6 +358,7 @@ def _yaml_call(source: Source, key: Scalar, node: Node, problems: list[Problem])
     before = len(problems)
     span = (key.span[0], node.span[1])
     cls = stages().get(name) or SCHEDULES.get(name)
+    nests: str | None = getattr(cls, "nests", None)
     arguments: list[Argument] = []
     if isinstance(node, Map) and getattr(cls, "collects", None):
         arguments = [Argument(None, _yaml_argument(source, node, problems, pairs=True), node.span)]
@@ -328,8 +367,14 @@ def _yaml_call(source: Source, key: Scalar, node: Node, problems: list[Problem])
             if _is_broken(item):
                 problems.append(_split_problem(source, item))
                 return None
-            value = _yaml_argument(source, item, problems)
+            if nests and str(item_key.value) == nests:
+                value: Value = Chain(from_yaml(source, item, problems), item.span)
+            else:
+                value = _yaml_argument(source, item, problems)
             arguments.append(Argument(str(item_key.value), value, item_key.span))
+    elif isinstance(node, Seq) and nests:
+        chain = Chain(from_yaml(source, node, problems), node.span)
+        arguments = [Argument(None, chain, node.span)]
     elif isinstance(node, Seq):
         message = f"the arguments of {name} are a map, {name}: {{argument: value}}, or one value"
         problems.append(source.problem(message, node.span))
@@ -338,7 +383,9 @@ def _yaml_call(source: Source, key: Scalar, node: Node, problems: list[Problem])
         if _is_broken(node):
             problems.append(_split_problem(source, node))
             return None
-        arguments = [Argument(None, _yaml_argument(source, node, problems), node.span)]
+        one = Chain(from_yaml(source, node, problems), node.span) if nests else None
+        value = one or _yaml_argument(source, node, problems)
+        arguments = [Argument(None, value, node.span)]
     return Call(name, tuple(arguments), span, key.span) if len(problems) == before else None
 
 

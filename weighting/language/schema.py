@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, get_args
 
 from weighting.contract import Stage, Sugar
+from weighting.contract.stage import PIPELINE_HERE
 from weighting.pipeline import expand
 from weighting.registry import stages
 from weighting.schedules import SCHEDULE_HERE, SCHEDULES
@@ -81,6 +82,15 @@ _VALUE = (
 """A pattern for an argument's value: a map, a text, or a word or number with brackets after it."""
 
 
+_DEPTH = 10
+"""Brackets inside brackets that a pattern allows in a pipeline that is an argument."""
+
+
+def _balanced(depth: int) -> str:
+    """Return a pattern for text whose brackets are closed, with some between, up to a depth."""
+    return "[^()]*" if not depth else f"([^()]|\\({_balanced(depth - 1)}\\))+"
+
+
 def _calls(known: Iterable[tuple[str, type[BaseModel]]]) -> str:
     """Return a pattern for a call of one of these: its name and arguments of its own."""
     return f"({'|'.join(_call(name, cls) for name, cls in known)})"
@@ -92,6 +102,8 @@ def _call(name: str, cls: type[BaseModel]) -> str:
         argument, most = f"([^\\s(),={{}}]+\\s*=\\s*)?{_VALUE}", ""
     else:
         argument, most = f"(({'|'.join(fields)})\\s*=\\s*)?{_VALUE}", str(len(fields) - 1)
+    if getattr(cls, "nests", None):  # what stands in its brackets is for `weighting check`
+        return f"{name}\\s*\\({_balanced(_DEPTH)}\\)"
     arguments = f"\\s*\\(\\s*{argument}(\\s*,\\s*{argument}){{0,{most}}}\\s*\\)"
     if not fields:
         return f"{name}(\\s*\\(\\s*\\))?"
@@ -164,9 +176,11 @@ def default_of(field: FieldInfo) -> str | None:
 
 
 def _with_schedules(value: Any) -> Any:  # noqa: ANN401 - any part of a schema
-    """Put the definition of a schedule where one may stand."""
+    """Put the definition of a schedule, or a pipeline, where one may stand."""
     if value == SCHEDULE_HERE:
         return {"$ref": "#/$defs/schedule"}
+    if value == PIPELINE_HERE:
+        return {"$ref": "#/$defs/pipeline"}
     if isinstance(value, dict):
         return {key: _with_schedules(item) for key, item in value.items()}
     return [_with_schedules(item) for item in value] if isinstance(value, list) else value

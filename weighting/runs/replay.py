@@ -19,7 +19,7 @@ from weighting.build import build
 from weighting.build.domains import proportions
 from weighting.build.statistics import MOMENTS
 from weighting.columns import plain_name
-from weighting.contract import Pool, Source
+from weighting.contract import Combine, Pool, Source
 from weighting.loss.cross_entropy import signals_of
 from weighting.runs import layout
 from weighting.simulate import capped_factors
@@ -186,7 +186,8 @@ def unit_of(plan: Plan) -> Level:
     levels = {
         steps[-1].level for name, steps in plan.factors.items() if plan.targets[name] != "sampling"
     }
-    return "document" if "document" in levels else "sequence"
+    by_document = "document" in levels or plan.spec.reduction == "document_mean"
+    return "document" if by_document else "sequence"
 
 
 def left_out(record: Record) -> tuple[int, int]:
@@ -305,6 +306,8 @@ def _too_fine(steps: Sequence[PlannedStage], unit: Level) -> str | None:
     """Return what a factor asks of tokens beyond the mean over each unit, or None."""
     source, *rest = [step.stage for step in steps]
     assert isinstance(source, Source)
+    if any(isinstance(stage, Combine) for stage in rest):
+        return "combines two scores, and the means over each unit were recorded"
     level = steps[-1].level
     if source.reads() <= {"domain_ids"} and level == "token" and not any(x.inside() for x in rest):
         return None
@@ -332,6 +335,8 @@ def _scaled(spec: Spec, weight: Tensor, step: Step, chosen: Tensor) -> Tensor:
         of = step.row[chosen].unique(return_inverse=True)[1]
         counted = weight.new_zeros(len(of)).index_add(0, of, tokens)
         weight = weight * all_tokens / (counted > 0).sum() / counted[of].clamp(min=1)
+    elif spec.reduction == "document_mean":
+        weight = weight * all_tokens / there.sum() / tokens.clamp(min=1)
     elif spec.reduction == "domain_mean":
         number = int(domain.max()) + 1
         units, counted = (

@@ -19,6 +19,10 @@ class LinUpper(Sugar):
 
     Sugar: affine(shift=1) -> clip(max=alpha).
 
+    The paper's delta is not alpha: its f(h) = minimum(h + delta, delta) of h in [-delta, delta] is
+    delta times this one at alpha 1, as if the temperature were divided by delta.  As it stands in
+    the paper, with delta 2: normalize(delta=2) -> affine(shift=2) -> clip(max=2).
+
     Source: Sow et al. (2025), ICLR, arXiv:2502.06733 ("LinUpper").
     """
 

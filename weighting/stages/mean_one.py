@@ -21,7 +21,7 @@ class MeanOne(Weigh):
     w = x * n / sum(x)
 
     When every score is 0, every weight is 1.  `within: sequence` (or document, domain) scales
-    inside each unit instead; tokens only.
+    inside each unit instead, of tokens; `within: domain` of documents and sequences too.
 
     Source: Su et al. (2024), "MiLe Loss", arXiv:2310.19531 (the factor alpha).
     Differs: one mean over all valid tokens; the authors average the reciprocals of per-rank means

@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from weighting.contract import Scope, Shape, Within
 from weighting.registry import stage
+from weighting.schedules import Constant, PositiveNumber
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,12 +17,13 @@ if TYPE_CHECKING:
 
 @stage("normalize")
 class Normalize(Shape):
-    """Map the scope's [min, max] to [-1, 1]; a scope of equal scores maps to 0.
+    """Map the scope's [min, max] to [-delta, delta]; a scope of equal scores maps to 0.
 
-    h = 2 * (x - min) / (max - min) - 1
+    h = delta * (2 * (x - min) / (max - min) - 1)
 
     At the head of a pipeline it stands for loss -> mean(sequence) -> normalize.
-    `within: sequence` (or document, domain) takes min and max inside each unit; tokens only.
+    `within: sequence` (or document, domain) takes min and max inside each unit, of tokens;
+    `within: domain` of documents and sequences too.
 
     Source: Sow et al. (2025), "Dynamic Loss-Based Sample Reweighting for Improved Large Language
     Model Pretraining", ICLR, arXiv:2502.06733.  Differs: the authors' code computes
@@ -30,6 +32,7 @@ class Normalize(Shape):
     """
 
     within: Within | None = None
+    delta: PositiveNumber = Constant(value=1)
 
     @override
     def inside(self) -> Within | None:
@@ -42,4 +45,5 @@ class Normalize(Shape):
         low, high = scope.range(x / 2)  # halves: the range of any float32 scores is finite
         width = high - low
         flat = width <= 0
-        return torch.where(flat, 0, 2 * ((x / 2 - low) / torch.where(flat, 1, width)) - 1)
+        h = torch.where(flat, 0, 2 * ((x / 2 - low) / torch.where(flat, 1, width)) - 1)
+        return self.delta(scope.step) * h

@@ -89,3 +89,16 @@ class Max(Pool):
         """Return the maxima."""
         largest = groups.max(torch.where(valid, score, -torch.inf))
         return torch.where(largest == -torch.inf, 0, largest)
+
+
+@stage("length")
+class Length(Pool):
+    """Number of valid tokens of each unit, whatever their scores.
+
+    score_u = |u|
+    """
+
+    @override
+    def pool(self, score: Tensor, valid: Tensor, groups: Groups) -> Tensor:
+        """Return the lengths."""
+        return groups.sum(valid.to(score.dtype))

@@ -26,7 +26,7 @@ class Select(Weigh):
 
     `slice` s skips the s * k highest first: the second slice of an eighth is
     select(0.125, slice=1).  `within: sequence` (or document, domain) selects inside each unit
-    instead; tokens only.
+    instead, of tokens; `within: domain` of documents and sequences too.
 
     Source: Lin et al. (2024), "Rho-1", arXiv:2404.07965; Mindermann et al. (2022), "RHO-LOSS",
     ICML, arXiv:2206.07137; Chen et al. (2024), arXiv:2402.14270 (the slice).

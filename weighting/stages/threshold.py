@@ -9,8 +9,9 @@ from pydantic import model_validator
 from typing_extensions import override
 
 from weighting.contract import Scope, Weigh
+from weighting.contract.statistic import NumberOrStatistic, value_of
 from weighting.registry import stage
-from weighting.schedules import Number, UnitNumber
+from weighting.schedules import UnitNumber
 
 if TYPE_CHECKING:
     from typing import Self
@@ -25,7 +26,8 @@ class Threshold(Weigh):
     w_i = 1[x_i >= at]  for side above,  1[x_i <= at]  for side below
 
     `quantile` q sets the threshold in the scope: above keeps the highest floor((1 - q) n), below
-    the lowest floor(q n); at least one, ties included.  Not mean one by itself: `normalize: none`
+    the lowest floor(q n); at least one, ties included.  `at` may be a statistic of the scores:
+    threshold(at=mean+3*std) keeps what stands out.  Not mean one by itself: `normalize: none`
     keeps the plain 0 and 1.
 
     Source: Bal et al. (2025), "ESLM", arXiv:2505.19893 (value at risk); Li et al. (2024), "Error
@@ -33,7 +35,7 @@ class Threshold(Weigh):
     """
 
     scaled: ClassVar[bool] = False
-    at: Number | None = None
+    at: NumberOrStatistic | None = None
     quantile: UnitNumber | None = None
     side: Literal["above", "below"] = "above"
 
@@ -56,7 +58,7 @@ class Threshold(Weigh):
     def apply(self, x: Tensor, scope: Scope) -> Tensor:
         """Return 1 for what is kept, 0 for the rest."""
         if self.at is not None:
-            at = self.at(scope.step)
+            at = value_of(self.at, x, scope)
         else:
             assert self.quantile is not None
             count, q = scope.count(), self.quantile(scope.step)

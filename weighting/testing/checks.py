@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import (
 )
 from typing_extensions import override
 
-from weighting.contract import Constrain, Pool, Scope, Shape, Signals, Source, Weigh
+from weighting.contract import Combine, Constrain, Pool, Scope, Shape, Signals, Source, Weigh
 from weighting.language.read import loads
 from weighting.schedules import Constant, Linear, Piecewise, Schedule, Step
 from weighting.spec import dumps
@@ -616,8 +616,8 @@ def _must_be_pointwise(call: Call, signals: Signals, subject: Subject) -> None:
         if isinstance(call.stage, Source):
             got = call.stage.read(mapped(signals, lambda x, i=some: x[i]), scope)
         else:
-            assert isinstance(call.stage, Shape | Weigh | Constrain)
-            got = call.stage.apply(call.given["x"][some], scope)
+            assert isinstance(call.stage, Shape | Weigh | Constrain | Combine)
+            got = call.stage.apply(call.given["x"][..., some], scope)
         fault = _LIES.format("other units, or where a unit stands, change its value")
         same = got.shape == some.shape and _close(got[valid], call.result[some][valid])
         _must(same, fault)

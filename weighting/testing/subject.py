@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +14,9 @@ from weighting.columns import column_of
 from weighting.contract import (
     Alone,
     Collectives,
+    Combine,
     Constrain,
+    Groups,
     Level,
     Pool,
     Scope,
@@ -25,7 +27,7 @@ from weighting.contract import (
     Stage,
     Weigh,
 )
-from weighting.contract.levels import group
+from weighting.contract.levels import domains_of, group, inside_domains
 from weighting.language.read import resolve
 from weighting.pipeline import expand
 from weighting.registry import stages
@@ -130,11 +132,15 @@ def as_subject(thing: Checkable) -> Subject:
     ]
     if any(part.inside() for part in parts):
         levels = ["token"]
+    if isinstance(stage, Combine):
+        levels = [expand(stage.other)[-1].level]
     specs: dict[str, Spec] = {}
     for level in levels[:2]:
         specs[level] = _around(stage, level)
-    if stage.takes is not None and levels[0] == "domain":  # one value per domain, no more
-        parts = (Loss(), Mean(level="domain"), *_weights_first(stage), *parts)
+    # One value per domain, no more; two scores are of the same units.
+    if stage.takes is not None and (levels[0] == "domain" or isinstance(stage, Combine)):
+        pooled = () if levels[0] == "token" else (Mean(level=levels[0]),)
+        parts = (Loss(), *pooled, *_weights_first(stage), *parts)
     return Subject(
         _label(stage), stage, specs, {"": parts}, _domains(parts), tuple(_columns(parts))
     )
@@ -246,17 +252,28 @@ class Trial:
         scope = Scope(level, at, valid, self.domains)
         x = weights(signals) if self.parts[0].takes == "weight" else signals.loss
         calls: list[Call] = []
+        held: list[tuple[Tensor, Scope]] = []
+        groups: Groups | None = None
         for index, part in enumerate(self.parts):
             state = {k: v.to(valid.device) for k, v in self.states[index].items()}
             if isinstance(part, Source):
+                held.append((x, scope))
+                scope = Scope("token", at, valid, self.domains)
                 call = _read(part, signals, scope, state)
                 self.states[index] = call.new
             elif isinstance(part, Pool):
-                call = _pool(part, x, signals, scope)
+                groups = group(signals, part.level, len(self.domains), Alone())
+                assert groups is not None
+                call = _pool(part, x, groups, scope)
                 scope = Scope(part.level, at, call.counts, self.domains)
             else:
-                assert isinstance(part, Shape | Weigh | Constrain)
-                call = _apply(part, x, signals, scope, state)
+                assert isinstance(part, Shape | Weigh | Constrain | Combine)
+                if isinstance(part, Combine):
+                    first, around = held.pop()
+                    x = torch.stack([first, x])
+                    scope = replace(scope, valid=around.valid & scope.valid)
+                inside = _inside(part, signals, scope, groups)
+                call = _apply(part, x, inside, scope, state)
                 self.states[index] = call.new
             calls.append(call)
             if call.result.shape != call.counts.shape:
@@ -295,13 +312,22 @@ def _read(stage: Source, signals: Signals, scope: Scope, state: dict[str, Tensor
     return Call(stage, given, before, stage.read(signals, after), scope.valid, state, new)
 
 
+def _inside(stage: Stage, signals: Signals, scope: Scope, units: Groups | None) -> Groups | None:
+    """Return the groups inside which a stage works, of tokens or of units."""
+    level, number = stage.inside(), len(scope.domains)
+    if not level or scope.level == "token":
+        return group(signals, level, number, Alone()) if level else None
+    assert units is not None
+    assert signals.domain_ids is not None
+    ids = domains_of(units, signals.domain_ids, valid_of(signals), number)
+    return inside_domains(ids, number)
+
+
 def _held(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"scope.state[{name!r}]": value for name, value in state.items()}
 
 
-def _pool(stage: Pool, x: Tensor, signals: Signals, scope: Scope) -> Call:
-    groups = group(signals, stage.level, len(scope.domains), Alone())
-    assert groups is not None
+def _pool(stage: Pool, x: Tensor, groups: Groups, scope: Scope) -> Call:
     given = {"score": x, "valid": scope.valid, "ids": groups.ids}
     before = _copies(given)
     result = stage.pool(x, scope.valid, groups)
@@ -309,9 +335,9 @@ def _pool(stage: Pool, x: Tensor, signals: Signals, scope: Scope) -> Call:
 
 
 def _apply(
-    stage: Shape | Weigh | Constrain,
+    stage: Shape | Weigh | Constrain | Combine,
     x: Tensor,
-    signals: Signals,
+    inside: Groups | None,
     scope: Scope,
     state: dict[str, Tensor],
 ) -> Call:
@@ -320,8 +346,7 @@ def _apply(
     around = Scope(scope.level, scope.step, scope.valid, scope.domains, None, state)
     new = dict(stage.advance(x, around)) if state else {}
     after = Scope(scope.level, scope.step, scope.valid, scope.domains, None, new)
-    if inside := stage.inside():
-        groups = group(signals, inside, len(scope.domains), Alone())
-        after = ScopeWithin(**vars(after), groups=groups)
+    if inside:
+        after = ScopeWithin(**vars(after), groups=inside)
     result = stage.apply(x, after)
     return Call(stage, given, before, result, scope.valid, state, new)

@@ -1,0 +1,80 @@
+"""Earlier scores of each domain."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from pydantic import Field
+from typing_extensions import override
+
+from weighting.contract import Level, Scope, Shape
+from weighting.registry import stage
+from weighting.saved import not_between
+from weighting.stages.ema import or_mean
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from torch import Tensor
+
+
+@stage("last")
+class Last(Shape):
+    """Score of each domain `ago` batches with it back: 0 is the batch at hand, if it is in it.
+
+    y_d(t) = x_d(t - ago),   t counts the batches with d
+
+    Where there have been fewer batches, the oldest counts; a domain not yet seen counts with the
+    mean of the others.  Known between batches, so data can be drawn by it.
+    """
+
+    levels: ClassVar[tuple[Level, ...]] = ("domain",)
+    known_between_batches: ClassVar[bool] = True
+    ago: int = Field(default=0, ge=0, le=10_000)
+
+    @override
+    def initial_state(self, domains: tuple[str, ...]) -> dict[str, Tensor]:
+        """Return no scores, newest first, and how many of each domain there have been."""
+        return no_scores(domains, self.ago + 1)
+
+    @override
+    def problems_with_state(
+        self, state: Mapping[str, Tensor], domains: tuple[str, ...]
+    ) -> Iterator[tuple[str, str]]:
+        """Demand counts."""
+        yield from super().problems_with_state(state, domains)
+        yield from not_between(state, 0, math.inf, "times")
+
+    @override
+    def advance(self, x: Tensor, scope: Scope) -> dict[str, Tensor]:
+        """Put the scores of the domains in the batch before the older ones."""
+        return with_newest(x, scope)
+
+    @override
+    def apply(self, x: Tensor, scope: Scope) -> Tensor:
+        """Return the earlier scores."""
+        del x
+        scores, times = scope.state["scores"], scope.state["times"]
+        place = (times - 1).clamp(min=0, max=self.ago)
+        return or_mean(scores.gather(1, place[:, None])[:, 0], times > 0)
+
+
+def no_scores(domains: tuple[str, ...], size: int) -> dict[str, Tensor]:
+    """Return the state before the first batch of a stage that remembers some scores per domain."""
+    count = max(len(domains), 1)
+    return {
+        "scores": torch.zeros(count, size),
+        "times": torch.zeros(count, dtype=torch.int64),
+    }
+
+
+def with_newest(x: Tensor, scope: Scope) -> dict[str, Tensor]:
+    """Return that state after a batch: newest first, of each domain in it."""
+    scores, times = scope.state["scores"], scope.state["times"]
+    moved = torch.cat([x[:, None], scores[:, :-1]], dim=1)
+    return {
+        "scores": torch.where(scope.valid[:, None], moved, scores),
+        "times": times + scope.valid,
+    }
