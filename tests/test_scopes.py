@@ -197,6 +197,21 @@ def test_ranks_draw_the_same_lots(pipeline, ranks):
 
 
 @pytest.mark.parametrize("pipeline", CHANCE.values(), ids=CHANCE)
+def test_rows_without_labels_change_no_draw(pipeline):
+    """Rows of nothing but padding, before and between the others, leave the others their lots."""
+    text = spec_text(pipeline, normalize="none")
+    plain, padded, rows = tables.built(text), tables.built(text), torch.tensor([1, 2, 4, 7, 8])
+    for i in range(8):
+        signals = tables.batch(5, 4, seed=90 + i, keep=2.0)
+
+        def among_padding(_, x):
+            return x.new_zeros(9, 4).index_copy_(0, rows, x)
+
+        got = padded(tables.changed(signals, among_padding), i).token
+        assert_close(got[rows], plain(signals, i).token, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("pipeline", CHANCE.values(), ids=CHANCE)
 def test_a_resumed_run_draws_what_it_would_have_drawn(pipeline):
     """After loading a saved state the lots are those of the run that never stopped."""
     text = spec_text(pipeline, normalize="none")
