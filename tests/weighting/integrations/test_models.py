@@ -38,8 +38,9 @@ def weighed(spec, name="llama", optimizer=torch.optim.SGD, **options):
 @pytest.mark.slow
 @for_each("name, spec, layout", CASES, ids=", ".join)
 def test_a_step_of_every_model_is_the_step_of_the_formula(name, spec, layout):
-    """Loss and parameters after two steps are those of float64, whatever the logits go through."""
-    batches = [LAYOUTS[layout](tiny.rows(6, seed)) for seed in (1, 2)]
+    """Loss and parameters are those of float64, whatever the logits go through."""
+    seeds = (1, 2) if spec == "group-dro" else (1,)  # which remembers
+    batches = [LAYOUTS[layout](tiny.rows(5, seed)) for seed in seeds]
     expected, parameters = tiny.descended(name, spec, [[batch] for batch in batches])
     model, optimizer, _ = weighed(spec, name)
     for batch, loss in zip(batches, expected, strict=True):
@@ -259,16 +260,38 @@ def test_state_goes_on_in_another_model_and_is_of_its_spec():
         others.load_state_dict(whole[1])
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:The .grad attribute")  # which torch looks at as it traces
+class Toy(torch.nn.Module):
+    """What the hook asks of a model, and little more, so that it compiles in no time."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = torch.nn.Parameter(torch.randn(tiny.VOCABULARY, tiny.VOCABULARY))
+        self.own = None
+
+    @property
+    def loss_function(self):
+        """The loss, which can be set."""
+        return self.own
+
+    @loss_function.setter
+    def loss_function(self, value):
+        self.own = value
+
+    def forward(self, input_ids, labels):
+        """Return the loss of the labels after each token."""
+        return self.loss_function(logits=self.table[input_ids], labels=labels)
+
+
 def test_a_compiled_model_has_the_same_loss():
     """The graph breaks at the loss, which is weighted as in eager mode."""
     batch = tiny.padded(tiny.rows())
     found = []
     for compiled in (False, True):
-        model, _, _ = weighed("linupper-x-mile")
+        torch.manual_seed(0)
+        model = Toy().train()
+        weigh_model(model, "linupper-x-mile").begin_step(1)
         call = torch.compile(model, backend="eager") if compiled else model
-        loss = call(**batch).loss
+        loss = call(input_ids=batch["input_ids"], labels=batch["labels"])
         loss.backward()
-        found.append((loss, model.get_input_embeddings().weight.grad))
+        found.append((loss.detach(), model.table.grad))
     assert_close(found[0], found[1])
