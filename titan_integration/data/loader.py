@@ -235,10 +235,7 @@ class DomainTextDataLoader(ParallelAwareDataloader):
     def proportions(self, proportions: Iterable[float]) -> None:
         self._check_drawn()
         if self.has_weights:
-            msg = (
-                "data loader: the sources have weights, which say how rows are drawn; leave "
-                "them out"
-            )
+            msg = "data loader: the sources' weights say how rows are drawn; leave them out"
             raise ValueError(msg)
         if self._iterated and self.num_workers:
             msg = (
