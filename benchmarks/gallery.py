@@ -14,8 +14,8 @@ import torch
 import weighting as wt
 from weighting.build import Plan, plan_of
 from weighting.loss.linear import LLAMA3_8B, matrix_products, path_of
+from weighting.simulate import written_domains
 from weighting.spec import arrow_text
-from weighting.stages import Table
 
 WIDTH, HEIGHT, TOP = 240, 120, 4.0
 _COSTS = {
@@ -169,8 +169,7 @@ def picture(spec: wt.Spec) -> str:
 def curve(spec: wt.Spec) -> tuple[torch.Tensor, torch.Tensor]:
     """Return losses and the weights a spec gives them, both [129]."""
     loss = torch.linspace(1, 5, 129)[:, None]
-    tables = [s for p in spec.factors.values() for s in p if isinstance(s, Table)]
-    domains = [*tables[0].weights] if tables else ["a", "b"]
+    domains = [*written_domains(spec)] or ["a", "b"]
     fn = wt.build(spec, domains=domains)
     p = (-loss).exp()
     columns = {n.removeprefix("columns."): loss - 1 for n in fn.needs if n.startswith("columns.")}

@@ -489,13 +489,154 @@ class Importance:
         )
 
 
+def ohem(batch):
+    """w_s = 4 for the quarter of the sequences with the highest loss, else 0."""
+    return _kept_sequences(batch, batch.loss, Fraction(1, 4))
+
+
+def self_paced(batch):
+    """w_s = 1 for the lowest half of the sequences by loss, of more later, else 0."""
+    share = 0.5 + 0.5 * min(batch.step, 10000) / 10000
+    there = sorted(x for x in sequence_losses(batch) if x is not None)
+    return _up_to(batch, sequence_losses(batch), there, share)
+
+
+def _up_to(batch, scores, ordered, share):
+    """Return 1 for sequences up to the given share of some ordered scores, at least one, else 0."""
+    at = ordered[max(1, math.floor(share * len(ordered) + 1e-9)) - 1] if ordered else 0
+    return each(batch, lambda row, _: 1.0 if scores[row] <= at else 0.0)
+
+
+def gce(batch):
+    """w_t = p_t^0.7, not normalised."""
+    return each(batch, lambda row, column: batch.target_prob[row][column] ** 0.7)
+
+
+def sce(batch):
+    """w_t = 0.1 + 4 p_t, not normalised."""
+    return each(batch, lambda row, column: 0.1 + 4 * batch.target_prob[row][column])
+
+
+def iw_sft(batch):
+    """w_s = min(exp(sum (ref_loss - loss)), 2), not normalised."""
+    gains = [
+        math.fsum(x for x, ok in zip(row, oks, strict=True) if ok)
+        for row, oks in zip(minus(batch.ref_loss, batch.loss), batch.valid, strict=True)
+    ]
+    return each(batch, lambda row, _: math.exp(min(gains[row], math.log(2))))
+
+
+def psft(batch):
+    """w_t = r_t where r_t <= 1.2, else 0;  r_t = exp(ref_loss_t - loss_t)."""
+    gain = minus(batch.ref_loss, batch.loss)
+    return each(
+        batch, lambda row, column: math.exp(g) if (g := gain[row][column]) <= math.log(1.2) else 0.0
+    )
+
+
+def profit(batch):
+    """w_t = 1 where p_t >= 0.1, else 0."""
+    return each(batch, lambda row, column: float(batch.target_prob[row][column] >= 0.1))
+
+
+def flow(batch):
+    """W = softmax(-f / median f), f the mean reference loss of a sequence."""
+    f = row_means(batch, batch.ref_loss)
+    there = sorted(x for x in f if x is not None)
+    median = max(there[(len(there) - 1) // 2], 1e-30) if there else 1
+    return by_sequence(batch, softmax([None if x is None else -x for x in f], median))
+
+
+def ifd(batch):
+    """w_s = 10 for the tenth with the highest ratio of loss to ref_loss of those up to 1."""
+    pairs = zip(sequence_losses(batch), row_means(batch, batch.ref_loss), strict=True)
+    ratios = [None if x is None else x / max(y, 1e-12) for x, y in pairs]
+    scores = [x if x is not None and x <= 1 else 0.0 for x in ratios]
+    there = [x for x, ratio in zip(scores, ratios, strict=True) if ratio is not None]
+    following = iter(kept(there, Fraction(1, 10)))
+    return by_sequence(batch, [None if x is None else next(following) for x in ratios])
+
+
+class LossTruncation:
+    """w_s = 1 up to the lowest 60 % of the last 1,024 summed losses and the batch, else 0."""
+
+    def __init__(self, domains):
+        """Begin without a history."""
+        del domains
+        self.history = []
+
+    def __call__(self, batch):
+        """Return the token weights of the next batch."""
+        sums = [
+            math.fsum(x for x, ok in zip(row, oks, strict=True) if ok) if any(oks) else None
+            for row, oks in zip(batch.loss, batch.valid, strict=True)
+        ]
+        everything = [x for x in sums if x is not None] + self.history
+        self.history = everything[:1024]
+        return _up_to(batch, sums, sorted(everything), 0.6)
+
+
+class InfoBatch:
+    """w_s = 1 / q_s with probability q_s: 1 from the mean loss on, else 0.5."""
+
+    def __init__(self, domains):
+        """Count batches from 0."""
+        del domains
+        self.batches = 0
+
+    def __call__(self, batch):
+        """Return the token weights of the next batch."""
+        self.batches += 1
+        losses = sequence_losses(batch)
+        there = [x for x in losses if x is not None]
+        lots = iter(draws(0, self.batches, len(losses)))
+        weights = []
+        for x in losses:
+            if x is not None:
+                chance = 1.0 if x >= math.fsum(there) / len(there) - 1e-6 else 0.5
+                weights.append(1 / chance if next(lots) < chance else 0.0)
+            else:
+                weights.append(0.0)
+        return each(batch, lambda row, _: weights[row])
+
+
+class DWA:
+    """The loss is sum_d a_d L_d, a = softmax(L_d(t - 1) / L_d(t - 2) / 2)."""
+
+    def __init__(self, domains):
+        """Begin without losses."""
+        self.past = {d: [] for d in domains}
+
+    def __call__(self, batch):
+        """Return the token weights of the next batch."""
+        means = domain_means(batch, batch.loss)
+        for d, loss in means.items():
+            self.past[d].append(loss)
+        ratios = [self.ago(d, 1) / max(self.ago(d, 2), 1e-12) for d in means]
+        a = dict(zip(means, softmax(ratios, 2), strict=True))
+        sizes = {d: len(xs) for d, xs in by_domain(batch, batch.loss).items()}
+
+        def share(row, column):
+            d = batch.domain[row][column]
+            return a[d] / sizes[d]
+
+        return mean_one(each(batch, share), batch.valid)
+
+    def ago(self, d, batches):
+        """Return the loss of a domain some batches back, or the oldest."""
+        return self.past[d][max(len(self.past[d]) - 1 - batches, 0)]
+
+
 MEMORIES = {
     "absgd": ABSGD,
     "doremi-clip-by-domain": DoReMiClipByDomain,
     "doremi-proxy": DoReMi,
     "doremi-x-linupper-x-mile": DoReMiLinUpperMiLe,
+    "dwa": DWA,
     "group-dro": GroupDRO,
     "importance": Importance,
+    "infobatch": InfoBatch,
+    "loss-truncation": LossTruncation,
     "selective-backprop": SelectiveBackprop,
     "toremi": ToReMi,
     "toremi-topics": ToReMiTopics,
@@ -516,8 +657,12 @@ FORMULAS = {
     "eslm": eslm,
     "extremes": extremes,
     "extremes-gpt2": after_burn_in(extremes),
+    "flow": flow,
     "focal": focal,
+    "ifd": ifd,
+    "gce": gce,
     "irdro-rank": irdro_rank,
+    "iw-sft": iw_sft,
     "iwsi-column": iwsi_column,
     "linupper": linupper,
     "linupper-1p4b": linupper_1p4b,
@@ -527,12 +672,17 @@ FORMULAS = {
     "longce": longce,
     "mile": mile,
     "odm": drawn_plainly,
+    "profit": profit,
+    "ohem": ohem,
     "prop1": prop1,
+    "psft": psft,
     "quadratic": quadratic,
     "quadratic-gpt2": after_burn_in(quadratic),
     "rgd": rgd,
     "rho-1": rho_1,
     "rho-loss": rho_loss,
+    "self-paced": self_paced,
+    "sce": sce,
     "sstoken": sstoken,
     "table-x-linupper": table_x_linupper,
     "term": term,
@@ -541,6 +691,7 @@ FORMULAS = {
     "uniform": uniform,
     "uniform-domains": uniform,
     "upper": upper,
+    "velocitune": drawn_plainly,
 }
 """The methods that weigh every batch by itself."""
 
