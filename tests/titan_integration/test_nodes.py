@@ -10,7 +10,8 @@ import pytest
 from faulty import Run, on_node
 from forked import FORKS
 
-from titan_integration.host.nodes import Nodes, first_host, meeting
+from titan_integration.commands import train_and_export
+from titan_integration.host.nodes import Nodes, first_host, meeting, resolved
 from weighting.runs.files import read_lines
 
 SLURM = {
@@ -178,3 +179,13 @@ def test_an_error_of_one_node_alone_is_said_once_with_its_name(tmp_path):
     assert f"error: rank 1 on {here}: only here" in said
     assert f"rank 0 on {here}: ended, as rank 1 on {here} says why" in said
     assert "Traceback" not in said
+
+
+def test_one_of_several_nodes_exports():
+    """The first: SLURM says which it is, or the user has to."""
+    options = {"spec": "mile", "name": "mile", "module": "titan_integration", "flags": []}
+    options |= {"config": "llama3_debugmodel", "nodes": {"nnodes": 2, "rdzv_endpoint": "a:1"}}
+    with pytest.raises(ValueError, match="--hf: the first of several nodes exports; say which"):
+        train_and_export.main(**options)
+    nodes, source = resolved(Nodes(max_restarts=1), SLURM)
+    assert (nodes.node_rank, nodes.max_restarts, source) == (1, 1, "SLURM job 4711")

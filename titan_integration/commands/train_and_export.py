@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from titan_integration.commands import export, train
+from titan_integration.host.nodes import Nodes, resolved
 
 # The last checkpoint stays one to go on from, which the host's own export is not.
 _KEEP = ["--checkpoint.enable", "--checkpoint.no-last-save-model-only"]
@@ -24,9 +25,13 @@ def main(**options: Any) -> int:  # noqa: ANN401 - those of `train.Options`
     if out.exists():
         msg = f"--hf: {out} exists already; move it away, or take another --dump_folder"
         raise ValueError(msg)
+    nodes, _ = resolved(Nodes(**given.nodes))
+    if (nodes.nnodes or 1) > 1 and nodes.node_rank is None:
+        msg = "--hf: the first of several nodes exports; say which this is: --node-rank N"
+        raise ValueError(msg)
     if status := train.main(**vars(given)):
         return status
-    if given.nodes.get("node_rank"):  # the first node does
+    if nodes.node_rank:
         return 0
     checkpoint = folder / (train.value_of(flags, "--checkpoint.folder") or "checkpoint")
     what = {"module": given.module, "config": given.config, "flags": given.flags}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -38,16 +38,25 @@ class Nodes:
     max_restarts: int | None = None
 
 
+def resolved(given: Nodes, environment: Mapping[str, str] = os.environ) -> tuple[Nodes, str]:
+    """Return how launchers meet and who says so: what is given, or SLURM where nothing is.
+
+    Raises:
+        ValueError: SLURM has not started the command once on each node.
+    """
+    if given == Nodes(max_restarts=given.max_restarts) and (found := _of_slurm(environment)):
+        return replace(found, max_restarts=given.max_restarts), f"SLURM job {found.rdzv_id}"
+    return given, "options"
+
+
 def meeting(given: Nodes, environment: Mapping[str, str] = os.environ) -> tuple[list[str], str]:
     """Return torchrun's options for a launcher, and what to tell the user; "" for one node alone.
 
     Raises:
         ValueError: The nodes could not meet; says what to give.
     """
+    given, source = resolved(given, environment)
     restarts = [f"--max-restarts={given.max_restarts}"] if given.max_restarts else []
-    source = "options"
-    if given == Nodes(max_restarts=given.max_restarts) and (found := _of_slurm(environment)):
-        given, source = found, f"SLURM job {found.rdzv_id}"
     count = given.nnodes or 1
     if count == 1 and given.rdzv_endpoint is None:
         return ["--standalone", *restarts], ""
