@@ -51,7 +51,7 @@ def reaches(found, room):
     return any(name == room or name.startswith(f"{room}.") for name in found)
 
 
-def test_there_is_something_to_look_at():
+def test_the_checks_of_architecture_see_the_files():
     """The laws below speak of the files of the core and of its stages."""
     assert len(FILES) >= 30
     assert len(STAGE_FILES) >= 20

@@ -243,7 +243,7 @@ def test_a_batch_takes_the_calls_of_the_table(case):
     "name",
     ["uniform", "uniform-domains", "dft", "beyond-ll", "eaft", "iwsi-column", "longce"],
 )
-def test_weights_of_single_tokens_ask_nobody(name):
+def test_weights_of_single_tokens_take_no_collective(name):
     """Weights that each token has by itself, unscaled, take no collective."""
     assert heard(f"spec {name}", tables.batch(4, 6)) == []
 
@@ -280,7 +280,7 @@ def test_thousands_of_sequences_move_some_kilobytes():
     assert calls["sum"] == 8
 
 
-def test_a_rank_of_its_own_asks_nobody():
+def test_scope_rank_takes_no_collective():
     """With scope: rank no case takes a collective."""
     for case in ("spec linupper-x-mile", "spec cvar", "spec group-dro", "extra all-levels"):
         text = tables.CASES[case].replace("version: 1\n", "version: 1\nscope: rank\n")

@@ -91,7 +91,7 @@ def test_a_stopped_run_counts_as_diverged(benchmark):
     assert losses[-1].equal(losses[-2])
 
 
-def test_intervals_and_words(benchmark):
+def test_an_interval_is_bold_where_it_excludes_zero(benchmark):
     """An interval is bold where it excludes no difference, and only there."""
     regression = benchmark("regression")
     one = regression.interval(torch.tensor([1.0, 2.0, 3.0]))

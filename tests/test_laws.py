@@ -277,7 +277,7 @@ def test_looking_changes_nothing(case):
         assert torch.equal(x, before[name]), name
 
 
-def test_some_cases_remember():
+def test_the_laws_of_state_are_asked_of_some_cases():
     """The laws of state speak of several stages that have one, and others have none."""
     remembering = {name for name, text in CASES.items() if [*tables.built(text).buffers()]}
     assert {f"stage {n}" for n in ("doremi", "exponentiated", "rank", "running")} <= remembering

@@ -59,7 +59,7 @@ def on_ranks(text, signals, ranks):
 
 
 @for_each("case", [case for case in tables.CASES if case != "extra running"])
-def test_a_rank_of_its_own_weighs_as_if_alone(case):
+def test_scope_rank_weighs_as_one_rank_alone_does(case):
     """With scope: rank every rank gives, bit by bit, what it gives without the others."""
     text = tables.CASES[case].replace("version: 1\n", "version: 1\nscope: rank\n")
     signals = tables.batch(8, 5, seed=3)
@@ -71,7 +71,7 @@ def test_a_rank_of_its_own_weighs_as_if_alone(case):
 
 @for_each("reduction", ["sequence_mean", "domain_mean"])
 @each_pipeline
-def test_a_rank_of_its_own_reduces_as_if_alone(name, reduction):
+def test_scope_rank_reduces_as_one_rank_alone_does(name, reduction):
     """With scope: rank the sequences and domains that count alike are those of the rank."""
     text = spec_text(PIPELINES[name], reduction=reduction, scope="rank")
     signals = unequal()

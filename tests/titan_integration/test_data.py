@@ -161,7 +161,7 @@ def test_small_data_repeats_and_agrees_with_the_reference(files, build, tokenize
     assert max(loader.state_dict()[f"shard_{s:03d}"][0][0] for s in range(100)) >= 2
 
 
-def test_shapes_and_types(build):
+def test_a_batch_has_the_shapes_and_types_of_the_trainer(build):
     """A batch is what the trainer expects: int64 [B, L] tensors, labels apart."""
     inputs, labels = next(iter(build(local_batch=3)))
     assert set(inputs) == set(KEYS)
@@ -236,7 +236,7 @@ def test_resuming_where_ranks_share_shards(ranks):
         assert torch.equal(rows(second, 10), expected)
 
 
-def test_resuming_twice_and_with_another_batch_size(ranks):
+def test_a_state_resumes_twice_and_with_another_batch_size(ranks):
     """A state goes on from its row, also when the global batch is another one now."""
     expected = torch.cat(list(rows(ranks(1, 4), 30)), dim=1)
     first = ranks(2, 8)
@@ -416,7 +416,7 @@ def test_a_stripped_library_has_fewer_domains(tmp_path, caplog):
 # --- local files and Hugging Face ---
 
 
-def test_local_files_of_both_kinds(files):
+def test_jsonl_and_parquet_files_of_a_folder_are_read_in_order(files):
     """A directory is read in order of its paths, with sorted domain names."""
     documents = load_documents(DomainTextDataLoader.Config(dataset=str(files)))
     records = make_records(300)
@@ -437,7 +437,7 @@ def test_declared_order_and_dotted_columns(files):
     assert list(documents.domain_ids[:6]) == [1, 2, 0, 1, 2, 0]
 
 
-def test_splits_of_a_directory(tmp_path):
+def test_a_split_is_read_from_its_subfolder(tmp_path):
     """A split is read from its sub-directory, which may be called valid or validation."""
     for name, start in (("train", 0), ("valid", 50)):
         (tmp_path / name).mkdir()
@@ -571,14 +571,14 @@ GOOD = json.dumps({"text": "some text", "domain": "a"})
         (GOOD, {"seed": -1}, "seed -1 is negative"),
     ],
 )
-def test_bad_records(build, tmp_path, content, config, message):
+def test_bad_records_are_refused_with_their_place(build, tmp_path, content, config, message):
     """What is wrong in a file is found when the loader is built, with the place."""
     (tmp_path / "x.jsonl").write_text(content, encoding="latin-1")
     with pytest.raises(ValueError, match=message):
         build(dataset=str(tmp_path / "x.jsonl"), **config)
 
 
-def test_too_little_text_for_one_batch(build, tmp_path):
+def test_too_little_text_for_one_batch_is_refused(build, tmp_path):
     """A finite pass must fill a batch of all ranks, or validation would have nothing."""
     write_json(tmp_path / "x.jsonl", make_records(4))
     with pytest.raises(ValueError, match="one batch of 400 rows needs"):
@@ -586,7 +586,7 @@ def test_too_little_text_for_one_batch(build, tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1 not really", b"{}"])
-def test_corrupt_parquet(build, tmp_path, content):
+def test_a_corrupt_parquet_file_is_refused_by_name(build, tmp_path, content):
     """A broken file is named."""
     (tmp_path / "broken.parquet").write_bytes(content)
     with pytest.raises(ValueError, match=r"broken\.parquet: not a readable Parquet file"):
@@ -602,7 +602,7 @@ def test_cut_off_parquet(build, files, tmp_path):
         build(dataset=str(tmp_path))
 
 
-def test_missing_parquet_column(build, files):
+def test_a_missing_parquet_column_is_refused_with_those_there_are(build, files):
     """The columns that there are include nested ones."""
     with pytest.raises(
         ValueError, match=r"row 0: no column 'body'; there are: text, domain, meta\.set"
@@ -610,7 +610,7 @@ def test_missing_parquet_column(build, files):
         build(dataset=str(files / "b.parquet"), text_column="body")
 
 
-def test_missing_paths(build, files, tmp_path):
+def test_a_missing_path_is_refused_with_names_that_are_near(build, files, tmp_path):
     """A path that is not there is met with the names that are near."""
     with pytest.raises(ValueError, match=r"no such file or directory .did you mean a\.jsonl"):
         build(dataset=str(files / "a.json"))
@@ -649,7 +649,7 @@ def test_unknown_splits_and_names(build, monkeypatch):
         ({"shard_003": [[0, 0, 0], [0, 0, 0]]}, "which cannot be"),
     ],
 )
-def test_damaged_states(build, change, message):
+def test_a_damaged_loader_state_is_refused(build, change, message):
     """A state that cannot be is refused, with the entry."""
     loader = build()
     rows([loader], 2)
@@ -667,7 +667,7 @@ def test_damaged_states(build, change, message):
         ({"infinite": False}, "shards = 192, now it is 1"),
     ],
 )
-def test_states_of_other_data(build, config, message):
+def test_a_state_of_other_data_is_refused(build, config, message):
     """A state made from other data is refused, with what differs and the way out."""
     state = build().state_dict()
     with pytest.raises(ValueError, match=f"{message}.*exclude_from_loading dataloader|{message}"):

@@ -326,7 +326,7 @@ def test_data_without_text_is_an_error(tmp_path, content, streaming):
         read(tmp_path, streaming)
 
 
-def test_hub_data_without_text_or_value(tmp_path):
+def test_empty_hub_texts_are_skipped_and_missing_ones_refused(tmp_path):
     """Empty texts are left out and missing ones named, as in files."""
     rows = [{**GOOD, "text": ""}, GOOD, {**GOOD, "text": None}]
     for name, some in (("one", rows[:2]), ("none", rows[:1]), ("null", rows)):

@@ -168,7 +168,7 @@ def test_live_draws_go_on_after_a_resume(train, live, drawn):
     assert_same_mixtures(resumed_lines, lines[3:], 1e-6)
 
 
-def test_what_is_said_of_each_domain(drawn):
+def test_metrics_of_a_domain_are_those_of_its_tokens(drawn):
     """Share, unweighted loss and weight of a domain are those of its tokens; rows are of one."""
     _, lines, (notes,) = drawn
     for line, batch in zip(lines, notes, strict=True):

@@ -410,7 +410,7 @@ def test_a_streams_worker_changes_nothing(build, folder):
     assert torch.equal(rows([resumed], 3), expected[9:])
 
 
-def test_a_domain_that_a_stream_has_not(build, folder):
+def test_a_domain_missing_from_a_stream_is_refused_when_drawn(build, folder):
     """Is named when a row of it is drawn, with those found; one that is never drawn may miss."""
     folder["domains"].append("d")
     loader = build(**folder)
@@ -421,7 +421,7 @@ def test_a_domain_that_a_stream_has_not(build, folder):
         rows([loader], 5)
 
 
-def test_a_domain_that_was_not_declared(build, folder):
+def test_a_domain_that_was_not_declared_is_refused(build, folder):
     """Is an error, also in the stream of another domain."""
     folder["domains"].remove("c")
     with pytest.raises(ValueError, match=r"domain 'c' must be one of 'domains' \(a, b\)"):
@@ -446,7 +446,7 @@ def test_a_stream_of_nothing_to_predict_ends(build, folder, tmp_path):
         ({"dp_rank_0": "7"}, "'dp_rank_0' is '7'"),
     ],
 )
-def test_damaged_states_of_a_stream(build, folder, change, message):
+def test_a_damaged_stream_state_is_refused(build, folder, change, message):
     """A state that cannot be is refused, with the entry."""
     with pytest.raises(ValueError, match=message):
         build(**folder).load_state_dict(build(**folder).state_dict() | change)
@@ -465,7 +465,7 @@ def test_damaged_states_of_a_stream(build, folder, change, message):
         ([0, 0, 0], "every proportion is 0, so that no row can be drawn; make one positive"),
     ],
 )
-def test_impossible_proportions(build, proportions, message):
+def test_impossible_proportions_are_refused_and_change_nothing(build, proportions, message):
     """Are refused with the reason, and change nothing."""
     loader = build()
     with pytest.raises(ValueError, match=message):
@@ -503,14 +503,14 @@ def test_workers_draw_ahead(build):
         ({"rows": "turn"}, "rows 'turn'; set --dataloader.rows to mixed, drawn, turns"),
     ],
 )
-def test_rows_that_cannot_be(build, config, message):
+def test_impossible_kinds_of_rows_are_refused(build, config, message):
     """Are refused when the loader is built."""
     with pytest.raises(ValueError, match=message):
         build(**config)
 
 
 @pytest.mark.parametrize("texts", [["a" * 500, "b"], ["a" * 500]])
-def test_a_domain_without_anything_to_predict(texts):
+def test_a_domain_with_no_token_to_predict_is_refused(texts):
     """Is named: rows of it could never be filled; where rows are mixed it does no harm."""
     documents = Documents(texts, range(len(texts)), ("a", "b"))
     for mode in ("mixed", "drawn"):
@@ -525,7 +525,7 @@ def test_a_domain_without_anything_to_predict(texts):
                 packed.check_size("here")
 
 
-def test_states_of_other_rows(build, streamed):
+def test_a_state_of_another_kind_of_rows_is_refused(build, streamed):
     """A state is of one kind of rows."""
     for config in ({}, streamed):
         state = build(**config).state_dict()

@@ -149,7 +149,7 @@ def test_no_step_waits_for_the_device(name, memory, monkeypatch):
         ("rho-1", "keep", 1 + 2 * 0.7),
     ],
 )
-def test_as_many_matrix_products_as_said(name, memory, products):
+def test_each_memory_choice_takes_its_number_of_matrix_products(name, memory, products):
     """Late and kept logits take three products; twice takes four, less the chunk it kept.
 
     Of 40 tokens a selection of 60 % trains on 28: 24, and one more for each sequence.

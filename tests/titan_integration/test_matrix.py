@@ -148,7 +148,7 @@ def test_a_layout_weighs_and_learns_as_one_rank(layout, seed, request, tmp_path,
 
 
 @pytest.mark.processes
-def test_the_specs_of_the_matrix_say_something(one):
+def test_the_specs_of_the_matrix_weigh_tokens_apart(one):
     """All but uniform weigh tokens apart, so that agreement means something."""
     assert one["uniform"][1].eq(1).all()
     spreads = {name: weights.max() - weights.min() for name, (_, weights, _) in one.items()}

@@ -171,7 +171,7 @@ def test_a_file_of_a_torn_line_alone_becomes_empty(content, tmp_path):
     assert path.read_bytes() == content.replace(b"torn", b"") + b'{"step": 2, "x": 1.0}\n'
 
 
-def test_what_is_not_finite_is_null(tmp_path):
+def test_numbers_that_are_not_finite_are_written_as_null(tmp_path):
     """Every JSON reader takes a line of metrics and what a run says of itself."""
     path = tmp_path / "metrics.jsonl"
     line = {"step": 3, "unweighted_loss": math.nan, "weighted_loss": math.inf}

@@ -96,7 +96,7 @@ def printed(command):
     return done.output
 
 
-def test_the_way_is_whole():
+def test_the_tutorial_has_every_command_from_check_to_report():
     """From the first look to the report; it names no file that it has not made."""
     verbs = [command[1] for command in commands()]
     assert [*dict.fromkeys(verbs)] == [

@@ -221,7 +221,7 @@ def test_what_does_not_fit_is_named(tmp_path, model):
         load_model(model, tmp_path / "more", "it")
 
 
-def test_windows_are_the_slow_ones(model):
+def test_reference_windows_equal_those_of_a_slow_loop(model):
     """Positions count from every window's start, whatever a row begins with."""
     positions = torch.tensor([[0, 1, 2, 3, 4, 0, 0, 1, 2, 3], [7, 8, 9, 10, 0, 1, 2, 3, 4, 5]])
     for length in (1, 2, 3, 4, 50):

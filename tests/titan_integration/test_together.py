@@ -135,7 +135,7 @@ except ValueError as error:
 
 
 @pytest.mark.processes
-def test_ranks_hear_what_others_say_and_whose_part_has_failed(tmp_path):
+def test_every_rank_gets_the_values_of_all_or_the_error_of_one(tmp_path):
     """Twice in a row, of a user's error and of any other, and of a rank that says nothing."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
@@ -162,7 +162,7 @@ def test_what_all_ranks_find_is_said_without_a_rank():
     assert together._first_failure([other, *words[1:]]) == "rank 0 on node0: another thing"
 
 
-def test_one_rank_needs_nobody(monkeypatch):
+def test_a_single_process_raises_its_own_error(monkeypatch):
     """Without a launcher its own error is the message."""
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with pytest.raises(ValueError, match=r"^invalid literal for int"), together.fail_together():

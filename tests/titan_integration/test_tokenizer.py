@@ -51,7 +51,7 @@ def test_the_host_loads_it_with_the_exact_vocabulary():
     assert (tokenizer.bos_token, tokenizer.eos_token) == (BOS, EOS)
 
 
-def test_round_trip():
+def test_any_text_comes_back_from_its_tokens():
     """Any text comes back from its tokens, and only asked-for special tokens are added."""
     tokenizer = HuggingFaceTokenizer(tokenizer_path=str(ensure_tokenizer()))
     for text in ["", "def f(x):\n\treturn x\r\n", "naïve 文字 🙂 \x00 é", "  a  "]:
@@ -74,7 +74,7 @@ def test_other_vocabularies_have_directories_of_their_own():
 @pytest.mark.parametrize(
     ("size", "message"), [(257, "too small.*258"), (50_000, "too large.*yields")]
 )
-def test_impossible_vocabularies(size, message):
+def test_a_vocabulary_size_that_cannot_be_reached_is_refused(size, message):
     """A size that cannot be reached exactly is refused."""
     with pytest.raises(ValueError, match=message):
         ensure_tokenizer(size)

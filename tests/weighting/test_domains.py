@@ -179,7 +179,7 @@ def domain_means(tokens, count, value):
 
 @pytest.mark.parametrize("count", SIZES)
 @pytest.mark.parametrize("unseen", [0, 10.8])
-def test_doremi(count, unseen):
+def test_doremi_follows_its_formula(count, unseen):
     """Excess is clipped token by token; a domain away counts as last seen, or else as `unseen`."""
     fn = built(f"doremi(step_size=1, smoothing=1e-3, unseen={unseen})", count)
     rule = DoReMi(count, eta=1, share=1e-3, unseen=unseen)
@@ -192,7 +192,7 @@ def test_doremi(count, unseen):
 
 
 @pytest.mark.parametrize("count", SIZES)
-def test_doremi_clipped_by_domain(count):
+def test_doremi_clips_by_domain_when_asked(count):
     """The mean excess of a domain is clipped, and steps are of a tenth."""
     fn = built("doremi-clip-by-domain", count)
     rule, negative = DoReMi(count, eta=0.1, share=0), 0
@@ -207,7 +207,7 @@ def test_doremi_clipped_by_domain(count):
 
 
 @pytest.mark.parametrize("count", SIZES)
-def test_bandit(count):
+def test_bandit_follows_its_formula(count):
     """What is in the batch is rewarded, more where it is rarely drawn; chance fades."""
     fn = built("mean(domain) -> bandit", count)
     rule = Bandit(count)
@@ -238,7 +238,7 @@ def gradients(count):
     ],
     ids=["shipped", "with a schedule"],
 )
-def test_doge(count, text, rate, share):
+def test_doge_follows_its_formula(count, text, rate, share):
     """Alignment with all gradients, the own one too, over their mean length, from 0 to 5."""
     fn = built(text, count)
     rule = DoGE(count)
@@ -271,7 +271,7 @@ def test_doge_outlives_a_gradient_that_is_not_finite():
 
 @pytest.mark.parametrize("count", SIZES)
 @pytest.mark.parametrize("drop", [0, 0.5], ids=["fixed targets", "targets that fall"])
-def test_dynamic_loading(count, drop):
+def test_dynamic_loading_follows_its_formula(count, drop):
     """A domain behind its target rises, one ahead falls, one without validation text stays."""
     firsts = [2 + d / 8 for d in range(count)]
     entries = (f"d{d}=step({x}, {x - drop}, at={MOVES // 2})" for d, x in enumerate(firsts))
@@ -291,7 +291,7 @@ def test_dynamic_loading(count, drop):
 
 
 @pytest.mark.parametrize("news", ["gradients", "validation"])
-def test_news_moves_who_listens_and_nobody_else(news):
+def test_feedback_changes_only_the_stages_that_listen_to_it(news):
     """A stage hears its own kind of news, and a batch moves none that lives by news."""
     text = {"gradients": "doge(step_size=0.5)", "validation": "dynamic_loading(d0=2, d1=2)"}
     x = {"gradients": torch.tensor([[4.0, 1.0], [1.0, 0.5]]), "validation": torch.tensor([3.0, 2])}
@@ -410,7 +410,7 @@ def doge_finds(chains, rng):
 
 @pytest.mark.parametrize("finds", [doremi_finds, doge_finds])
 @pytest.mark.parametrize("seed", SEEDS)
-def test_noise_is_drawn_less(finds, seed):
+def test_a_noisy_domain_is_drawn_less(finds, seed):
     """Of two domains to learn and one of noise, the noise ends below a third, and is on average.
 
     Of 40 seeds the highest average was 0.17, and the highest end 0.005.

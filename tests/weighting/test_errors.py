@@ -47,14 +47,14 @@ def edited(text):
     return body, len(edits)
 
 
-def test_the_folder_is_full():
+def test_every_invalid_file_has_a_message_and_every_message_a_file():
     """There are many invalid files, each with a message, and no message without a file."""
     assert len(CASES) >= 100
     assert sorted(path.stem for path in FOLDER.glob("*.txt")) == CASES
 
 
 @each_case
-def test_message(name, monkeypatch):
+def test_the_message_is_the_text_beside_the_file(name, monkeypatch):
     """The full text of the error is the one beside the file."""
     monkeypatch.chdir(FOLDER)
     expected = (FOLDER / f"{name}.txt").read_text(encoding="utf-8")
@@ -62,7 +62,7 @@ def test_message(name, monkeypatch):
 
 
 @each_case
-def test_message_points_at_its_place(name, monkeypatch):
+def test_the_message_points_at_its_place(name, monkeypatch):
     """Problems come in reading order, each with its source line and a caret under its column."""
     monkeypatch.chdir(FOLDER)
     error = message_of(name)

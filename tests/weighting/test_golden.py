@@ -45,7 +45,7 @@ def test_shares_of_four_losses(spec):
 @pytest.mark.parametrize(
     "spec", ["mile", "entropy(gamma=1) -> token_scale", "entropy(1) -> mean_one"]
 )
-def test_mile(spec):
+def test_mile_weights_are_those_of_the_formula(spec):
     """Entropies 0 to 3 weigh 0.4 to 1.6, and the weighted loss of the four tokens is 2.41."""
     weight = wt.simulate(spec, TOKEN_LOSS, entropy=ENTROPY)
     assert_close(weight, torch.tensor([0.4, 0.8, 1.2, 1.6]), rtol=0, atol=1e-6)
@@ -54,7 +54,7 @@ def test_mile(spec):
 
 
 @pytest.mark.parametrize("spec", ["focal", "focal -> mean_one", "focal(1) -> token_scale"])
-def test_focal(spec):
+def test_focal_weights_are_those_of_the_formula(spec):
     """Token losses 0.1 to 4 get the weights and the weighted loss of the focal formula."""
     weight = wt.simulate(spec, TOKEN_LOSS)
     expected = torch.tensor([0.147904, 0.982457, 1.343882, 1.525757])
@@ -63,13 +63,13 @@ def test_focal(spec):
     assert loss == pytest.approx(2.447010, abs=1e-6)
 
 
-def test_table():
+def test_a_table_weighs_units_by_the_share_of_their_domain():
     """A table weighs every unit by the share of its domain."""
     weight = wt.simulate("table(web=1, code=3) -> mean_one", domain=["web", "code", "web", "web"])
     # 1, 3, 1, 1 over their mean 1.5.
     assert_close(weight, torch.tensor([2 / 3, 2, 2 / 3, 2 / 3]), rtol=0, atol=1e-6)
 
 
-def test_uniform():
+def test_uniform_weighs_every_unit_one():
     """Plain training weighs every unit exactly one."""
     assert wt.simulate("uniform", LOSS).tolist() == [1, 1, 1, 1]

@@ -223,7 +223,7 @@ def test_autocast_and_frozen_layers_are_obeyed():
     assert frozen.grad is None
 
 
-def test_flat_tokens_and_a_tied_weight():
+def test_flat_tokens_with_a_tied_weight_give_what_rows_give():
     """Flat tokens give what rows give; a weight shared with an embedding gets both gradients."""
     fn = tables.built(tables.SPEC_TEXTS["mile"])
     (hidden, weight), labels, _ = example(tables.SPEC_TEXTS["mile"])

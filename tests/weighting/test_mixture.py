@@ -264,7 +264,7 @@ def test_proportions_are_those_of_the_weights_after_their_bounds():
     assert proportions(capped).sum().item() == pytest.approx(1, abs=1e-12)
 
 
-def test_news_moves_the_proportions():
+def test_feedback_changes_the_proportions_that_are_drawn():
     """Dynamic loading draws what it starts from until a validation is told."""
     fn = shipped("dynamic-loading")
     starts = [x / 6 for x in (2, 1, 1, 1, 1)]
@@ -661,7 +661,7 @@ def test_where_a_mixture_comes_from_is_only_ever_a_comment(value):
     assert "\n# made by:" in text
 
 
-def test_the_text_of_a_mixture():
+def test_a_mixture_file_says_how_to_use_it_and_how_it_was_made():
     """It begins with its title and how to use it; then comes how it was made; then the spec."""
     made = {"from": "doremi-proxy, 100 steps", "average": True}
     text = mixture_text("found", {"web": 2, "code": 1}, "What a proxy found.", made)

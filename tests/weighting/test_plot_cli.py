@@ -84,7 +84,7 @@ def test_schedules_have_a_panel_for_each_measure(tmp_path):
     assert any(x.endswith(": pipeline.clamp.max") for x in found)
 
 
-def test_a_histogram_of_a_recorded_batch(tmp_path):
+def test_a_recorded_batch_is_drawn_as_a_histogram(tmp_path):
     """It says how many units it is of, and what its axes count."""
     losses = batch(tmp_path)
     arguments = ["linupper", "mile", "--kind", "histogram", "--losses", losses]
@@ -237,7 +237,9 @@ def test_schedules_are_drawn_with_their_jumps():
         ),
     ],
 )
-def test_what_cannot_be_drawn(arguments, message, tmp_path, monkeypatch):
+def test_a_wrong_name_kind_or_file_is_refused_in_one_line(
+    arguments, message, tmp_path, monkeypatch
+):
     """A wrong name, kind or file is one line, status 2, and no file."""
     monkeypatch.chdir(tmp_path)
     done = run(*arguments)
@@ -246,7 +248,7 @@ def test_what_cannot_be_drawn(arguments, message, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("steps", ["", "1,x", "-5", "1.5"])
-def test_steps_that_are_none(steps, tmp_path):
+def test_steps_that_are_no_whole_numbers_are_refused(steps, tmp_path):
     """Steps are whole numbers."""
     done = run("linupper", "--out", tmp_path / "w.svg", "--steps", steps)
     assert done.exit_code == 2

@@ -123,7 +123,7 @@ def test_an_empty_scope_is_no_trouble(project):
 
 
 @pytest.mark.parametrize("n", [3000])
-def test_many_units(n):
+def test_thousands_of_weights_are_capped_and_floored_exactly(n):
     """Thousands of heavy-tailed weights are capped and floored exactly."""
     w = (3 * torch.randn(n)).exp()
     w = (w.double() * n / w.double().sum()).float()

@@ -78,7 +78,7 @@ def told(call):
     ("module", "name", "arguments"),
     [*((wt, *item) for item in CALLS.items()), *((testing, *item) for item in TESTING.items())],
 )
-def test_a_call_takes_what_it_took(module, name, arguments):
+def test_every_promised_argument_and_default_is_there(module, name, arguments):
     """Its arguments are there, with their defaults; new ones have defaults, and follow."""
     now = told(getattr(module, name))
     assert now == arguments or now.startswith(f"{arguments}, ")

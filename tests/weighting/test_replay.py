@@ -217,7 +217,7 @@ def test_a_scope_weighs_together_what_the_run_did(scope, together, tmp_path):
         torch.testing.assert_close(weight[list(rows)], expected, rtol=1e-5, atol=1e-6)
 
 
-def test_sequences_of_a_pipelines_rank_are_told_by_their_rows(tmp_path):
+def test_rows_tell_apart_the_microbatches_of_a_pipeline(tmp_path):
     """Calls of two microbatches that are weighed together alternate between ranks."""
     record = read_record(write(tmp_path, DATA, about(batch=24, rank=6, ranks=2)))
     own = [found.tolist() for found in record.steps[0].batches("rank")]

@@ -590,7 +590,7 @@ def test_pointing_at_a_chart_shows_its_values_and_a_cursor_in_every_chart(two, t
 
 
 @pytest.mark.slow
-def test_in_a_browser(two, tmp_path):
+def test_a_browser_shows_the_report_without_overflow_or_errors(two, tmp_path):
     """At 1280 and 390 pixels nothing is wider than the page, and nothing is complained about."""
     assert report(tmp_path / "r.html", *two).exit_code == 0
     # A page of ours around the report measures it.

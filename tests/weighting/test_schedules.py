@@ -55,7 +55,7 @@ def test_value_is_that_of_the_definition(schedule, step):
 
 
 @each_example
-def test_value_lies_between_the_extremes(schedule):
+def test_the_value_of_a_schedule_is_within_its_bounds(schedule):
     """What the range of an argument is checked against bounds every value."""
     low, high = min(schedule.extremes()), max(schedule.extremes())
     for step in STEPS:

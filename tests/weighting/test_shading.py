@@ -66,7 +66,7 @@ def codes_named(text):
     return re.sub(r"\x1b\[38;5;16;48;5;(\d+)m", r"[\1]", text)
 
 
-def test_colours_in_a_terminal():
+def test_a_terminal_shows_weights_as_colours_with_a_legend():
     """Each spec in turn on one scale: above one orange, below it blue; the legend has numbers."""
     assert codes_named(shading.terminal(TINY)) == COLOURED
     legend = re.sub(r"\[[^]]*\]", "", COLOURED.splitlines()[3])

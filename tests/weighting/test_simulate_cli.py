@@ -329,7 +329,7 @@ def test_units_of_one_step_are_one_batch(tmp_path):
     assert done.output == f"{path}: nothing from step 30 to 50, but from 0 to 20\n"
 
 
-def test_losses_as_the_tokens_of_one_sequence(tmp_path):
+def test_bare_losses_are_refused_for_a_selection_within_sequences(tmp_path):
     """A selection inside each sequence needs tokens beside each other, and says so."""
     units = [{"loss": float(i), "ref_loss": 2.0} for i in range(10)]
     path = written(tmp_path / "tokens.jsonl", units)
@@ -346,7 +346,7 @@ def test_losses_as_the_tokens_of_one_sequence(tmp_path):
     )
 
 
-def test_the_top_tenth_by_hand():
+def test_the_share_of_the_top_tenth_is_what_a_hand_counts():
     """Of twenty losses two are in the top tenth; weights turned round put the lowest two there."""
     loss = ",".join(str(x) for x in range(20))
     turned = "affine(-1, 20) -> mean_one"
