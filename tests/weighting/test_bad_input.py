@@ -112,7 +112,7 @@ WRONG_SPECS = {
     "    temperature(1e999)\n"
     "                ^^^^^",
     "temperature(nan)": "<arrow>:1:13: tau of temperature: must be a number or a schedule, not "
-    "'nan'\n"
+    "'nan'; a statistic is median, mean, std, or mean+3*std with any number\n"
     "    temperature(nan)\n"
     "                ^^^",
 }

@@ -123,7 +123,7 @@ def test_explain_fills_in_what_was_left_out():
     done = run("explain", "normalize -> linupper -> temperature(step(100, 0.4, at=500))")
 
     for text in (
-        "loss -> mean(sequence) -> normalize -> affine(scale=1, shift=1)",
+        "loss -> mean(sequence) -> normalize(delta=1) -> affine(scale=1,",
         "clip(max=1)",
         "min, max over all sequences",
         "scope: microbatch, statistics run over",
@@ -393,7 +393,12 @@ def test_explain_shows_a_stage_or_schedule(word):
     kind = "schedule" if word.kind == "schedule" else "stage"
     assert lines[:2] == [f"{word.name}  (a {kind})", f"  written    {word.call}"]
     cls = SCHEDULES.get(word.name) or stages()[word.name]
-    rows = {line.split()[0]: line for line in lines if line.startswith("    ")}
+    rows, name = {}, ""
+    for line in lines:
+        if re.match(" {4}\\S", line):
+            name = line.split()[0]
+        if line.startswith("    "):
+            rows[name] = f"{rows.get(name, '')} {line.strip()}"
     for name, field in cls.model_fields.items():
         assert name in rows, "each argument has a line"
         assert ("required" in rows[name]) == field.is_required()

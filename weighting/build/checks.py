@@ -27,7 +27,8 @@ def order_problems(spec: Spec) -> list[Problem]:
         steps = expand(pipeline)
         alone = all(step.stage.pointwise for step in steps)
         level = steps[-1].level
-        if spec.scope == "running" and level in {"token", "domain"} and not alone:
+        draws = spec.scope == "running" and targets_of(spec).get(factor) == "sampling"
+        if spec.scope == "running" and level in {"token", "domain"} and not (alone or draws):
             message = (
                 f"{factor} weighs per {level}, and scope: running remembers documents and "
                 "sequences: tokens are too many, domains return in every batch; "

@@ -63,7 +63,7 @@ def explanation(spec: Spec, plan: Plan, steps: int | None = None) -> list[str]:
         lines += _wrapped("written", arrow_text(spec.factors[name]).split(" -> "))
         lines += _wrapped("means", [_in_full(step) for step in _outer(planned)])
         lines += ["", f"  {'stage':25} {'gives':19} statistics"]
-        lines += [_row(step) for step in planned]
+        lines += [line for step in planned for line in _row(step)]
     lines += [
         "",
         *_ending(whole, plan),
@@ -105,7 +105,7 @@ def _in_full(step: PlannedStage) -> str:
     return arrow.to_text((calls.stage_call(step.stage, defaults=True),))
 
 
-def _row(step: PlannedStage) -> str:
+def _row(step: PlannedStage) -> list[str]:
     stage = step.stage
     over, found = "none", statistics_of(stage, step.level)
     if stage.kind == "pool":
@@ -116,7 +116,12 @@ def _row(step: PlannedStage) -> str:
         over = f"{found} over {_SPANS[step.level]}"
     text = _in_full(step)
     text = text if len(text) <= 25 else text[:22] + "..."  # noqa: PLR2004 - the column's width
-    return f"  {text:25} {f'{stage.gives} per {step.level}':19} {over}"
+    return textwrap.wrap(
+        over,
+        WIDTH,
+        initial_indent=f"  {text:25} {f'{stage.gives} per {step.level}':19} ",
+        subsequent_indent=" " * 48,
+    )
 
 
 def _ending(spec: Spec, plan: Plan) -> Iterator[str]:

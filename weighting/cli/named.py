@@ -30,11 +30,11 @@ def read_named(arguments: Sequence[str], *, plugins: bool, shown: int = SHORTEST
 
     Names that would look alike when cut to `shown` characters are numbered.
     """
-    from weighting.build.shares import share_problems  # noqa: PLC0415 - imports torch
-
     found: list[Named] = []
     for argument in arguments:
         spec, plan = read_or_exit(argument, plugins=plugins)
+        from weighting.build.shares import share_problems  # noqa: PLC0415 - imports torch
+
         if problems := share_problems(spec):
             give_up(str(SpecError(problems)))
         unnamed = spec.name == type(spec).model_fields["name"].default
