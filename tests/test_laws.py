@@ -23,6 +23,7 @@ from weighting.testing.batches import hard_batches
 from weighting.testing.checks import (
     check_compiles,
     check_many_ranks,
+    check_no_host_sync,
     check_pointwise,
     checks_for,
     name_of,
@@ -64,6 +65,7 @@ SUBJECTS = {f"stage {stage.name}": stage for stage in tables.one_of_each_stage()
     name: wt.loads(text) for name, text in CASES.items() if not name.startswith("stage ")
 }
 """What the laws of `weighting.testing` are asked of: stages in small pipelines, and specs."""
+CLOSER = (check_compiles, check_many_ranks, check_no_host_sync)
 EXCEPTIONS = {
     "bernoulli": {"order_free": "draws by the place of the unit"},
     "multinomial": {"order_free": "draws by the place of the unit"},
@@ -76,12 +78,12 @@ EXCEPTIONS = {
 def test_the_laws_of_the_kit_hold(name):
     """Every stage and every spec passes what users check theirs with, but for what is excepted.
 
-    Compiling, and ranks, are looked at below, more closely.
+    Compiling, ranks, and waiting for a device are looked at below, more closely.
     """
     subject, broken = SUBJECTS[name], {}
     expected = {law for stage in stages_of(subject) for law in EXCEPTIONS.get(stage.name, {})}
     for check in checks_for(subject):
-        if check not in (check_compiles, check_many_ranks):
+        if check not in CLOSER:
             try:
                 check(subject)
             except AssertionError as error:

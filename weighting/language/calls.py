@@ -310,7 +310,7 @@ def _written(value: object) -> Value:
         return OfRun(value.value, span)
     if isinstance(value, Schedule):
         return _call(value, positional=value.positional)
-    if isinstance(value, tuple):
+    if isinstance(value, tuple) and all(isinstance(stage, Stage) for stage in value):
         return Chain(tuple(stage_call(stage) for stage in value), span)
     if isinstance(value, dict):
         entries = ((Literal(key, span), _written(item)) for key, item in value.items())
