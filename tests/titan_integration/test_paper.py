@@ -16,6 +16,7 @@ from torchtitan.models.qwen3 import model_registry as qwen3
 import weighting as wt
 from titan_integration import config_registry
 from titan_integration.commands import train as launch
+from titan_integration.commands.configs import refuse_unknown
 from titan_integration.data.tokenizer import ensure_tokenizer
 from titan_integration.paper import EndOfTextTokenizer, resized, shrunk
 from weighting.stages import Table
@@ -213,10 +214,11 @@ def test_the_launcher_knows_every_config_function():
     }
     assert set(PUBLISHED) < public
     for name in public:
-        assert launch._unknown_config("titan_integration", name) is None
-    message = launch._unknown_config("titan_integration", "paper_124")
-    assert "no config function 'paper_124'; did you mean 'paper_124m'?" in message
-    assert set(message.partition("there are ")[2].split(", ")) == public
+        refuse_unknown("titan_integration", name)
+    with pytest.raises(ValueError, match="no config function 'paper_124'; did") as refused:
+        refuse_unknown("titan_integration", "paper_124")
+    _, _, rest = str(refused.value).partition("there are ")
+    assert set(rest.partition(";")[0].split(", ")) == public
 
 
 def test_the_proxy_is_a_small_debug_model_and_starts_as_one(monkeypatch):

@@ -302,7 +302,7 @@ def _measure(number: Changing) -> str:
     """Return in what a number is measured, as its type says; its own name where that says not."""
     fields = type(number.stage).model_json_schema()["properties"]
     ways = fields.get(number.argument, {}).get("anyOf", [])
-    if any(way.get("type") == "string" for way in ways):  # k/n, a share of the total weight
+    if any("/" in way.get("pattern", "") for way in ways):  # k/n, a share of the total weight
         return "weight (mean one)"
     if any(way.get("maximum") == 1 and way["minimum"] >= 0 for way in ways):
         return "share (from 0 to 1)"
