@@ -82,7 +82,9 @@ class Two:
 def changed_spec():
     """Load the state of one spec into another."""
     one, other = (
-        SavedWeighting(start(wt.build(spec(f"normalize -> temperature({tau})")), "cpu"))
+        SavedWeighting(
+            start(wt.build(spec(f"normalize -> temperature({tau})")), torch.device("cpu"))
+        )
         for tau in (1, 2)
     )
     other.load_state_dict(one.state_dict())
