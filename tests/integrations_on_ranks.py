@@ -26,7 +26,7 @@ SPECS = ("linupper-x-mile", "group-dro")
 def main():
     """Train in every way; the first starts the process group, which the others find."""
     out, rank = Path(sys.argv[1]), int(os.environ["RANK"])
-    for train in (by_the_trainer, by_ddp, by_fsdp):
+    for train in (by_the_trainer, by_ddp, by_fsdp, by_ddp_fused, by_fsdp_fused):
         for spec in SPECS:
             parameters, losses = train(spec, out)
             name = f"{train.__name__}-{spec}-{rank}.pt"
@@ -82,10 +82,20 @@ def by_fsdp(spec, _out):
     return looped(spec, fully_shard)
 
 
-def looped(spec, wrap):
+def by_ddp_fused(spec, _out):
+    """Train in a loop, with DDP and without full logits."""
+    return looped(spec, DistributedDataParallel, fused=True)
+
+
+def by_fsdp_fused(spec, _out):
+    """Train in a loop, with sharded parameters and without full logits."""
+    return looped(spec, fully_shard, fused=True)
+
+
+def looped(spec, wrap, *, fused=False):
     """Train in a loop that knows nothing of how many labels other ranks have."""
     inner = tiny.model()
-    weights = weigh_model(inner, spec, domains=tiny.DOMAINS)
+    weights = weigh_model(inner, spec, domains=tiny.DOMAINS, fused=fused)
     model = wrap(inner)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     losses = []

@@ -24,8 +24,10 @@ from weighting.build import build
 from weighting.build.plan import plan_of
 from weighting.columns import column_of, plain_name, signal_of
 from weighting.contract import Signals
+from weighting.integrations.head import KeptHead
 from weighting.language.read import load, resolve
 from weighting.loss.cross_entropy import signals_from, signals_of, token_loss, weighted_sum
+from weighting.loss.linear import Batch, Head, Sizes, as_autocast, late_bound, path_of
 from weighting.loss.logits import IGNORE_INDEX, TOPK, check_labels
 from weighting.spec import Spec
 
@@ -76,13 +78,14 @@ class Hook:
         *,
         domains: Sequence[str] | None = None,
         domain_column: str = "domain",
+        fused: bool = False,
     ) -> None:
         """Build the spec and set the model's loss.
 
         Raises:
             SpecError: The spec is wrong, or does not fit the domains.
-            ValueError: The model has no `loss_function` to set, or the spec asks for more than a
-                batch can tell.
+            ValueError: The model has no `loss_function` to set, or no plain output layer where
+                `fused` needs one, or the spec asks for more than a batch can tell.
         """
         plan = plan_of(read_spec(spec))
         _check(plan)
@@ -98,7 +101,8 @@ class Hook:
         self._batch: dict[str, Any] | None = None
         self._weighed, self._backward = 0, 0
         self._returned = False
-        self._stock = self._attach()
+        self._head: KeptHead | None = None
+        self._stock = self._attach(fused=fused)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -121,6 +125,8 @@ class Hook:
         """Give the model its own loss back."""
         for handle in self._handles:
             handle.remove()
+        if self._head is not None:
+            self._head.close()
         self.owner.loss_function = self._stock
         delattr(self.model, _OWN)
 
@@ -208,7 +214,7 @@ class Hook:
         started = dist.is_available() and dist.is_initialized()
         return OverRanks(dist.group.WORLD if started else None)
 
-    def _attach(self) -> Callable[..., Tensor]:
+    def _attach(self, *, fused: bool) -> Callable[..., Tensor]:
         """Set the loss and watch the model's calls; return the loss it had."""
         earlier = getattr(self.model, _OWN, None)
         if earlier is not None:
@@ -221,6 +227,8 @@ class Hook:
                 "weighting.weighted_cross_entropy in a loop of your own"
             )
             raise ValueError(msg)
+        if fused:
+            self._head = KeptHead(owner, self._takes_hidden_states)
         self.owner: Any = owner
         stock: Any = owner.loss_function
         owner.loss_function = self._loss
@@ -240,6 +248,8 @@ class Hook:
         told = {name for name in (*own, *_POSITIONS, "labels", "shift_labels") if name in kwargs}
         self._batch = {name: kwargs[name] for name in told}
         self._returned = False
+        if self._head is not None:
+            self._head.forget()
         return args, {name: value for name, value in kwargs.items() if name not in own}
 
     @torch.compiler.disable
@@ -270,6 +280,10 @@ class Hook:
     @property
     def _training(self) -> bool:
         return self.model.training and torch.is_grad_enabled()
+
+    def _takes_hidden_states(self) -> bool:
+        """Return whether the output layer is to make no logits in the pass at hand."""
+        return self._training and self._batch is not None and not self.fn.plan.identity
 
     @torch.compiler.disable
     def _loss(
@@ -307,18 +321,60 @@ class Hook:
         if self.fn.plan.identity:
             loss = stock()
             count = valid.sum() if num_items_in_batch is None else num_items_in_batch
-            self._weigh({"loss": torch.zeros_like(valid, dtype=torch.float32)}, valid)
+            told = self._told(valid)
+            self._weigh({"loss": torch.zeros_like(valid, dtype=torch.float32)}, told)
             self._note(valid, loss.detach() * count, loss.detach() * count)
+        elif self._head is not None:
+            hidden = self._head.hidden_of(logits)
+            loss = self._fused(hidden, self._head.layer, targets, num_items_in_batch)
         else:
             check_labels(targets, logits.shape[-1])
+            told = self._told(valid)
             nll = token_loss(logits, targets)
             found = signals_from(logits, targets, self.fn.needs)
-            out = self._weigh({"loss": nll.detach(), **found}, valid)
+            out = self._weigh({"loss": nll.detach(), **found}, told)
             total = weighted_sum(nll, out.token)
             self._note(valid, torch.where(valid, nll, 0).sum(), total)
             loss = total / self._divisor(valid, num_items_in_batch)
         self._returned = True
         return self._watched(loss)
+
+    def _fused(
+        self,
+        hidden: Tensor,
+        layer: nn.Linear,
+        targets: Tensor,
+        num_items_in_batch: Tensor | int | None,
+    ) -> Tensor:
+        """Return the weighted loss from hidden states [B, L, D]; logits are there in chunks."""
+        fn, valid = self.fn, targets != IGNORE_INDEX
+        hidden, weight, bias = as_autocast(hidden, layer.weight, layer.bias)
+        check_labels(targets, len(weight))
+        told = self._told(valid)
+        step = torch.as_tensor(self.step, device=targets.device)  # one graph for all steps
+        sizes = Sizes.of(targets, weight)
+        if "sequence_ids" in told:
+            sizes = sizes._replace(rows=0)
+
+        def weigh(found: dict[str, Tensor]) -> tuple[Tensor, ...]:
+            out = self._weigh(found, told)
+            unweighted = torch.where(valid, found["loss"], 0).sum()
+            self._note(valid, unweighted, weighted_sum(found["loss"], out.token))
+            return (out.token,)
+
+        def local(found: dict[str, Tensor]) -> Tensor:
+            return fn.local_part(signals_of(found), step)
+
+        batch = Batch(
+            targets,
+            Head(weight, bias),
+            path_of(fn.plan, sizes, collectives=fn.collectives),
+            fn.needs,
+            local,
+            told,
+            1 / self._divisor(valid, num_items_in_batch),
+        )
+        return late_bound(hidden, batch, weigh)[0]
 
     def _weigh_log_probs(self, output: Any) -> None:  # noqa: ANN401 - TRL's, which is not imported
         """Weigh the log-probabilities of the labels, of which TRL makes its loss."""
@@ -326,15 +382,15 @@ class Hook:
         found = {"loss": -log_probs.detach().float()}
         if output.entropy is not None:
             found["entropy"] = output.entropy.detach().float()
-        out = self._weigh(found, valid)
+        out = self._weigh(found, self._told(valid))
         weighted = torch.where(out.token > 0, log_probs * out.token, 0)
         if self.fn.plan.identity:
             weighted = log_probs.view_as(log_probs)  # the same numbers, and a place to watch
         self._note(valid, found["loss"].sum(), -weighted.sum())
         output.log_probs = self._watched(weighted)
 
-    def _weigh(self, found: dict[str, Tensor], valid: Tensor) -> Weights:
-        """Return the weights of a batch whose signals the logits tell.
+    def _told(self, valid: Tensor) -> dict[str, Tensor]:
+        """Return the signals that a batch tells without its loss, and be ready to weigh it.
 
         Raises:
             ValueError: The batch lacks something that the spec reads.
@@ -367,13 +423,26 @@ class Hook:
             if self.fn.spec.scope != "rank":
                 self.fn.collectives = self.ranks()
         sequences = self._sequences(valid)
-        documents = torch.zeros_like(valid, dtype=torch.int64) if sequences is None else sequences
-        told = {"valid": valid, "segment_ids": documents, "sequence_ids": sequences}
+        told = {"valid": valid}
+        if sequences is None:
+            told["segment_ids"] = torch.zeros_like(valid, dtype=torch.int64)
+        else:
+            told["segment_ids"] = told["sequence_ids"] = sequences
         if self.reads_domains:
             told["domain_ids"] = self._of_labels(self._domain_column, valid).long()
         for name in self.columns:
             key = name if name in Signals.__dataclass_fields__ else signal_of(name)
             told[key] = self._of_labels(name, valid).float()
+        return told
+
+    def _weigh(self, found: dict[str, Tensor], told: dict[str, Tensor]) -> Weights:
+        """Return the weights of a batch, given the signals of its logits and all others.
+
+        Raises:
+            ValueError: A signal is not among them.
+        """
+        assert self.step is not None
+        assert self._statistics is not None
         of_logits = {name for name in self.fn.needs if name in _OF_LOGITS or name.startswith(TOPK)}
         if lacking := sorted(of_logits - found.keys()):
             name = plain_name(lacking[0])
@@ -384,13 +453,11 @@ class Hook:
             raise ValueError(msg)
         signals = signals_of({**found, **told})
         out = self.fn(signals, self.step)
-        self.fn.warn_of_one_unit(out, rows_are_sequences=sequences is None)
+        self.fn.warn_of_one_unit(out, rows_are_sequences="sequence_ids" not in told)
         self._statistics.add(out)
         losses = None if self.fn.plan.identity and "entropy" not in found else found["loss"]
         if self.reads_domains:
-            self._statistics.add_by_domain(
-                losses, out.token, {k: v for k, v in told.items() if v is not None}
-            )
+            self._statistics.add_by_domain(losses, out.token, told)
         for observer in self.observers:
             observer(self, signals, out)
         self._weighed += 1

@@ -40,6 +40,7 @@ def weigh(
     domains: Sequence[str] | None = None,
     domain_column: str = "domain",
     record: int = 0,
+    fused: bool = False,
 ) -> AnyTrainer:
     """Have a `Trainer`, or a subclass such as TRL's `SFTTrainer`, train by a weighted loss.
 
@@ -59,14 +60,22 @@ def weigh(
         domain_column: The column that does: a name, or an id in the order of `domains`; of the
             row, or a list for its tokens.
         record: Every so many steps means of each sequence are recorded; 0 for never.
+        fused: Make the loss from hidden states, a chunk of logits at a time, for memory.  The
+            model's output layer must be a plain one: no soft cap, no scale, no adapter on it.  Of
+            a training pass `logits` are then a stand-in, all NaN; evaluation has the real ones.
+            The loss rounds otherwise than without.  A spec whose weights are one by construction,
+            such as `uniform`, keeps the model's own loss, and with it full logits.
 
     Raises:
         SpecError: The spec is wrong, or does not fit the domains.
-        ValueError: The trainer would not use the weighted loss, or cannot tell what it asks for.
+        ValueError: The trainer would not use the weighted loss, or cannot tell what it asks for;
+            or `fused` is asked of a model or a trainer that cannot serve it.
         ImportError: The library is too old.
     """
-    callback = WeightingCallback(spec, domains=domains, domain_column=domain_column, record=record)
-    _check_trainer(trainer)
+    callback = WeightingCallback(
+        spec, domains=domains, domain_column=domain_column, record=record, fused=fused
+    )
+    _check_trainer(trainer, fused=fused)
     assert trainer.model is not None
     hook = callback.attach(trainer.model)
     trainer.add_callback(callback)
@@ -93,6 +102,7 @@ def weigh_model(
     *,
     domains: Sequence[str] | None = None,
     domain_column: str = "domain",
+    fused: bool = False,
 ) -> Hook:
     """Have a model's own loss be weighted in training: for Accelerate, and loops of your own.
 
@@ -111,17 +121,19 @@ def weigh_model(
         optimizer: Counts the steps.  Without it say `weights.begin_step(step)` before each.
         domains: Names of the domains, in the order of their ids.
         domain_column: The input that holds ids.
+        fused: Make the loss from hidden states; see `weigh`.
 
     Returns:
         What weighs: `read()` returns the numbers of the step, `begin_step`, `state_dict`.
 
     Raises:
         SpecError: The spec is wrong, or does not fit the domains.
-        ValueError: The model has no loss to set, or the spec asks for more than batches tell.
+        ValueError: The model has no loss to set, or the spec asks for more than batches tell; or
+            `fused` is asked of a model that cannot serve it.
         ImportError: The library is too old.
     """
     need("transformers")
-    hook = Hook(model, spec, domains=domains, domain_column=domain_column)
+    hook = Hook(model, spec, domains=domains, domain_column=domain_column, fused=fused)
     if optimizer is not None:
         inner = getattr(optimizer, "optimizer", optimizer)  # beneath Accelerate's
         hook.begin_step(1)
@@ -151,6 +163,7 @@ class WeightingCallback(TrainerCallback, ExportableState):
         domains: Sequence[str] | None = None,
         domain_column: str = "domain",
         record: int = 0,
+        fused: bool = False,
     ) -> None:
         """Take what `weigh` takes.
 
@@ -160,7 +173,11 @@ class WeightingCallback(TrainerCallback, ExportableState):
         """
         need("transformers")
         self._spec = read_spec(spec)
-        self._options: dict[str, Any] = {"domains": domains, "domain_column": domain_column}
+        self._options: dict[str, Any] = {
+            "domains": domains,
+            "domain_column": domain_column,
+            "fused": fused,
+        }
         self._record = record
         self._hook: Hook | None = None
         self._files: RunFiles | None = None
@@ -188,7 +205,7 @@ class WeightingCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Attach, go on from a checkpoint, and say that the run starts."""
-        check_arguments(args)
+        check_arguments(args, fused=self._options["fused"])
         if self._hook is None:
             self.attach(kwargs["model"])
         name, hook = type(self).__name__, self.hook
@@ -257,7 +274,7 @@ class WeightingCallback(TrainerCallback, ExportableState):
         self.hook.read()
 
 
-def check_arguments(args: TrainingArguments) -> None:
+def check_arguments(args: TrainingArguments, *, fused: bool = False) -> None:
     """Refuse settings by which a trainer would take its loss from elsewhere.
 
     Raises:
@@ -269,11 +286,11 @@ def check_arguments(args: TrainingArguments) -> None:
             " and weights with it; set it to 0"
         )
         raise ValueError(msg)
-    fused = "fused_linear_cross_entropy"
-    if args.use_liger_kernel and (args.liger_kernel_config or {}).get(fused, True):
+    of_liger = "fused_linear_cross_entropy"
+    if args.use_liger_kernel and (args.liger_kernel_config or {}).get(of_liger, True):
         msg = (
             "use_liger_kernel puts a fused loss in the place of the model's, without weights; keep "
-            f"Liger's other kernels with liger_kernel_config={{'{fused}': False}}"
+            f"Liger's other kernels with liger_kernel_config={{'{of_liger}': False}}"
         )
         raise ValueError(msg)
     if getattr(args, "loss_type", "nll") == "dft":
@@ -281,12 +298,18 @@ def check_arguments(args: TrainingArguments) -> None:
             "loss_type='dft' would weigh the weighted loss again; leave it, and write the spec dft"
         )
         raise ValueError(msg)
+    if fused and args.fp16:
+        msg = (
+            "fused=True makes the gradient before fp16=True scales the loss, so that it would be "
+            "lost; take bf16=True, or leave fused out"
+        )
+        raise ValueError(msg)
     if args.n_gpu > 1:
         msg = "DataParallel weighs each device alone; start one process for each, with torchrun"
         raise ValueError(msg)
 
 
-def _check_trainer(trainer: Trainer) -> None:
+def _check_trainer(trainer: Trainer, *, fused: bool) -> None:
     """Refuse a trainer that takes its loss from elsewhere, or cuts sequences over ranks.
 
     Raises:
@@ -294,10 +317,16 @@ def _check_trainer(trainer: Trainer) -> None:
     """
     if any(x.__name__ == "SFTTrainer" for x in type(trainer).__mro__):
         need("trl")
+        if fused:
+            msg = (
+                "SFTTrainer makes its loss from a fused head of its own, without full logits, and "
+                "that is weighed; leave fused out"
+            )
+            raise ValueError(msg)
     if trainer.compute_loss_func is not None:
         msg = "compute_loss_func takes the loss out of the model, and weights with it; leave it out"
         raise ValueError(msg)
-    check_arguments(trainer.args)
+    check_arguments(trainer.args, fused=fused)
     layout = getattr(trainer.accelerator, "parallelism_config", None)
     for name in ("tp", "cp", "sp"):
         size = getattr(layout, f"{name}_size", 1) or 1

@@ -111,16 +111,7 @@ def linear_weighted_cross_entropy(
     if memory == "full":
         logits = F.linear(hidden, weight, bias)
         return weighted_cross_entropy(logits, labels, fn, step=step, columns=columns, **given)
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    if weight.dtype == torch.float16:
-        msg = (
-            "the gradient is made before any loss scaling, where float16 loses it; use bfloat16, "
-            "or memory='full'"
-        )
-        raise ValueError(msg)
+    hidden, weight, bias = as_autocast(hidden, weight, bias)
     check_labels(labels, len(weight))
     labels = labels.long()
     step = torch.as_tensor(step, device=labels.device)  # one graph for all steps
@@ -158,6 +149,27 @@ def linear_weighted_cross_entropy(
     )
     fn.warn_of_one_unit(out, rows_are_sequences=sequence_ids is None)
     return loss, out
+
+
+def as_autocast(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return hidden states and the output layer in the dtype that autocast gives its product.
+
+    Raises:
+        ValueError: It is float16.
+    """
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    if weight.dtype == torch.float16:
+        msg = (
+            "the gradient is made before any loss scaling, where float16 loses it; use bfloat16, "
+            "or memory='full'"
+        )
+        raise ValueError(msg)
+    return hidden, weight, bias
 
 
 class Head(NamedTuple):

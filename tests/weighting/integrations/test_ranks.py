@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from weighting.runs.replay import read_record
 
 STEPS, BATCH = 2, 3
-WAYS = ("by_the_trainer", "by_ddp", "by_fsdp")
+WAYS = ("by_the_trainer", "by_ddp", "by_fsdp", "by_ddp_fused", "by_fsdp_fused")
 SPECS = ("linupper-x-mile", "group-dro")
 
 
