@@ -242,8 +242,8 @@ def _caps(run: Run) -> list[tuple[str, Points]]:
 def _cap(stage: Constrain, steps: Tensor) -> Points:
     """Return what a stage allows at most at some steps, [n]."""
     if type(stage) is Clamp:
-        caps = torch.vmap(stage.max)(steps)  # schedules are functions of a tensor
-        return Points(steps.double(), caps.double())
+        # Schedules are made of operations on single numbers, a constant is one for all.
+        return Points(steps.double(), stage.max(steps).double().expand(len(steps)))
     each = [(float(step), stage.cap(step)) for step in steps]
     return Points.pairs([(step, cap.item()) for step, cap in each if cap is not None])
 
