@@ -540,3 +540,16 @@ def test_file_names_cannot_move_the_cursor(words, tmp_path):
     assert done.exit_code == 2
     assert "a?[2J?.yaml" in done.output
     assert all(c.isprintable() or c == "\n" for c in done.output)
+
+
+@pytest.mark.parametrize("scope", ["step", "rank"])
+@pytest.mark.parametrize("spec", [PLAIN, "rank -> mean_one", "group-dro"])
+def test_steps_that_are_weighed_at_once_do_not_mix(spec, scope, run, monkeypatch):
+    """Each has the weights that it has alone; a spec that remembers goes step by step anyway."""
+    spec = resolve(spec).model_copy(update={"scope": scope})
+    record = read_record(run)
+    together = replay(spec, record)
+    monkeypatch.setattr("weighting.runs.replay._AT_ONCE", 1)
+    alone = replay(spec, record)
+    assert torch.equal(together.weight, alone.weight)
+    assert together.capped == alone.capped

@@ -22,6 +22,7 @@ import weighting as wt
 from weighting.cli import main
 from weighting.report.charts import POINTS, Line, line_chart, number, thinned, ticks
 from weighting.report.figures import by_domain, domain_mass, loss_shift, paired
+from weighting.report.points import Points
 from weighting.report.read import read_runs
 from weighting.report.tables import as_text, by_seed, interval, most_moved, over_seeds, settings
 from weighting.runs.replay import Record, Step
@@ -221,8 +222,8 @@ def test_the_page_is_whole_in_itself(two, tmp_path, flags):
 def test_numbers_that_are_compared(two):
     """Differences of runs at steps of both, of losses in one line; masses over all lines."""
     one, other = read_runs(two)
-    assert paired(other, one) == [(s, pytest.approx(0.5)) for s in range(2, 31, 2)]
-    assert loss_shift(one) == [(s, pytest.approx(0.25)) for s in range(1, 31)]
+    assert [*paired(other, one)] == [(s, pytest.approx(0.5)) for s in range(2, 31, 2)]
+    assert [*loss_shift(one)] == [(s, pytest.approx(0.25)) for s in range(1, 31)]
     assert domain_mass(one, "code") == (pytest.approx(0.75), pytest.approx(0.6))
     # Two steps of three had a weight of 1.6 on a quarter of the tokens.
     assert domain_mass(one, "prose") == (pytest.approx(0.25), pytest.approx(0.4 * 2 / 3))
@@ -497,7 +498,7 @@ def test_long_runs_stay_small(tmp_path):
 def test_thinning_keeps_ends_and_extremes():
     """A peak of one step among thousands stays in the line."""
     points = [(float(i), float(i == 7777)) for i in range(20_000)]
-    kept = thinned(points)
+    kept = [*thinned(Points.pairs(points))]
     assert len(kept) <= POINTS
     assert kept == sorted(kept)
     assert (kept[0], kept[-1]) == (points[0], points[-1])
@@ -515,7 +516,9 @@ def test_ticks_are_a_few_inside(low, high):
 
 def test_lines_differ_without_their_colours():
     """Twelve lines of one chart look all different, and neighbours have other dashes."""
-    chart = line_chart("t", "y", [Line(str(i), [(0, i), (1, i)], i) for i in range(12)])
+    chart = line_chart(
+        "t", "y", [Line(str(i), Points.pairs([(0, i), (1, i)]), i) for i in range(12)]
+    )
     looks = re.findall(r"class='line (c\d d\d)'", chart.svg)
     assert len(set(looks)) == 12
     assert all(a[-2:] != b[-2:] for a, b in itertools.pairwise(looks))

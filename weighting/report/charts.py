@@ -10,12 +10,14 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from weighting.language.html import escaped
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from weighting.report.read import Point
+    from weighting.report.points import Point, Points
 
 POINTS = 400
 """The most points of a line."""
@@ -34,7 +36,7 @@ class Line:
     """A line of a chart; `style` numbers its colour and dash."""
 
     label: str
-    points: list[Point]
+    points: Points
     style: int
 
 
@@ -69,15 +71,15 @@ def line_chart(
         zero: Whether the heights begin at zero.
         exp_label: What the exponential of the height means: an axis on the right; none if empty.
     """
-    lines = [line for line in lines if line.points]
+    lines = [line for line in lines if len(line.points)]
     if not lines:
         return None
-    drawn = [thinned(line.points) for line in lines]
+    drawn = [[*thinned(line.points)] for line in lines]
     heights = [y for points in drawn for _, y in points]
     heights += [level[0]] if level else []
     low, high = _widened(min([0.0, *heights] if zero else heights), max(heights))
-    first = min(line.points[0][0] for line in lines)
-    last = max(line.points[-1][0] for line in lines)
+    first = min(points[0][0] for points in drawn)
+    last = max(points[-1][0] for points in drawn)
     last = last if last > first else first + 1
 
     def x_of(x: float) -> float:
@@ -112,17 +114,18 @@ def line_chart(
     return Chart(title, f"<svg class='chart' {steps} {box}>{''.join(parts)}</svg>", legend, note)
 
 
-def thinned(points: list[Point]) -> list[Point]:
+def thinned(points: Points) -> Points:
     """Return at most `POINTS` of the points: both ends, and of each stretch its extremes."""
     if len(points) <= POINTS:
         return points
-    count = POINTS // 2 - 1
-    inner, kept = points[1:-1], [points[0]]
-    for i in range(count):
-        part = inner[i * len(inner) // count : (i + 1) * len(inner) // count]
-        ends = {min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])}
-        kept += sorted(ends)
-    return [*kept, points[-1]]
+    count, last = POINTS // 2 - 1, len(points) - 1
+    bounds = 1 + torch.arange(count + 1) * (last - 1) // count
+    begins, ends = bounds[:-1, None], bounds[1:, None]
+    # One row for each stretch; the shorter ones have their last point twice.
+    places = (begins + torch.arange(int((ends - begins).max()))).minimum(ends - 1)
+    values = points.values[places]
+    found = [places.gather(1, x) for x in (values.argmin(1, True), values.argmax(1, True))]
+    return points[torch.cat([torch.tensor([0, last]), *map(torch.flatten, found)]).unique()]
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -164,17 +167,18 @@ def _path(line: Line, points: Sequence[Point], places: Sequence[Point]) -> str:
 
 def _hovers(lines: Sequence[Line], x_of: Callable[[float], float]) -> list[str]:
     """Return unseen strips over the whole chart whose titles say step and value of each line."""
-    known = [dict(line.points) for line in lines]
-    steps = sorted({x for points in known for x in points})
+    steps = torch.cat([line.points.steps for line in lines]).unique()
     count = min(len(steps), _HOVERS)
-    picked = sorted({steps[round(i * (len(steps) - 1) / max(count - 1, 1))] for i in range(count)})
+    places = {round(i * (len(steps) - 1) / max(count - 1, 1)) for i in range(count)}
+    picked = steps[sorted(places)]
+    known = [[x.tolist() for x in line.points.at(picked)] for line in lines]
     width, out = (_RIGHT - _LEFT) / max(count - 1, 1), list[str]()
-    for step in picked:
+    for i, step in enumerate(picked.tolist()):
         texts = [f"step {step:,.0f}"]
         texts += [
-            f"{line.label}: {number(points[step])}"
-            for line, points in zip(lines, known, strict=True)
-            if step in points
+            f"{line.label}: {number(values[i])}"
+            for line, (values, there) in zip(lines, known, strict=True)
+            if there[i]
         ]
         place = f"x='{x_of(step) - width / 2:.1f}' y='{_TOP}'"
         size = f"width='{width:.1f}' height='{_BOTTOM - _TOP}'"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from statistics import median
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,11 +11,15 @@ from weighting.build import plan_of
 from weighting.contract import Constrain
 from weighting.errors import SpecError
 from weighting.report.charts import Chart, Line, line_chart
+from weighting.report.points import Points
+from weighting.stages.clamp import Clamp
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from weighting.report.read import Point, Run
+    from torch import Tensor
+
+    from weighting.report.read import Run
 
 _SHOWN = 12
 """The most domains drawn as lines in one chart."""
@@ -71,7 +74,7 @@ def by_domain(runs: Sequence[Run]) -> list[Chart]:
                 f"{what} loss: {name}",
                 "loss (nats)",
                 [
-                    Line(run.name, of_run.get(name, []), i)
+                    Line(run.name, of_run.get(name, Points.pairs([])), i)
                     for i, (run, of_run) in enumerate(zip(runs, losses, strict=True))
                 ],
                 exp_label="perplexity",
@@ -126,11 +129,19 @@ def weights(runs: Sequence[Run]) -> list[Chart]:
 
 def _spread(run: Run) -> Chart | None:
     """Return how the weights of recorded sequences are spread, step by step."""
-    steps = run.record.steps if run.record else ()
-    recorded = {step.step: step.weight[step.tokens > 0] for step in steps}
+    alike: dict[int, list[tuple[int, Tensor]]] = {}
+    for step in run.record.steps if run.record else ():
+        weight = step.weight[step.tokens > 0]
+        alike.setdefault(len(weight), []).append((step.step, weight))
+    alike.pop(0, None)
+    asked = torch.tensor([*_QUANTILES.values()])
+    steps = torch.tensor([step for found in alike.values() for step, _ in found]).double()
+    each = [torch.stack([x for _, x in found]).quantile(asked, dim=1) for found in alike.values()]
+    order = steps.argsort()
+    spread = torch.cat(each, dim=1).double()[:, order] if each else torch.empty(len(asked), 0)
     lines = [
-        Line(label, [(at, x.quantile(q).item()) for at, x in recorded.items() if len(x)], i)
-        for i, (label, q) in enumerate(_QUANTILES.items())
+        Line(label, Points(steps[order], values), i)
+        for i, (label, values) in enumerate(zip(_QUANTILES, spread, strict=True))
     ]
     return line_chart(
         f"Distribution of weights, {run.name}",
@@ -160,7 +171,7 @@ def domains(run: Run) -> list[Chart]:
         shares = {name: run.series(f"domain/{name}/{kind}") for name in run.domains(kind)}
         if kind == "drawn" and not any(_moves(points) for points in shares.values()):
             continue  # fixed proportions are in the table
-        most = sorted(shares, key=lambda name: -max((y for _, y in shares[name]), default=0.0))
+        most = sorted(shares, key=lambda name: -max(shares[name].values.tolist(), default=0.0))
         shown = [name for name in shares if name in most[:_SHOWN]]
         lines = [Line(name, shares[name], i) for i, name in enumerate(shown)]
         left = f"The {_SHOWN} largest of {len(shares)} domains." if len(shares) > _SHOWN else ""
@@ -174,37 +185,35 @@ def domains(run: Run) -> list[Chart]:
 def domain_mass(run: Run, name: str) -> tuple[float, float]:
     """Return a domain's share of the tokens, and share x weight, each a mean over the lines."""
     share, weight = f"domain/{name}/share", f"domain/{name}/weight"
-    shares, weights = run.series(share), dict(run.series(weight))
-    if not shares:
+    shares = run.series(share)
+    if not len(shares):
         return math.nan, math.nan
-    mass = sum(s * weights.get(step, 0.0) for step, s in shares)
-    return sum(s for _, s in shares) / len(shares), mass / len(shares)
+    weights, there = run.series(weight).at(shares.steps)
+    mass = (shares.values * weights)[there].sum() / len(shares)
+    return shares.values.mean().item(), mass.item()
 
 
-def loss_shift(run: Run) -> list[Point]:
+def loss_shift(run: Run) -> Points:
     """Return the weighted minus the unweighted loss by step, nats."""
-    return _minus(run.series("weighted_loss"), run.series("unweighted_loss"))
+    return run.series("weighted_loss").minus(run.series("unweighted_loss"))
 
 
-def paired(run: Run, first: Run) -> list[Point]:
+def paired(run: Run, first: Run) -> Points:
     """Return how far a run's unweighted loss is from another's at the steps of both, nats."""
-    return _minus(run.series("unweighted_loss"), first.series("unweighted_loss"))
+    return run.series("unweighted_loss").minus(first.series("unweighted_loss"))
 
 
 def speed(run: Run) -> float:
     """Return the median of the tokens per second; NaN if none were logged."""
-    rates = [y for _, y in run.series("tps")]
-    return median(rates) if rates else math.nan
-
-
-def _minus(points: list[Point], others: list[Point]) -> list[Point]:
-    known = dict(others)
-    return [(x, y - known[x]) for x, y in points if x in known]
+    rates = run.series("tps").values.sort().values
+    if not len(rates):
+        return math.nan
+    return (rates[(len(rates) - 1) // 2] + rates[len(rates) // 2]).item() / 2
 
 
 def _weighing(run: Run) -> list[str]:
     """Return the factors that do not weigh all units alike; the final weights where none is."""
-    factors = [n for n in run.factors() if any(y != 1 for _, y in run.series(f"{n}/max"))]
+    factors = [n for n in run.factors() if (run.series(f"{n}/max").values != 1).any()]
     return factors or ["weight"]
 
 
@@ -213,7 +222,7 @@ def _label(run: Run, name: str, label: str) -> str:
     return run.name if _weighing(run) == [name] else label
 
 
-def _caps(run: Run) -> list[tuple[str, list[Point]]]:
+def _caps(run: Run) -> list[tuple[str, Points]]:
     """Return what the spec's clamps allow at most by step, where that is not just 2/n."""
     if run.spec is None:
         return []
@@ -221,15 +230,22 @@ def _caps(run: Run) -> list[tuple[str, list[Point]]]:
         plans = plan_of(run.spec).factors
     except SpecError:
         return []
-    found: list[tuple[str, list[Point]]] = []
+    found: list[tuple[str, Points]] = []
     for name, steps in plans.items():
         for stage in (step.stage for step in steps if isinstance(step.stage, Constrain)):
-            times = [line["step"] for line in run.lines]
-            caps = [(x, stage.cap(torch.tensor(x))) for x in times]
-            points = [(x, cap.item()) for x, cap in caps if cap is not None]
-            if any(y != _BOUND[0] for _, y in points):
+            points = _cap(stage, torch.tensor(run.lines.steps))
+            if (points.values != _BOUND[0]).any():
                 found.append((f"{run.name}: cap of {name}", points))
     return found
+
+
+def _cap(stage: Constrain, steps: Tensor) -> Points:
+    """Return what a stage allows at most at some steps, [n]."""
+    if type(stage) is Clamp:
+        # Schedules are made of operations on single numbers, a constant is one for all.
+        return Points(steps.double(), stage.max(steps).double().expand(len(steps)))
+    each = [(float(step), stage.cap(step)) for step in steps]
+    return Points.pairs([(step, cap.item()) for step, cap in each if cap is not None])
 
 
 def _of_runs(
@@ -239,20 +255,20 @@ def _of_runs(
     return line_chart(title, y_label, lines, note=note, zero=zero)
 
 
-def _domain_losses(run: Run, *, validated: bool) -> dict[str, list[Point]]:
+def _domain_losses(run: Run, *, validated: bool) -> dict[str, Points]:
     lines, prefix = (run.validations, "") if validated else (run.lines, "domain/")
     keys = dict.fromkeys(key for line in (*lines[:1], *lines[-1:]) for key in line)
-    found: dict[str, list[Point]] = {
-        key.removeprefix(prefix).removesuffix("/loss"): [*lines.series(key)]
+    found = {
+        key.removeprefix(prefix).removesuffix("/loss"): Points.of(lines, key)
         for key in keys
         if key.startswith(prefix) and key.endswith("/loss")
     }
-    means: list[Point] = [*lines.series("domain_mean_loss")]
-    return {"mean over domains": means, **found} if means else found
+    means = Points.of(lines, "domain_mean_loss")
+    return {"mean over domains": means, **found} if len(means) else found
 
 
-def _moves(points: list[Point]) -> bool:
-    return len({y for _, y in points}) > 1
+def _moves(points: Points) -> bool:
+    return bool((points.values != points.values[:1]).any())
 
 
 def _nonempty(charts: Sequence[Chart | None]) -> list[Chart]:

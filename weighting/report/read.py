@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from weighting.errors import SpecError
 from weighting.language.read import loads
+from weighting.report.points import Points
 from weighting.runs.files import Lines, read_lines
 from weighting.runs.layout import FOLDER, METRICS, RECORD, VALIDATION
 from weighting.runs.layout import RUN as ABOUT
@@ -19,9 +20,6 @@ if TYPE_CHECKING:
 
     from weighting.runs.replay import Record
     from weighting.spec import Spec
-
-Line = dict[str, float]
-Point = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -48,9 +46,9 @@ class Run:
     record: Record | None
     missing: tuple[str, ...]
 
-    def series(self, key: str) -> list[Point]:
+    def series(self, key: str) -> Points:
         """Return a number's finite values by step."""
-        return [*self.lines.series(key)]
+        return Points.of(self.lines, key)
 
     def factors(self) -> list[str]:
         """Return the names of the factors, `weight`, the final token weights, being none."""
@@ -92,7 +90,7 @@ def _read_run(name: str, folder: Path) -> Run:
         msg = f"{folder}: not the folder of a run, {path} is not there; give its --dump_folder"
         raise ValueError(msg)
     lines = read_lines(path)
-    if not any("unweighted_loss" in line for line in lines):
+    if "unweighted_loss" not in lines.columns:
         msg = f"{path}: nothing was logged; a run logs every --metrics.log_freq steps"
         raise ValueError(msg)
     validated = folder / FOLDER / VALIDATION

@@ -67,7 +67,7 @@ def differences(runs: Sequence[Run]) -> Table | None:
     """Return how far the runs' unweighted losses are from the first one's, late in training."""
     rows: list[tuple[str, ...]] = []
     for run in runs[1:]:
-        gaps = [y for _, y in paired(run, runs[0])]
+        gaps = paired(run, runs[0]).values.tolist()
         late = gaps[-max(len(gaps) // 4, 1) :]
         if len(late) < 2:  # noqa: PLR2004 - of one there are no quartiles
             rows.append((run.name, f"{len(gaps):,}", *["–"] * 4))
@@ -300,7 +300,7 @@ def _settings_and_seeds(run: Run) -> tuple[tuple[str, ...], tuple[str, ...]]:
 def _gaps(pairs: Sequence[tuple[Run, Run]]) -> dict[str, list[float]]:
     """Return the differences of all pairs by what was measured, where all have it alike."""
     found: dict[str, list[float]] = {}
-    late = [[y for _, y in paired(*pair)] for pair in pairs]
+    late = [paired(*pair).values.tolist() for pair in pairs]
     if all(late):
         found[_TRAINING] = [fmean(gaps[-max(len(gaps) // 4, 1) :]) for gaps in late]
     validated = _validated([run for pair in pairs for run in pair])
@@ -313,7 +313,7 @@ def _gaps(pairs: Sequence[tuple[Run, Run]]) -> dict[str, list[float]]:
 def _measured(runs: Sequence[Run]) -> dict[str, list[float]]:
     """Return what was measured of all runs, by its name."""
     found: dict[str, list[float]] = {}
-    losses = [[y for _, y in run.series("unweighted_loss")] for run in runs]
+    losses = [run.series("unweighted_loss").values.tolist() for run in runs]
     found[_TRAINING] = [fmean(own[-max(len(own) // 4, 1) :]) for own in losses]
     return _validated(runs) | found
 
@@ -358,7 +358,7 @@ def _perplexity(loss: float) -> float:
 
 
 def _late(run: Run) -> float:
-    losses = [y for _, y in run.series("unweighted_loss")]
+    losses = run.series("unweighted_loss").values.tolist()
     return fmean(losses[-max(len(losses) // 10, 1) :]) if losses else math.nan
 
 

@@ -10,12 +10,12 @@ import secrets
 from array import array
 from collections.abc import Sequence
 from functools import partial
-from typing import IO, TYPE_CHECKING, Any, NamedTuple, overload
+from typing import IO, TYPE_CHECKING, Any, overload
 
 from typing_extensions import override
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
 
@@ -93,37 +93,55 @@ def json_text(value: object, **options: Any) -> str:  # noqa: ANN401 - json's ow
 
 
 class Lines(Sequence[dict[str, float]]):
-    """Lines of numbers, each made a dictionary when it is asked for; held in less than their text.
+    """Lines of numbers, held as columns; each is made a dictionary when it is asked for.
 
     A number that is null, or NaN, is NaN.
+
+    Attributes:
+        steps: The step of each line, ascending.
+        columns: The numbers of all lines by name, NaN where a line has none.
+        absent: Of the names that some lines lack, whether each line lacks it.
     """
 
-    def __init__(self, rows: Iterable[_Row] = ()) -> None:
-        self._rows = list(rows)
+    def __init__(
+        self,
+        steps: array[int] | None = None,
+        columns: Mapping[str, array[float]] | None = None,
+        absent: Mapping[str, bytes] | None = None,
+    ) -> None:
+        self.steps = array("q") if steps is None else steps
+        self.columns, self.absent = columns or {}, absent or {}
 
     @override
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.steps)
 
     @overload
     def __getitem__(self, index: int) -> dict[str, float]: ...
 
     @overload
-    def __getitem__(self, index: slice) -> Lines: ...
+    def __getitem__(self, index: slice) -> list[dict[str, float]]: ...
 
     @override
-    def __getitem__(self, index: int | slice) -> dict[str, float] | Lines:
+    def __getitem__(self, index: int | slice) -> dict[str, float] | list[dict[str, float]]:
         if isinstance(index, slice):
-            return Lines(self._rows[index])
-        row = self._rows[index]
-        return {"step": row.step, **dict(zip(row.places, row.values, strict=True))}
+            return [self[i] for i in range(*index.indices(len(self)))]
+        there = {
+            name: values[index]
+            for name, values in self.columns.items()
+            if name not in self.absent or not self.absent[name][index]
+        }
+        return {"step": self.steps[index], **there}
+
+    def column(self, name: str) -> array[float]:
+        """Return a number of every line; NaN where a line has none."""
+        known = self.columns.get(name)
+        return array("d", [math.nan]) * len(self) if known is None else known
 
     def series(self, name: str) -> Iterator[tuple[int, float]]:
         """Yield the finite values of a number with their steps."""
-        for row in self._rows:
-            place = row.places.get(name)
-            if place is not None and math.isfinite(row.values[place]):
-                yield row.step, row.values[place]
+        pairs = zip(self.steps, self.column(name), strict=True)
+        return ((step, value) for step, value in pairs if math.isfinite(value))
 
 
 def read_lines(path: Path) -> Lines:
@@ -132,8 +150,65 @@ def read_lines(path: Path) -> Lines:
     Raises:
         ValueError: The file holds something else; a torn last line is left out.
     """
-    found: dict[int, _Row] = {}
-    known: dict[tuple[str, ...], dict[str, int]] = {}
+    return _read_plain(path) or _read_each(path)
+
+
+def _read_plain(path: Path) -> Lines | None:
+    """Return the lines of a file by pyarrow; None where it is not there, or not sure of a line."""
+    try:
+        import numpy as np  # noqa: PLC0415 - the core does without both
+        import pyarrow as pa  # noqa: PLC0415
+        import pyarrow.json as pj  # noqa: PLC0415
+    except ImportError:
+        return None
+    try:
+        table = pj.read_json(path, pj.ReadOptions(use_threads=False))
+    except pa.ArrowException:
+        return None
+    columns = dict(zip(table.column_names, table.columns, strict=True))
+    at = columns.pop("step", None)
+    plain = at is not None and at.type == pa.int64() and not at.null_count
+    plain = plain and all(x.type in {pa.int64(), pa.float64()} for x in columns.values())
+    # Several lines may make one object, and one line several.
+    plain = plain and table.num_rows == _count_lines(path)
+    # What a line lacks and what it has as null are alike here.
+    gaps = any(x.null_count for x in columns.values())
+    if not plain or (gaps and b"null" in path.read_bytes()):
+        return None
+    steps = at.to_numpy()
+    order = steps.argsort(kind="stable")
+    order = order[np.append(np.diff(steps[order]) != 0, True)]
+    return Lines(
+        array("q", steps[order].tobytes()),
+        {
+            name: array("d", x.to_numpy().astype(np.float64, copy=False)[order].tobytes())
+            for name, x in columns.items()
+        },
+        {
+            name: x.is_null().to_numpy()[order].tobytes()
+            for name, x in columns.items()
+            if x.null_count
+        },
+    )
+
+
+def _count_lines(path: Path) -> int:
+    count, last = 0, b"\n"
+    with path.open("rb") as file:
+        while data := file.read(1 << 20):
+            count, last = count + data.count(b"\n"), data[-1:]
+    return count + (last != b"\n")
+
+
+def _read_each(path: Path) -> Lines:
+    """Return the lines of a file, read one by one.
+
+    Raises:
+        ValueError: As `read_lines`.
+    """
+    # Lines of the same names stand together, one after the other in one array.
+    numbers: dict[tuple[str, ...], array[float]] = {}
+    found: dict[int, tuple[array[float], int]] = {}
     wrong: ValueError | None = None
     with path.open("rb") as file:
         for number, text in enumerate(file, 1):
@@ -146,10 +221,21 @@ def read_lines(path: Path) -> Lines:
                 wrong = ValueError(f"{path}:{number}: not a line of metrics; take it out")
                 wrong.__cause__ = error
                 continue
-            names = tuple(line)
-            places = known.setdefault(names, {name: i for i, name in enumerate(names)})
-            found[step] = _Row(step, places, array("d", line.values()))
-    return Lines(found[step] for step in sorted(found))
+            rows = numbers.setdefault(tuple(line), array("d"))
+            found[step] = rows, len(rows)
+            rows.extend(line.values())
+    steps = sorted(found)
+    names = dict.fromkeys(name for some in numbers for name in some)
+    columns = {name: array("d", [math.nan]) * len(steps) for name in names}
+    absent = {name: bytearray(b"\1") * len(steps) for name in names}
+    places = {id(rows): [*enumerate(some)] for some, rows in numbers.items()}
+    for i, step in enumerate(steps):
+        rows, start = found[step]
+        for place, name in places[id(rows)]:
+            columns[name][i] = rows[start + place]
+            absent[name][i] = 0
+    lacking = {name: bytes(mask) for name, mask in absent.items() if any(mask)}
+    return Lines(array("q", steps), columns, lacking)
 
 
 def read_line(text: bytes) -> dict[str, float]:
@@ -160,14 +246,6 @@ def read_line(text: bytes) -> dict[str, float]:
     """
     line = json.loads(text.decode(errors="replace"))
     return {name: math.nan if x is None else x + 0.0 for name, x in line.items()}
-
-
-class _Row(NamedTuple):
-    """The numbers of a step, and where each stands; lines of the same names share the latter."""
-
-    step: int
-    places: dict[str, int]
-    values: array[float]
 
 
 def _finite(value: object) -> object:

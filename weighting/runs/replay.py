@@ -37,13 +37,13 @@ from weighting.stages import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Collection, Iterator, Sequence
     from pathlib import Path
 
     import pyarrow as pa
     from torch import Tensor
 
-    from weighting.build import Plan
+    from weighting.build import Plan, Weighting
     from weighting.contract import Level
     from weighting.pipeline import Step as PlannedStage
     from weighting.spec import Spec
@@ -64,6 +64,8 @@ A column named as the files says how many its sequence has, recorded or not.
 ABOUT = "weighting.record"
 """Key in a file's metadata of what is said of the run, as JSON."""
 
+_AT_ONCE = 256
+"""Batches that are weighed in one call."""
 _MEANS = (
     Column,
     ContextGain,
@@ -248,23 +250,70 @@ def replay(spec: Spec, record: Record) -> Replayed:
     known = record.signals
     capping = [[*fn.plan.factors].index(name) for name in capped_factors(fn.plan)]
     moments = torch.zeros(len(fn.plan.factors) + 1, len(MOMENTS))
-    found: list[Tensor] = []
-    for step in record.steps:
+    found = [torch.zeros_like(step.weight) for step in record.steps]
+    for batches in _together(fn.plan, record):
         if "both" in fn.plan.targets.values():
-            fn.get_buffer("drawn").copy_(proportions(fn, step.step))
-        weight = torch.zeros_like(step.weight)
-        for chosen in step.batches(spec.scope):
-            signals = {name: step.signals[name][chosen] for name in known}
-            signals.setdefault("loss", torch.zeros(len(chosen)))
-            signals["valid"], signals["domain_ids"] = step.tokens[chosen] > 0, step.domain[chosen]
-            signals["segment_ids"] = torch.zeros_like(chosen)
-            out = fn(signals_of({name: x[:, None] for name, x in signals.items()}), step.step)
-            weight[chosen] = _scaled(spec, out.token[:, 0], step, chosen)
-            moments += out.moments
-        found.append(weight)
+            fn.get_buffer("drawn").copy_(proportions(fn, batches[0].step.step))
+        weights, own = _weighed(fn, batches, known)
+        for (place, step, chosen), weight in zip(batches, weights, strict=True):
+            found[place][chosen] = _scaled(spec, weight, step, chosen)
+        moments += own
     count, at_cap = (moments[capping, MOMENTS.index(name)] for name in ("count", "capped"))
     capped = (at_cap / count.clamp(min=1)).max().item() if capping else None
     return Replayed(torch.cat(found), capped)
+
+
+class _Batch(NamedTuple):
+    """Units that are weighed together: of which step, its place in the record, and which units."""
+
+    place: int
+    step: Step
+    chosen: Tensor
+
+
+def _together(plan: Plan, record: Record) -> Iterator[list[_Batch]]:
+    """Yield batches of as many units each, several at once where no batch changes the next."""
+    alone = plan.has_state or "both" in plan.targets.values()
+    alike: dict[int, list[_Batch]] = {}
+    for place, step in enumerate(record.steps):
+        for chosen in step.batches(plan.spec.scope):
+            waiting = alike.setdefault(len(chosen), [])
+            waiting.append(_Batch(place, step, chosen))
+            if alone or len(waiting) == _AT_ONCE:
+                yield alike.pop(len(chosen))
+    yield from alike.values()
+
+
+def _weighed(
+    fn: Weighting, batches: Sequence[_Batch], known: Collection[str]
+) -> tuple[Tensor, Tensor]:
+    """Return the weights of some batches of as many units, [k, n], and the sum of their moments."""
+
+    def weigh(signals: dict[str, Tensor], step: Tensor) -> tuple[Tensor, Tensor]:
+        out = fn(signals_of({name: x[:, None] for name, x in signals.items()}), step)
+        return out.token[:, 0], out.moments
+
+    each = [_signals(batch, known) for batch in batches]
+    signals = {name: torch.stack([own[name] for own in each]) for name in each[0]}
+    steps = torch.tensor([batch.step.step for batch in batches])
+    if len(batches) > 1:
+        try:
+            weights, moments = torch.vmap(weigh)(signals, steps)
+        except RuntimeError:  # a stage asks for a number in Python
+            pass
+        else:
+            return weights, moments.sum(0)
+    apart = [weigh(own, step) for own, step in zip(each, steps, strict=True)]
+    return torch.stack([x for x, _ in apart]), torch.stack([x for _, x in apart]).sum(0)
+
+
+def _signals(batch: _Batch, known: Collection[str]) -> dict[str, Tensor]:
+    _, step, chosen = batch
+    signals = {name: step.signals[name][chosen] for name in known}
+    signals.setdefault("loss", torch.zeros(len(chosen)))
+    signals["valid"], signals["domain_ids"] = step.tokens[chosen] > 0, step.domain[chosen]
+    signals["segment_ids"] = torch.zeros_like(chosen)
+    return signals
 
 
 class Summary(NamedTuple):

@@ -33,13 +33,12 @@ def summary(lines: Lines) -> str:
     """
     if not lines:
         return "no steps were logged"
-    every = [*lines]
-    steps = [int(line["step"]) for line in every]
+    steps, shares = lines.steps, [capped(line) for line in lines]
     rows = [f"{'':{_WIDTH}}" + "".join(f"{word:>{_CELL}}" for word in _HEAD)]
     for label, (name, form) in _ROWS.items():
-        values = [line.get(name, math.nan) if name else capped(line) for line in every]
+        values = lines.column(name) if name else shares
         rows.append(f"{label:{_WIDTH}}" + "".join(f"{x:{_CELL}{form}}" for x in _five(values)))
-    bound = [step for step, line in zip(steps, every, strict=True) if capped(line) > 0]
+    bound = [step for step, share in zip(steps, shares, strict=True) if share > 0]
     rows += ["", f"steps logged: {len(steps):,}, from {steps[0]:,} to {steps[-1]:,}"]
     where = f"a cap held weights down at {len(bound):,} of these: {_stretches(bound, steps)}"
     return "\n".join([*rows, where if bound else "no cap held a weight down"])
