@@ -5,6 +5,7 @@ Real processes and gloo, without the ten seconds that each of them takes to impo
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import runpy
@@ -74,6 +75,7 @@ def start_server() -> None:
 
 
 def _be_agent(ranks, command, files, environment, cwd, first, nodes, meeting):
+    importlib.import_module("imports")  # as the server has, unless its import failed
     os.setsid()
     os.chdir(cwd)
     os.environ.clear()
@@ -99,7 +101,6 @@ def _be_agent(ranks, command, files, environment, cwd, first, nodes, meeting):
 
 def _be_rank(command, first):
     """Be Python with that command line."""
-    assert "imports" in sys.modules, "the server that forks ranks has not imported what they need"
     for number in (signal.SIGTERM, signal.SIGHUP):  # the agent's handlers are not a rank's
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)

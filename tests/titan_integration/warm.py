@@ -6,6 +6,7 @@ process that starts it is forked, which has imported everything.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import os
 import runpy
@@ -61,7 +62,7 @@ def started(*words: object, files: tuple[Path, Path], cwd: Path | None = None) -
 
 
 def _be_weighting(words, files, environ, cwd):
-    assert "imports" in sys.modules, "the server has not imported what a command needs"
+    importlib.import_module("imports")  # as the server has, unless its import failed
     os.setsid()
     os.chdir(cwd)
     os.environ.clear()

@@ -32,7 +32,7 @@ def numbers():
             continue
         text = tables.STAGE_PIPELINES[name]
         [stage] = [x for p in wt.loads(text).factors.values() for x in p if x.name == name][:1]
-        for field, value in stage.model_dump().items():
+        for field, value in ((field, getattr(stage, field)) for field in cls.model_fields):
             if isinstance(value, float | int | bool):
                 yield name, field
 
