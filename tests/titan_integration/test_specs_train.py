@@ -18,8 +18,8 @@ ONES = {"uniform", "uniform-domains", "odm", "dynamic-loading", "doge-proxy", "v
 """Specs whose weights of the loss do not differ, by intention: they draw, or weigh gradients."""
 NO_GAIN = {"ukpl", "longce"}
 """Specs whose short context is longer than these sequences, which therefore weigh all alike."""
-TOO_EARLY = {"profit"}
-"""Specs that keep what a model knows already: nothing, in its first steps."""
+AT_CAP = {"iw-sft"}
+"""Specs that weigh by a gain over a reference, which all tokens soon pass by more than a cap."""
 SLOW = {"toremi", "toremi-topics", "linupper-gpt2", "quadratic-gpt2", "extremes-gpt2"}
 """Specs that move their weights after more than five steps."""
 
@@ -65,13 +65,13 @@ def test_every_spec_trains_five_steps(domains, rows, tmp_path):
     """Five steps with each spec give finite losses, and weights that say something."""
     names = GROUPS[domains, rows]
     write_data(tmp_path / "data.jsonl", domains)
-    flags = ["--module=titan_integration", "--config=llama3_debugmodel", "--weighting.spec=uniform"]
+    flags = ["--module=titan_integration", "--config=llama3_proxy", "--weighting.spec=uniform"]
     flags += [f"--dataloader.dataset_path={tmp_path / 'data.jsonl'}", f"--dump_folder={tmp_path}"]
     flags += [f"--dataloader.rows={rows}"]
     flags += [*SMALL, "--training.local_batch_size=8", "--training.steps=1000"]
     out = tmp_path / "found.json"
     driver = str(HERE / "train_specs.py")
-    done = torchrun(1, driver, str(out), *names, "--", *flags, timeout=600)
+    done = torchrun(1, driver, str(out), *names, "--", *flags, timeout=1200)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 
     found = json.loads(out.read_text())
@@ -79,5 +79,5 @@ def test_every_spec_trains_five_steps(domains, rows, tmp_path):
     for name, run in found.items():
         assert len(run["losses"]) == 5, name
         assert all(map(math.isfinite, run["losses"])), name
-        same = run["max"] - run["min"] < 1e-6
-        assert same == (name in ONES | NO_GAIN | TOO_EARLY | SLOW), (name, run)
+    alike = {name for name, run in found.items() if run["max"] - run["min"] < 1e-6}
+    assert alike == (ONES | NO_GAIN | SLOW | AT_CAP) & found.keys()
