@@ -49,14 +49,6 @@ def _of_two_layers(name):
     return config
 
 
-def dies_once():
-    """Return the same; the second rank is killed in step 4, unless all have started again."""
-    first = os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
-    if first and os.environ.get("RANK") == "1":
-        _before_step(4, lambda: os.kill(os.getpid(), signal.SIGKILL))
-    return tiny()
-
-
 def fails_alone():
     """Return the same; the second rank finds an error in step 2."""
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from faulty import on_node
-from forked import FORKS
+from forked import process
 from torch.testing import assert_close
 
 import titan_integration.host.cpu as on_cpu
@@ -199,7 +199,7 @@ def test_a_run_is_exported_at_its_end_and_goes_on(tmp_path):
 
     def started(*more):
         log = tmp_path / "log"
-        run = FORKS.Process(target=on_node, args=(tmp_path / "home", log, [*words, *more]))
+        run = process(on_node, tmp_path / "home", log, [*words, *more])
         run.start()
         run.join(300)
         return run.exitcode, log.read_text()
