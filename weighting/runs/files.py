@@ -171,6 +171,8 @@ def _read_plain(path: Path) -> Lines | None:
     plain = plain and all(x.type in {pa.int64(), pa.float64()} for x in columns.values())
     # Several lines may make one object, and one line several.
     plain = plain and table.num_rows == _count_lines(path)
+    # A whole number too large for a float is infinite here, and no number line by line.
+    plain = plain and not any(np.isinf(x.to_numpy()).any() for x in columns.values())
     # What a line lacks and what it has as null are alike here.
     gaps = any(x.null_count for x in columns.values())
     if not plain or (gaps and b"null" in path.read_bytes()):
