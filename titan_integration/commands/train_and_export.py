@@ -7,6 +7,7 @@ from typing import Any
 
 from titan_integration.commands import export, train
 from titan_integration.host.nodes import Nodes, resolved
+from weighting.runs.layout import CHECKPOINTS
 
 # The last checkpoint stays one to go on from, which the host's own export is not.
 _KEEP = ["--checkpoint.enable", "--checkpoint.no-last-save-model-only"]
@@ -33,6 +34,6 @@ def main(**options: Any) -> int:  # noqa: ANN401 - those of `train.Options`
         return status
     if nodes.node_rank:
         return 0
-    checkpoint = folder / (train.value_of(flags, "--checkpoint.folder") or "checkpoint")
+    checkpoint = folder / (train.value_of(flags, "--checkpoint.folder") or CHECKPOINTS)
     what = {"module": given.module, "config": given.config, "flags": given.flags}
     return export.main(checkpoint=str(checkpoint), out=str(out), **what)
