@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 from pydantic import Field
 from typing_extensions import override
 
-from weighting.contract import Level, Scope, Shape
 from weighting.registry import stage
-from weighting.saved import not_between
-from weighting.stages.last import no_scores, with_newest
+from weighting.stages.last import RecentScores
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
     from torch import Tensor
+
+    from weighting.contract import Scope
 
 
 @stage("slope")
-class Slope(Shape):
+class Slope(RecentScores):
     """Change of each domain's score per batch: the line of least squares through its last scores.
 
     y_d = sum_t (t - mean t) (x_d(t) - mean x_d) / sum_t (t - mean t)^2,   t the last `history`
@@ -30,27 +27,12 @@ class Slope(Shape):
     between batches, so data can be drawn by it.
     """
 
-    levels: ClassVar[tuple[Level, ...]] = ("domain",)
-    known_between_batches: ClassVar[bool] = True
     history: int = Field(default=100, ge=2, le=10_000)
 
     @override
-    def initial_state(self, domains: tuple[str, ...]) -> dict[str, Tensor]:
-        """Return no scores, newest first, and how many of each domain there have been."""
-        return no_scores(domains, self.history)
-
-    @override
-    def problems_with_state(
-        self, state: Mapping[str, Tensor], domains: tuple[str, ...]
-    ) -> Iterator[tuple[str, str]]:
-        """Demand counts."""
-        yield from super().problems_with_state(state, domains)
-        yield from not_between(state, 0, math.inf, "times")
-
-    @override
-    def advance(self, x: Tensor, scope: Scope) -> dict[str, Tensor]:
-        """Put the scores of the domains in the batch before the older ones."""
-        return with_newest(x, scope)
+    def remembered(self) -> int:
+        """Return how far the line goes back."""
+        return self.history
 
     @override
     def apply(self, x: Tensor, scope: Scope) -> Tensor:
