@@ -90,7 +90,7 @@ class Run:
         ranks: How many.
         flags: Of torchtitan, after those above.
         first: What each rank calls before it trains; can be pickled.
-        meet: Of several nodes, how many and where they meet: `nodes` and `meeting` of `start`.
+        meet: Of several nodes, `nodes`, `node` and `meeting` as `start` takes them.
     """
 
     def __init__(self, log, ranks, *flags, first=None, **meet):

@@ -37,6 +37,7 @@ def start(
     first: Callable[[], None] | None = None,
     *,
     nodes: int = 1,
+    node: int = 0,
     meeting: str = "localhost:0",
 ) -> ForkServerProcess:
     """Start a command line of torchrun, and return its agent, the first of a process group.
@@ -50,10 +51,11 @@ def start(
         environment: The agent's, and theirs.
         first: What each rank calls before; can be pickled.
         nodes: How many agents there will be, each started by a call of its own.
+        node: Which of them this is; the first serves the meeting, and so should end last.
         meeting: Where they meet, a host and a port.
     """
-    given = (ranks, [*command], files, {**environment}, Path.cwd(), first, nodes, meeting)
-    agent = process(_be_agent, *given)
+    given = (ranks, [*command], files, {**environment}, Path.cwd(), first)
+    agent = process(_be_agent, *given, nodes=nodes, node=node, meeting=meeting)
     agent.start()
     return agent
 
@@ -74,7 +76,7 @@ def start_server() -> None:
         forkserver.ensure_running()
 
 
-def _be_agent(ranks, command, files, environment, cwd, first, nodes, meeting):
+def _be_agent(ranks, command, files, environment, cwd, first, *, nodes, node, meeting):
     importlib.import_module("imports")  # as the server has, unless its import failed
     os.setsid()
     os.chdir(cwd)
@@ -89,6 +91,7 @@ def _be_agent(ranks, command, files, environment, cwd, first, nodes, meeting):
         run_id=str(os.getpid()) if nodes == 1 else meeting,
         rdzv_backend="c10d",
         rdzv_endpoint=meeting,
+        rdzv_configs={"is_host": node == 0},
         start_method="fork",
         max_restarts=0,
         monitor_interval=0.1,

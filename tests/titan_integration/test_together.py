@@ -96,6 +96,7 @@ def test_a_file_that_one_node_lacks_is_said_once(tmp_path, lacking):
             *flags,
             first=functools.partial(enter, folders),
             nodes=2,
+            node=node,
             meeting=meeting,
         )
         for node in range(2)
