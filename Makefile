@@ -77,6 +77,6 @@ $(STAMP): pyproject.toml $(LOCK)
 	@echo "About 3 GB to fetch and 7 GB on disk; pip says which file it is at, and how large that is."
 	@$(PIP) --require-hashes --only-binary :all: --requirement $(LOCK) || { \
 	  echo "$(LOCK) holds for Python 3.11 to 3.14 on Linux; elsewhere, without the lock:"; \
-	  echo "  $(BIN)/python -m pip install -e '.[titan,plot,dev]' && touch $@"; exit 1; }
+	  echo "  $(BIN)/python -m pip install -e '.[titan,plot,evaluate,tune,dev]' && touch $@"; exit 1; }
 	@$(PIP) --quiet --no-build-isolation --no-index --editable .
 	@touch $@
