@@ -1,7 +1,8 @@
 """Data files at addresses such as `s3://` or `https://`: listed, and fetched as they are reached.
 
 A file is fetched whole into the cache, under a name that its address, size and version make, and
-read from there as a local one. Ranks of one machine fetch it once.
+read from there as a local one. Ranks of one machine fetch it once. A fetch that breaks off goes on
+at the byte where it was, if the store reads ranges.
 """
 
 import os
@@ -10,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 from urllib.parse import urlsplit
 
 import fsspec
@@ -29,8 +30,8 @@ _WAITS = (0.5, 2.0, 8.0)
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, ImportError, ValueError)
 
 # What tells versions of a file apart: of its content, else of when it was written.
-_OF_CONTENT = ("ETag", "etag", "md5Hash", "crc32c", "blob_id", "lfs")
-_OF_TIME = ("LastModified", "last_modified", "mtime", "updated", "created")
+_OF_CONTENT = ("ETag", "etag", "Content-MD5", "Digest", "md5Hash", "crc32c", "blob_id", "lfs")
+_OF_TIME = ("LastModified", "Last-Modified", "last_modified", "mtime", "updated", "created")
 
 
 @dataclass(frozen=True, order=True)
@@ -90,12 +91,19 @@ class Url:
         make_room(kept.parent, max(size, 0))
 
         def get(files: Any, path: str) -> None:  # noqa: ANN401
-            with files.open(path, "rb") as source, part.open("wb") as target:
-                shutil.copyfileobj(source, target, 1 << 20)
+            with part.open("ab") as target:
+                try:
+                    _rest(files.open(path, "rb"), target)
+                except ValueError:
+                    if not self.address.startswith("http"):
+                        raise
+                    target.truncate(0)  # the server sends no ranges, but the whole
+                    _rest(files.open(path, "rb", block_size=0), target)
             if size not in {-1, got := part.stat().st_size}:
                 msg = f"{got} bytes came, of {size}"
                 raise ConnectionError(msg)
 
+        part.unlink(missing_ok=True)  # of a process that was killed
         try:
             _tried(self, get)
             part.replace(kept)
@@ -127,6 +135,13 @@ def files_at(url: Url, is_data: Callable[[str], bool]) -> dict[Url, str]:
     files = sorted(Url(address) for address in found if is_data(Url(address).name))
     is_below = {f: f.address.startswith(base) for f in files}
     return {f: f.address.removeprefix(base) if is_below[f] else "" for f in files}
+
+
+def _rest(source: IO[bytes], target: IO[bytes]) -> None:
+    """Copy what follows on what was copied by an earlier try."""
+    with source:
+        source.seek(target.seek(0, os.SEEK_END))
+        shutil.copyfileobj(source, target, 1 << 20)
 
 
 def _named(files: Any, paths: list[str]) -> list[str]:  # noqa: ANN401
