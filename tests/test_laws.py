@@ -631,9 +631,10 @@ def bad():
 def test_some_cases_are_local_and_some_late():
     """The two laws below speak of several cases of each kind."""
     assert {"spec mile", "spec linupper-x-mile", "spec dft", "spec uniform"} <= {*LOCAL}
-    assert {BUILT[case].plan.deferred_level for case in LATE} == {None, "sequence"}
+    levels = {"sequence", "domain", "sequence of a domain"}
+    assert {BUILT[case].plan.deferred_level for case in LATE} == {None, *levels}
     assert {"spec rgd", "extra sequence-mean", "extra uniform-by-sequence"} <= {*LATE}
-    assert {"spec cvar", "spec doremi-proxy", "stage max"}.isdisjoint(LATE)
+    assert {"spec cvar", "spec rho-1", "stage max"}.isdisjoint(LATE)
     assert len(LOCAL) >= 20
     assert len(LATE) >= 50
 
@@ -658,17 +659,23 @@ def test_a_chunk_knows_its_local_part(case):
 
 @for_each("case", LATE)
 def test_the_rest_of_a_weight_is_one_number_per_late_unit(case):
-    """Weights are the local part times one number, for all tokens or for each sequence."""
+    """Weights are the local part times one number, for all tokens or for each late unit."""
     for name, signals in chunk_batches().items():
         fn = tables.built(CASES[case])
         token = fn(signals, 2).token.double()
         part = fn.local_part(signals, 2).double()
-        units = 1 if fn.plan.deferred_level is None else len(token)
-        token, part = token.reshape(units, -1), part.reshape(units, -1)
-        total = part.sum(1, keepdim=True)
-        number = token.sum(1, keepdim=True) / torch.where(total > 0, total, 1)
+        level, unit = fn.plan.deferred_level, torch.zeros_like(token, dtype=torch.int64)
+        if "sequence" in (level or ""):
+            unit += torch.arange(len(token)).view(-1, *[1] * (token.dim() - 1))
+        if "domain" in (level or ""):
+            unit = unit * len(tables.DOMAINS) + signals.domain_ids.clamp(0, len(tables.DOMAINS) - 1)
+        # Ignored tokens, whose ids may be anything, weigh nothing on either side.
+        total, whole = torch.zeros(2, token.numel() * len(tables.DOMAINS)).double()
+        total = total.index_add(0, unit.flatten(), part.flatten())
+        whole = whole.index_add(0, unit.flatten(), token.flatten())
+        number = whole / torch.where(total > 0, total, 1)
         # Scores of 0 count as 1e-20 beside others; products in float32.
-        assert_close(part * number, token, rtol=2e-6, atol=1e-6, msg=name)
+        assert_close(part * number[unit], token, rtol=2e-6, atol=1e-6, msg=name)
 
 
 MAY_LOOK_AROUND = {

@@ -84,9 +84,29 @@ def is_identity(steps: Sequence[Step]) -> bool:
 def is_token_local(steps: Sequence[Step]) -> bool:
     """Tell whether a token's weight is known from that token alone, but for a common scale."""
     *rest, last = [step.stage for step in steps]
-    on_tokens = all(step.level == "token" for step in steps)
+    all_on_tokens = all(step.level == "token" for step in steps)
     scaled_last = isinstance(last, Weigh) and last.deferred_scale() is not None
-    return on_tokens and all(x.pointwise for x in rest) and (scaled_last or last.pointwise)
+    return all_on_tokens and all(x.pointwise for x in rest) and (scaled_last or last.pointwise)
+
+
+def on_tokens(steps: Sequence[Step]) -> list[range]:
+    """Return where the stages on tokens stand that lead to each pool, from a source on."""
+    found: list[range] = []
+    for index, step in enumerate(steps):
+        if step.level != "token":
+            continue
+        if found and found[-1].stop == index:
+            found[-1] = range(found[-1].start, index + 1)
+        else:
+            found.append(range(index, index + 1))
+    return found
+
+
+def pools_each_token_alone(steps: Sequence[Step]) -> bool:
+    """Tell whether a domain is weighed, and each token alone decides whether it counts in it."""
+    if steps[-1].level != "domain" or any(x.level not in {"token", "domain"} for x in steps):
+        return False
+    return all(steps[i].stage.pointwise for part in on_tokens(steps) for i in part)
 
 
 def weighs_domains(steps: Sequence[Step]) -> bool:
@@ -100,8 +120,8 @@ def weighs_domains(steps: Sequence[Step]) -> bool:
     if any(isinstance(stage, Combine) for stage in rest):
         return False
     of_domain = source.known_between_batches or source.reads() <= {"domain_ids"}
-    on_tokens = all(step.level == "token" for step in steps)
-    return of_domain and on_tokens and not has_state(steps[1:])
+    all_on_tokens = all(step.level == "token" for step in steps)
+    return of_domain and all_on_tokens and not has_state(steps[1:])
 
 
 def _known_between_batches(steps: Sequence[Step]) -> bool:

@@ -67,6 +67,14 @@ def test_sources_name_the_domains_of_their_records(write):
     assert not loader.has_weights
 
 
+def test_a_loader_says_how_many_domains_its_rows_may_be_of(write):
+    """Drawn rows are of any domain, a batch in turns is of one, and a mixed row of several."""
+    path = write("sources: [{data: web.jsonl, domain: web}, {data: books/, domain: books}]")
+    found = {mode: build(path, rows=mode).row_domains for mode in ("mixed", "drawn", "turns")}
+    assert found == {"mixed": 0, "drawn": 2, "turns": 1}
+    assert build(write(BOTH % (3, 1))).row_domains == 2
+
+
 def test_rows_are_drawn_by_weight_in_stages(write):
     """Books never before token 6,400, and always after it; on resuming, too."""
     path = write(BOTH % ("{0: 3, 6400: 0}", "{0: 0, 6400: 1}"))

@@ -1,5 +1,7 @@
 """The trainer's loss in this process: every spec, every memory mode, no waiting."""
 
+import dataclasses
+
 import generators as tables
 import pytest
 import torch
@@ -80,6 +82,37 @@ def chunked(run, head, memory="auto", chunks=3):
     loss.set_lm_head(head)
     loss.bind(run)
     return loss
+
+
+@pytest.mark.filterwarnings("ignore::weighting.errors.OneUnitWarning")
+@pytest.mark.parametrize(
+    ("rows", "units", "by_domain"), [([0, 1, 1], 3, 0), ([1] * 4, 1, 0), ([0, 1, 1, 0, 1], 2, 5)]
+)
+def test_where_rows_are_of_one_domain_a_run_weighs_domains_in_three_products(
+    rows, units, by_domain, monkeypatch
+):
+    """Drawn rows of two domains, or a batch in turns; loss and gradients are those of logits."""
+    monkeypatch.setitem(globals(), "ROWS", len(rows))
+    text = tables.SPEC_TEXTS["group-dro"]
+    run, given, hidden, head, labels = example(text)
+    given["domain_ids"] = torch.tensor(rows)[:, None].expand(-1, LENGTH)
+    run.microbatches.set_batch({name: given[name] for name in ("domain_ids", "segment_ids")})
+    run = dataclasses.replace(run, row_domains=len({*rows}))
+    loss_of = chunked(run, head, "late")
+    count = (labels != IGNORED).sum()
+    with Products() as products:
+        loss, _ = loss_of(hidden, labels, count)
+        loss.backward()
+    assert (loss_of._path.memory, loss_of._path.units) == ("late", units)
+    assert loss_of._path.by_domain == by_domain
+    once = labels.numel() * WIDTH * VOCABULARY
+    assert 3 * once <= products.count < 4 * once, "three, and sums by domain"
+    logits = F.linear(hidden, head.weight)
+    expected, _ = weighted_cross_entropy(logits, labels, tables.built(text), step=3, **given)
+    assert_close(loss, expected, rtol=2e-5, atol=1e-6)  # float32 sums in another order
+    wanted = torch.autograd.grad(expected, [hidden, head.weight])
+    for mine, other in zip((hidden.grad, head.weight.grad), wanted, strict=True):
+        assert_close(mine, other, rtol=2e-4, atol=2e-5)  # as above
 
 
 @pytest.mark.parametrize("memory", ["auto", "keep", "recompute", "full"])

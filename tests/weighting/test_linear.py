@@ -16,6 +16,7 @@ from weighting.loss.linear import LLAMA3_8B, Sizes, path_of
 
 IGNORED = -100
 ROWS, LENGTH, WIDTH, VOCABULARY = 4, 6, 5, 11
+MIB = 2**20
 
 
 def example(text, *, bias=False, dtype=torch.float32, shape=(ROWS, LENGTH)):
@@ -314,9 +315,101 @@ def test_late_is_refused_where_sequences_are_no_rows():
     must_agree(from_hidden(*batch, tables.built(text), memory="late"), expected)
 
 
-# Which way ----------------------------------------------------------------------------------------
+# Rows of one domain -------------------------------------------------------------------------------
 
-MIB = 2**20
+BY_DOMAIN = {
+    name: text
+    for name, text in tables.SPEC_TEXTS.items()
+    if "domain" in (tables.built(text).plan.deferred_level or "")
+}
+DROPPED = """
+version: 1
+on_nonfinite: drop
+pipeline: loss -> over(ref_loss) -> mean(domain) -> temperature(1)
+"""
+
+
+def rows_of_one_domain(text, *, domains, bad=(), **how):
+    """Return a batch of six rows, each of one domain, a spec built on some, and the rows' ids."""
+    leaves, labels, given = example(text, shape=(6, LENGTH), **how)
+    names = tables.domains_of(text)[:domains]
+    of_rows = torch.tensor([2, 0, 1, 1, 0, 2]).clamp(max=len(names) - 1)[:, None]
+    given["domain_ids"] = of_rows.expand(6, LENGTH).where(labels != IGNORED, 99)
+    ref_loss = given["ref_loss"].clone()
+    for place in bad:
+        ref_loss[place] = torch.nan
+    given["ref_loss"] = ref_loss
+    return (leaves, labels, given), of_rows
+
+
+def test_there_are_specs_whose_weights_come_late_by_domain():
+    """Those with a weight for each domain, and those with one for sequences as well."""
+    assert {"doremi-proxy", "group-dro", "doremi-x-linupper-x-mile", "dwa"} <= {*BY_DOMAIN}
+    assert "cvar" not in BY_DOMAIN
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@for_each("name", [*BY_DOMAIN, "dropped"])
+def test_rows_of_one_domain_need_a_gradient_for_each_domain(name, bias):
+    """Loss, weights and gradients are those of logits, in chunks that cross rows, for 3 or 6 rows.
+
+    A token whose reference loss is not finite weighs nothing, and the others of its domain do.
+    """
+    text = BY_DOMAIN.get(name, DROPPED)
+    bad = [(1, 2), (3, 0)] if name == "dropped" else []
+    batch, of_rows = rows_of_one_domain(text, domains=3, bias=bias, bad=bad)
+    leaves, labels, given = batch
+    expected = from_logits(leaves, labels, given, tables.built(text))
+    given = {**given, "domain_ids": of_rows}
+    for chunks in (1, 4):
+        got = from_hidden(leaves, labels, given, tables.built(text), memory="late", chunks=chunks)
+        must_agree(got, expected)
+        if bad:
+            assert not got[2][0][1, 2].any()
+            assert got[2][0][1, 3].any() or labels[1, 3] == IGNORED
+
+
+@pytest.mark.parametrize("name", ["group-dro", "doremi-x-linupper-x-mile"])
+def test_gradients_by_domain_are_those_of_float64(name):
+    """Against a float64 product of plain autograd, with the weights held fixed."""
+    text = tables.SPEC_TEXTS[name]
+    (leaves, labels, given), of_rows = rows_of_one_domain(text, domains=3)
+    given = {**given, "domain_ids": of_rows}
+    _, out, grads = from_hidden(leaves, labels, given, tables.built(text), memory="late")
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    nll = F.cross_entropy(F.linear(*wide).flatten(0, 1), labels.flatten(), reduction="none")
+    token, count = out.token.flatten().double(), (labels != IGNORED).sum()
+    expected = torch.autograd.grad((token * nll).sum() / count * 1.5, wide)
+    for mine, exact in zip(grads, expected, strict=True):
+        assert_close(mine.double(), exact, rtol=1e-5, atol=1e-6)  # float32 sums
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "domains", "memory", "units", "by_domain", "layers"),
+    [
+        ("group-dro", 8, 0, "keep", 1, 0, None),
+        ("group-dro", 8, 1, "late", 1, 0, 0),
+        ("group-dro", 8, 3, "late", 3, 8, 3),
+        ("group-dro", 4, 3, "late", 4, 0, 3),
+        ("group-dro", 2, 3, "late", 2, 0, 1),
+        ("doremi-x-linupper-x-mile", 8, 3, "late", 8, 0, 7),
+        ("doremi-x-linupper-x-mile", 8, 0, "keep", 1, 0, None),
+        ("linupper", 8, 3, "late", 8, 0, 7),
+        ("mile", 8, 3, "late", 1, 0, 0),
+    ],
+)
+def test_the_fewer_of_rows_and_domains_get_a_gradient(
+    name, rows, domains, memory, units, by_domain, layers
+):
+    """One for each domain needs room for one more, as which is added to is known on the device."""
+    plan = tables.built(tables.SPEC_TEXTS[name]).plan
+    path = path_of(plan, Sizes(rows * 512, rows, 8192, 64, 4, 256 * MIB, domains))
+    assert (path.memory, path.units, path.by_domain) == (memory, units, by_domain)
+    layer = 8192 * 64 * 4
+    assert path.extra == (rows * 512 * 8192 * 4 if layers is None else layers * layer)
+
+
+# Which way ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -246,6 +246,11 @@ class DomainTextDataLoader(ParallelAwareDataloader):
         self._rows.pools.proportions = scaled(proportions, self.domains)
 
     @property
+    def row_domains(self) -> int:
+        """How many domains the rows of a batch may be of; 0 where a row may be of several."""
+        return {"mixed": 0, "drawn": len(self.domains), "turns": 1}[self._mode]
+
+    @property
     def bad_records(self) -> int:
         """How many records were passed over as bad: of all the data, or so far in a stream."""
         if self.documents is not None:

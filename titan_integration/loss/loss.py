@@ -95,12 +95,13 @@ class WeightedChunkedLoss(ChunkedLossWrapper):
         """The host's fields, and how weights that come late are met."""
 
         memory: Memory = "auto"
-        """late: one more gradient of the output layer for each further sequence on a rank, or all
-        logits of a microbatch where that is less. keep: all logits of a microbatch. recompute: a
-        second product of the output layer. full: the output layer as it is, on all tokens at once.
-        auto: late or keep, whichever needs less memory, if that is no more than the unweighted
-        loss would take, or a sixteenth of the device's; recompute otherwise; full for an output
-        layer that does more than a linear one: soft-capped, adapted or of float8."""
+        """late: one more gradient of the output layer for each further sequence on a rank, or for
+        each domain where rows are of one, or all logits of a microbatch where that is less. keep:
+        all logits of a microbatch. recompute: a second product of the output layer. full: the
+        output layer as it is, on all tokens at once. auto: late or keep, whichever needs less
+        memory, if that is no more than the unweighted loss would take, or a sixteenth of the
+        device's; recompute otherwise; full for an output layer that does more than a linear one:
+        soft-capped, adapted or of float8."""
 
     _run: Run | None = None
 
@@ -210,7 +211,7 @@ class WeightedChunkedLoss(ChunkedLossWrapper):
     def _path_for(self, call: _Call, head: Head) -> Path:
         """Return the way through the output layer, chosen at the first batch and said once."""
         labels, run = plain(call.labels), call.run
-        sizes = Sizes.of(labels, head.weight)
+        sizes = Sizes.of(labels, head.weight, run.row_domains)
         chunk = chunk_of(sizes.tokens, self.num_chunks)
         if call.microbatch.when is When.LOOKAHEAD:  # signals are all that is wanted
             return Path("recompute", 1, chunk, None, 0)

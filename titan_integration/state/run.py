@@ -53,6 +53,8 @@ class Run:
         observer: Is shown every weighted call, if anybody is.
         ranks: Reaches the ranks that hold other tokens.
         pipeline: The stages, where losses and state are known on the last one only.
+        row_domains: How many domains the rows of a call may be of, each row of one; 0 where a row
+            may have tokens of several.
     """
 
     fn: Weighting
@@ -63,6 +65,7 @@ class Run:
     ranks: Collectives
     pipeline: Pipeline | None
     _weigh: Callable[[Signals, Tensor], Weights]
+    row_domains: int = 0
 
     @property
     def reads_documents(self) -> bool:
@@ -129,6 +132,7 @@ def start(
     ranks: Collectives | None = None,
     pipeline: Pipeline | None = None,
     backend: str | None = None,
+    row_domains: int = 0,
 ) -> Run:
     """Return a run of a built weighting, which is moved to the device.
 
@@ -142,6 +146,7 @@ def start(
         pipeline: The stages, if there are any.
         backend: Compiles the weighting to one graph, if given.  Without it an accelerator's
             compiler is asked, and is not needed.
+        row_domains: How many domains the rows of a call may be of, each row of one, if they are.
     """
     fn = fn.to(device)
     weigh: Callable[[Signals, Tensor], Weights] = fn
@@ -158,4 +163,5 @@ def start(
         ranks or Alone(),
         pipeline,
         weigh,
+        row_domains,
     )

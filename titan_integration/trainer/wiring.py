@@ -57,6 +57,7 @@ def start_run(trainer: Trainer, plan: Plan, when: When) -> Run:
         ranks=ranks,
         pipeline=pipeline_of(dims, last=trainer.pp_has_last_stage) if dims.pp_enabled else None,
         backend=config.compile.backend if compiled else None,
+        row_domains=getattr(trainer.dataloader, "row_domains", 0),
     )
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from weighting.build.checks import order_problems
+from weighting.build.compared import reduced_level
 from weighting.build.shares import over_steps
 from weighting.build.targets import drawing, targets_of
 from weighting.contract import Alone, Pool, Weigh
@@ -17,6 +18,7 @@ from weighting.pipeline import (
     has_state_of_batches,
     is_identity,
     is_token_local,
+    pools_each_token_alone,
     signals_read,
     weighs_domains,
 )
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     from weighting.pipeline import Step
     from weighting.spec import Apply, Spec
 
-DeferredLevel = Literal["sequence", "token"]
+DeferredLevel = Literal["sequence", "domain", "sequence of a domain", "token"]
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,10 @@ class Plan:
         identity: True when every weight is one by construction.
         token_local: Factors whose weight of a token is known from that token alone, but for one
             number that scales them all.
+        domain_late: Factors that weigh domains where the rest of a weight is one number for each.
         deferred_level: The units in which the rest of a token's weight is the same for all tokens,
-            known only when the whole batch is: sequences, single tokens, or None for one number.
+            known only when the whole batch is: sequences, domains, the tokens of a domain in each
+            sequence, single tokens, or None for one number.
     """
 
     spec: Spec
@@ -57,6 +61,7 @@ class Plan:
     listens_to: frozenset[Feedback]
     identity: bool
     token_local: tuple[str, ...]
+    domain_late: tuple[str, ...]
     deferred_level: DeferredLevel | None
 
     @property
@@ -160,9 +165,11 @@ def plan_of(spec: Spec, *, steps: int | None = None) -> Plan:
     local = tuple(name for name, steps in on_loss.items() if is_token_local(steps))
     levels = {steps[-1].level for name, steps in on_loss.items() if name not in local}
     levels |= {"domain"} if corrected else set()
-    levels |= {"sequence"} if spec.reduction == "sequence_mean" else set()
-    levels |= {"document"} if spec.reduction == "document_mean" else set()
-    nothing = identity or (not levels and spec.reduction == "token_mean")
+    levels |= {level} if (level := reduced_level(spec)) else set()
+    by_domain = tuple(name for name, steps in on_loss.items() if steps[-1].level == "domain")
+    late = None if identity else _late_level(levels)
+    if not all(pools_each_token_alone(factors[name]) for name in by_domain):
+        late = "token"
     return Plan(
         spec=spec,
         factors=factors,
@@ -172,5 +179,15 @@ def plan_of(spec: Spec, *, steps: int | None = None) -> Plan:
         listens_to=frozenset(stage.listens_to for stage in stages if stage.listens_to),
         identity=identity,
         token_local=local,
-        deferred_level=None if nothing else "sequence" if levels == {"sequence"} else "token",
+        domain_late=() if late == "token" else by_domain,
+        deferred_level=late,
     )
+
+
+def _late_level(levels: set[str]) -> DeferredLevel | None:
+    """Return the largest units of which none has tokens of two units of any of some levels."""
+    if not levels:
+        return None
+    if levels in ({"sequence"}, {"domain"}):
+        return "sequence" if "sequence" in levels else "domain"
+    return "sequence of a domain" if levels == {"sequence", "domain"} else "token"

@@ -28,7 +28,7 @@ from weighting.contract import Combine, Constrain, Pool, Scope, Shape, Source, W
 from weighting.contract.levels import domains_of, group, inside_domains
 from weighting.errors import OneUnitWarning
 from weighting.language.html import weights_html
-from weighting.pipeline import signals_read
+from weighting.pipeline import on_tokens, signals_read
 from weighting.saved import shown
 
 if TYPE_CHECKING:
@@ -161,8 +161,8 @@ class Weighting(nn.Module):
             signals: Of any part of a batch.
             step: Optimizer step.
         """
-        loss = signals.loss
-        read = (signals_read(self.plan.factors[name]) for name in self.plan.token_local)
+        loss, late = signals.loss, self.plan.domain_late
+        read = [signals_read(self.plan.factors[name]) for name in (*self.plan.token_local, *late)]
         flat = flatten(signals, frozenset().union(*read))
         assert flat.valid is not None
         sound = flat.valid & flat.loss.isfinite()
@@ -171,6 +171,10 @@ class Weighting(nn.Module):
             for name in self.plan.token_local:
                 run = self._run_local(name, flat, step)
                 product, sound = product * self._floored(name, run), sound & run.ok
+            for name in late:  # a token that does not count in its domain weighs nothing
+                for part in on_tokens(self.plan.factors[name]):
+                    sound = sound & self._run_local(name, flat, step, part).ok
+            product = torch.where(sound, product, 0) if late else product
             product = self._from_start(product, sound, step)
         return product.reshape(loss.shape)
 
@@ -271,12 +275,23 @@ class Weighting(nn.Module):
             return run
         return _ones(flat.valid & flat.loss.isfinite(), run.ok)
 
-    def _run_local(self, factor: str, flat: Signals, step: Tensor) -> _Run:
-        """Run the stages of a token-local factor up to the number that scales it."""
+    def _run_local(
+        self, factor: str, flat: Signals, step: Tensor, only: range | None = None
+    ) -> _Run:
+        """Run the stages of a token-local factor up to the number that scales it.
+
+        Args:
+            factor: Its name; with `only`, of a factor whose stages there are pointwise.
+            flat: The signals.
+            step: Optimizer step.
+            only: Places of the stages to run; all when None.
+        """
         assert flat.valid is not None
         x, scope = flat.loss, Scope("token", step, flat.valid, self.domains)
         held: list[tuple[Tensor, Scope]] = []
-        for index, (stage, *_) in enumerate(self.plan.factors[factor]):
+        steps = self.plan.factors[factor]
+        for index in only or range(len(steps)):
+            stage = steps[index].stage
             if isinstance(stage, Source):
                 held.append((x, scope))
                 scope = replace(scope, valid=_sound(flat, stage))

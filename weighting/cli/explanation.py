@@ -236,6 +236,14 @@ def _loss_path(spec: Spec, plan: Plan) -> Iterator[str]:
     extra = {"late": "none", "keep": "T x V, T tokens on a rank", "recompute": "none"}
     if plan.deferred_level == "sequence":
         extra["late"] = "(n - 1) x D x V, n sequences on a rank"
+    by_domain = "domain" in (plan.deferred_level or "")
+    of_one = plan.sampling or "gradients" in plan.listens_to
+    if by_domain:
+        units = "domains, or sequences on a rank if fewer"
+        if plan.deferred_level != "domain":
+            units = "sequences on a rank"
+        where = "" if of_one else "; only where each row is of one domain"
+        extra["late"] = f"(n - 1) x D x V, n {units}{where}"
     if plan.deferred_level == "token":
         del extra["late"]
     share = plan.max_active_fraction()
@@ -249,7 +257,8 @@ def _loss_path(spec: Spec, plan: Plan) -> Iterator[str]:
     sizes = f"D {width}, V {vocabulary}, bfloat16, {tokens} tokens a sequence, 80 GB"
     yield f"  auto takes, for {sizes}:"
     for rows in (1, 2):
-        path = path_of(plan, LLAMA3_8B._replace(tokens=rows * tokens, rows=rows))
+        domains = rows if by_domain and of_one else 0
+        path = path_of(plan, LLAMA3_8B._replace(tokens=rows * tokens, rows=rows, domains=domains))
         label = f"    {rows} sequence{'s' * (rows > 1):2}  "
         yield from textwrap.wrap(
             f"{path}", 80, initial_indent=label, subsequent_indent=" " * len(label)

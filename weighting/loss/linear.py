@@ -26,6 +26,7 @@ from typing_extensions import override
 from weighting.build import Weights
 from weighting.columns import signal_of
 from weighting.compiled import compiled
+from weighting.contract.levels import sum_by
 from weighting.loss.cross_entropy import signals_of, weighted_cross_entropy, weighted_sum
 from weighting.loss.logits import (
     IGNORE_INDEX,
@@ -80,7 +81,8 @@ def linear_weighted_cross_entropy(
         fn: A built spec.
         bias: [V], the layer's bias, if it has one.
         step: Optimizer step.
-        domain_ids: Domain of each token, in the order given to `build`.
+        domain_ids: Domain of each token, in the order given to `build`; or [B, 1], the domain of
+            each row, which saves memory or products where domains are weighed.
         segment_ids: Document of each token, from 0 in each row.
         ref_loss: Loss of a reference model for each token, nats.
         columns: Dataset columns for each token, by name.
@@ -106,6 +108,9 @@ def linear_weighted_cross_entropy(
             "not belong together; give [B, L, D], [V, D] and [B, L]"
         )
         raise ValueError(msg)
+    domains = 0
+    if domain_ids is not None and labels.dim() > 1 and domain_ids.shape == (len(labels), 1):
+        domains, domain_ids = len(fn.domains), domain_ids.expand_as(labels)
     given = {"domain_ids": domain_ids, "segment_ids": segment_ids, "sequence_ids": sequence_ids}
     given["ref_loss"] = ref_loss
     if memory == "full":
@@ -127,7 +132,7 @@ def linear_weighted_cross_entropy(
     def local(found: dict[str, Tensor]) -> Tensor:
         return fn.local_part(signals_of(found), step)
 
-    sizes = Sizes.of(labels, weight)
+    sizes = Sizes.of(labels, weight, domains)
     if sequence_ids is not None:  # a row may hold several sequences, each with a weight of its own
         sizes = sizes._replace(rows=0)
     batch = Batch(
@@ -192,6 +197,7 @@ class Sizes(NamedTuple):
     Attributes:
         tokens: Tokens of the batch.
         rows: Sequences of the batch, if each is a row; 0 where ids tell them.
+        domains: How many domains the rows may be of, each row of one; 0 where it may be of more.
         vocabulary: Rows of the weight.
         width: Columns of the weight.
         itemsize: Bytes of an element of the weight.
@@ -204,6 +210,7 @@ class Sizes(NamedTuple):
     width: int
     itemsize: int
     budget: int
+    domains: int = 0
 
     @property
     def row_of_logits(self) -> int:
@@ -211,12 +218,13 @@ class Sizes(NamedTuple):
         return self.vocabulary * self.itemsize
 
     @classmethod
-    def of(cls, labels: Tensor, weight: Tensor) -> Sizes:
+    def of(cls, labels: Tensor, weight: Tensor, domains: int = 0) -> Sizes:
         """Return the sizes for labels [B, L] or [T] and a weight [V, D]."""
         rows = labels.shape[0] if labels.dim() > 1 else 0
         vocabulary, width = weight.shape
         item = weight.element_size()
-        return cls(labels.numel(), rows, vocabulary, width, item, budget(weight.device))
+        most = budget(weight.device)
+        return cls(labels.numel(), rows, vocabulary, width, item, most, domains)
 
 
 SHARE = 16
@@ -239,6 +247,7 @@ class Path(NamedTuple):
         chunk: Tokens in a chunk, at most.
         most: How many tokens can weigh more than 0; all of them when None.
         extra: Bytes beside one chunk of logits and the gradients themselves.
+        by_domain: How many rows there are, where late units are the domains of rows; 0 otherwise.
     """
 
     memory: Literal["late", "keep", "recompute"]
@@ -246,6 +255,7 @@ class Path(NamedTuple):
     chunk: int
     most: int | None
     extra: int
+    by_domain: int = 0
 
     def __str__(self) -> str:
         """Say what is done, and what it costs."""
@@ -253,7 +263,8 @@ class Path(NamedTuple):
             kept = "nothing kept" if self.extra == 0 else "a gradient of the output layer a call"
             what = f"one pass, {kept}"
             if self.units > 1:
-                what = f"one pass, {self.units} gradients of the output layer"
+                by = ", one for each domain" if self.by_domain else ""
+                what = f"one pass, {self.units} gradients of the output layer{by}"
         elif self.memory == "keep":
             what = "logits kept until the weights are known"
         else:
@@ -274,7 +285,8 @@ def path_of(
 ) -> Path:
     """Return the way through the output layer for a spec, given the sizes of a call.
 
-        late       3 matrix products; a gradient of the layer for each further sequence
+        late       3 matrix products; a gradient of the layer for each further sequence, or for
+                   each domain, if these are fewer and each sequence is of one
         keep       3 matrix products; the gradients of all logits, in the dtype of the weight
         recompute  4 matrix products; nothing more
 
@@ -288,10 +300,17 @@ def path_of(
     Raises:
         ValueError: `late` is asked for, but the weights come late for every token.
     """
-    late = "token" if plan.deferred_level == "sequence" and not sizes.rows else plan.deferred_level
-    units = sizes.rows if late == "sequence" else 1
+    late, units, by_domain = plan.deferred_level, 1, 0
+    needs_domains = late in {"domain", "sequence of a domain"}
+    if late is not None and (not sizes.rows or (needs_domains and not sizes.domains)):
+        late = "token"
+    if late == "domain":
+        by_domain = sizes.rows if 1 < sizes.domains < sizes.rows - 1 else 0
+        units = sizes.domains if by_domain or sizes.domains == 1 else sizes.rows
+    elif late is not None:
+        units = sizes.rows
     extra = {
-        "late": (units * parts - 1) * sizes.width * sizes.row_of_logits,
+        "late": ((units + bool(by_domain)) * parts - 1) * sizes.width * sizes.row_of_logits,
         "keep": parts * sizes.tokens * sizes.row_of_logits,
         "recompute": 0,
     }
@@ -313,7 +332,9 @@ def path_of(
     most = None
     if taken != "late" and share < 1 and sizes.rows:
         most = min(sizes.tokens, math.ceil(share * sizes.tokens * parts) + sizes.rows * parts)
-    return Path(taken, units if taken == "late" else 1, chunk, most, extra[taken])
+    if taken != "late":
+        units, by_domain = 1, 0
+    return Path(taken, units, chunk, most, extra[taken], by_domain)
 
 
 def chunk_of(tokens: int, chunks: int) -> int:
@@ -476,8 +497,8 @@ def _late(
     batch: Batch, hidden: Tensor, wants: tuple[bool, bool]
 ) -> tuple[dict[str, Tensor], Finish]:
     """Go once: gradients under the local part of the weights, per late unit."""
-    units = batch.path.units
-    sums = _Sums(batch.head, hidden, wants, units)
+    units, of_rows = batch.path.units, _domains_of_rows(batch) if batch.path.by_domain else None
+    sums = _Sums(batch.head, hidden, wants, units, of_rows)
     signals: list[dict[str, Tensor]] = []
     parts: list[Tensor] = []
     scales: list[Tensor] = []
@@ -503,11 +524,19 @@ def _late(
     @torch.no_grad()
     def finish(token: Tensor) -> tuple[Tensor, Gradients]:
         token = token.reshape(-1) * batch.scale
-        whole, local = torch.stack([token, part]).view(2, units, -1).sum(-1)
+        rows = units if of_rows is None else len(of_rows)
+        both = torch.stack([token, part]).view(2, rows, -1).sum(-1)
+        whole, local = both if of_rows is None else sum_by(of_rows, units, both)
         late = torch.where(local > 0, whole / local, whole)
         return weighted_sum(found["loss"], token), sums.scaled(scale, late)
 
     return found, finish
+
+
+def _domains_of_rows(batch: Batch) -> Tensor:
+    """Return the domain of each row, [B]; ids at ignored tokens may be anything."""
+    ids, valid = batch.known["domain_ids"].long(), batch.known["valid"]
+    return torch.where(valid, ids, 0).view(batch.path.by_domain, -1).amax(1)
 
 
 def _chunk(
@@ -661,14 +690,29 @@ def _joined(signals: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 class _Sums:
-    """Sums of the output layer's gradients, one of the weight's for each late unit."""
+    """Sums of the output layer's gradients, one of the weight's for each late unit.
 
-    def __init__(self, head: Head, hidden: Tensor, wants: tuple[bool, bool], units: int) -> None:
-        self._head, self._hidden, self._units = head, hidden, units
+    Units are rows.  Where `of_rows` tells the unit of each row, all of them are in one tensor, so
+    that a captured graph finds that of a row wherever the row's unit is.
+    """
+
+    def __init__(
+        self,
+        head: Head,
+        hidden: Tensor,
+        wants: tuple[bool, bool],
+        units: int,
+        of_rows: Tensor | None = None,
+    ) -> None:
+        self._head, self._hidden, self._units, self._of_rows = head, hidden, units, of_rows
+        self._rows = units if of_rows is None else len(of_rows)
         of_hidden, of_weight = wants
         self._d_hidden = torch.zeros_like(hidden) if of_hidden else None
         # Apart, so that the first can outlive the others as the parameter's gradient.
-        self._d_weight = [torch.empty_like(head.weight) for _ in range(units if of_weight else 0)]
+        apart = 1 if of_rows is not None else units
+        self._d_weight = [torch.empty_like(head.weight) for _ in range(apart if of_weight else 0)]
+        many = of_weight and of_rows is not None
+        self._of_units = head.weight.new_zeros(units, *head.weight.shape) if many else None
         no_bias = not of_weight or head.bias is None
         shape = units, len(head.weight)
         self._d_bias = None if no_bias else head.weight.new_zeros(shape, dtype=torch.float32)
@@ -692,28 +736,42 @@ class _Sums:
         hidden = self._hidden[rows]
         if scale is not None:
             hidden = torch.mul(hidden, scale[:, None], out=torch.empty_like(hidden))
-        for unit, part in self._by_unit(rows):
-            if self._d_weight:
-                into = self._d_weight[unit]
-                if self._empty[unit]:
-                    torch.mm(d_logits[part].t(), hidden[part], out=into)
-                else:
-                    into.addmm_(d_logits[part].t(), hidden[part])
+        for row, part in self._by_row(rows):
+            self._add_weight(row, d_logits[part], hidden[part])
             if self._d_bias is not None:
                 ones = torch.ones_like(hidden[part, 0]) if scale is None else scale[part]
                 column = ones.to(d_logits.dtype)[:, None]
-                self._d_bias[unit] += (d_logits[part].t() @ column).squeeze(1)
-            self._empty[unit] = False
+                of_bias = (d_logits[part].t() @ column).squeeze(1)
+                if self._of_rows is None:
+                    self._d_bias[row] += of_bias
+                else:
+                    self._d_bias.index_add_(0, self._of_rows[row : row + 1], of_bias[None].float())
 
-    def _by_unit(self, rows: slice | Tensor) -> list[tuple[int, slice]]:
-        """Return the late units of some tokens, and which of these are of each."""
-        if self._units == 1:
+    def _add_weight(self, row: int, d_logits: Tensor, hidden: Tensor) -> None:
+        """Add what some tokens of a row contribute to the gradient of the weight."""
+        if not self._d_weight:
+            return
+        if self._of_units is not None:
+            assert self._of_rows is not None
+            unit, room = self._of_rows[row : row + 1], self._d_weight[0][None]
+            torch.index_select(self._of_units, 0, unit, out=room)
+            room[0].addmm_(d_logits.t(), hidden)
+            self._of_units.index_copy_(0, unit, room)
+        elif self._empty[row]:
+            torch.mm(d_logits.t(), hidden, out=self._d_weight[row])
+            self._empty[row] = False
+        else:
+            self._d_weight[row].addmm_(d_logits.t(), hidden)
+
+    def _by_row(self, rows: slice | Tensor) -> list[tuple[int, slice]]:
+        """Return the rows of some tokens, and which of these are of each."""
+        if self._rows == 1:
             return [(0, slice(None))]
         assert isinstance(rows, slice), "only one unit is walked in another order"
-        each = len(self._hidden) // self._units
+        each = len(self._hidden) // self._rows
         return [
-            (unit, slice(max(unit * each - rows.start, 0), (unit + 1) * each - rows.start))
-            for unit in range(rows.start // each, -(-rows.stop // each))
+            (row, slice(max(row * each - rows.start, 0), (row + 1) * each - rows.start))
+            for row in range(rows.start // each, -(-rows.stop // each))
         ]
 
     def scaled(self, scale: Tensor | None, late: Tensor | None = None) -> Gradients:
@@ -725,10 +783,16 @@ class _Sums:
         """
         if self._d_hidden is not None and scale is not None:
             if late is not None:
-                scale = (scale.view(self._units, -1) * late[:, None]).view(-1)
+                of_rows = late if self._of_rows is None else late[self._of_rows]
+                scale = (scale.view(self._rows, -1) * of_rows[:, None]).view(-1)
             _times_(self._d_hidden, scale[:, None])
         if self._d_weight and late is not None:
-            _fold_(self._d_weight, late)
+            if self._of_units is None:
+                _fold_(self._d_weight, late)
+            else:
+                of_units = [*self._of_units.unbind()]
+                _fold_(of_units, late)
+                self._d_weight[0].copy_(of_units[0])
         if self._d_bias is not None and late is not None:
             self._d_bias[0] = late @ self._d_bias
         d_weight = self._d_weight[0] if self._d_weight else None
