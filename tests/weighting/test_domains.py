@@ -256,6 +256,36 @@ def test_doge_follows_its_formula(count, text, rate, share):
     assert 0 in clipped
 
 
+@pytest.mark.parametrize("count", [size for size in SIZES if size > 1])
+def test_doge_with_a_target_follows_its_formula(count):
+    """Alignment with the target alone; it weighs nothing, and lengths are those of the others."""
+    fn = built(f"doge(0.05, smoothing=0.02, target=d{count - 1})", count)
+    a = [1 / (count - 1)] * (count - 1)
+    assert told(fn) == close([*a, 0])
+    past = []
+    for step, found in enumerate(gradients(count), 1):
+        g = torch.tensor(found, dtype=torch.float64)
+        send_feedback(fn, "gradients", g @ g.T, step)
+        *others, target = found
+        length = mean([math.sqrt(sum(x * x for x in one)) for one in others]) + 1e-6
+        along = [sum(x * y for x, y in zip(one, target, strict=True)) for one in others]
+        helps = [min(max(x / length, 0), 5) for x in along]
+        raised = [x * math.exp(0.05 * y) for x, y in zip(a, helps, strict=True)]
+        a = [0.98 * x / sum(raised) + 0.02 / len(a) for x in raised]
+        past.append([*a, 0])
+        assert told(fn) == close(past[-1]), step
+    assert average(fn) == averaged(past)
+    assert count == 2 or max(a) - min(a) > 1e-3
+
+
+def test_a_target_of_doge_is_a_domain_beside_others():
+    """A name that is none is told with the nearest."""
+    with pytest.raises(wt.SpecError, match="the data has no domain 'wikj'; did you mean 'wiki'"):
+        wt.build(wt.loads("doge(target=wikj)"), domains=["web", "wiki"])
+    with pytest.raises(wt.SpecError, match="the target is the only domain; add another"):
+        wt.build(wt.loads("doge(target=wiki)"), domains=["wiki"])
+
+
 def test_doge_outlives_a_gradient_that_is_not_finite():
     """Such a move leaves the weights, and the next one is as if it had not been."""
     fn, calm = built("doge-proxy", 2), built("doge-proxy", 2)

@@ -1,7 +1,8 @@
 """A comparison of specs: one run of each from the same first weights, and the report of them.
 
-What `weighting compare` calls.  What can be found wrong without training is said before anything
-is made; then one checkpoint of step 0 is, and the runs follow one by one.
+What `weighting compare` calls, and `tune` for its short runs.  What can be found wrong without
+training is said before anything is made; then one checkpoint of step 0 is, and the runs follow one
+by one.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import re
 import signal
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn
 
@@ -35,7 +37,7 @@ from weighting.runs.files import read_lines
 from weighting.runs.layout import CHECKPOINTS, FOLDER, METRICS
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from titan_integration.data.loader import DomainTextDataLoader
     from titan_integration.trainer.trainer import WeightedTrainer
@@ -103,6 +105,7 @@ class Options(launch.HostOptions):
         mixture: A spec by which data is drawn.
         reference: Whose loss is `ref_loss`, for specs that read it.
         allow_plugins: Whether the modules that specs name are imported.
+        validates: Whether every run ends in a validation; runs of several seeds always do.
     """
 
     specs: Sequence[tuple[str, Spec]]
@@ -114,6 +117,7 @@ class Options(launch.HostOptions):
     mixture: str | None
     reference: str | None
     allow_plugins: bool
+    validates: bool = False
 
 
 def main(**options: Any) -> int:  # noqa: ANN401 - those of `Options`
@@ -123,8 +127,13 @@ def main(**options: Any) -> int:  # noqa: ANN401 - those of `Options`
         ValueError: The comparison cannot be.
         OSError: Its folder or its report cannot be written.
     """
+    return status_of(partial(_compare, Options(**options)))
+
+
+def status_of(work: Callable[[], None]) -> int:
+    """Have runs trained; return 0, the status of one that failed, or 130 if interrupted."""
     try:
-        _compare(Options(**options))
+        work()
     except RunFailedError as error:
         sys.stderr.write(printable(f"error: {error}\n", keep="\n"))
         return error.status
@@ -155,14 +164,28 @@ def table(folders: Sequence[Path]) -> str:
 
 
 def _compare(args: Options) -> None:
+    if len(args.specs) < 2:  # noqa: PLR2004 - it takes two
+        given = ", ".join(text for text, _ in args.specs) or "none"
+        msg = f"a comparison takes two specs or more; given: {given}"
+        raise ValueError(msg)
+    report(args, trained(args))
+
+
+def trained(args: Options) -> list[Run]:
+    """Train what is not trained yet, and return all runs.
+
+    Raises:
+        ValueError: One of them cannot be, or the folder holds others.
+        OSError: The folder or that of the report cannot be written.
+        RunFailedError: A run has failed; those after it were not begun.
+    """
     runs = _runs(args)
-    if args.seeds > 1:
+    if _validates(args):
         args = replace(args, flags=_validating(args))
         runs = _repeated(runs, args)
     folder = Path(args.folder)
-    out = Path(args.out or folder / REPORT)
     refuse_unwritable(folder)
-    refuse_unwritable(out.parent)
+    refuse_unwritable(_page(args).parent)
     launch.check_config(args.module, args.config)
     steps = _preflight(args, [run for run in runs if not run.again])
     begun = [name for name in (SEED, *_names(runs)) if series.begun(folder / name)]
@@ -177,10 +200,24 @@ def _compare(args: Options) -> None:
     with series.alone(folder) as lock:
         series.note(folder / ORDERS, orders)
         _train(args, runs, steps, lock)
+    return runs
+
+
+def report(args: Options, runs: Sequence[Run]) -> None:
+    """Write the report of runs that are trained, and print what they came to."""
+    folder = Path(args.folder)
     folders = [folder / run.name for run in runs]
-    write_report(folders, out, explanation)
+    write_report(folders, _page(args), explanation)
     told = as_text(_by_seed(folder, runs)) if args.seeds > 1 else table(folders)
-    print(printable(f"\n{told}\n\nreport: {out}", keep="\n"))  # noqa: T201 - the result
+    print(printable(f"\n{told}\n\nreport: {_page(args)}", keep="\n"))  # noqa: T201 - the result
+
+
+def _page(args: Options) -> Path:
+    return Path(args.out or Path(args.folder) / REPORT)
+
+
+def _validates(args: Options) -> bool:
+    return args.validates or args.seeds > 1
 
 
 def _by_seed(folder: Path, runs: Sequence[Run]) -> Table:
@@ -207,12 +244,8 @@ def _runs(args: Options) -> list[Run]:
     """Return the runs, each with a folder of its own.
 
     Raises:
-        ValueError: A spec is wrong, given twice, or the only one, or a flag is not the user's.
+        ValueError: A spec is wrong or given twice, or a flag is not the user's.
     """
-    if len(args.specs) < 2:  # noqa: PLR2004 - it takes two
-        given = ", ".join(text for text, _ in args.specs) or "none"
-        msg = f"a comparison takes two specs or more; given: {given}"
-        raise ValueError(msg)
     for flag, option in OWN.items():
         if launch.value_of(args.flags, flag) is not None:
             msg = f"{flag} is set for every run; leave it out, and use {option}"
@@ -253,12 +286,16 @@ def _validating(args: Options) -> list[str]:
     """
     texts = ("--validator.dataloader.dataset_path", "--validator.dataloader.dataset")
     if args.data and all(launch.value_of(args.flags, flag) is None for flag in texts):
-        msg = f"--seeds compares validation losses; say on which text, with {texts[0]} FILE"
+        msg = f"{_asks(args)} compares validation losses; say on which text, with {texts[0]} FILE"
         raise ValueError(msg)
     if "--validator.no-enable" in args.flags or "--validator.no_enable" in args.flags:
-        msg = "--seeds compares validation losses; leave out --validator.no-enable"
+        msg = f"{_asks(args)} compares validation losses; leave out --validator.no-enable"
         raise ValueError(msg)
     return ["--validator.enable", *args.flags]
+
+
+def _asks(args: Options) -> str:
+    return "tune" if args.validates else "--seeds"
 
 
 def _free(name: str, taken: Sequence[str]) -> str:
@@ -350,7 +387,7 @@ def _train(args: Options, runs: Sequence[Run], steps: int, lock: IO[str]) -> Non
     folder = Path(args.folder)
     done = [min(max(series.last_saved(folder / run.name), 0), steps) for run in runs]
     saves = ["--checkpoint.interval", str(max(steps // 10, 1))]
-    ends = ["--validator.freq", str(steps)] if args.seeds > 1 else []
+    ends = ["--validator.freq", str(steps)] if _validates(args) else []
     ends = [] if launch.value_of(args.flags, "--validator.freq") else ends
     with View(steps, done) as view:
         for run, at in zip(runs, done, strict=True):

@@ -22,6 +22,7 @@ from weighting.cli.score import score
 from weighting.cli.simulate import simulate
 from weighting.cli.tokens import tokens
 from weighting.cli.train import train
+from weighting.cli.tune import tune
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80})
@@ -58,5 +59,6 @@ main.add_command(export)
 main.add_command(report)
 main.add_command(tokens)
 main.add_command(replay_command)
+main.add_command(tune)
 main.add_command(doctor)
 main.add_command(completion)

@@ -88,6 +88,8 @@ def _draw(axes: Axes, panel: Panel) -> dict[str, Artist]:
         else:
             [handles[line.label]] = axes.plot(line.x, line.y, linestyle=dash, **look)
     axes.set(xlabel=panel.x, ylabel=panel.y)
+    if panel.log:
+        axes.set_xscale("log")
     if all(y >= 0 for line in panel.lines for y in line.y):
         axes.set_ylim(bottom=-0.02 * axes.get_ylim()[1])  # a line at 0 is seen whole
     return handles

@@ -59,6 +59,7 @@ class Panel(NamedTuple):
         lines: What is drawn.
         kind: `line` joins the points, `points` does not; `stairs` has one x more than y, edges.
         at: A height to mark with a thin line.
+        log: Whether the x axis is logarithmic.
     """
 
     title: str
@@ -67,6 +68,7 @@ class Panel(NamedTuple):
     lines: Sequence[Line]
     kind: _Kind = "line"
     at: float | None = None
+    log: bool = False
 
 
 class _Signal(NamedTuple):

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import torch
+from pydantic import Field
 from typing_extensions import override
 
+from weighting.capped_simplex import TINY
 from weighting.contract import Feedback, Scope
 from weighting.contract.feedback_source import FeedbackSource
+from weighting.errors import nearest
 from weighting.registry import stage
 from weighting.saved import not_between, not_shares
 from weighting.schedules import Constant, NonNegativeNumber, UnitNumber
-from weighting.stages.exponentiated import raised
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -28,27 +30,41 @@ class DoGE(FeedbackSource):
     x_d = min(max(g_d . sum_e g_e, 0) / mean_e |g_e|, most)
     a <- a * exp(step_size * x) / Z;   a <- (1 - smoothing) * a + smoothing / K;   w = K * a
 
-    g_d is the gradient of the mean loss of domain d.  The weights move when the trainer tells the
-    inner products of the gradients, which it takes domain by domain; until then, and in a loop
-    that tells none, they are one.  The state also holds their average over all moves: the
+    g_d is the gradient of the mean loss of domain d.  With a target, e is that domain alone, which
+    itself weighs nothing: the mean, Z and K are of the others.  The weights move when the trainer
+    tells the inner products of the gradients, which it takes domain by domain; until then, and in a
+    loop that tells none, they are one.  The state also holds their average over all moves: the
     proportions DoGE exports.
 
-    Source: Fan et al. (2024), "DoGE", ICML, arXiv:2310.15393, algorithm 1, and the authors' code,
-    which includes g_d . g_d in the sum.  step_size is their learning rate over mu: 5e-4 / 0.01.
-    Differs: the learning rate in it is constant unless step_size is a schedule.
+    Source: Fan et al. (2024), "DoGE", ICML, arXiv:2310.15393, algorithm 1 (with a target, its
+    out-of-domain form), and the authors' code, which includes g_d . g_d in the sum.  step_size is
+    their learning rate over mu: 5e-4 / 0.01, out of domain 5e-4 / 0.05.
+    Differs: the learning rate in it is constant unless step_size is a schedule; one target, of
+    which theirs may have several.
     """
 
     listens_to: ClassVar[Feedback | None] = "gradients"
     step_size: NonNegativeNumber = Constant(value=0.05)
     most: NonNegativeNumber = Constant(value=5)
     smoothing: UnitNumber = Constant(value=0)
+    target: Annotated[str, Field(min_length=1)] | None = None
+
+    @override
+    def problem_with(self, domains: tuple[str, ...]) -> str | None:
+        """Return that there is no such target, or nothing beside it, if so."""
+        if self.target is None:
+            return None
+        if self.target not in domains:
+            return f"doge: the data has no domain {self.target!r}{nearest(self.target, domains)}"
+        return None if len(domains) > 1 else "doge: the target is the only domain; add another"
 
     @override
     def initial_state(self, domains: tuple[str, ...]) -> dict[str, Tensor]:
         """Return log weights, their average over moves, and how many moves it averages."""
-        state = super().initial_state(domains)
-        average = state["log_weights"].exp()
-        return {**state, "average": average, "moves": torch.zeros((), dtype=torch.int64)}
+        trained = self._trained(domains or ("",))
+        average = trained / trained.sum().clamp(min=1)
+        state = {"log_weights": average.clamp(min=TINY).log(), "average": average}
+        return {**state, "moves": torch.zeros((), dtype=torch.int64)}
 
     @override
     def problems_with_state(
@@ -63,14 +79,23 @@ class DoGE(FeedbackSource):
     def on_feedback(self, feedback: Tensor, scope: Scope) -> dict[str, Tensor]:
         """Take one step of the update."""
         state, step = scope.state, scope.step
-        length = feedback.diagonal().clamp(min=0).sqrt().mean()
-        helps = (feedback.sum(1) / (length + 1e-6)).clamp(min=0)
+        trained = self._trained(scope.domains).to(feedback.device)
+        lengths = feedback.diagonal().clamp(min=0).sqrt()
+        length = torch.where(trained > 0, lengths, 0).sum() / trained.sum()
+        along = feedback if self.target is None else feedback[:, trained == 0]
+        helps = (along.sum(1) / (length + 1e-6)).clamp(min=0)
         gains = self.step_size(step) * torch.minimum(helps, self.most(step))
         gains = torch.where(gains.isfinite(), gains, 0)  # one bad batch must not end the memory
-        weights = raised(state["log_weights"], gains, self.smoothing(step))
+        logs = torch.where(trained > 0, state["log_weights"] + gains, -torch.inf)
+        smoothing = self.smoothing(step)
+        weights = (1 - smoothing) * logs.softmax(0) + smoothing * trained / trained.sum()
         moves = state["moves"] + 1
         return {
-            "log_weights": weights.clamp(min=1e-30).log(),
+            "log_weights": weights.clamp(min=TINY).log(),
             "average": state["average"] + (weights - state["average"]) / moves,
             "moves": moves,
         }
+
+    def _trained(self, domains: tuple[str, ...]) -> Tensor:
+        """Return one for each domain but the target, which is 0, [K]."""
+        return torch.tensor([float(name != self.target) for name in domains])
