@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from typing_extensions import override
 
+from weighting import saved
 from weighting.contract import Feedback, Scope
 from weighting.contract.feedback_source import FeedbackSource
 from weighting.registry import stage
-from weighting.saved import not_between, not_shares
 from weighting.schedules import Constant, NonNegativeNumber, UnitNumber
 from weighting.stages.exponentiated import raised
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
     from torch import Tensor
 
 
@@ -39,6 +36,11 @@ class DoGE(FeedbackSource):
     """
 
     listens_to: ClassVar[Feedback | None] = "gradients"
+    state_rules: ClassVar[dict[str, saved.Rule]] = {
+        **FeedbackSource.state_rules,
+        "average": saved.shares,
+        "moves": saved.count,
+    }
     step_size: NonNegativeNumber = Constant(value=0.05)
     most: NonNegativeNumber = Constant(value=5)
     smoothing: UnitNumber = Constant(value=0)
@@ -49,15 +51,6 @@ class DoGE(FeedbackSource):
         state = super().initial_state(domains)
         average = state["log_weights"].exp()
         return {**state, "average": average, "moves": torch.zeros((), dtype=torch.int64)}
-
-    @override
-    def problems_with_state(
-        self, state: Mapping[str, Tensor], domains: tuple[str, ...]
-    ) -> Iterator[tuple[str, str]]:
-        """Demand an average that sums to one, and a count."""
-        yield from super().problems_with_state(state, domains)
-        yield from not_shares(state, "average")
-        yield from not_between(state, 0, math.inf, "moves")
 
     @override
     def on_feedback(self, feedback: Tensor, scope: Scope) -> dict[str, Tensor]:
