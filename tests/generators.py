@@ -1,6 +1,7 @@
 """Batches, pipelines and ranks for the tests: the tables of cases, and hypothesis strategies."""
 
 import dataclasses
+import functools
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from reference import Batch
 
 import weighting as wt
+from weighting.build import plan_of
 from weighting.registry import stages
 
 SPECS = Path(__file__).resolve().parent.parent / "specs"
@@ -183,16 +185,23 @@ def own_stages():
     return {n: c for n, c in stages().items() if c.__module__.startswith("weighting.stages.")}
 
 
+@functools.cache
+def planned(text):
+    """Return the plan of a spec text, and the domains of its table, or else `DOMAINS`."""
+    plan = plan_of(wt.loads(text))
+    tables = [s.weights for p in plan.spec.factors.values() for s in p if s.name == "table"]
+    return plan, tuple(tables[0]) if tables else DOMAINS
+
+
 def domains_of(text):
     """Return the domains of a spec text's table, or else `DOMAINS`."""
-    spec = wt.loads(text)
-    tables = [s.weights for p in spec.factors.values() for s in p if s.name == "table"]
-    return tuple(tables[0]) if tables else DOMAINS
+    return planned(text)[1]
 
 
 def built(text, **given):
     """Return a spec text as a module, for the domains of its table, or else `DOMAINS`."""
-    return wt.build(wt.loads(text), domains=domains_of(text), **given)
+    plan, domains = planned(text)
+    return wt.build(plan, domains=domains, **given)
 
 
 def batch(rows=4, length=6, *, seed=0, keep=0.7, domains=DOMAINS):

@@ -1,19 +1,20 @@
 """What the tensors of a saved state must satisfy: rules for stages to name.
 
-Each rule yields the keys of tensors that break it, with what those must be.
+A rule takes a tensor and returns what it must be if it breaks the rule, or else None.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from torch import Tensor
-
+Rule = Callable[[Tensor], str | None]
 _SLACK = 1e-2
 """More than averages over a whole run are off by rounding."""
 
@@ -25,40 +26,50 @@ def not_finite(state: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
             yield key, "finite"
 
 
-def not_between(
-    state: Mapping[str, Tensor], low: float, high: float, *keys: str
-) -> Iterator[tuple[str, str]]:
-    """Yield those of the named tensors with a value below `low` or above `high`, but rounding."""
-    for key in keys:
-        if ((state[key] < low) | (state[key] > high + _SLACK)).any():
-            bounds = f"at least {low:g}" if high == torch.inf else f"from {low:g} to {high:g}"
-            yield key, bounds
+def broken(state: Mapping[str, Tensor], rules: Mapping[str, Rule]) -> Iterator[tuple[str, str]]:
+    """Yield the keys of tensors that break their rule, with what those must be."""
+    for key, rule in rules.items():
+        if key in state and (must := rule(state[key])):
+            yield key, must
 
 
-def not_weights(state: Mapping[str, Tensor], *keys: str) -> Iterator[tuple[str, str]]:
-    """Yield those of the named tensors with a negative value, or with none above 0."""
-    for key in keys:
-        if (state[key] < 0).any() or not (state[key] > 0).any():
-            yield key, "weights, at least 0 and not all of them 0"
+def between(low: float, high: float = torch.inf) -> Rule:
+    """Demand that no value is below `low` or above `high`, but rounding."""
+
+    def rule(x: Tensor) -> str | None:
+        if not ((x < low) | (x > high + _SLACK)).any():
+            return None
+        return f"at least {low:g}" if high == torch.inf else f"from {low:g} to {high:g}"
+
+    return rule
 
 
-def not_shares(
-    state: Mapping[str, Tensor], *keys: str, logs: bool = False
-) -> Iterator[tuple[str, str]]:
-    """Yield those of the named tensors that are not weights with a sum of one.
+count = between(0)
+"""Demand a number of batches, units or the like."""
 
-    Args:
-        state: Tensors by key.
-        keys: Which of them.
-        logs: Whether they are logarithms of weights.
-    """
-    for key in keys:
-        x = state[key].double().exp() if logs else state[key].double()
-        # A model in half precision rounds them, and logarithms most of all.
-        halved = state[key].dtype in {torch.bfloat16, torch.float16}
-        slack = 8 * torch.finfo(torch.bfloat16).eps if halved else _SLACK
-        if (x < 0).any() or abs(x.sum() - 1) > slack:
-            yield key, f"{'logarithms of ' * logs}weights that sum to one"
+
+def weights(x: Tensor) -> str | None:
+    """Demand that no value is negative, and that some are above 0."""
+    wrong = (x < 0).any() or not (x > 0).any()
+    return "weights, at least 0 and not all of them 0" if wrong else None
+
+
+def shares(x: Tensor) -> str | None:
+    """Demand weights with a sum of one."""
+    return None if _are_shares(x.double(), x.dtype) else "weights that sum to one"
+
+
+def log_shares(x: Tensor) -> str | None:
+    """Demand logarithms of weights with a sum of one."""
+    right = _are_shares(x.double().exp(), x.dtype)
+    return None if right else "logarithms of weights that sum to one"
+
+
+def _are_shares(x: Tensor, dtype: torch.dtype) -> bool:
+    # A model in half precision rounds them, and logarithms most of all.
+    halved = dtype in {torch.bfloat16, torch.float16}
+    slack = 8 * torch.finfo(torch.bfloat16).eps if halved else _SLACK
+    return not (x < 0).any() and not abs(x.sum() - 1) > slack
 
 
 def shown(x: Tensor) -> str:

@@ -162,7 +162,7 @@ def fill(place):
 
 
 WRITES = [
-    ("titan_integration.observe.run_json:write_whole", 1, "{}/weighting/run.json: No space left"),
+    ("weighting.runs.run_json:write_whole", 1, "{}/weighting/run.json: No space left"),
     (
         "titan_integration.observe.metrics:append_line",
         2,

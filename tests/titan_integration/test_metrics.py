@@ -10,10 +10,9 @@ import torch
 import weighting as wt
 from titan_integration.commands import run_queue as series
 from titan_integration.observe import metrics
-from titan_integration.observe.metrics import set_aside
-from titan_integration.observe.run_json import about
 from titan_integration.state.run import start
 from weighting.runs.files import read_lines
+from weighting.runs.run_json import about, set_aside
 
 
 def line(step, **more):

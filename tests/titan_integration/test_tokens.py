@@ -227,7 +227,7 @@ def here(tmp_path, monkeypatch):
         (["--checkpoint=nothing"], "--checkpoint nothing: no such folder"),
         (["--checkpoint=none"], "--checkpoint none: no checkpoint here, neither .metadata nor"),
         (["--text=empty.txt"], "--text empty.txt: the file is empty; it takes a text"),
-        (["--text=bytes.txt"], "--text bytes.txt: byte 2 is not UTF-8; convert the file first"),
+        (["--text=bytes.txt"], "--text bytes.txt: not UTF-8 text (byte 2); save it as UTF-8"),
         (["--html=b/a.html"], "--html b/a.html: no file can be written there; name one in"),
         (["--html=a.txt"], "--html a.txt: that is the text itself; choose another name"),
         (["--config=llama3_9b"], "no config function 'llama3_9b'; did you mean 'llama3_8b'?"),

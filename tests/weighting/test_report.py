@@ -25,6 +25,7 @@ from weighting.report.figures import by_domain, domain_mass, loss_shift, paired
 from weighting.report.points import Points
 from weighting.report.read import read_runs
 from weighting.report.tables import as_text, by_seed, interval, most_moved, over_seeds, settings
+from weighting.runs import run_json
 from weighting.runs.replay import Record, Step
 
 DOMAINS = ("code", "prose")
@@ -454,17 +455,15 @@ def test_user_errors_are_one_message_and_leave_no_file(two, tmp_path):
 
 def test_what_the_trainer_says_of_a_run_is_understood(tmp_path):
     """A first start sets another run's file aside; a resumed run keeps its facts and adds one."""
-    from titan_integration.observe.run_json import about as told  # noqa: PLC0415 - only this test is about a trainer
-
     folder = write_run(
         tmp_path / "run", [line(1), line(2)], about=about("version: 1\npipeline: abs")
     )
     path = folder / "weighting" / "run.json"
     facts = about("version: 1\nname: mine\npipeline: uniform", odd=object())
     first, *_ = facts.pop("starts")
-    path.write_text(told(path, facts, first))
+    path.write_text(run_json.about(path, facts, first))
     again = {"name": "another", **facts["spec"], "hash": "0"}
-    text = told(path, {**facts, "spec": again}, {**first, "step": 20, "ranks": 7})
+    text = run_json.about(path, {**facts, "spec": again}, {**first, "step": 20, "ranks": 7})
     path.write_text(text)
 
     assert path.with_name("run.json.1").exists()

@@ -1,5 +1,6 @@
 """Saved states that no run could have written are refused, in plain loops as well."""
 
+import generators as tables
 import pytest
 import torch
 from torch import nn
@@ -198,3 +199,11 @@ def test_a_stage_of_ones_own_says_what_its_state_must_be(monkeypatch):
         fn.load_state_dict(changed(fn, "even", 3.0))
     with pytest.raises(ValueError, match=f"{key_of(fn, 'even')} is nan and must be finite"):
         fn.load_state_dict(changed(fn, "even", NAN))
+
+
+def test_every_rule_is_of_a_tensor_that_is_remembered():
+    """A rule whose name is misspelt would let anything pass."""
+    ruled = [stage for stage in tables.one_of_each_stage() if stage.state_rules]
+    assert len(ruled) >= 9
+    for stage in ruled:
+        assert stage.state_rules.keys() <= stage.initial_state(DOMAINS).keys(), stage.name

@@ -59,32 +59,29 @@ def closing(given: Given, folder: Path, before: tuple[int, int, Path | None]) ->
     lines = read_lines(path)
     said = [summary(lines)]
     after = left_by(folder)
-    if after[-1] and after == before:
+    last = after[-1]
+    if last and after == before:
         said.append(
-            f"nothing was left to train, {after[-1].name} was saved before; "
+            f"nothing was left to train, {last.name} was saved before; "
             "to go on take more --steps, to start afresh another --dump_folder"
         )
     if (found := folder / FOLDER / VALIDATION).exists() and (lines := read_lines(found)):
         loss, step = lines[-1].get("loss", math.nan), lines[-1]["step"]
         said.append(f"validation loss {loss:.4f} nats at step {step:.0f}")
-    said.append("\n".join(f"{what}: {place}" for what, place in _saved(folder).items()))
-    said.append("\n".join(["next:", *(f"  {shlex.join(x)}" for x in _next(given, folder))]))
+    saved = {"metrics": path}
+    if (record := folder / RECORD).is_dir():
+        saved["record"] = record
+    if last:
+        saved["checkpoint"] = last
+    said.append("\n".join(f"{what}: {place}" for what, place in saved.items()))
+    following = _next(given, folder, saved)
+    said.append("\n".join(["next:", *(f"  {shlex.join(x)}" for x in following)]))
     return printable("\n\n".join(said), keep="\n")
 
 
-def _saved(folder: Path) -> dict[str, Path]:
-    """Return what is there of a run, and where."""
-    found = {"metrics": folder / FOLDER / METRICS}
-    if (record := folder / RECORD).is_dir():
-        found["record"] = record
-    if last := left_by(folder)[-1]:
-        found["checkpoint"] = last
-    return found
-
-
-def _next(given: Given, folder: Path) -> list[list[str]]:
+def _next(given: Given, folder: Path, saved: dict[str, Path]) -> list[list[str]]:
     """Return commands that work on what a run left."""
-    me, saved = _own_name(), _saved(folder)
+    me = _own_name()
     found = [[*me, "report", f"{folder}", "--out", f"{folder / 'report.html'}"]]
     if "record" in saved and _has_losses(folder):
         others = [name for name in _OTHERS if name != given.name][:2]

@@ -30,7 +30,7 @@ from titan_integration.loss.reference_model import find_checkpoint
 from weighting.errors import printable
 from weighting.loss.cross_entropy import signals_of
 from weighting.report import shading
-from weighting.runs.files import write_whole
+from weighting.runs.files import read_text, write_whole
 from weighting.spec import Spec
 
 if TYPE_CHECKING:
@@ -103,7 +103,10 @@ def shaded_text(args: Options) -> shading.Shaded:
     versions.check()
     launch.check_config(args.module, args.config)
     folder = find_checkpoint(args.checkpoint, _GIVEN)
-    text = _read(Path(args.text))
+    text = read_text(Path(args.text), f"--text {args.text}")
+    if not text:
+        msg = f"--text {args.text}: the file is empty; it takes a text to weigh"
+        raise ValueError(msg)
     _check_page(args.html, Path(args.text))
     fns = [wt.build(spec, domains=["text"]).eval() for _, spec in args.specs]
     config = _config(args)
@@ -258,22 +261,6 @@ def _windows(lengths: Sequence[int]) -> str:
 def _name(spec: Spec, given: str) -> str:
     unnamed = spec.name == Spec.model_fields["name"].default
     return given if unnamed else spec.name
-
-
-def _read(path: Path) -> str:
-    """Return a text as it is, line ends included."""
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except OSError as error:
-        msg = f"--text {path}: cannot read it: {error.strerror}"
-        raise ValueError(msg) from error
-    except UnicodeDecodeError as error:
-        msg = f"--text {path}: byte {error.start} is not UTF-8; convert the file first"
-        raise ValueError(msg) from error
-    if not text:
-        msg = f"--text {path}: the file is empty; it takes a text to weigh"
-        raise ValueError(msg)
-    return text
 
 
 def _check_page(html: str | None, text: Path) -> None:

@@ -51,18 +51,24 @@ if TYPE_CHECKING:
 Outcome = tuple[Tensor, dict[str, Tensor]]
 
 
-class WeightedCrossEntropyLoss(CrossEntropyLoss):
+class _Bound:
+    """What weighs by a run's weighting, once it is bound to one."""
+
+    _run: Run | None = None
+    _path: Path | None = None
+    """The way through the output layer that was chosen for the run."""
+
+    def bind(self, run: Run) -> None:
+        """Weigh the calls that train by a run's weighting from now on."""
+        self._run, self._path = run, None
+
+
+class WeightedCrossEntropyLoss(_Bound, CrossEntropyLoss):
     """Weighted cross entropy over full logits, [B, L, V]."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(CrossEntropyLoss.Config):
         """The host's fields."""
-
-    _run: Run | None = None
-
-    def bind(self, run: Run) -> None:
-        """Weigh the calls that train by a run's weighting from now on."""
-        self._run = run
 
     @override
     def __call__(
@@ -87,7 +93,7 @@ class WeightedCrossEntropyLoss(CrossEntropyLoss):
         return signals(pred, labels, self.global_vocab_size, frozenset())["loss"]
 
 
-class WeightedChunkedLoss(ChunkedLossWrapper):
+class WeightedChunkedLoss(_Bound, ChunkedLossWrapper):
     """Weighted cross entropy over hidden states, [B, L, D], and the output layer."""
 
     @dataclass(kw_only=True, slots=True)
@@ -103,18 +109,11 @@ class WeightedChunkedLoss(ChunkedLossWrapper):
         device's; recompute otherwise; full for an output layer that does more than a linear one:
         soft-capped, adapted or of float8."""
 
-    _run: Run | None = None
-
     def __init__(self, config: Config, *, compile_config: CompileConfig | None = None) -> None:
         """Build the inner loss, which validation uses."""
         super().__init__(config, compile_config=compile_config)
         self.memory = config.memory
-        self._path: Path | None = None
         self._said = False
-
-    def bind(self, run: Run) -> None:
-        """Weigh the calls that train by a run's weighting from now on."""
-        self._run, self._path = run, None
 
     @override
     def __call__(

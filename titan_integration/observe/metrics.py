@@ -16,6 +16,7 @@ from titan_integration.host.run_dir import writing
 from titan_integration.observe.mixture import mixtures
 from weighting.runs import layout
 from weighting.runs.files import json_text
+from weighting.runs.run_json import set_aside
 from weighting.runs.summary import capped
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def append_line(path: Path, line: Mapping[str, float]) -> None:
     """
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        if line["step"] == 1 and path.exists():
+        if line["step"] == 1:
             set_aside(path)
         with path.open("ab+") as file:
             _cut_torn_line(file)
@@ -129,12 +130,3 @@ def _cut_torn_line(file: IO[bytes]) -> None:
 
 _BLOCK = 1 << 16
 """Bytes read at once of a torn line."""
-
-
-def set_aside(path: Path) -> Path:
-    """Rename a file to the first free `name.1`, `name.2`, ... and return that."""
-    number = 1
-    while (target := path.with_name(f"{path.name}.{number}")).exists():
-        number += 1
-    path.rename(target)
-    return target

@@ -17,7 +17,6 @@ import pyarrow.parquet as pq
 import torch
 
 from titan_integration.host.run_dir import writing
-from titan_integration.observe.metrics import set_aside
 from weighting.contract import Alone
 from weighting.counter_rng import uniform
 from weighting.errors import nearest
@@ -34,6 +33,7 @@ from weighting.runs.replay import (
     VALID,
     WEIGHT,
 )
+from weighting.runs.run_json import set_aside
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -175,7 +175,7 @@ class Recorder:
 
     def begin_step(self, step: int) -> None:
         """Take the calls that follow for those of a step; a run's first sets older files aside."""
-        if step == 1 and self._folder is not None and self._folder.exists():
+        if step == 1 and self._folder is not None:
             set_aside(self._folder)
         self._seen, self._now = 0, step
         self._step.fill_(step)

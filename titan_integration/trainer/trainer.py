@@ -24,7 +24,7 @@ from titan_integration.data.loader import DomainTextDataLoader
 from titan_integration.data.records import REF_LOSS
 from titan_integration.data.signals import is_signal, of_the_text, short_contexts
 from titan_integration.host import cpu, versions
-from titan_integration.host.run_dir import claim
+from titan_integration.host.run_dir import claim, writing
 from titan_integration.host.together import fail_together, refuse_other_data
 from titan_integration.host.user_errors import exit_on_user_error
 from titan_integration.loss.domain_gradients import DomainGradients, weigh_gradients
@@ -44,7 +44,6 @@ from titan_integration.observe.agreement import check_agreement
 from titan_integration.observe.metrics import WeightedMetricsProcessor
 from titan_integration.observe.mixture import mixtures, write_mixture
 from titan_integration.observe.recorder import asked
-from titan_integration.observe.run_json import describe_start
 from titan_integration.observe.validation import DomainValidator
 from titan_integration.state.checkpoint import REFERENCE, WEIGHTING, ResumingCheckpointManager
 from titan_integration.state.microbatches import When
@@ -68,6 +67,7 @@ from weighting.contract.levels import documents
 from weighting.errors import printable
 from weighting.loss.logits import IGNORE_INDEX, check_labels
 from weighting.runs import layout
+from weighting.runs.run_json import describe_start
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -283,8 +283,7 @@ class WeightedTrainer(Trainer):
         if not self.begun:
             self.begun = True
             self._check_agreement()
-            device = self.metrics_processor.device_memory_monitor.device_name
-            describe_start(self.run, self.config, self.step, self._data(), device)
+            self._describe_start()
         self.run.begin_step(self.step)
         self._draw()
         if self.gradients is not None:
@@ -306,6 +305,24 @@ class WeightedTrainer(Trainer):
     def _check_agreement(self, moments: Tensor | None = None) -> None:
         step = torch.tensor(self.step, device=self.device)
         check_agreement(self.run.fn, step, self.run.ranks, moments, self._read)
+
+    def _describe_start(self) -> None:
+        """Leave beside the metrics what the run is and that it starts; the first rank writes."""
+        data = self._data()
+        if dist.get_rank() != 0:
+            return
+        folder = Path(self.config.dump_folder)
+        with writing(folder / layout.FOLDER / layout.RUN):
+            describe_start(
+                folder,
+                self.run.fn,
+                self.config.to_dict(),
+                versions.found(),
+                step=self.step,
+                ranks=dist.get_world_size(),
+                data=data,
+                device=self.metrics_processor.device_memory_monitor.device_name,
+            )
 
     def _data(self) -> dict[str, Any] | None:
         """Return what rows are made from and which is next; None of another loader than ours."""

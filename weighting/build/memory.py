@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from weighting.contract import Scope, Stage
-from weighting.saved import not_between, not_finite
+from weighting.saved import between, broken, not_finite
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -88,10 +88,8 @@ def state_problems(
                 problems = Stage.problems_with_state(stage, state, domains)
             yield from ((names[key], must) for key, must in problems)
     yield from not_finite(known)  # the rest is of scope: running
-    counts = [earlier_names(factor)[1] for factor in plan.factors]
-    yield from not_between(known, 0, RUNNING_UNITS, *(x for x in counts if x in known))
-    if RUNNING_MEAN in known:
-        yield from not_between(known, 0, torch.inf, RUNNING_MEAN)
+    rules = {earlier_names(factor)[1]: between(0, RUNNING_UNITS) for factor in plan.factors}
+    yield from broken(known, {**rules, RUNNING_MEAN: between(0)})
 
 
 def with_earlier(

@@ -33,6 +33,32 @@ allow_plugins = click.option(
 )
 
 
+data = click.option("--data", help="A .jsonl/.parquet file or folder, or a Hugging Face name.")
+mixture = click.option("--mixture", help="A spec by whose domain weights training data is drawn.")
+reference = click.option(
+    "--reference", help="Checkpoint whose loss is ref_loss, for specs that read it."
+)
+ranks = click.option(
+    "--ranks", type=click.IntRange(1), help="Processes; default one per accelerator."
+)
+# Eager, so that --help-all of train knows them.
+config = click.option(
+    "--config",
+    default="llama3_debugmodel",
+    show_default=True,
+    is_eager=True,
+    help="Model: weighting list configs.",
+)
+module = click.option(
+    "--module",
+    default="titan_integration",
+    show_default=True,
+    is_eager=True,
+    help="Module of a config of yours.",
+)
+flags = click.argument("flags", metavar="[TORCHTITAN FLAGS]...", nargs=-1, type=click.UNPROCESSED)
+
+
 def read(argument: str, *, plugins: bool) -> tuple[Spec, Plan]:
     """Return the spec an argument means, and its plan.
 

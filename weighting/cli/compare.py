@@ -6,6 +6,7 @@ from itertools import takewhile
 
 import click
 
+from weighting.cli import common
 from weighting.cli.common import (
     allow_plugins,
     check_data,
@@ -27,7 +28,7 @@ from weighting.cli.report import SUFFIXES
     shell_complete=specs_named,
 )
 @click.option("--out", help="HTML file of the report; default report.html in --dump_folder.")
-@click.option("--data", help="A .jsonl/.parquet file or folder, or a Hugging Face name.")
+@common.data
 @click.option("--steps", type=click.IntRange(1), help="Of each run; default as in train.")
 @click.option(
     "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the first weights."
@@ -39,13 +40,11 @@ from weighting.cli.report import SUFFIXES
     show_default=True,
     help="Train each spec with so many seeds; ends in validation losses with intervals.",
 )
-@click.option("--mixture", help="A spec by whose domain weights training data is drawn.")
-@click.option("--reference", help="Checkpoint whose loss is ref_loss, for specs that read it.")
-@click.option("--config", default="llama3_debugmodel", show_default=True, help="Config function.")
-@click.option(
-    "--module", default="titan_integration", show_default=True, help="Module it is found in."
-)
-@click.option("--ranks", type=click.IntRange(1), help="Processes; default one per accelerator.")
+@common.mixture
+@common.reference
+@common.config
+@common.module
+@common.ranks
 @click.option(
     "--dump_folder",
     "--folder",

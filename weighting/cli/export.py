@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from weighting.cli import common
 from weighting.cli.host import run_in_host
 
 
@@ -17,19 +18,9 @@ from weighting.cli.host import run_in_host
     show_default=True,
     help="Of the weights.",
 )
-@click.option(
-    "--config",
-    default="llama3_debugmodel",
-    show_default=True,
-    help="Model: weighting list configs.",
-)
-@click.option(
-    "--module",
-    default="titan_integration",
-    show_default=True,
-    help="Module of a config of yours.",
-)
-@click.argument("flags", metavar="[TORCHTITAN FLAGS]...", nargs=-1, type=click.UNPROCESSED)
+@common.config
+@common.module
+@common.flags
 def export(checkpoint: str, out: str, flags: tuple[str, ...], **options: object) -> None:
     """Write CHECKPOINT as a folder that AutoModelForCausalLM loads.
 

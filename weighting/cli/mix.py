@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from weighting.cli import common
 from weighting.cli.common import allow_plugins, check_data, check_out, read_or_exit
 from weighting.cli.host import run_in_host
 
@@ -14,17 +15,15 @@ METHODS = {"doremi": "doremi-proxy", "doge": "doge-proxy"}
 @click.command(context_settings={"ignore_unknown_options": True})
 @click.argument("method", metavar="METHOD")
 @click.option("--out", required=True, help="File to write the mixture to.")
-@click.option("--data", help="A .jsonl/.parquet file or folder, or a Hugging Face name.")
+@common.data
 @click.option(
     "--steps", type=click.IntRange(1), default=200, show_default=True, help="Proxy steps."
 )
 @click.option("--reference-steps", type=click.IntRange(1), help="Reference steps; default --steps.")
 @click.option("--reference", help="Checkpoint to use as reference, or `column` for ref_loss.")
 @click.option("--config", default="llama3_proxy", show_default=True, help="Config function.")
-@click.option(
-    "--module", default="titan_integration", show_default=True, help="Module it is found in."
-)
-@click.option("--ranks", type=click.IntRange(1), help="Processes; default one per accelerator.")
+@common.module
+@common.ranks
 @click.option(
     "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the first weights."
 )
@@ -33,7 +32,7 @@ METHODS = {"doremi": "doremi-proxy", "doge": "doge-proxy"}
 )
 @click.option("--overwrite", is_flag=True, help="Write over an existing --out.")
 @allow_plugins
-@click.argument("flags", metavar="[TORCHTITAN FLAGS]...", nargs=-1, type=click.UNPROCESSED)
+@common.flags
 def mix(
     method: str, out: str, flags: tuple[str, ...], *, allow_plugins: bool, **options: object
 ) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import click
 
+from weighting.cli import common
 from weighting.cli.common import check_data, check_out
 from weighting.cli.host import run_in_host
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
 @click.argument("checkpoint", metavar="CHECKPOINT")
-@click.option("--data", help="A .jsonl/.parquet file or folder, or a Hugging Face name.")
+@common.data
 @click.option("--out", required=True, help="The .parquet file to write.")
 @click.option(
     "--per",
@@ -20,12 +21,10 @@ from weighting.cli.host import run_in_host
     help="A list of losses for each document, or their mean.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace the file, and a column ref_loss.")
-@click.option("--config", default="llama3_debugmodel", show_default=True, help="Config function.")
-@click.option(
-    "--module", default="titan_integration", show_default=True, help="Module it is found in."
-)
-@click.option("--ranks", type=click.IntRange(1), help="Processes; default one per accelerator.")
-@click.argument("flags", metavar="[TORCHTITAN FLAGS]...", nargs=-1, type=click.UNPROCESSED)
+@common.config
+@common.module
+@common.ranks
+@common.flags
 def score(checkpoint: str, out: str, flags: tuple[str, ...], **options: object) -> None:
     """Store each token's loss under CHECKPOINT as a column ref_loss of the data.
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from weighting.cli import common
 from weighting.cli.common import allow_plugins, give_up, read_or_exit
 from weighting.cli.host import run_in_host
 from weighting.columns import plain_name
@@ -38,10 +39,8 @@ _FROM_LOGITS = {"loss", "entropy", "target_prob", "error_norm", "domain_ids"}
 @click.option(
     "--step", type=click.IntRange(0, LAST_STEP), help="Optimizer step; default the checkpoint's."
 )
-@click.option("--config", default="llama3_debugmodel", show_default=True, help="Config function.")
-@click.option(
-    "--module", default="titan_integration", show_default=True, help="Module it is found in."
-)
+@common.config
+@common.module
 @allow_plugins
 def tokens(words: tuple[str, ...], *, allow_plugins: bool, **options: object) -> None:
     """Print a text with each token shaded by its weight under a checkpoint.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from weighting.cli import common
 from weighting.cli.common import (
     allow_plugins,
     check_data,
@@ -63,26 +64,14 @@ def _help_all(context: click.Context, _: click.Parameter, value: bool) -> None:
 
 @click.command(cls=in_groups(_GROUPS, _FLAGS), context_settings={"ignore_unknown_options": True})
 @click.argument("spec", metavar="SPEC", shell_complete=specs_named)
-@click.option(
-    "--config",
-    default="llama3_debugmodel",
-    show_default=True,
-    is_eager=True,
-    help="Model: weighting list configs.",
-)
-@click.option(
-    "--module",
-    default="titan_integration",
-    show_default=True,
-    is_eager=True,
-    help="Module of a config of yours.",
-)
-@click.option("--reference", help="Checkpoint whose loss is ref_loss, for specs that read it.")
-@click.option("--data", help="A .jsonl/.parquet file or folder, or a Hugging Face name.")
-@click.option("--mixture", help="A spec by whose domain weights training data is drawn.")
+@common.config
+@common.module
+@common.reference
+@common.data
+@common.mixture
 @click.option("--steps", type=click.IntRange(1), help="Optimizer steps, --training.steps.")
 @click.option("--seed", type=click.IntRange(0), help="Of the first weights, --debug.seed.")
-@click.option("--ranks", type=click.IntRange(1), help="Processes; default one per accelerator.")
+@common.ranks
 @click.option("--nnodes", type=click.IntRange(1), help="Nodes; default SLURM's, or one.")
 @click.option("--node-rank", type=click.IntRange(0), help="Which node this is, from 0 on.")
 @click.option("--rdzv-endpoint", help="Where nodes meet, HOST:PORT of the first.")
@@ -100,7 +89,7 @@ def _help_all(context: click.Context, _: click.Parameter, value: bool) -> None:
     callback=_help_all,
     help="Show all flags of torchtitan, for --config, and exit.",
 )
-@click.argument("flags", metavar="[TORCHTITAN FLAGS]...", nargs=-1, type=click.UNPROCESSED)
+@common.flags
 def train(
     spec: str,
     mixture: str | None,

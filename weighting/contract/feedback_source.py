@@ -8,12 +8,10 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from typing_extensions import override
 
+from weighting import saved
 from weighting.contract.stage import Form, Source
-from weighting.saved import not_shares
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
     from torch import Tensor
 
     from weighting.contract.scope import Scope
@@ -27,20 +25,13 @@ class FeedbackSource(Source):
     needs: ClassVar[frozenset[str]] = frozenset({"domain_ids"})
     pointwise: ClassVar[bool] = True
     known_between_batches: ClassVar[bool] = True
+    state_rules: ClassVar[dict[str, saved.Rule]] = {"log_weights": saved.log_shares}
 
     @override
     def initial_state(self, domains: tuple[str, ...]) -> dict[str, Tensor]:
         """Return log weights."""
         count = max(len(domains), 1)
         return {"log_weights": torch.full((count,), -math.log(count))}
-
-    @override
-    def problems_with_state(
-        self, state: Mapping[str, Tensor], domains: tuple[str, ...]
-    ) -> Iterator[tuple[str, str]]:
-        """Demand weights that sum to one."""
-        yield from super().problems_with_state(state, domains)
-        yield from not_shares(state, "log_weights", logs=True)
 
     @override
     def advance(self, signals: Signals, scope: Scope) -> dict[str, Tensor]:

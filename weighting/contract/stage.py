@@ -26,7 +26,7 @@ from pydantic import (
 from typing_extensions import Unpack, override
 
 from weighting.contract.levels import Groups, Level, Within
-from weighting.saved import not_finite
+from weighting.saved import Rule, broken, not_finite
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -77,6 +77,8 @@ class Stage(BaseModel):
     known between batches: training data can be drawn by it."""
     listens_to: ClassVar[Feedback | None] = None
     """What moves its state beside batches: see `on_feedback`."""
+    state_rules: ClassVar[dict[str, Rule]] = {}
+    """What tensors of a saved state must satisfy beside being finite, by their names."""
     levels: ClassVar[tuple[Level, ...]] = ("token", "document", "sequence", "domain")
     """Where it can stand; units must fit in memory pair by pair for some."""
 
@@ -103,7 +105,8 @@ class Stage(BaseModel):
     ) -> Iterator[tuple[str, str]]:
         """Yield (key, what it must be) for tensors of a saved state that it cannot go on from.
 
-        By default those that are not finite, but where `initial_state` is not either.
+        By default those that are not finite, but where `initial_state` is not either, and those
+        that break one of the `state_rules`.
 
         Args:
             state: All that `initial_state` names, in those shapes; any numbers may be in it.
@@ -111,6 +114,7 @@ class Stage(BaseModel):
         """
         start = self.initial_state(domains)
         yield from not_finite({key: x for key, x in state.items() if start[key].isfinite().all()})
+        yield from broken(state, self.state_rules)
 
     def on_feedback(self, feedback: Tensor, scope: Scope) -> dict[str, Tensor]:
         """Return the state after feedback, from `scope.state` before it; the same names.

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import platform
-import shlex
-import sys
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,8 +9,9 @@ import torch
 import weighting as wt
 from weighting.integrations import versions
 from weighting.runs import layout
-from weighting.runs.files import json_text, write_whole, writing_whole
+from weighting.runs.files import json_text, writing_whole
 from weighting.runs.replay import ABOUT, DOMAIN, ROW, STEP, VALID, WEIGHT
+from weighting.runs.run_json import describe_start, set_aside
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -36,6 +32,7 @@ class RunFiles:
 
     def __init__(self, folder: Path, *, record: int = 0) -> None:
         """Take the output folder, and every so many steps to record; 0 for none."""
+        self._dump_folder = folder
         self._folder = folder / layout.FOLDER
         self._record = folder / layout.RECORD
         self._every = record
@@ -46,31 +43,14 @@ class RunFiles:
         """Say what the run is and that it starts with a step; a run's first sets others aside."""
         if hook.ranks().rank != 0:
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
-        path = self._folder / layout.RUN
         if step == 1:
-            for old in (path, self._folder / layout.METRICS, self._record):
-                _set_aside(old)
-        spec = hook.fn.spec
-        facts = {
-            "spec": {"name": spec.name, "hash": spec.hash, "text": str(spec)},
-            "domains": list(hook.domains),
-            "config": dict(config),
-        }
-        before = _read(path)
-        ours = {"python": platform.python_version(), "weighting-dsl": wt.__version__}
-        start = {
-            "time": datetime.now(UTC).isoformat(timespec="seconds"),
-            "host": platform.node(),
-            "command": shlex.join(sys.orig_argv),
-            "step": step,
-            "spec": spec.hash,
-            "ranks": hook.ranks().size,
-            "device": str(torch.accelerator.current_accelerator() or "cpu"),
-            "versions": {**ours, **versions.found()},
-        }
-        whole = {**(before or facts), "starts": [*before.get("starts", []), start]}
-        write_whole(path, json_text(whole, indent=1, default=repr, skipkeys=True) + "\n")
+            for old in (self._folder / layout.METRICS, self._record):
+                set_aside(old)
+        device = str(torch.accelerator.current_accelerator() or "cpu")
+        found, ranks = versions.found(), hook.ranks().size
+        describe_start(
+            self._dump_folder, hook.fn, config, found, step=step, ranks=ranks, device=device
+        )
 
     def add_metrics(self, hook: Hook, line: Mapping[str, float]) -> None:
         """Append a line of metrics."""
@@ -179,17 +159,3 @@ def _means(hook: Hook, signals: Signals, out: Weights, call: int) -> Tensor:
     place = (call * ranks.size + ranks.rank) * _ROOM + torch.arange(size, device=valid.device)
     means = sums[1:] / sums[0].clamp(min=1)
     return torch.stack([place.double(), sums[0].double(), domain.double(), *means.double()], 1)
-
-
-def _set_aside(path: Path) -> None:
-    """Rename what is there to the first free `name.1`, `name.2`, ..."""
-    number = 1
-    while path.exists():
-        target = path.with_name(f"{path.name}.{number}")
-        number += 1
-        if not target.exists():
-            path.rename(target)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

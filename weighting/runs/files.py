@@ -82,6 +82,26 @@ def _open_itself(path: str, flags: int, more: int = 0) -> int:
     return os.open(path, flags | os.O_NOFOLLOW | more, 0o666)
 
 
+def read_text(path: Path, name: str) -> str:
+    """Return a text as it is, line ends included, but for a mark that it is UTF-8.
+
+    Args:
+        path: The file.
+        name: What messages call it.
+
+    Raises:
+        ValueError: It cannot be read, or is not UTF-8.
+    """
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        msg = f"{name}: not UTF-8 text (byte {error.start}); save it as UTF-8"
+        raise ValueError(msg) from None
+    except OSError as error:
+        msg = f"{name}: {error.strerror or error}"
+        raise ValueError(msg) from None
+
+
 def json_text(value: object, **options: Any) -> str:  # noqa: ANN401 - json's own
     """Return a value as JSON, in which a number that is not finite is null.
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from weighting.columns import plain_name
 from weighting.errors import nearest
+from weighting.runs.files import read_text
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
@@ -191,7 +192,9 @@ def _lines(path: Path, name: str, wanted: list[str]) -> Recorded:
     has: dict[str, None] = {}
     columns: dict[str, list[object]] = {column: [] for column in wanted}
     places: list[str] = []
-    for number, line in enumerate(_text(path, name).split("\n"), 1):  # splitlines splits at more
+    for number, line in enumerate(
+        read_text(path, name).split("\n"), 1
+    ):  # splitlines splits at more
         if not line.strip():
             continue
         place = f"{name}:{number}"
@@ -210,17 +213,6 @@ def _lines(path: Path, name: str, wanted: list[str]) -> Recorded:
         for column, values in columns.items():
             values.append(unit.get(column))
     return Recorded(name, tuple(has), columns, places)
-
-
-def _text(path: Path, name: str) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        msg = f"{name}: not UTF-8 text (byte {error.start}); save it as UTF-8"
-        raise ValueError(msg) from None
-    except OSError as error:
-        msg = f"{name}: {error.strerror or error}"
-        raise ValueError(msg) from None
 
 
 def _rows(path: Path, name: str, wanted: list[str]) -> Recorded:

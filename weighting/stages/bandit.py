@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from typing_extensions import override
 
+from weighting import saved
 from weighting.contract import Level, Scope, Weigh
 from weighting.registry import stage
-from weighting.saved import not_between, not_shares
 from weighting.schedules import Constant, NonNegativeNumber
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
     from torch import Tensor
 
 
@@ -38,6 +36,7 @@ class Bandit(Weigh):
     levels: ClassVar[tuple[Level, ...]] = ("domain",)
     scaled: ClassVar[bool] = False  # over all domains, absent ones too
     known_between_batches: ClassVar[bool] = True
+    state_rules: ClassVar[dict[str, saved.Rule]] = {"weights": saved.shares, "batches": saved.count}
     reward: NonNegativeNumber = Constant(value=0.1)
 
     @override
@@ -49,15 +48,6 @@ class Bandit(Weigh):
             "weights": torch.full((count,), 1 / count),
             "batches": torch.zeros((), dtype=torch.int64),
         }
-
-    @override
-    def problems_with_state(
-        self, state: Mapping[str, Tensor], domains: tuple[str, ...]
-    ) -> Iterator[tuple[str, str]]:
-        """Demand weights that sum to one, and a count."""
-        yield from super().problems_with_state(state, domains)
-        yield from not_shares(state, "weights")
-        yield from not_between(state, 0, math.inf, "batches")
 
     @override
     def advance(self, x: Tensor, scope: Scope) -> dict[str, Tensor]:

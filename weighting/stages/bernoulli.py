@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from pydantic import Field
 from typing_extensions import override
 
+from weighting import saved
 from weighting.contract import Level, Scope, Weigh
 from weighting.counter_rng import uniform
 from weighting.registry import stage
-from weighting.saved import not_between
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
     from torch import Tensor
 
 
@@ -35,6 +32,7 @@ class Bernoulli(Weigh):
 
     levels: ClassVar[tuple[Level, ...]] = ("document", "sequence", "domain")
     scaled: ClassVar[bool] = False
+    state_rules: ClassVar[dict[str, saved.Rule]] = {"batches": saved.count}
     correct: bool = False
     seed: int = Field(default=0, ge=0, lt=2**31)
 
@@ -42,14 +40,6 @@ class Bernoulli(Weigh):
     def initial_state(self, domains: tuple[str, ...]) -> dict[str, Tensor]:
         """Return how many batches there have been."""
         return {"batches": torch.zeros((), dtype=torch.int64)}
-
-    @override
-    def problems_with_state(
-        self, state: Mapping[str, Tensor], domains: tuple[str, ...]
-    ) -> Iterator[tuple[str, str]]:
-        """Demand a count."""
-        yield from super().problems_with_state(state, domains)
-        yield from not_between(state, 0, math.inf, "batches")
 
     @override
     def advance(self, x: Tensor, scope: Scope) -> dict[str, Tensor]:

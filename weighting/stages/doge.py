@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import torch
 from pydantic import Field
 from typing_extensions import override
 
+from weighting import saved
 from weighting.capped_simplex import TINY
 from weighting.contract import Feedback, Scope
 from weighting.contract.feedback_source import FeedbackSource
 from weighting.errors import nearest
 from weighting.registry import stage
-from weighting.saved import not_between, not_shares
 from weighting.schedules import Constant, NonNegativeNumber, UnitNumber
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
     from torch import Tensor
 
 
@@ -44,6 +41,11 @@ class DoGE(FeedbackSource):
     """
 
     listens_to: ClassVar[Feedback | None] = "gradients"
+    state_rules: ClassVar[dict[str, saved.Rule]] = {
+        **FeedbackSource.state_rules,
+        "average": saved.shares,
+        "moves": saved.count,
+    }
     step_size: NonNegativeNumber = Constant(value=0.05)
     most: NonNegativeNumber = Constant(value=5)
     smoothing: UnitNumber = Constant(value=0)
@@ -65,15 +67,6 @@ class DoGE(FeedbackSource):
         average = trained / trained.sum().clamp(min=1)
         state = {"log_weights": average.clamp(min=TINY).log(), "average": average}
         return {**state, "moves": torch.zeros((), dtype=torch.int64)}
-
-    @override
-    def problems_with_state(
-        self, state: Mapping[str, Tensor], domains: tuple[str, ...]
-    ) -> Iterator[tuple[str, str]]:
-        """Demand an average that sums to one, and a count."""
-        yield from super().problems_with_state(state, domains)
-        yield from not_shares(state, "average")
-        yield from not_between(state, 0, math.inf, "moves")
 
     @override
     def on_feedback(self, feedback: Tensor, scope: Scope) -> dict[str, Tensor]:

@@ -9,14 +9,12 @@ import torch
 from pydantic import Field
 from typing_extensions import override
 
+from weighting import saved
 from weighting.contract import Level, Scope, Weigh
 from weighting.registry import stage
-from weighting.saved import not_between, not_shares
 from weighting.schedules import Constant, Number, UnitNumber
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
     from torch import Tensor
 
 
@@ -39,6 +37,11 @@ class Exponentiated(Weigh):
     levels: ClassVar[tuple[Level, ...]] = ("domain",)
     scaled: ClassVar[bool] = False  # over all domains, absent ones too
     known_between_batches: ClassVar[bool] = True
+    state_rules: ClassVar[dict[str, saved.Rule]] = {
+        "log_weights": saved.log_shares,
+        "average": saved.shares,
+        "batches": saved.between(1),
+    }
     step_size: Number = Constant(value=1)
     smoothing: UnitNumber = Constant(value=1e-3)
     absent: Literal["last", "skip"] = "last"
@@ -54,16 +57,6 @@ class Exponentiated(Weigh):
             "batches": torch.ones((), dtype=torch.int64),
             "last": torch.full((count,), self.unseen),
         }
-
-    @override
-    def problems_with_state(
-        self, state: Mapping[str, Tensor], domains: tuple[str, ...]
-    ) -> Iterator[tuple[str, str]]:
-        """Demand weights that sum to one, and a count."""
-        yield from super().problems_with_state(state, domains)
-        yield from not_shares(state, "log_weights", logs=True)
-        yield from not_shares(state, "average")
-        yield from not_between(state, 1, math.inf, "batches")
 
     @override
     def advance(self, x: Tensor, scope: Scope) -> dict[str, Tensor]:

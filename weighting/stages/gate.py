@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from typing_extensions import override
 
+from weighting import saved
 from weighting.contract import Scope, Shape
 from weighting.registry import stage
-from weighting.saved import not_between
 from weighting.schedules import Constant, UnitNumber
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
     from torch import Tensor
 
 
@@ -31,6 +29,7 @@ class Gate(Shape):
     arXiv:1803.00942, whose tau is 1 / sqrt(e): ess_below 0.25 is their threshold of 2.
     """
 
+    state_rules: ClassVar[dict[str, saved.Rule]] = {"ess": saved.between(0, 1)}
     ess_below: UnitNumber
     decay: UnitNumber = Constant(value=0.9)
 
@@ -38,14 +37,6 @@ class Gate(Shape):
     def initial_state(self, domains: tuple[str, ...]) -> dict[str, Tensor]:
         """Return an average of one: equal scores."""
         return {"ess": torch.ones(())}
-
-    @override
-    def problems_with_state(
-        self, state: Mapping[str, Tensor], domains: tuple[str, ...]
-    ) -> Iterator[tuple[str, str]]:
-        """Demand a share."""
-        yield from super().problems_with_state(state, domains)
-        yield from not_between(state, 0, 1, "ess")
 
     @override
     def advance(self, x: Tensor, scope: Scope) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from typing import TYPE_CHECKING, ClassVar
 
@@ -10,14 +9,12 @@ import torch
 from pydantic import Field
 from typing_extensions import override
 
+from weighting import saved
 from weighting.contract import Level, Scope, Shape
 from weighting.registry import stage
-from weighting.saved import not_between
 from weighting.stages.ema import or_mean
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
     from torch import Tensor
 
 
@@ -26,6 +23,7 @@ class RecentScores(Shape):
 
     levels: ClassVar[tuple[Level, ...]] = ("domain",)
     known_between_batches: ClassVar[bool] = True
+    state_rules: ClassVar[dict[str, saved.Rule]] = {"times": saved.count}
 
     @abstractmethod
     def remembered(self) -> int:
@@ -39,14 +37,6 @@ class RecentScores(Shape):
             "scores": torch.zeros(count, self.remembered()),
             "times": torch.zeros(count, dtype=torch.int64),
         }
-
-    @override
-    def problems_with_state(
-        self, state: Mapping[str, Tensor], domains: tuple[str, ...]
-    ) -> Iterator[tuple[str, str]]:
-        """Demand counts."""
-        yield from super().problems_with_state(state, domains)
-        yield from not_between(state, 0, math.inf, "times")
 
     @override
     def advance(self, x: Tensor, scope: Scope) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from weighting.contract import Level, Scope, Shape
 from weighting.registry import stage
-from weighting.saved import not_between
+from weighting.saved import between, broken
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -48,7 +48,7 @@ class Rank(Shape):
         """Demand no more scores than the history holds."""
         yield from super().problems_with_state(state, domains)
         if self.history:
-            yield from not_between(state, 0, self.history, "count")
+            yield from broken(state, {"count": between(0, self.history)})
 
     @override
     def advance(self, x: Tensor, scope: Scope) -> dict[str, Tensor]:

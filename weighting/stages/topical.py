@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from pydantic import Field
 from typing_extensions import override
 
+from weighting import saved
 from weighting.contract import Level, Scope, Weigh
 from weighting.registry import stage
-from weighting.saved import not_between, not_weights
 from weighting.schedules import Constant, NonNegativeNumber, UnitNumber
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
     from torch import Tensor
 
 
@@ -38,6 +35,11 @@ class Topical(Weigh):
     levels: ClassVar[tuple[Level, ...]] = ("domain",)
     scaled: ClassVar[bool] = False
     known_between_batches: ClassVar[bool] = True
+    state_rules: ClassVar[dict[str, saved.Rule]] = {
+        "weights": saved.weights,
+        "times": saved.count,
+        "batches": saved.count,
+    }
     every: int = Field(default=100, ge=1)
     lift: UnitNumber = Constant(value=1)
     low: NonNegativeNumber = Constant(value=0.1)
@@ -53,15 +55,6 @@ class Topical(Weigh):
             "times": torch.zeros(size),
             "batches": torch.zeros((), dtype=torch.int64),
         }
-
-    @override
-    def problems_with_state(
-        self, state: Mapping[str, Tensor], domains: tuple[str, ...]
-    ) -> Iterator[tuple[str, str]]:
-        """Demand weights and counts."""
-        yield from super().problems_with_state(state, domains)
-        yield from not_weights(state, "weights")
-        yield from not_between(state, 0, math.inf, "times", "batches")
 
     @override
     def advance(self, x: Tensor, scope: Scope) -> dict[str, Tensor]:

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import torch
 from pydantic import Field
 from typing_extensions import override
 
+from weighting import saved
 from weighting.columns import signal_of
 from weighting.contract import Form, Scope, Signals, Source
 from weighting.registry import stage
-from weighting.saved import not_between, not_weights
 from weighting.schedules import Constant, NonNegativeNumber, UnitNumber
 from weighting.stages.topical import gains
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
     from torch import Tensor
 
 
@@ -38,6 +35,11 @@ class Topics(Source):
     """
 
     gives: ClassVar[Form] = "weight"
+    state_rules: ClassVar[dict[str, saved.Rule]] = {
+        "weights": saved.weights,
+        "tokens": saved.count,
+        "batches": saved.count,
+    }
     key: Annotated[str, Field(min_length=1)]
     number: int = Field(ge=1, le=24)  # bits a float32 holds exactly
     every: int = Field(default=100, ge=1)
@@ -56,15 +58,6 @@ class Topics(Source):
         empty = torch.zeros(self.number)
         batches = torch.zeros((), dtype=torch.int64)
         return {"weights": empty + 1, "losses": empty, "tokens": empty, "batches": batches}
-
-    @override
-    def problems_with_state(
-        self, state: Mapping[str, Tensor], domains: tuple[str, ...]
-    ) -> Iterator[tuple[str, str]]:
-        """Demand weights and counts."""
-        yield from super().problems_with_state(state, domains)
-        yield from not_weights(state, "weights")
-        yield from not_between(state, 0, math.inf, "tokens", "batches")
 
     @override
     def advance(self, signals: Signals, scope: Scope) -> dict[str, Tensor]:

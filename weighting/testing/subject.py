@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from weighting.build import Weighting, build
+from weighting.build import Plan, Weighting, Weights, build, plan_of
 from weighting.columns import column_of
 from weighting.contract import (
     Alone,
@@ -34,7 +35,15 @@ from weighting.registry import stages
 from weighting.schedules import Constant
 from weighting.spec import Spec, arrow_text
 from weighting.stages import Loss, Mean, Normalize, Temperature
-from weighting.testing.batches import DOMAINS, batch, hard_batches, valid_of
+from weighting.testing.batches import (
+    DOMAINS,
+    batch,
+    flat,
+    hard_batches,
+    mapped,
+    mapped_floats,
+    valid_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -65,6 +74,8 @@ class Subject:
     parts: dict[str, tuple[Stage, ...]]
     domains: tuple[str, ...]
     columns: tuple[str, ...]
+    _calls: dict[str, list[list[Call]]] = field(default_factory=dict)
+    _weights: dict[str, dict[str, Weights]] = field(default_factory=dict)
 
     @property
     def spec(self) -> Spec:
@@ -82,7 +93,7 @@ class Subject:
         """The last stage it stands for."""
         return [*self.parts.values()][-1][-1]
 
-    @property
+    @cached_property
     def remembers(self) -> bool:
         """Whether it has state."""
         every = (stage for parts in self.parts.values() for stage in parts)
@@ -93,16 +104,49 @@ class Subject:
         given: dict[str, Any] = {"domains": len(self.domains), "columns": self.columns}
         return batch(rows, length, seed=seed, keep=keep, **given)
 
-    def hard_batches(self) -> dict[str, Signals]:
-        """Return batches that break careless arithmetic, by name."""
+    @cached_property
+    def hard(self) -> dict[str, Signals]:
+        """Batches that break careless arithmetic, by name."""
         return hard_batches(len(self.domains), self.columns)
+
+    @cached_property
+    def hard_flat(self) -> dict[str, Signals]:
+        """Hard batches of flat tokens, with scores of either sign where scores go in."""
+        found = {name: flat(signals) for name, signals in self.hard.items()}
+        first = next(iter(self.parts.values()))[0]
+        if first.takes == "score" and first.kind != "pool":
+            for name, signals in [*found.items()]:
+                found[f"{name}, shifted below zero"] = mapped_floats(signals, lambda x: x - 3)
+                found[f"{name}, negated"] = mapped_floats(signals, lambda x: -x)
+        return found
+
+    def hard_calls(self, name: str) -> list[list[Call]]:
+        """Return the calls of its stages on a hard batch, per factor; all laws look at the same."""
+        if name not in self._calls:
+            # A stage that writes to what it is given spoils nothing but its own calls.
+            signals = mapped(self.hard_flat[name], torch.Tensor.clone)
+            self._calls[name] = [trial.run(signals) for trial in self.trials().values()]
+        return self._calls[name]
+
+    def hard_weights(self, name: str) -> dict[str, Weights]:
+        """Return what its specs, each built anew, weigh a hard batch; all laws look at the same."""
+        if name not in self._weights:
+            self._weights[name] = {
+                where: self.built(where)(mapped(self.hard[name], torch.Tensor.clone))
+                for where in self.specs
+            }
+        return self._weights[name]
 
     def built(self, where: str, collectives: Collectives | None = None) -> Weighting:
         """Return one of its specs, built anew."""
         if self.stage is not None and self.remembers and not hasattr(type(self.stage), "name"):
             msg = "a stage that remembers needs a name; write @wt.stage(...) above it"
             raise TypeError(msg)
-        return build(self.specs[where], domains=self.domains, collectives=collectives)
+        return build(self._plans[where], domains=self.domains, collectives=collectives)
+
+    @cached_property
+    def _plans(self) -> dict[str, Plan]:
+        return {where: plan_of(spec) for where, spec in self.specs.items()}
 
     def trials(self) -> dict[str, Trial]:
         """Return its stages ready to be called one by one, per factor."""
@@ -114,13 +158,15 @@ class Subject:
             yield trial.run(signals, step)[-1]
 
 
-def as_subject(thing: Checkable) -> Subject:
+def as_subject(thing: Checkable | Subject) -> Subject:
     """Return what is to be checked, ready to run.
 
     Raises:
         SpecError: A spec is wrong.
         TypeError: It is neither a stage nor a spec, or a class that needs arguments.
     """
+    if isinstance(thing, Subject):
+        return thing
     if isinstance(thing, str):
         return _spec_subject(resolve(thing), thing)
     if isinstance(thing, Spec):

@@ -1,4 +1,4 @@
-"""What a run is and when it was started, beside its metrics."""
+"""What a run is and when it was started, beside its metrics: `run.json`."""
 
 from __future__ import annotations
 
@@ -7,66 +7,56 @@ import platform
 import shlex
 import sys
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch.distributed as dist
-
 import weighting as wt
-from titan_integration.host import versions
-from titan_integration.host.run_dir import writing
-from titan_integration.observe.metrics import set_aside
 from weighting.runs import layout
 from weighting.runs.files import json_text, write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
-    from torchtitan.trainer import Trainer
-
-    from titan_integration.state.run import Run
+    from weighting import Weighting
 
 
 def describe_start(
-    run: Run,
-    config: Trainer.Config,
-    step: int,
-    data: Mapping[str, Any] | None,
-    device: str,
+    folder: Path,
+    fn: Weighting,
+    config: Mapping[str, Any],
+    versions: Mapping[str, str],
+    **start: object,
 ) -> None:
-    """Leave beside the metrics what the run is and that it starts; the first rank writes.
+    """Leave below a run's output folder what it is and that it starts; one rank may write.
 
     Args:
-        run: The run.
-        config: What it was told.
-        step: The one it begins with.
-        data: What rows are made from and which is next.
-        device: Name of what it runs on.
+        folder: The output folder.
+        fn: The built spec.
+        config: What the run was told.
+        versions: Of the packages it runs on.
+        start: The `step` it begins with, `ranks`, `device`, and what else is known of it.
+
+    Raises:
+        OSError: It cannot be written.
     """
-    if dist.get_rank() != 0:
-        return
-    spec = run.fn.spec
+    spec = fn.spec
     facts = {
         "spec": {"name": spec.name, "hash": spec.hash, "text": str(spec)},
-        "domains": list(run.fn.domains),
-        "config": config.to_dict(),
+        "domains": list(fn.domains),
+        "config": dict(config),
     }
     ours = {"python": platform.python_version(), "weighting-dsl": wt.__version__}
-    start = {
+    begun = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "host": platform.node(),
         "command": shlex.join(sys.orig_argv),
-        "step": step,
         "spec": spec.hash,
-        "ranks": dist.get_world_size(),
-        "data": data,
-        "device": device,
-        "versions": {**ours, **versions.found()},
+        **start,
+        "versions": {**ours, **versions},
     }
-    path = Path(config.dump_folder) / layout.FOLDER / layout.RUN
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, about(path, facts, start))
+    path = folder / layout.FOLDER / layout.RUN
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, about(path, facts, begun))
 
 
 def about(path: Path, facts: Mapping[str, Any], start: Mapping[str, Any]) -> str:
@@ -80,9 +70,20 @@ def about(path: Path, facts: Mapping[str, Any], start: Mapping[str, Any]) -> str
         start: When, where and at which `step` it began.
     """
     before: dict[str, Any] = {}
-    if path.exists() and start["step"] == 1:
+    if start["step"] == 1:
         set_aside(path)
     elif path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
     whole = {**(before or facts), "starts": [*before.get("starts", []), start]}
     return json_text(whole, indent=1, default=repr, skipkeys=True) + "\n"
+
+
+def set_aside(path: Path) -> Path | None:
+    """Rename what is there to the first free `name.1`, `name.2`, ... and return that."""
+    if not path.exists():
+        return None
+    number = 1
+    while (target := path.with_name(f"{path.name}.{number}")).exists():
+        number += 1
+    path.rename(target)
+    return target
