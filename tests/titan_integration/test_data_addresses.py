@@ -322,7 +322,9 @@ def hub(server, monkeypatch):
                     "size": x.stat().st_size,
                     "oid": f"{hash(x.read_bytes()):x}" if x.is_file() else "0",
                 }
-                for x in (below.rglob("*") if "recursive=true" in self.path.lower() else below.iterdir())
+                for x in (
+                    below.rglob("*") if "recursive=true" in self.path.lower() else below.iterdir()
+                )
             ]
         else:
             self.send_response(200)
