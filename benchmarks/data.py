@@ -17,10 +17,10 @@ import json
 import os
 import platform
 import random
-import statistics
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -34,11 +34,14 @@ from titan_integration.data.loader import DomainTextDataLoader
 from titan_integration.data.tokenizer import ensure_tokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
-RUNS, BATCHES, ROWS, SEQ_LEN, DOCUMENTS = 3, 16, 8, 512, 10_000
+BATCHES, ROWS, SEQ_LEN, DOCUMENTS = 16, 8, 512, 10_000
 WARM = 24
 """Batches before those that are timed: by then each of our 192 shards is in a document."""
+
+
+Build = Callable[[], Any]
 
 
 class Cost(NamedTuple):
@@ -60,7 +63,7 @@ def write(path: Path, domains: int) -> None:
             file.write(json.dumps({"text": text, "domain": f"d{i % domains:04d}"}) + "\n")
 
 
-def measured(build: Callable[[], Any]) -> Cost:
+def measured(build: Build) -> Cost:
     """Open a loader, read batches of it, and resume it in another."""
     start = time.process_time()
     loader = build()
@@ -115,8 +118,8 @@ class Interleaved:
         self._rows.load_state_dict(state)
 
 
-def compared(path: Path, domains: int, tokenizer: HuggingFaceTokenizer) -> dict[str, Cost]:
-    """Return what each loader costs."""
+def builders(path: Path, domains: int, tokenizer: HuggingFaceTokenizer) -> dict[str, Build]:
+    """Return what builds each loader, by its name."""
     shared = {
         "dp_world_size": 1,
         "dp_rank": 0,
@@ -132,7 +135,7 @@ def compared(path: Path, domains: int, tokenizer: HuggingFaceTokenizer) -> dict[
     ours = DomainTextDataLoader.Config
     names = [f"d{i:04d}" for i in range(domains)]
     host = text_datasets.HuggingFaceTextDataLoader.Config(dataset="file", dataset_path=str(path))
-    builds: dict[str, Callable[[], Any]] = {
+    return {
         "torchtitan's": lambda: host.build(**shared),
         "ours, mixed": lambda: ours(dataset=str(path)).build(**shared),
         "interleave_datasets": lambda: Interleaved(path, domains, tokenizer),
@@ -141,40 +144,37 @@ def compared(path: Path, domains: int, tokenizer: HuggingFaceTokenizer) -> dict[
             dataset=str(path), rows="drawn", streaming=True, domains=names
         ).build(**shared),
     }
-    runs = [{name: measured(build) for name, build in builds.items()} for _ in range(RUNS)]
-    return {
-        name: Cost(*map(statistics.median, zip(*(run[name] for run in runs), strict=True)))
-        for name in builds
-    }
 
 
 def main() -> None:
     """Print a table for each number of domains, as ratios to torchtitan's loader."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--domains", type=int, nargs="+", default=[3, 300, 5000])
+    parser.add_argument("--runs", type=int, default=1)
     given = parser.parse_args()
     warnings.filterwarnings("ignore")
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
     torch.set_num_threads(1)
     print(f"{platform.machine()}, {os.cpu_count()} cores, one thread; {BATCHES} batches of")
-    print(
-        f"{ROWS} x {SEQ_LEN} tokens; ratios to torchtitan's loader, whose own are in ms and bytes"
-    )
+    print(f"{ROWS} x {SEQ_LEN} tokens; ratios to torchtitan's loader, whose own are absolute")
     tokenizer = HuggingFaceTokenizer(tokenizer_path=str(ensure_tokenizer()))
     with tempfile.TemporaryDirectory() as folder:
         datasets.config.HF_DATASETS_CACHE = Path(folder, "cache")
         for domains in given.domains:
             path = Path(folder, f"{domains}.jsonl")
             write(path, domains)
-            found = compared(path, domains, tokenizer)
-            base = found["torchtitan's"]
-            print(f"\n{domains} domains".ljust(24), *[f"{x:>9}" for x in Cost._fields])
-            for name, cost in found.items():
-                ratios = [a / b for a, b in zip(cost, base, strict=True)]
-                shown = [f"{x:9.2f}" for x in ratios]
-                if cost is base:
-                    shown = [f"{1e3 * x:7.1f}ms" for x in base[:3]] + [f"{base.state:9.0f}"]
+            datasets.load_dataset("json", data_files=str(path), split="train")  # converts it
+            base: Cost | None = None
+            for name, build in builders(path, domains, tokenizer).items():
+                runs = [measured(build) for _ in range(given.runs)]
+                cost = Cost(*map(min, zip(*runs, strict=True)))
+                if base is None:
+                    base = cost
+                    print(f"\n{domains} domains".ljust(24), *[f"{x:>9}" for x in Cost._fields])
+                    shown = [f"{1e3 * x:7.1f}ms" for x in base[:3]] + [f"{base.state:8.0f}B"]
+                else:
+                    shown = [f"{a / b:9.2f}" for a, b in zip(cost, base, strict=True)]
                 print(name.ljust(23), *shown, flush=True)
 
 

@@ -79,6 +79,10 @@ def pytest_terminal_summary(terminalreporter):
             f"laws: {laws} tests, each over {own} stages and {len(shipped())} specs"
         )
 
+    told = [value for report in passed for key, value in report.user_properties if key == "model"]
+    if told:
+        terminalreporter.line("largest relative difference of a gradient to float64, three specs:")
+        terminalreporter.line("\n".join(told))
     lines = [value for report in passed for key, value in report.user_properties if key == "matrix"]
     for text in _matrix(lines):
         terminalreporter.line(text)

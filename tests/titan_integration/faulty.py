@@ -8,6 +8,7 @@ import time
 
 from forked import start
 from runs import environment
+from warm import be_warm
 
 from titan_integration.data import tokenizer
 from weighting.cli import main
@@ -36,9 +37,9 @@ def small_qwen3_debugmodel():
     return _of_two_layers("qwen3_debugmodel")
 
 
-def small_deepseek_v3_debugmodel():
-    """Return the host's DeepSeek-V3 with two layers, the second a mixture of experts."""
-    return _of_two_layers("deepseek_v3_debugmodel")
+def small_deepseek_v3_debugmodel_mtp():
+    """Return the host's DeepSeek-V3 with two layers, one of experts, and a further head."""
+    return _of_two_layers("deepseek_v3_debugmodel_mtp")
 
 
 def _of_two_layers(name):
@@ -58,6 +59,27 @@ def fails_alone():
 
     if os.environ.get("RANK") == "1":
         _before_step(2, fail)
+    return tiny()
+
+
+def chats():
+    """Return the same on chats, through the host's own loader; `CHATS` names their folder."""
+    from torchtitan.hf_datasets.text_datasets import ChatDataLoader  # noqa: PLC0415 - in its ranks
+
+    folder = os.environ["CHATS"]
+    config = tiny()
+    config.hf_assets_path = folder
+    files = {"data_files": f"{folder}/chats.json", "split": "train", "cache_dir": f"{folder}/hf"}
+    config.dataloader = ChatDataLoader.Config(
+        dataset_path="json", load_dataset_kwargs=files, sample_processor=lambda x: x["messages"]
+    )
+    return config
+
+
+def dies_once():
+    """Return the same; the second rank is killed before step 4, the first time it is started."""
+    if (os.environ.get("RANK"), os.environ.get("TORCHELASTIC_RESTART_COUNT")) == ("1", "0"):
+        _before_step(4, lambda: os.kill(os.getpid(), signal.SIGKILL))
     return tiny()
 
 
@@ -152,6 +174,7 @@ def launched(log, words):
 def on_node(home, log, words):
     """Be `weighting train` on a node with a home of its own, first of a process group."""
     os.setsid()
+    be_warm()
     home.mkdir(exist_ok=True)
     os.environ.update(environment(), HOME=str(home), XDG_CACHE_HOME=str(home / "cache"))
     with log.open("w") as file:

@@ -292,6 +292,15 @@ def test_a_file_that_was_written_again_in_the_same_size_is_fetched_again(server)
         assert load_documents(config)[0] == (text, "all")
 
 
+def test_signatures_of_addresses_are_not_shown(server):
+    """What follows a question mark is sent, and is in no message."""
+    folder, address, _ = server
+    (folder / "x.jsonl").write_bytes(b"{oops\n")
+    with pytest.raises(ValueError, match=r"x\.jsonl\?\.\.\.:1: invalid JSON") as error:
+        build(f"{address}/x.jsonl?signature=secret")
+    assert "secret" not in str(error.value)
+
+
 # --- Hugging Face ---
 
 

@@ -14,6 +14,7 @@ from written import (
     check,
     expected_rows,
     lines,
+    packed_bytes,
     taken,
     write,
 )
@@ -119,6 +120,40 @@ def test_csv_has_its_own_faults(tmp_path):
         (tmp_path / "x.csv").write_bytes(content)
         with pytest.raises(ValueError, match=message):
             build(tmp_path / "x.csv", domains=None)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.json", json.dumps(RECORDS[0], indent=1), r"x\.json:\d: .*a record is one line, or"),
+        ("x.json", '{"text": ["a", "b"]}', r"x\.json:1: column 'text' holds a list of strings"),
+        ("x.jsonl.gz", '{"text": "plain"}', r"x\.jsonl\.gz: cannot be read: Not a gzipped file"),
+    ],
+)
+def test_what_looks_like_data_and_is_not_says_how_it_should_look(tmp_path, name, content, message):
+    """A record over several lines, columns in one record, a suffix that lies."""
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        build(tmp_path / name, domains=None)
+
+
+def test_frames_that_follow_each_other_are_all_read_and_a_cut_one_is_said(tmp_path):
+    """As `cat a.zst b.zst` and `cat a.gz b.gz` leave them."""
+    some, more = lines(RECORDS[:20]), lines(RECORDS[20:])
+    for name, pack in (("x.jsonl.zst", packed_bytes), ("x.jsonl.gz", gzip.compress)):
+        path = tmp_path / name
+        path.write_bytes(pack(some) + pack(more))
+        check(path)
+        path.write_bytes(pack(some) + pack(more)[:-1])
+        with pytest.raises(ValueError, match=rf"{name}: cannot be read: "):
+            build(path)
+
+
+def test_a_link_that_leads_nowhere_is_said(tmp_path):
+    """And not that there is no file of this name, as there is."""
+    (tmp_path / "x.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    with pytest.raises(ValueError, match=r"x\.jsonl: a link that leads nowhere"):
+        build(tmp_path / "x.jsonl")
 
 
 # --- bad records ---

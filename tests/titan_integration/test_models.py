@@ -1,5 +1,6 @@
 """Every config of the host's text models: weighted as float64 says, or refused with the reason."""
 
+import dataclasses
 import shutil
 import subprocess
 import sys
@@ -19,9 +20,16 @@ on_cpu.use_cpu()
 import generators as tables  # noqa: E402
 from reference import Batch  # noqa: E402
 from reference_methods import FORMULAS  # noqa: E402
+from torchtitan.components.lora import LoRAConverter  # noqa: E402
 from torchtitan.distributed import ParallelDims  # noqa: E402
 from torchtitan.distributed import utils as dist_utils  # noqa: E402
+from torchtitan.models.common.moe import TokenChoiceTopKRouter  # noqa: E402
+from torchtitan.models.common.rope import ComplexRoPE  # noqa: E402
+from torchtitan.models.deepseek_v3.mtp import MTPLoss  # noqa: E402
+from torchtitan.models.llama3 import config_registry as llama3  # noqa: E402
+from torchtitan.models.llama3 import model_registry  # noqa: E402
 
+import weighting as wt  # noqa: E402
 from titan_integration import config_registry  # noqa: E402
 from titan_integration.commands.configs import (  # noqa: E402
     OURS,
@@ -32,7 +40,10 @@ from titan_integration.commands.configs import (  # noqa: E402
 )
 from titan_integration.loss.loss import WeightedChunkedLoss  # noqa: E402
 from titan_integration.state.run import start  # noqa: E402
+from titan_integration.trainer.plug_in import with_weighting  # noqa: E402
+from titan_integration.trainer.preflight import refuse_unsupported  # noqa: E402
 from titan_integration.trainer.stock import weighted  # noqa: E402
+from weighting.build import plan_of  # noqa: E402
 from weighting.runs.files import read_lines  # noqa: E402
 
 ROWS, LENGTH = 4, 32
@@ -41,7 +52,7 @@ REFUSED = {
     "mxfp8": "torchao",
     "nvfp4": "torchao",
     "float8": "torchao",
-    "_mtp": "losses of tokens further ahead, each with labels of its own",
+    "sft_debugmodel": "has chats of the host's own tests",
     "gpt_oss": "has sinks, which only a GPU computes",
     "flex_flash": "only supported on Hopper or Blackwell",
     "kimi": "torchvision",
@@ -52,6 +63,8 @@ REFUSED = {
 """What a part of a name says cannot be done on this machine, and why."""
 OVER_RANKS = ("hybridep", "async_ep", "deepep", "dist_gemm")
 """Configs of which one process alone cannot run the model."""
+ACROSS = ("Dispatcher", "AllGatherFused", "RowParallel")
+"""Parts of a model that speak to other ranks."""
 
 
 def names():
@@ -59,7 +72,58 @@ def names():
     return [x.name for family, found in configs().items() if family != OURS for x in found]
 
 
-DEBUG = ["llama3_debugmodel", *(x for x in names() if "debug" in x)]
+def tied(name):
+    """Return a config whose output layer is its embedding, or is not, other than it has it."""
+    config = getattr(config_registry, name)()
+    model = config.model_spec.model
+    model.enable_weight_tying = not model.enable_weight_tying
+    return config
+
+
+def sigmoid_routed():
+    """Return DeepSeek-V3 with the router that its large models have."""
+    config = config_registry.deepseek_v3_debugmodel()
+    large = config_registry.deepseek_v3_671b()
+    routers = [x for _, x, _, _ in config.traverse(TokenChoiceTopKRouter.Config)]
+    for router in routers:
+        _, like, _, _ = next(large.traverse(TokenChoiceTopKRouter.Config))
+        router.score_func, router.route_norm = like.score_func, like.route_norm
+    return config
+
+
+def unscaled():
+    """Return Llama 3 with the plain rotary positions of the paper's models."""
+    config = config_registry.llama3_debugmodel()
+    for _, rope, _, _ in config.traverse(ComplexRoPE.Config):
+        rope.scaling = "none"
+    return config
+
+
+def with_lora(targets):
+    """Return Llama 3 with adapters on some linear layers; on all of them for None."""
+    config = llama3.llama3_debugmodel()
+    lora = LoRAConverter.Config(rank=4, target_modules=targets)
+    config.model_spec = model_registry("debugmodel", converters=[lora])
+    return with_weighting(config)
+
+
+VARIANTS = {
+    "llama3_debugmodel, tied": lambda: tied("llama3_debugmodel"),
+    "llama3_debugmodel, plain positions": unscaled,
+    "llama3_debugmodel, LoRA on attention": lambda: with_lora(["wq", "wkv", "wo"]),
+    "llama3_debugmodel, LoRA everywhere": lambda: with_lora(None),
+    "qwen3_debugmodel, untied": lambda: tied("qwen3_debugmodel"),
+    "deepseek_v3_debugmodel, sigmoid": sigmoid_routed,
+}
+"""What the large configs have and no small one, and adapters."""
+
+
+def config_of(name):
+    """Return a config of the host's, ours, or a variant, with a weighting."""
+    return VARIANTS[name]() if name in VARIANTS else getattr(config_registry, name)()
+
+
+DEBUG = ["llama3_debugmodel", *(x for x in names() if "debug" in x), *VARIANTS]
 
 
 def reason_of(name):
@@ -100,6 +164,8 @@ def model_of(config):
         model.lm_head.weight.normal_(0, 0.1)
         for gain in (p for p in model.parameters() if p.ndim == 1 and not p.any()):
             gain.normal_()
+        for adapter in (p for key, p in model.named_parameters() if "lora_b" in key):
+            adapter.normal_(0, 0.1)
     tokens = torch.randint(0, model_config.vocab_size, (ROWS, LENGTH))
     labels = tokens.roll(-1, 1)
     labels[:, -1] = -100
@@ -110,15 +176,16 @@ def model_of(config):
     return model, tokens, labels, kwargs
 
 
+TRAINABLE = [x for x in DEBUG if not reason_of(x) and not any(o in x for o in OVER_RANKS)]
+
+
 # The host's routers ask for a precision that a CPU has anyway.
 @pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")
-@pytest.mark.parametrize(
-    "name", [x for x in DEBUG if not reason_of(x) and not any(o in x for o in OVER_RANKS)]
-)
-def test_a_models_loss_and_gradients_are_those_of_float64(name, alone):
-    """Through its own output layer, chunked or not: linupper, a product of two factors, and dft."""
+@pytest.mark.parametrize("name", TRAINABLE)
+def test_a_models_loss_and_gradients_are_those_of_float64(name, alone, record_property):
+    """Through its own output layer, chunked or not; of several heads, each on its own labels."""
     del alone
-    config = getattr(config_registry, name)()
+    config = config_of(name)
     model, tokens, labels, kwargs = model_of(config)
     dims = ParallelDims.from_config(config.parallelism, 1)
     spmd = dist_utils.get_spmd_context(parallel_dims=dims)
@@ -128,7 +195,7 @@ def test_a_models_loss_and_gradients_are_those_of_float64(name, alone):
     if is_chunked:
         loss_fn.set_lm_head(model.lm_head)
     count = (labels != -100).sum()
-    parameters = dict(model.named_parameters())
+    parameters, largest = dict(model.named_parameters()), {}
     for spec in SPECS:
         text = tables.SPEC_TEXTS[spec]
         run = start(tables.built(text), torch.device("cpu"))
@@ -137,39 +204,156 @@ def test_a_models_loss_and_gradients_are_those_of_float64(name, alone):
         loss_fn.bind(run)
         model.zero_grad()
         with spmd():
-            hidden = model(tokens, **kwargs)
-        hidden.retain_grad()
-        loss, _ = loss_fn(hidden, labels, count)
+            out = model(tokens, **kwargs)
+        states = out if isinstance(out, list) else [out]
+        for x in states:
+            x.retain_grad()
+        loss, _ = loss_fn(out, labels, count, positions=kwargs["positions"])
         loss.backward(retain_graph=True)
-        states_grad = hidden.grad
+        states_grads = [x.grad for x in states]
         found = {key: p.grad for key, p in parameters.items()}
 
-        # The same by brute force from the model's states on: in float64, without chunks.
-        exact = hidden.detach().double().requires_grad_()
-        head = model.lm_head.double()
-        logits = head(exact) if is_chunked else exact
-        nll = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
-        nll = nll.view_as(labels)
-        weights = brute_force(spec, nll.detach(), logits.detach(), labels)
-        expected = (weights * nll).sum() / count
-        by_states, by_head = torch.autograd.grad(expected, [exact, head.weight], allow_unused=True)
+        scales = [1.0] + [getattr(config.loss, "mtp_scale", 0)] * (len(states) > 1)
+        head = model.lm_head if is_chunked else None
+        expected, by_states, by_head = by_float64(
+            spec, states, labels, kwargs["positions"], head, scales
+        )
         model.lm_head.float()
         model.zero_grad()
-        hidden.backward(by_states.float())
-        size = by_states.abs().max()
-        assert_close(states_grad / size, (by_states / size).float(), rtol=1e-4, atol=1e-5)
+        torch.autograd.backward(states, [x.float() for x in by_states])
+        for x, y in zip(states_grads, by_states, strict=True):
+            size = y.abs().max()
+            assert_close(x / size, (y / size).float(), rtol=1e-4, atol=1e-5)
         assert_close(loss.double(), expected, rtol=1e-5, atol=1e-7)
-        some = weights[labels != -100]
-        assert some.std() > some.mean() / 1000, "it weighs something"
+        largest[spec] = 0.0
         for key, p in parameters.items():
             there = p.grad
-            if p is head.weight and by_head is not None:  # also where it is the embedding's
-                there = by_head.float() if there is None else there + by_head.float()
+            if (own := by_head.get(p)) is not None:  # also where it is the embedding's
+                there = own.float() if there is None else there + own.float()
             if there is None:
                 assert found[key] is None, key
             else:
                 apart = (found[key] - there).norm() / there.norm().clamp_min(1e-12)
                 assert apart < 1e-2, f"{key}: {apart}"  # experts multiply in bfloat16
+                largest[spec] = max(largest[spec], apart.item())
+    record_property("model", f"{name:40}" + "".join(f"{x:10.1e}" for x in largest.values()))
+
+
+def by_float64(spec, states, labels, positions, head, scales):
+    """Return loss and gradients by brute force from a model's states on, without chunks.
+
+    Args:
+        spec: A shipped one's name.
+        states: Of each head, hidden states for an output layer, or logits.
+        labels: Of the first head.
+        positions: Of the tokens in their documents.
+        head: The output layer, which is left in float64; None for logits.
+        scales: Of the losses of the first head and of a further one.
+    """
+    exact = [x.detach().double().requires_grad_() for x in states]
+    count, expected = (labels != -100).sum(), 0
+    if head is not None:
+        head.double()
+    for shift, x in enumerate(exact):
+        logits = x if head is None else head(x)
+        own = labels if not shift else further_labels(labels, positions, shift)
+        nll = F.cross_entropy(logits.flatten(0, 1), own.flatten(), reduction="none").view_as(own)
+        weights = brute_force(spec, nll.detach(), logits.detach(), own)
+        share = scales[1] / (len(exact) - 1) if shift else 1
+        expected += share * (weights * nll).sum() / count
+        some = weights[own != -100]
+        assert some.std() > some.mean() / 1000, "it weighs something"
+    trained = [p for p in head.parameters() if p.requires_grad] if head is not None else []
+    grads = torch.autograd.grad(expected, [*exact, *trained])
+    return expected, grads[: len(exact)], dict(zip(trained, grads[len(exact) :], strict=True))
+
+
+def further_labels(labels, positions, shift):
+    """Return labels of a head further ahead: later ones, of the same document, in plain loops."""
+    own = torch.full_like(labels, -100)
+    for row in range(len(labels)):
+        for i in range(labels.shape[1] - shift):
+            if positions[row, i + shift] == positions[row, i] + shift:
+                own[row, i] = labels[row, i + shift]
+    return own
+
+
+def parts_of(config):
+    """Return what a model is made of: classes with their switches and words, without sizes."""
+    found = set()
+    seen = [config]
+    while seen:
+        x = seen.pop()
+        if dataclasses.is_dataclass(x):
+            fields = {f.name: getattr(x, f.name, None) for f in dataclasses.fields(x)}
+            kinds = {k: v for k, v in fields.items() if isinstance(v, bool | str)}
+            found.add((type(x).__qualname__, str(sorted(kinds.items()))))
+            seen += fields.values()
+        elif isinstance(x, list | tuple):
+            seen += x
+        elif isinstance(x, dict):
+            seen += x.values()
+    return found
+
+
+def test_every_other_config_is_made_of_parts_that_were_compared():
+    """Large ones differ in sizes alone; those over ranks in what sends tokens or sums parts."""
+    compared = [config_of(name) for name in TRAINABLE]
+    known = set().union(*(parts_of(x.model_spec.model) for x in compared))
+    losses = {type(x.loss) for x in compared}
+    others = [x.name for found in configs().values() for x in found]
+    others = [x for x in others if not reason_of(x) and x not in TRAINABLE]
+    assert {"llama3_8b", "qwen3_14b", "deepseek_v3_671b", "muse_glimmer_30b"} <= {*others}
+    for name in others:
+        config = config_of(name)
+        assert type(config.loss) in losses
+        new = {kind for kind, _ in parts_of(config.model_spec.model) - known}
+        allowed = (
+            {x for x in new if "Dispatcher" in x} if any(o in name for o in OVER_RANKS) else set()
+        )
+        assert new <= allowed, name
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        ("rho-1", "reads ref_loss, given for the labels of the first head alone"),
+        ("version: 1\nscope: step\npipeline: normalize -> temperature(1)\n", "scope: step weighs"),
+        ("group-dro", "remembers batches"),
+    ],
+)
+def test_what_further_heads_cannot_be_weighed_by_is_refused(spec, reason, tmp_path):
+    """With the reason, before anything is built."""
+    config = config_registry.deepseek_v3_debugmodel_mtp()
+    if "\n" in spec:
+        (tmp_path / "spec.yaml").write_text(spec)
+        spec = tmp_path / "spec.yaml"
+    with pytest.raises(ValueError, match=rf"predicts several tokens ahead, and .*{reason}"):
+        refuse_unsupported(config, plan_of(wt.load(spec), steps=10))
+    refuse_unsupported(config, plan_of(wt.load("linupper"), steps=10))
+
+
+def test_heads_of_weight_one_are_the_hosts_own_loss_bitwise():
+    """`uniform` trains several heads as the host does; validation has the first alone."""
+    config = config_registry.deepseek_v3_debugmodel_mtp()
+    heads = [torch.randn(2, 8, 2048) for _ in range(3)]
+    labels = torch.randint(0, 2048, (2, 8))
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5, 6, 7]])
+    count, ours, theirs = (
+        torch.tensor(16),
+        *([x.clone().requires_grad_() for x in heads] for _ in "12"),
+    )
+    loss_fn = config.loss.build()
+    run = start(tables.built("uniform"), torch.device("cpu"))
+    run.microbatches.set_batch({})
+    loss_fn.bind(run)
+    stock = MTPLoss.Config(mtp_scale=config.loss.mtp_scale, global_vocab_size=2048).build()
+    for fn, given in ((loss_fn, ours), (stock, theirs)):
+        fn(given, labels, count, positions=positions)[0].backward()
+    for mine, other in zip(ours, theirs, strict=True):
+        assert torch.equal(mine.grad, other.grad)
+    first = F.cross_entropy(heads[0].flatten(0, 1), labels.flatten(), reduction="sum")
+    assert_close(loss_fn(heads, labels)[0], first)
 
 
 def brute_force(spec, nll, logits, labels):
@@ -229,7 +413,7 @@ def test_a_config_that_is_weighted_already_stays():
 
 @pytest.mark.processes
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["qwen3_debugmodel", "deepseek_v3_debugmodel"])
+@pytest.mark.parametrize("name", ["qwen3_debugmodel", "deepseek_v3_debugmodel_mtp"])
 def test_two_ranks_train_a_model_as_one_does(tmp_path, name):
     """From one checkpoint on, the same losses and weights; of the model, two layers."""
     steps, found = [], []

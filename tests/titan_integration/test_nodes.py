@@ -9,6 +9,7 @@ import socket
 import pytest
 from faulty import Run, on_node
 from forked import process
+from warm import weighting
 
 from titan_integration.commands import train_and_export
 from titan_integration.host.nodes import Nodes, first_host, meeting, resolved
@@ -148,6 +149,35 @@ def test_two_launchers_train_as_one_with_two_ranks(tmp_path):
     for step, line in one.items():
         for name in ("weighted_loss", "unweighted_loss", "weight/max"):
             assert both[step][name] == pytest.approx(line[name], rel=1e-6), (step, name)
+
+
+def check_that_it_went_on(folder, said):
+    """Check that a run of which a rank was killed before step 4 ended as if nothing had been."""
+    assert "Training starts at step 3" in said, said
+    found = {line["step"]: line for line in read_lines(folder / "weighting/metrics.jsonl")}
+    assert [*found] == [*range(1, 7)]
+    assert (folder / "checkpoint/step-6/.metadata").exists()
+
+
+@pytest.mark.processes
+@pytest.mark.slow
+def test_a_run_goes_on_after_a_rank_was_killed(tmp_path):
+    """From the last whole checkpoint, if restarts are asked for; on one node."""
+    words = ["train", "linupper", "--module=faulty", "--config=dies_once", *FLAGS, "--ranks=2"]
+    done = weighting(*words, "--max-restarts=1", f"--dump_folder={tmp_path / 'out'}", timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    check_that_it_went_on(tmp_path / "out", done.stdout + done.stderr)
+
+
+@pytest.mark.processes
+@pytest.mark.slow
+def test_two_launchers_go_on_after_a_rank_was_killed(tmp_path):
+    """Whichever launcher notices first; where one counts a restart and the other does not."""
+    words = ["linupper", "--module=faulty", "--config=dies_once", "--max-restarts=1", *FLAGS]
+    ended = launched(tmp_path, *words, dump=str(tmp_path / "both"))
+    said = "".join(said for _, said in ended)
+    assert [status for status, _ in ended] == [0, 0], said
+    check_that_it_went_on(tmp_path / "both", said)
 
 
 @pytest.mark.processes

@@ -61,8 +61,13 @@ def started(*words: object, files: tuple[Path, Path], cwd: Path | None = None) -
     return command
 
 
-def _be_weighting(words, files, environ, cwd):
+def be_warm():
+    """Fork, from now on, where this process would start Python with a module."""
     importlib.import_module("imports")  # as the server has, unless its import failed
+    subprocess.Popen._execute_child = _execute_child
+
+
+def _be_weighting(words, files, environ, cwd):
     os.setsid()
     os.chdir(cwd)
     os.environ.clear()
@@ -70,7 +75,7 @@ def _be_weighting(words, files, environ, cwd):
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for number, path in enumerate(files, 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-    subprocess.Popen._execute_child = _execute_child
+    be_warm()
     sys.exit(_be_python("weighting", words))
 
 

@@ -182,6 +182,10 @@ def on_ranks(
         # Ranks share the cores; more threads than that only get in each other's way.
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     os.environ["PYTHONSAFEPATH"] = "1"  # as -P, which torchrun does not hand on
+    if any(option.startswith("--max-restarts") for option in launcher):
+        # Else ranks of one attempt read at torchrun's store where those of an earlier one, now
+        # dead, were to be reached.
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     options = [*launcher, f"--nproc-per-node={ranks}", "--local-ranks-filter=0"]
     # The ranks have said what was wrong, so torchrun adds nothing of its own.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)

@@ -267,6 +267,9 @@ def _whole_numbers(held: list[Any], name: str, place: str) -> np.ndarray:
         ids = np.array(held) if held else np.array([], np.int64)
     except (ValueError, OverflowError):
         ids = np.array([None])
+    if name != TOKEN_IDS and held and isinstance(held[0], str):
+        msg = f"{place}: column {name!r} holds a list of strings; make each a record of its own"
+        raise ValueError(msg)
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
         at = next((i for i, x in enumerate(held) if type(x) is not int), 0)
         msg = f"{place}: column {name!r} holds {held[at]!r:.50} at {at}, not a token id"

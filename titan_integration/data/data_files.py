@@ -146,6 +146,9 @@ def folder_columns(file: DataFile) -> dict[str, str]:
 
 def _split_folder(path: Path, split: str) -> Path | None:
     """Return the folder of a split, which may be the path itself; None if the path is a file."""
+    if path.is_symlink() and not path.exists():
+        msg = f"{path}: a link that leads nowhere; mend it, or name the file itself"
+        raise ValueError(msg)
     if not path.exists():
         msg = f"{path}: no such file or directory{near(path.name, siblings(str(path)))}"
         raise ValueError(msg)

@@ -267,6 +267,8 @@ def _decode(content: bytes, file: str, first_line: int) -> Any:  # noqa: ANN401
         line += error.lineno - 1
         damaged = "it has NUL bytes, so it is damaged or not UTF-8 text"
         reason = f"invalid JSON: {damaged if 0 in content else error.msg}"
+        if content.strip() == b"{":
+            reason += "; a record is one line, or they are all in one array"
         cause = error
     except UnicodeDecodeError as error:
         raise BadRecordError(_not_utf8(content, file, line, error.start)) from error

@@ -41,8 +41,9 @@ class Url:
     address: str
 
     def __str__(self) -> str:
-        """Return the address."""
-        return self.address
+        """Return the address as it may be shown: what follows a ``?`` may be a signature."""
+        place, asks, _ = self.address.partition("?")
+        return f"{place}?..." if asks and place.startswith("http") else self.address
 
     @property
     def name(self) -> str:

@@ -116,6 +116,10 @@ _talks = itertools.count()
 def meeting_place() -> dist.Store:
     """Return the store that the process group will use; kept, as the first rank may serve it."""
     store, _, _ = next(dist.rendezvous("env://"))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return store  # a new one at each attempt
+    # torchrun's own lives on, with the words of an earlier attempt. The count is a launcher's own:
+    # those of several nodes may differ, which is why `weighting train` has torchrun share none.
     return dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 

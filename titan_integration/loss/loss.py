@@ -80,9 +80,9 @@ class WeightedCrossEntropyLoss(_Bound, CrossEntropyLoss):
     ) -> Outcome:
         """Return the loss of logits for labels [B, L]; weighted when training."""
         del kwargs
-        call = _call(self._run, pred, labels, global_valid_tokens)
+        call = call_of(self._run, pred, labels, global_valid_tokens)
         if call is not None and not call.run.fn.plan.identity:
-            return _from_logits(pred, self.global_vocab_size, call), {}
+            return from_logits(pred, self.global_vocab_size, call), {}
         check_labels(plain(labels), size_of(pred, self.global_vocab_size))
         outcome = super().__call__(pred, labels.long(), global_valid_tokens)
         return outcome if call is None else call.record_plain(*outcome)
@@ -126,14 +126,14 @@ class WeightedChunkedLoss(_Bound, ChunkedLossWrapper):
         """Return the loss of hidden states for labels [B, L]; weighted when training."""
         assert self.lm_head is not None, "the trainer sets lm_head"
         self._check(labels, self.lm_head)
-        call = _call(self._run, pred, labels, global_valid_tokens)
+        call = call_of(self._run, pred, labels, global_valid_tokens)
         if call is None:
             loss_inputs.pop("positions", None)
             return super().__call__(pred, labels.long(), global_valid_tokens, **loss_inputs)
         if call.run.fn.plan.identity and self.memory == "auto":
             return call.record_plain(*super().__call__(pred, labels.long(), global_valid_tokens))
         if self.memory == "full" or (self._whole(self.lm_head) and not call.waits):
-            return _from_logits(self.lm_head(pred), self._vocab_size, call), {}
+            return from_logits(self.lm_head(pred), self._vocab_size, call), {}
         with self._gathered(self.lm_head, for_long=call.waits) as head:
             batch = Batch(
                 plain(labels).long(),
@@ -207,7 +207,7 @@ class WeightedChunkedLoss(_Bound, ChunkedLossWrapper):
         if isinstance(lm_head, FSDPModule) and not for_long:
             lm_head.reshard()
 
-    def _path_for(self, call: _Call, head: Head) -> Path:
+    def _path_for(self, call: Call, head: Head) -> Path:
         """Return the way through the output layer, chosen at the first batch and said once."""
         labels, run = plain(call.labels), call.run
         sizes = Sizes.of(labels, head.weight, run.row_domains)
@@ -231,7 +231,7 @@ class WeightedChunkedLoss(_Bound, ChunkedLossWrapper):
 
 
 @dataclass(frozen=True)
-class _Call:
+class Call:
     """A call of the loss that trains or is looked at ahead, and what it is about."""
 
     run: Run
@@ -281,9 +281,9 @@ class _Call:
             self.run.observer.add(self.microbatch.number, signals, token)
 
 
-def _call(
+def call_of(
     run: Run | None, pred: Tensor, labels: Tensor, global_valid_tokens: Tensor | None
-) -> _Call | None:
+) -> Call | None:
     """Return what a call is about, or None if it neither trains nor is looked at ahead."""
     microbatch = None if run is None else run.microbatches.of(labels)
     if run is None or microbatch is None:
@@ -292,10 +292,10 @@ def _call(
         return None
     if global_valid_tokens is None:
         global_valid_tokens = torch.ones((), device=pred.device)
-    return _Call(run, microbatch, labels, global_valid_tokens)
+    return Call(run, microbatch, labels, global_valid_tokens)
 
 
-def _from_logits(logits: Tensor, vocab_size: int | None, call: _Call) -> Tensor:
+def from_logits(logits: Tensor, vocab_size: int | None, call: Call) -> Tensor:
     """Return the weighted loss of full logits."""
     nll, found = losses_with_gradient(logits, call.labels, vocab_size, call.run.fn.needs)
     if call.microbatch.when is When.LOOKAHEAD:
@@ -317,12 +317,14 @@ def weighted_loss_config(stock: BaseLoss.Config) -> BaseLoss.Config:
         return WeightedChunkedLoss.Config(num_chunks=stock.num_chunks, loss_fn=stock.loss_fn)
     if type(stock) is CrossEntropyLoss.Config:
         return WeightedCrossEntropyLoss.Config(global_vocab_size=stock.global_vocab_size)
-    several = type(stock).__qualname__.startswith("MTPLoss")
-    why = (
-        ": it adds losses of tokens further ahead, each with labels of its own, and a weighting is "
-        "shown one loss of each token; take the config without them"
-        if several
-        else "; use CrossEntropyLoss, alone or in a ChunkedLossWrapper"
-    )
+    if type(stock).__qualname__ == "MTPLoss.Config":
+        # Only where it is met, as it imports a model of the host's.
+        from titan_integration.loss.several_heads import WeightedMTPLoss  # noqa: PLC0415
+
+        return WeightedMTPLoss.Config(
+            mtp_scale=stock.mtp_scale,  # pyrefly: ignore[missing-attribute]
+            global_vocab_size=stock.global_vocab_size,  # pyrefly: ignore[missing-attribute]
+        )
+    why = "; use CrossEntropyLoss, alone or in a ChunkedLossWrapper, or MTPLoss"
     msg = f"cannot weight the loss {type(stock).__qualname__}{why}"
     raise ValueError(msg)

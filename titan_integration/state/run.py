@@ -101,6 +101,14 @@ class Run:
         self.statistics.add(out)
         return out
 
+    def weigh_further(self, found: Mapping[str, Tensor]) -> Tensor:
+        """Return the weight of each token of a further head, [B, L], which no statistic counts.
+
+        Args:
+            found: As of `weigh`; the weighting remembers nothing.
+        """
+        return self._weigh(signals_of(found), self.step).token
+
     def weigh_noted(self) -> None:
         """Weigh the calls that were noted as one batch."""
         self.microbatches.weigh_noted(self.weigh(self.microbatches.noted()).token)

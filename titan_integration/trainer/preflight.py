@@ -15,7 +15,7 @@ from torchtitan.tools.logging import logger
 import weighting as wt
 from titan_integration.data.loader import DomainTextDataLoader, keep_open
 from titan_integration.data.records import REF_LOSS
-from titan_integration.data.signals import data_columns, short_contexts
+from titan_integration.data.signals import comes_with_batch, data_columns, short_contexts
 from titan_integration.loss.reference_model import average_decay, find_checkpoint
 from titan_integration.state.checkpoint import ResumingCheckpointManager
 from weighting.build.compared import domains_compared
@@ -97,6 +97,8 @@ def refuse_unsupported(config: WeightedConfig, plan: Plan) -> None:
         )
     if plan.identity:
         return
+    if hasattr(config.loss, "mtp_scale"):
+        _refuse_further_heads(config, plan)
     if config.parallelism.pipeline_parallel_degree > 1:
         _refuse_pipeline(config, plan)
     if config.parallelism.context_parallel_degree > 1:
@@ -283,6 +285,27 @@ def _refuse_pipeline(config: WeightedConfig, plan: Plan) -> None:
         msg = (
             "weights of a pipeline's microbatches are known after their losses; use the chunked "
             "loss with --loss.memory auto, or write scope: step into the spec"
+        )
+        raise ValueError(msg)
+
+
+def _refuse_further_heads(config: WeightedConfig, plan: Plan) -> None:
+    """Refuse what the losses of several heads cannot be weighed by."""
+    name = plan.spec.name
+    why = ""
+    first = sorted(x for x in plan.needs - {"domain_ids", "segment_ids"} if comes_with_batch(x))
+    if first:
+        why = f"{name} reads {', '.join(first)}, given for the labels of the first head alone"
+    elif plan.has_state:
+        why = f"{name} remembers batches, and each would come once for every head"
+    elif plan.spec.scope not in {"microbatch", "rank"}:
+        why = f"scope: {plan.spec.scope} weighs the calls of a step at once, of the first head"
+    elif config.parallelism.tensor_parallel_degree > 1:
+        why = "under tensor parallelism labels of further heads have not been checked"
+    if why:
+        msg = (
+            f"the model predicts several tokens ahead, and {why}; take the model's config without "
+            "multi-token prediction, or a spec of losses and probabilities such as linupper"
         )
         raise ValueError(msg)
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataLoader
+from torchtitan.hf_datasets.text_datasets import ChatDataLoader, HuggingFaceTextDataLoader
 from torchtitan.trainer import Trainer
 
 from titan_integration.data.loader import DomainTextDataLoader
@@ -16,7 +17,7 @@ from titan_integration.trainer.plug_in import with_weighting
 if TYPE_CHECKING:
     from titan_integration.trainer.trainer import WeightedTrainer
 
-_OWN_FILES = "./tests/assets/"
+_OWN_FILES = "tests/assets/"
 """Where the host's debug configs look for files that only its repository has."""
 
 
@@ -58,12 +59,14 @@ def on_data_that_is_there(config: Trainer.Config) -> Trainer.Config:
     """Read text through the loader that knows domains; a debug model reads the built-in text."""
     if not isinstance(config, Trainer.Config):
         return config
-    if config.hf_assets_path.startswith(_OWN_FILES):
+    if _is_missing(config.hf_assets_path):
         config.hf_assets_path = str(ensure_tokenizer())
     c4 = DomainTextDataLoader.Config(
         dataset="allenai/c4", hf_name="en", domain_column="", streaming=True
     )
     stock = config.dataloader
+    if isinstance(stock, ChatDataLoader.Config):
+        _refuse_missing_chats(stock)
     validation = replace(c4, split="validation", infinite=False)
     if isinstance(stock, HuggingFaceTextDataLoader.Config):
         config.dataloader = c4
@@ -73,3 +76,25 @@ def on_data_that_is_there(config: Trainer.Config) -> Trainer.Config:
     if isinstance(config.validator.dataloader, HuggingFaceTextDataLoader.Config):
         config.validator.dataloader = validation
     return config
+
+
+def _is_missing(file: object) -> bool:
+    """Tell whether this is a file of the host's tests, outside of the host's repository."""
+    name = str(file).removeprefix("./")
+    return name.startswith(_OWN_FILES) and not Path(name).exists()
+
+
+def _refuse_missing_chats(loader: ChatDataLoader.Config) -> None:
+    """Refuse chats that are nowhere.
+
+    Raises:
+        ValueError: They are those of the host's tests.
+    """
+    files = loader.load_dataset_kwargs.get("data_files")
+    if _is_missing(files):
+        msg = (
+            f"it has chats of the host's own tests, {files}, which only its repository has; take "
+            "another config, such as llama3_debugmodel, and --data FILE with 'messages', or make "
+            "a config of your own with the host's ChatDataLoader and --module"
+        )
+        raise ValueError(msg)
