@@ -3,10 +3,10 @@
     python benchmarks/integrations.py [--steps 6] [--rounds 3] [--rows 8] [--length 256]
 
 A small Llama with a vocabulary of 16,384 trains on random tokens in Hugging Face's Trainer and in
-TRL's SFTTrainer, plain, weighted, and with TRL's own flag for DFT.  Every run is a process of its
-own, forked after the imports; they take turns, and the least of the rounds counts.  Seconds are of
-the processor, all of one core; memory is what the process grew by at most.  Liger's fused loss
-needs a GPU, so it has no number here.
+TRL's SFTTrainer: plain, weighted, weighted without full logits, and with TRL's own flag for DFT.
+Every run is a process of its own, forked after the imports; they take turns, and the least of the
+rounds counts.  Seconds are of the processor, all of one core; memory is what the process grew by at
+most.  Liger's fused loss needs a GPU, so it has no number here.
 """
 
 from __future__ import annotations
@@ -42,12 +42,14 @@ WAYS = {
     "Trainer, uniform": ("Trainer", "uniform", {}),
     "Trainer, linupper": ("Trainer", "linupper", {}),
     "Trainer, linupper-x-mile": ("Trainer", "linupper-x-mile", {}),
+    "Trainer, mile, fused=True": ("Trainer", "mile", {"fused": True}),
+    "Trainer, linupper-x-mile, fused=True": ("Trainer", "linupper-x-mile", {"fused": True}),
     "SFTTrainer": ("SFTTrainer", None, {}),
     'SFTTrainer, loss_type="dft"': ("SFTTrainer", None, {"loss_type": "dft"}),
     "SFTTrainer, dft": ("SFTTrainer", "dft", {}),
     "SFTTrainer, linupper-x-mile": ("SFTTrainer", "linupper-x-mile", {}),
 }
-"""Of each way to train: the trainer, the spec, and further settings of the trainer."""
+"""Of each way to train: the trainer, the spec, and further settings of `weigh` or the trainer."""
 
 
 class Clock(TrainerCallback):
@@ -133,7 +135,7 @@ def train(name: str, args: argparse.Namespace, pipe: Connection) -> None:
             host = Trainer(model, settings, train_dataset=rows, data_collator=collated)
         host.add_callback(clock)
         if spec:
-            weigh(host, spec)
+            weigh(host, spec, **more)
         host.train()
     taken = sorted(b - a for a, b in zip(clock.at[1:], clock.at[2:], strict=False))
     pipe.send((taken[len(taken) // 2], peak() - before))

@@ -120,17 +120,15 @@ def samples_of(batch):
     return found
 
 
-def weighted_sum(float64_model, batch, method, step=1):
-    """Return sum_t u_t * nll_t in float64, and the number of labels, of a batch.
+def measured(made, batch):
+    """Return the signals of each sample's labels and their losses in float64, with gradient.
 
     Args:
-        float64_model: The model; gradient flows into it.
+        made: A model.
         batch: What it is given, and `domain`.
-        method: What `reference_methods.reference` returns.
-        step: The optimizer step.
     """
     inputs = {k: v for k, v in batch.items() if k not in {"labels", "domain"}}
-    log_probs = float64_model(**inputs).logits.double().log_softmax(-1)
+    log_probs = made(**inputs).logits.double().log_softmax(-1)
     domain = batch["domain"]
     lists = {name: [] for name in ("loss", "valid", "entropy", "prob", "domain", "norm")}
     nlls = []
@@ -149,6 +147,18 @@ def weighted_sum(float64_model, batch, method, step=1):
             line["domain"].append(DOMAINS[int(where)])
         for name, values in line.items():
             lists[name].append(values)
+    return lists, nlls
+
+
+def weighted(found, method, step=1):
+    """Return sum_t u_t * nll_t in float64, and the number of labels, of what was measured.
+
+    Args:
+        found: What `measured` returns.
+        method: What `reference_methods.reference` returns.
+        step: The optimizer step.
+    """
+    lists, nlls = found
     weights = method(
         Batch(
             loss=lists["loss"],
@@ -168,6 +178,11 @@ def weighted_sum(float64_model, batch, method, step=1):
     kept = [ok for line in lists["valid"] for ok in line]
     total = sum(w * nll for w, nll, ok in zip(flat, nlls, kept, strict=True) if ok)
     return total, sum(kept)
+
+
+def weighted_sum(float64_model, batch, method, step=1):
+    """Return sum_t u_t * nll_t in float64, and the number of labels, of a batch."""
+    return weighted(measured(float64_model, batch), method, step)
 
 
 def descended(name, spec, steps, lr=0.1):

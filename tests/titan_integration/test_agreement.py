@@ -84,7 +84,7 @@ import torch, torch.distributed as dist
 sys.path.insert(0, sys.argv[1])
 import generators as tables
 from titan_integration.observe.agreement import DisagreementError, check_agreement
-from titan_integration.collectives import OverRanks
+from weighting.ranks import OverRanks
 
 def main():  # nothing holds the group when the interpreter ends: its threads end with the last hold
     me = dist.get_rank()

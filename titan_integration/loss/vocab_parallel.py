@@ -19,8 +19,8 @@ from torchtitan.distributed.spmd_types import (
 )
 from typing_extensions import override
 
-from titan_integration.collectives import OverRanks
 from weighting.loss.logits import Slice, check_labels, gradient_, statistics
+from weighting.ranks import OverRanks
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

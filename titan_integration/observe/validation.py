@@ -11,12 +11,12 @@ from torchtitan.components.validate import Validator
 from torchtitan.tools.logging import logger, warn_once
 from typing_extensions import override
 
-from titan_integration.collectives import OverRanks
 from titan_integration.loss.vocab_parallel import plain
 from titan_integration.observe.metrics import WeightedMetricsProcessor
 from weighting.build.domains import send_feedback
 from weighting.columns import column_of
 from weighting.errors import printable
+from weighting.ranks import OverRanks
 from weighting.runs import layout
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from titan_integration.state.microbatches import WEIGHTS, Microbatches, When
-from titan_integration.state.statistics import StepStatistics
+from weighting.build.step import StepStatistics
 from weighting.compiled import compiled
 from weighting.contract import Alone
 from weighting.loss.cross_entropy import signals_of
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from titan_integration.state.observer import Observer
     from weighting import Weighting, Weights
-    from weighting.contract import Collectives, Signals
+    from weighting.contract import Collectives, Level, Signals
 
 
 class Pipeline(NamedTuple):
@@ -166,10 +166,24 @@ def start(
         fn,
         torch.zeros((), dtype=torch.int64, device=device),
         Microbatches(fn, when, calls, observer, device),
-        StepStatistics(fn, device),
+        StepStatistics(fn, device, _MORE_UNITS),
         observer,
         ranks or Alone(),
         pipeline,
         weigh,
         row_domains,
     )
+
+
+_MORE_UNITS: dict[Level, str] = {
+    "sequence": (
+        "a row is a sequence: take more rows at once (--training.local_batch_size), or write "
+        "scope: step or scope: running into the spec"
+    ),
+    "document": (
+        "take more text at once (--training.local_batch_size, --training.seq_len), or write "
+        "scope: step or scope: running into the spec"
+    ),
+    "domain": "mix domains in each batch (--training.local_batch_size, or the order of the data)",
+}
+"""What to do where a batch has one unit of a level."""

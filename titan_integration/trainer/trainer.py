@@ -19,7 +19,6 @@ from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 from typing_extensions import override
 
-from titan_integration.collectives import OverRanks
 from titan_integration.data.loader import DomainTextDataLoader
 from titan_integration.data.records import REF_LOSS
 from titan_integration.data.signals import is_signal, of_the_text, short_contexts
@@ -66,6 +65,7 @@ from weighting.columns import signal_of
 from weighting.contract.levels import documents
 from weighting.errors import printable
 from weighting.loss.logits import IGNORE_INDEX, check_labels
+from weighting.ranks import OverRanks
 from weighting.runs import layout
 from weighting.runs.run_json import describe_start
 

@@ -11,10 +11,10 @@ from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
 
 import weighting as wt
-from titan_integration.collectives import OverRanks
 from titan_integration.observe.recorder import Layout, Recorder, asked
 from titan_integration.state.microbatches import When
 from titan_integration.state.run import Pipeline, Run, start
+from weighting.ranks import OverRanks
 from weighting.runs import layout
 
 if TYPE_CHECKING:

@@ -31,12 +31,14 @@ class WeightingArgs(BaseModel):
         weighting_domains: Names of the domains.
         weighting_domain_column: The column that holds them.
         weighting_record: Every so many steps means of each sequence are recorded; 0 for never.
+        weighting_fused: Whether the loss is made from hidden states, for memory.
     """
 
     weighting: str
     weighting_domains: list[str] | None = None
     weighting_domain_column: str = "domain"
     weighting_record: int = 0
+    weighting_fused: bool = False
 
     @field_validator("weighting")
     @classmethod
@@ -66,4 +68,5 @@ class WeightingPlugin(BasePlugin):
             domains=cfg.weighting_domains,
             domain_column=cfg.weighting_domain_column or "domain",
             record=cfg.weighting_record or 0,
+            fused=bool(cfg.weighting_fused),
         )

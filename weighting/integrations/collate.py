@@ -93,13 +93,12 @@ class ColumnsCollator:
 def _placed(name: str, values: list[Any], rows: list[Row], batch: Mapping[str, Any]) -> Tensor:
     """Return values of rows or of their tokens where a batch has those."""
     ids = batch["input_ids"]
-    values = [torch.as_tensor(value) for value in values]
+    values = [_numbers(name, value) for value in values]
     flat = len(ids) != len(rows)
     if not flat and all(value.dim() == 0 for value in values):
         return torch.stack(values)
-    out = torch.zeros(ids.shape, dtype=torch.promote_types(values[0].dtype, torch.int64))
-    if values[0].is_floating_point():
-        out = out.float()
+    real = any(value.is_floating_point() for value in values)
+    out = torch.zeros(ids.shape, dtype=torch.float32 if real else torch.int64)
     at = 0
     for number, (value, row) in enumerate(zip(values, rows, strict=True)):
         tokens = torch.as_tensor(row["input_ids"])
@@ -119,3 +118,16 @@ def _placed(name: str, values: list[Any], rows: list[Row], batch: Mapping[str, A
         out[0 if flat else number, start : start + len(tokens)] = value
         at += len(tokens)
     return out
+
+
+def _numbers(name: str, value: Any) -> Tensor:  # noqa: ANN401 - whatever a row holds
+    """Return a row's number or numbers.
+
+    Raises:
+        ValueError: There are others than numbers.
+    """
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        msg = f"{name!r} holds {value!r}; give a number, or a list of one for each token"
+        raise ValueError(msg) from None

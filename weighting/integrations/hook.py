@@ -18,10 +18,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812 - the usual name
 
-from titan_integration.collectives import OverRanks
-from titan_integration.state.statistics import StepStatistics
 from weighting.build import build
 from weighting.build.plan import plan_of
+from weighting.build.step import StepStatistics
 from weighting.columns import column_of, plain_name, signal_of
 from weighting.contract import Signals
 from weighting.integrations.head import KeptHead
@@ -29,6 +28,7 @@ from weighting.language.read import load, resolve
 from weighting.loss.cross_entropy import signals_from, signals_of, token_loss, weighted_sum
 from weighting.loss.linear import Batch, Head, Sizes, as_autocast, late_bound, path_of
 from weighting.loss.logits import IGNORE_INDEX, TOPK, check_labels
+from weighting.ranks import OverRanks
 from weighting.spec import Spec
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 AnySpec = Spec | str | Path
 _POSITIONS = ("position_ids", "seq_idx", "cu_seq_lens_q")
 """Inputs of a model that tell where samples begin, the first found counts."""
+_NEXT_TOKENS = "ForCausalLMLoss"
+"""The library's loss that weights stand in for; others do not shift their labels."""
 _OWN = "weighting_hook"
 """Attribute of a model that is weighed."""
 
@@ -69,6 +71,7 @@ class Hook:
         domains: Names of the domains, in the order of their ids.
         step: The optimizer step at hand, from 1; None until it is known.
         model: What was called to be weighed, as the host calls it.
+        active: Whether training passes are weighed; otherwise the model's own loss is all there is.
     """
 
     def __init__(
@@ -92,7 +95,7 @@ class Hook:
         self.fn = build(plan, domains=domains)
         self.domains = self.fn.domains
         self.step: int | None = None
-        self.model = model
+        self.model, self.active = model, True
         self.observers: list[Callable[[Hook, Signals, Weights], None]] = []
         self._domain_column = domain_column
         self._initial = {name: x.clone() for name, x in self.fn.state_dict().items()}
@@ -227,10 +230,17 @@ class Hook:
                 "weighting.weighted_cross_entropy in a loop of your own"
             )
             raise ValueError(msg)
+        stock: Any = owner.loss_function
+        if getattr(stock, "__name__", None) != _NEXT_TOKENS:
+            msg = (
+                f"the loss of {type(owner).__name__} is {getattr(stock, '__name__', stock)!s}, and "
+                f"weights are of the loss of next tokens ({_NEXT_TOKENS}): weigh a causal model "
+                "whose loss_function was not replaced"
+            )
+            raise ValueError(msg)
         if fused:
             self._head = KeptHead(owner, self._takes_hidden_states)
         self.owner: Any = owner
-        stock: Any = owner.loss_function
         owner.loss_function = self._loss
         self._handles = [
             self.model.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -279,7 +289,7 @@ class Hook:
 
     @property
     def _training(self) -> bool:
-        return self.model.training and torch.is_grad_enabled()
+        return self.active and self.model.training and torch.is_grad_enabled()
 
     def _takes_hidden_states(self) -> bool:
         """Return whether the output layer is to make no logits in the pass at hand."""
@@ -311,7 +321,7 @@ class Hook:
 
         if not self._training:
             loss = stock()
-            if loss.requires_grad:
+            if loss.requires_grad and self.active:
                 loss.register_hook(_refuse_evaluation)
             return loss
         targets = _next(labels, ignore_index) if shift_labels is None else shift_labels
@@ -471,8 +481,8 @@ class Hook:
 
     def _divisor(self, valid: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
         """Return what a sum over the labels of a batch is divided by, 0-D."""
-        if num_items_in_batch is not None:
-            return torch.as_tensor(num_items_in_batch, device=valid.device)
+        if num_items_in_batch is not None:  # none where all labels of a step are masked
+            return torch.as_tensor(num_items_in_batch, device=valid.device).clamp(min=1)
         over = self.fn.collectives
         return over.sum(valid.sum().float()).clamp(min=1) / over.size
 

@@ -39,6 +39,7 @@ class WeightingCallback(Callback):
         domains: Sequence[str] | None = None,
         domain_column: str = "domain",
         record: int = 0,
+        fused: bool = False,
     ) -> None:
         """Take what `weighting.integrations.transformers.weigh` takes.
 
@@ -49,7 +50,11 @@ class WeightingCallback(Callback):
         need("lightning")
         need("transformers")
         self._spec = read_spec(spec)
-        self._options: dict[str, Any] = {"domains": domains, "domain_column": domain_column}
+        self._options: dict[str, Any] = {
+            "domains": domains,
+            "domain_column": domain_column,
+            "fused": fused,
+        }
         self._record = record
         self._hook: Hook | None = None
         self._files: RunFiles | None = None
@@ -66,8 +71,15 @@ class WeightingCallback(Callback):
         """Find the model and set its loss.
 
         Raises:
-            ValueError: There is no such model in the module, or more than one.
+            ValueError: There is no such model in the module, or more than one; or `fused` is asked
+                of a model or a precision that cannot serve it.
         """
+        if self._options["fused"] and str(trainer.precision).startswith("16"):
+            msg = (
+                f"fused=True makes the gradient before precision={trainer.precision!r} scales the "
+                "loss, so that it would be lost; take 'bf16-mixed', or leave fused out"
+            )
+            raise ValueError(msg)
         if stage == "fit" and self._hook is None:
             self._hook = Hook(_model_in(pl_module), self._spec, **self._options)
 
@@ -76,6 +88,7 @@ class WeightingCallback(Callback):
         """Say that the run starts."""
         self._files = RunFiles(Path(trainer.default_root_dir), record=self._record)
         self._seen = trainer.global_step
+        self.hook.active = True
         self.hook.observers = [self._files.add_batch]
         self._files.start(self.hook, trainer.global_step + 1, {"max_steps": trainer.max_steps})
 
@@ -120,7 +133,8 @@ class WeightingCallback(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Raise if a signal was not finite since the last log."""
+        """Give the model its own loss back; raise if a signal was not finite since the last log."""
+        self.hook.active = False
         self.hook.read()
 
     @override

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
     from weighting.integrations.hook import AnySpec
+    from weighting.spec import Spec
 
 __all__ = ["UnweightedError", "WeightingCallback", "weigh", "weigh_model"]
 
@@ -46,7 +47,8 @@ def weigh(
 
         loss = sum_t u_t * nll_t / num_items_in_batch
 
-    Evaluation is not weighted.  Statistics run over all ranks.  What the stages remember is in
+    Evaluation is not weighted, nor is the model when training has ended.  Statistics run over all
+    ranks.  What the stages remember is in
     `trainer_state.json` of each checkpoint.  `weighting/*` numbers are in the trainer's logs; below
     `output_dir` it leaves what `weighting report` and `weighting replay` read.
 
@@ -78,11 +80,12 @@ def weigh(
     _check_trainer(trainer, fused=fused)
     assert trainer.model is not None
     hook = callback.attach(trainer.model)
+    wanted = [*hook.columns, *([domain_column] if hook.reads_domains else [])]
+    _check_columns(trainer.train_dataset, wanted, hook)
     trainer.add_callback(callback)
     handlers = trainer.callback_handler.callbacks
     handlers.insert(0, handlers.pop())  # before those that report what is logged
-    columns = hook.columns
-    if columns or hook.reads_domains:
+    if wanted:
         keep = None
         if trainer.args.remove_unused_columns:  # as the trainer does, but for the spec's own
             taken = inspect.signature(hook.owner.forward).parameters
@@ -90,7 +93,7 @@ def weigh(
             trainer.args.remove_unused_columns = False
         column = domain_column if hook.reads_domains else None
         trainer.data_collator = ColumnsCollator(
-            trainer.data_collator, columns, column, hook.domains, keep
+            trainer.data_collator, hook.columns, column, hook.domains, keep
         )
     return trainer
 
@@ -188,6 +191,11 @@ class WeightingCallback(TrainerCallback, ExportableState):
         return self._hook
 
     @property
+    def spec(self) -> Spec:
+        """What it weighs by."""
+        return self._spec
+
+    @property
     def hook(self) -> Hook:
         """What weighs the model."""
         assert self._hook is not None, "a run attaches it"
@@ -212,6 +220,7 @@ class WeightingCallback(TrainerCallback, ExportableState):
         states: Any = state.stateful_callbacks
         saved = states.setdefault(name, {})
         hook.reset()
+        hook.active = True
         if state.global_step and "weighting" in saved:
             hook.load_state_dict(_from_json(saved["weighting"], hook))
         elif state.global_step and hook.fn.plan.has_state:
@@ -270,7 +279,8 @@ class WeightingCallback(TrainerCallback, ExportableState):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Raise if a signal was not finite since the last log."""
+        """Give the model its own loss back; raise if a signal was not finite since the last log."""
+        self.hook.active = False
         self.hook.read()
 
 
@@ -323,6 +333,15 @@ def _check_trainer(trainer: Trainer, *, fused: bool) -> None:
                 "that is weighed; leave fused out"
             )
             raise ValueError(msg)
+    earlier = next(
+        (x for x in trainer.callback_handler.callbacks if isinstance(x, WeightingCallback)), None
+    )
+    if earlier is not None:
+        msg = (
+            f"this trainer is weighed by {earlier.spec.name} already; make a new Trainer for "
+            "another spec, or give one spec both factors"
+        )
+        raise ValueError(msg)
     if trainer.compute_loss_func is not None:
         msg = "compute_loss_func takes the loss out of the model, and weights with it; leave it out"
         raise ValueError(msg)
@@ -333,6 +352,25 @@ def _check_trainer(trainer: Trainer, *, fused: bool) -> None:
         if size > 1:
             msg = (
                 f"{name}_size={size} cuts batches over ranks, which is weighed in torchtitan alone"
+            )
+            raise ValueError(msg)
+
+
+def _check_columns(data: Any, wanted: Sequence[str], hook: Hook) -> None:  # noqa: ANN401
+    """Refuse training data that lacks a column, where it tells its columns.
+
+    Raises:
+        ValueError: Says which, and what there is.
+    """
+    names = getattr(data, "column_names", None)
+    if names is None and isinstance(data, list) and data and isinstance(data[0], dict):
+        names = [*data[0]]
+    for column in wanted:
+        if names and column not in names:
+            msg = (
+                f"{hook.fn.spec.name} reads the column {column!r} and the training data has "
+                f"{', '.join(map(str, names))}: add it, with a value for each row or a list for "
+                "its tokens. TRL's packing=True drops columns, padding_free=True keeps them"
             )
             raise ValueError(msg)
 

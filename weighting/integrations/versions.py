@@ -1,4 +1,4 @@
-"""Which versions of the hosts this was tested with, and below which it is refused."""
+"""Which versions of the hosts this was tested with, and outside which it is refused."""
 
 from __future__ import annotations
 
@@ -13,28 +13,34 @@ TESTED = {
     "peft": "0.21.2",
     "lightning": "2.6.6",
 }
-_FLOORS = {"transformers": "5.23", "trl": "1.16", "lightning": "2.6", "axolotl": "0.19"}
+_FLOORS = {"transformers": "5.8", "trl": "1.16", "lightning": "2.6", "axolotl": "0.18"}
+_CEILINGS = {"transformers": "6", "trl": "2", "lightning": "3", "axolotl": "1"}
+"""From which on nobody knows whether the seams are where they were."""
 _WHY = {
-    "transformers": "earlier ones count the first label of each row in num_items_in_batch",
+    "transformers": "earlier ones were not tried",
     "trl": "earlier ones have no fused head that returns log_probs",
 }
 
 
 def need(package: str) -> None:
-    """Refuse a host that is older than what the weights rely on.
+    """Refuse a host that is older than what the weights rely on, or of a later major version.
 
     Raises:
-        ImportError: It is missing or too old.
+        ImportError: It is missing, too old or too new.
     """
-    floor = _FLOORS[package]
+    floor, ceiling = _FLOORS[package], _CEILINGS[package]
+    install = f"pip install '{package}>={floor},<{ceiling}'"
     try:
         here = version(package)
     except PackageNotFoundError:
-        msg = f"{package} is not installed; pip install '{package}>={floor}'"
+        msg = f"{package} is not installed; {install}"
         raise ImportError(msg) from None
     if Version(here) < Version(floor):
         why = f": {_WHY[package]}" if package in _WHY else ""
-        msg = f"{package} {here} is too old for weights{why}; pip install '{package}>={floor}'"
+        msg = f"{package} {here} is too old for weights{why}; {install}"
+        raise ImportError(msg)
+    if Version(here) >= Version(ceiling):
+        msg = f"{package} {here} is newer than what weights were tested with; {install}"
         raise ImportError(msg)
 
 

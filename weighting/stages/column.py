@@ -17,9 +17,12 @@ if TYPE_CHECKING:
 
 @stage("column")
 class Column(Source):
-    """The value of a numeric column of the data, the same for all tokens of a document.
+    """The value of a numeric column of the data, of a document or of a single token.
 
     score_t = column[document_t]
+
+    Records of torchtitan's data have one number each.  In other trainers a row has one, or a list
+    of one for each token of its `input_ids`, which is the score of that token.
     """
 
     pointwise: ClassVar[bool] = True

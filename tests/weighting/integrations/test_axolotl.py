@@ -1,11 +1,14 @@
 """The axolotl plugin against a stand-in of the interface that axolotl documents for plugins."""
 
 import importlib
+import re
 import sys
 import types
+from pathlib import Path
 
 import pydantic
 import pytest
+import yaml
 
 from weighting.integrations import versions
 
@@ -33,16 +36,22 @@ def plugin(monkeypatch):
 
 
 def test_the_plugin_weighs_the_trainer_by_what_the_yaml_says(plugin, monkeypatch):
-    """The words of the YAML reach `weigh`, and a wrong spec is refused when it is read."""
+    """The words of the page's YAML reach `weigh`, and a wrong spec is refused when it is read."""
+    page = Path(__file__).resolve().parents[3] / "docs" / "other-trainers.md"
+    text = re.search(r"```yaml\n(plugins: .*?)```", page.read_text(encoding="utf-8"), re.DOTALL)[1]
+    given = yaml.safe_load(text)
     seen = []
-    monkeypatch.setattr(plugin, "weigh", lambda *given, **more: seen.append((given, more)))
+    monkeypatch.setattr(plugin, "weigh", lambda *to, **more: seen.append((to, more)))
+    (name,) = given.pop("plugins")
+    assert name == "weighting.integrations.axolotl.WeightingPlugin"
     made = plugin.WeightingPlugin()
     where, name = made.get_input_args().rsplit(".", 1)
     args = getattr(importlib.import_module(where), name)
-    cfg = args(weighting="group-dro", weighting_domains=["code", "prose"])
+    cfg = args(**given, weighting_fused=True)
     made.post_trainer_create(cfg, "trainer")
     ((spec, more),) = seen
-    assert spec == ("trainer", "group-dro")
-    assert more == {"domains": ["code", "prose"], "domain_column": "domain", "record": 0}
+    assert spec == ("trainer", "linupper")
+    assert more.pop("domains") == ["code", "prose"]
+    assert more == {"domain_column": "domain", "record": 0, "fused": True}
     with pytest.raises(pydantic.ValidationError, match="did you mean"):
         args(weighting="linuper")

@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.testing import assert_close
 
+from weighting.integrations.hook import UnweightedError
 from weighting.integrations.lightning import WeightingCallback
 
 pytestmark = pytest.mark.filterwarnings(
@@ -41,7 +42,9 @@ class Logger(lightning.pytorch.loggers.CSVLogger):
         self.lines = [*getattr(self, "lines", []), {**metrics, "step": step}]
 
 
-def fitted(folder, steps, ckpt_path=None, spec="group-dro", seeds=(1, 1), **options):
+def fitted(
+    folder, steps, ckpt_path=None, spec="group-dro", seeds=(1, 1), *, fused=False, **options
+):
     """Return a trainer and a module that have trained steps, each epoch on a batch a seed."""
     batches = [tiny.padded(tiny.rows(BATCH, seed)) for seed in seeds]
     keep = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
@@ -51,7 +54,7 @@ def fitted(folder, steps, ckpt_path=None, spec="group-dro", seeds=(1, 1), **opti
         max_steps=steps,
         log_every_n_steps=1,
         logger=Logger(folder),
-        callbacks=[WeightingCallback(spec, domains=tiny.DOMAINS, record=1), keep],
+        callbacks=[WeightingCallback(spec, domains=tiny.DOMAINS, record=1, fused=fused), keep],
         enable_progress_bar=False,
         enable_model_summary=False,
         **options,
@@ -96,6 +99,48 @@ def test_accumulated_batches_are_weighed_each_by_itself(tmp_path):
         expected = value - 0.1 * (grads[0][name] + grads[1][name])
         found = module.model.get_parameter(name).double()
         assert_close(found, expected, rtol=1e-4, atol=2e-6)
+
+
+def test_without_full_logits_it_trains_the_same_parameters(tmp_path):
+    """With fused=True steps are those of full logits; half precision, which loses them, is not."""
+    (_, one), (_, other) = (
+        fitted(tmp_path / str(fused), 2, spec="linupper", fused=fused) for fused in (False, True)
+    )
+    for name, value in one.state_dict().items():
+        assert_close(other.state_dict()[name], value, rtol=1e-4, atol=2e-6)
+    host = lightning.Trainer(default_root_dir=tmp_path, logger=False, accelerator="cpu")
+    host.strategy.precision_plugin.precision = "16-mixed"  # which no CPU takes
+    with pytest.raises(ValueError, match="precision='16-mixed'"):
+        WeightingCallback("linupper", fused=True).setup(host, Module(), "fit")
+
+
+class OwnLoss(Module):
+    """A module that does not take the model's loss."""
+
+    def training_step(self, batch, _index):
+        """Return the mean square of the logits."""
+        return self.model(**batch).logits.square().mean()
+
+
+def test_a_module_with_a_loss_of_its_own_is_stopped_and_none_is_weighed_afterwards(tmp_path):
+    """The first step raises; a model that has been trained has its own loss in training mode."""
+    options = {"accelerator": "cpu", "logger": False, "max_steps": 1, "enable_progress_bar": False}
+    options |= {"enable_model_summary": False, "enable_checkpointing": False}
+    batch = tiny.padded(tiny.rows())
+    del batch["domain"]
+    loader = torch.utils.data.DataLoader([batch], batch_size=None)
+    for module in (OwnLoss(), Module()):
+        host = lightning.Trainer(
+            default_root_dir=tmp_path, callbacks=[WeightingCallback("linupper")], **options
+        )
+        if isinstance(module, OwnLoss):
+            with pytest.raises(UnweightedError, match="another loss was used"):
+                host.fit(module, loader)
+        else:
+            host.fit(module, loader)
+            plain = tiny.model()
+            plain.load_state_dict(module.model.state_dict())
+            assert torch.equal(module.model.train()(**batch).loss, plain(**batch).loss)
 
 
 def test_a_module_with_two_models_is_refused(tmp_path):

@@ -1,6 +1,8 @@
 """The `py` blocks of the pages on other trainers and on fine-tuning run, in their order."""
 
 import sys
+import textwrap
+import types
 from pathlib import Path
 
 import pytest
@@ -19,8 +21,10 @@ from transformers import Trainer as HuggingFaceTrainer
 from trl import SFTConfig, SFTTrainer
 
 from weighting.integrations import versions
+from weighting.integrations.transformers import WeightingCallback
 
 ROOT = Path(__file__).resolve().parents[3]
+PAGE = ROOT / "docs" / "other-trainers.md"
 sys.path.insert(0, str(ROOT / "tests" / "docs"))
 from blocks import blocks  # noqa: E402
 
@@ -81,24 +85,40 @@ def test_the_blocks_of_a_page_run(page, tmp_path, monkeypatch, capsys):
     found = [block for block in blocks() if block.page == page and block.language == "py"]
     assert len(found) >= 3
     names = {}
+    swift = types.ModuleType("swift.callbacks")
+    swift.callbacks_map = {}
+    monkeypatch.setitem(sys.modules, "swift.callbacks", swift)
     for number, block in enumerate(found):
         names = {**names, **{k: v for k, v in before().items() if k != "rows" or k not in names}}
         exec(compile(block.text, f"{page}.md, block {number}", "exec"), names)
     if page == "other-trainers":
         assert "unweighted_loss" in capsys.readouterr().out
+        assert isinstance(swift.callbacks_map["weighting"](None, None), WeightingCallback)
     assert (tmp_path / "out" / "weighting" / "run.json").exists()
 
 
 def test_the_page_names_the_versions():
     """Those that were tested, and those that are refused."""
-    text = (ROOT / "docs" / "other-trainers.md").read_text(encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
     assert f"Tested with {', '.join(f'{n} {v}' for n, v in versions.TESTED.items())}." in text
     for package, floor in versions._FLOORS.items():
-        assert f"{package} before {floor}" in text
+        assert f"{package} before {floor} and from {versions._CEILINGS[package]} on" in text
 
 
-def test_an_older_host_is_refused(monkeypatch):
+def test_what_is_said_of_each_host_fits_a_screen():
+    """No section has more than fifty lines of a hundred characters."""
+    sections = PAGE.read_text(encoding="utf-8").split("\n## ")[1:]
+    assert len(sections) >= 7
+    for section in sections:
+        lines = [part for x in section.splitlines() for part in textwrap.wrap(x, 100) or [""]]
+        assert len(lines) <= 50, section.partition("\n")[0]
+
+
+def test_hosts_outside_the_versions_are_refused(monkeypatch):
     """The message says which version there must be, and why."""
-    monkeypatch.setattr(versions, "version", lambda _name: "5.22.1")
-    with pytest.raises(ImportError, match=r"transformers 5\.22\.1 is too old.*num_items_in_batch"):
+    monkeypatch.setattr(versions, "version", lambda _name: "5.7.1")
+    with pytest.raises(ImportError, match=r"transformers 5\.7\.1 is too old.*>=5\.8,<6"):
+        versions.need("transformers")
+    monkeypatch.setattr(versions, "version", lambda _name: "6.0.1")
+    with pytest.raises(ImportError, match=r"transformers 6\.0\.1 is newer than what"):
         versions.need("transformers")

@@ -8,47 +8,13 @@ import tiny_models as tiny
 import torch
 from click.testing import CliRunner
 from looping import for_each
+from tiny_trainer import ACCUMULATED, BATCH, STEPS, pad, trainer
 from torch.testing import assert_close
-from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback, TrainingArguments
+from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback
 
 from weighting.cli import main
 from weighting.integrations.collate import ColumnsCollator
 from weighting.integrations.transformers import UnweightedError, WeightingCallback, weigh
-
-STEPS, BATCH, ACCUMULATED = 2, 3, 2
-
-
-def pad(rows):
-    """Pad rows to a batch, as collators do: what is no column of theirs is not theirs."""
-    assert all(row.keys() == {"input_ids", "labels"} for row in rows)
-    return {
-        k: x
-        for k, x in tiny.padded([{**r, "domain": "code"} for r in rows]).items()
-        if k != "domain"
-    }
-
-
-def trainer(folder, kind=Trainer, model="llama", collator=pad, rows=None, **options):
-    """Return a trainer with plain gradient descent over rows in their order."""
-    given = {"per_device_train_batch_size": BATCH, "max_steps": STEPS, "save_strategy": "no"}
-    given |= {"gradient_accumulation_steps": ACCUMULATED, **options}
-    args = TrainingArguments(
-        str(folder),
-        optim="sgd",
-        learning_rate=0.1,
-        lr_scheduler_type="constant",
-        max_grad_norm=0.0,
-        train_sampling_strategy="sequential",
-        logging_steps=1,
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-        dataloader_pin_memory=False,
-        **given,
-    )
-    rows = rows or tiny.rows(STEPS * BATCH * ACCUMULATED)
-    made = tiny.model(model)
-    return kind(made, args, train_dataset=rows, eval_dataset=rows[:4], data_collator=collator)
 
 
 def batches(layout):

@@ -27,7 +27,7 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="0", eos_token="2")
 
 
-def trainer(folder, rows, model="llama", **options):
+def trainer(folder, rows, model="llama", chat_template=None, **options):
     """Return TRL's trainer with plain gradient descent over rows in their order, one step."""
     args = SFTConfig(
         str(folder),
@@ -49,7 +49,9 @@ def trainer(folder, rows, model="llama", **options):
         **options,
     )
     data = Dataset.from_list(rows)
-    return SFTTrainer(tiny.model(model), args, train_dataset=data, processing_class=tokenizer())
+    words = tokenizer()
+    words.chat_template = chat_template
+    return SFTTrainer(tiny.model(model), args, train_dataset=data, processing_class=words)
 
 
 def descended(host):
@@ -105,6 +107,41 @@ def test_dft_is_trls_own(tmp_path):
     _, theirs = descended(trainer(tmp_path / "theirs", rows, loss_type="dft"))
     for name, value in theirs.items():
         assert_close(ours[name], value)
+
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }} "
+    "{% endgeneration %}{% else %}{{ m.content }} {% endif %}{% endfor %}"
+)
+
+
+def test_every_turn_of_the_assistant_counts_and_nothing_else(tmp_path):
+    """Of chats of several turns the loss is that of the assistant's tokens, in float64."""
+    said = ["3 4 5", "6 7", "8 9", "10 11 12"]
+    roles = ["user", "assistant"] * 2
+    turns = [{"role": role, "content": text} for role, text in zip(roles, said, strict=True)]
+    rows = [{"messages": turns}, {"messages": turns[:2]}]
+    host = trainer(tmp_path, rows, assistant_only_loss=True, chat_template=TEMPLATE)
+    chats = [{**row, "domain": "code"} for row in host.train_dataset]
+    assert [sum(x != -100 for x in chat["labels"]) for chat in chats] == [5, 2]
+    (loss,), _ = tiny.descended("llama", "linupper-x-mile", [[tiny.padded(chats)]])
+    found, _ = descended(weigh(host, "linupper-x-mile"))
+    assert_close(found["loss"], loss, rtol=1e-5, atol=1e-6)
+
+
+def test_settings_of_trl_that_take_the_loss_away_are_refused(tmp_path):
+    """Each of them makes a loss of its own, which the fused head knows nothing of."""
+    rows = tiny.rows(BATCH)
+    host = trainer(tmp_path, rows)
+    for name, value in {"label_smoothing_factor": 0.1, "use_liger_kernel": True}.items():
+        before = getattr(host.args, name)
+        setattr(host.args, name, value)
+        with pytest.raises(ValueError, match=name):
+            weigh(host, "linupper")
+        setattr(host.args, name, before)
+    host.compute_loss_func = lambda *_given, **_more: torch.zeros(())
+    with pytest.raises(ValueError, match="compute_loss_func"):
+        weigh(host, "linupper")
 
 
 def test_what_the_fused_head_does_not_tell_is_refused(tmp_path):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from weighting.build.compared import one_unit, tables_compared
+from weighting.build.compared import MORE_UNITS, one_unit, tables_compared
 from weighting.build.statistics import MOMENTS, raise_if_nonfinite, summarize
 from weighting.contract.levels import sum_by
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from weighting import Weighting, Weights
+    from weighting.build.weighting import Weighting, Weights
     from weighting.contract import Collectives, Level
 
 _ADDED = MOMENTS.index("min")
@@ -33,8 +33,20 @@ class StepStatistics:
             log step.
     """
 
-    def __init__(self, fn: Weighting, device: torch.device) -> None:
-        self._fn = fn
+    def __init__(
+        self,
+        fn: Weighting,
+        device: torch.device,
+        more_units: Mapping[Level, str] = MORE_UNITS,
+    ) -> None:
+        """Begin with nothing.
+
+        Args:
+            fn: The weighting.
+            device: Where it weighs.
+            more_units: What the warnings say to do where a batch has one unit of a level.
+        """
+        self._fn, self._more_units = fn, more_units
         rows = len(fn.plan.factors) + 1
         self._empty = torch.zeros(rows, len(MOMENTS), device=device)
         self._empty[:, _ADDED], self._empty[:, _ADDED + 1] = torch.inf, -torch.inf
@@ -126,20 +138,23 @@ class StepStatistics:
         raise_if_nonfinite(self._fn.spec, int(bad))
         by_domain = by_domain.view_as(self._by_domain)
         if self.warnings is None:
-            self.warnings = _one_unit_warnings(self._fn, units, by_domain[0])
+            self.warnings = _one_unit_warnings(self._fn, units, by_domain[0], self._more_units)
         unweighted, weighted = means.tolist()
         found = dict(zip(named, values.tolist(), strict=True))
         found |= _domain_means(self._fn, by_domain)
         return {"unweighted_loss": unweighted, "weighted_loss": weighted, **found}
 
 
-def _one_unit_warnings(fn: Weighting, units: Tensor, tokens: Tensor) -> list[str]:
+def _one_unit_warnings(
+    fn: Weighting, units: Tensor, tokens: Tensor, more_units: Mapping[Level, str]
+) -> list[str]:
     """Say what the spec compares that came alone in every batch.
 
     Args:
         fn: The weighting.
         units: The most units in a batch, of each of `fn.compares`.
         tokens: Of each domain in a step.
+        more_units: What to do, of each level.
     """
     alone: dict[str, Level] = {
         name: level
@@ -150,7 +165,7 @@ def _one_unit_warnings(fn: Weighting, units: Tensor, tokens: Tensor) -> list[str
         for name in tables_compared(fn.plan):
             alone[name] = "domain"
     return [
-        one_unit(fn.plan, name, level, "every batch so far had", _MORE_UNITS[level])
+        one_unit(fn.plan, name, level, "every batch so far had", more_units[level])
         for name, level in alone.items()
     ]
 
@@ -166,17 +181,3 @@ def _domain_means(fn: Weighting, sums: Tensor) -> dict[str, float]:
                 found[f"domain/{name}/loss"] = loss / tokens
             found[f"domain/{name}/weight"] = weight / tokens
     return found
-
-
-_MORE_UNITS = {
-    "sequence": (
-        "a row is a sequence: take more rows at once (--training.local_batch_size), or write "
-        "scope: step or scope: running into the spec"
-    ),
-    "document": (
-        "take more text at once (--training.local_batch_size, --training.seq_len), or write "
-        "scope: step or scope: running into the spec"
-    ),
-    "domain": "mix domains in each batch (--training.local_batch_size, or the order of the data)",
-}
-"""What to do where a batch has one unit of a level."""
