@@ -97,17 +97,17 @@ CALLS = {
     "stage indicator": (0, 0, 4, 28, 0, 0),
     "stage interpolate": (1, 0, 1, 24, 0, 1),
     "stage last": (0, 0, 3, 168, 0, 0),
-    "stage length": (1, 0, 1, 104, 0, 1),
+    "stage length": (0, 0, 3, 20, 0, 1),
     "stage linupper": (1, 0, 1, 24, 0, 1),
     "stage log": (0, 0, 2, 88, 0, 0),
     "stage loss": (0, 0, 1, 16, 0, 0),
-    "stage max": (1, 0, 1, 104, 1, 1),
+    "stage max": (0, 1, 3, 24, 1, 1),
     "stage mean": (0, 0, 2, 88, 0, 0),
     "stage minus": (0, 0, 1, 16, 0, 0),
     "stage mean_one": (0, 0, 1, 16, 0, 0),
     "stage multinomial": (1, 0, 1, 24, 0, 1),
     "stage normalize": (1, 0, 1, 24, 0, 1),
-    "stage over": (2, 0, 1, 200, 1, 2),
+    "stage over": (0, 2, 3, 32, 1, 2),
     "stage plus": (0, 0, 3, 168, 0, 0),
     "stage position": (0, 0, 1, 16, 0, 0),
     "stage pow": (1, 0, 1, 24, 0, 1),
@@ -120,14 +120,14 @@ CALLS = {
     "stage sigmoid": (0, 0, 2, 16, 0, 2),
     "stage standardize": (1, 0, 1, 24, 0, 1),
     "stage slope": (0, 0, 2, 88, 0, 0),
-    "stage sum": (1, 0, 1, 104, 0, 1),
+    "stage sum": (0, 2, 3, 32, 0, 1),
     "stage table": (0, 0, 1, 16, 0, 0),
     "stage tanh": (0, 1, 2, 20, 0, 2),
     "stage target_prob": (0, 0, 1, 16, 0, 0),
     "stage temperature": (1, 0, 1, 24, 0, 1),
     "stage threshold": (0, 0, 9, 1168, 0, 0),
     "stage times": (2, 0, 1, 40, 0, 2),
-    "stage tilted": (1, 0, 1, 104, 1, 1),
+    "stage tilted": (0, 1, 3, 24, 1, 1),
     "stage topical": (0, 0, 2, 88, 0, 0),
     "stage topics": (0, 0, 2, 72, 0, 0),
     "stage topk_entropy": (0, 1, 2, 20, 2, 0),
@@ -138,13 +138,13 @@ CALLS = {
     "extra sequence-mean": (1, 0, 1, 24, 0, 2),
     "extra uniform-by-sequence": (0, 0, 1, 8, 0, 1),
     "extra within domains": (1, 0, 1, 32, 0, 2),
-    "extra documents within domains": (1, 0, 1, 152, 1, 2),
+    "extra documents within domains": (0, 0, 13, 5912, 1, 2),
     "extra statistics": (2, 0, 3, 52, 0, 2),
     "extra document-mean": (0, 0, 1, 16, 0, 1),
     "extra none-by-document": (2, 0, 1, 24, 0, 2),
     "extra none": (1, 0, 0, 16, 0, 1),
     "extra none-by-sequence": (1, 0, 2, 24, 0, 1),
-    "extra all-levels": (2, 0, 3, 208, 1, 2),
+    "extra all-levels": (1, 3, 14, 808, 1, 2),
     "extra tokens": (0, 4, 20, 1372, 0, 0),
     "extra running": (1, 0, 1, 28, 0, 2),  # how many sequences fade those before
     "extra both": (1, 0, 2, 104, 0, 1),
@@ -157,8 +157,9 @@ CALLS = {
 }
 """Of a batch of four sequences of six tokens on two ranks.
 
-Pooled sequences and documents take one gather of their scores; what then looks at them is free.
-Domains take one sum.  Statistics over single tokens are a call each: normalize a maximum,
+Pooled sequences take one gather of their scores; what then looks at them is free.
+Domains take one sum.  Statistics over documents and single tokens are a call each, and one counts
+the documents: normalize a maximum,
 temperature a maximum and a sum, a k-th largest a count and six sums, a cap or a floor a maximum
 and nine sums.  Scaling to mean one is one sum, for all factors and their product together.
 Drawing by a table is free.

@@ -25,6 +25,7 @@ from weighting.build.memory import (
 )
 from weighting.build.statistics import MOMENTS, moments, raise_if_nonfinite, summarize
 from weighting.contract import Combine, Constrain, Pool, Scope, Shape, Source, Weigh
+from weighting.contract.collectives import CountedOnce
 from weighting.contract.levels import domains_of, group, inside_domains
 from weighting.errors import OneUnitWarning
 from weighting.language.html import weights_html
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from weighting.build.plan import Plan
-    from weighting.contract import Collectives, Groups, Signals
+    from weighting.contract import Collectives, Groups, Level, Signals
     from weighting.contract.stage import DeferredScale
     from weighting.spec import Spec
 
@@ -339,7 +340,7 @@ class Weighting(nn.Module):
                     parts = group(signals, inside, number, self.collectives)
                     if scope.level != "token":
                         assert domains is not None
-                        parts = inside_domains(domains, number)
+                        parts = inside_domains(domains, number, scope.collectives)
                     assert parts is not None
                     around = around.within(parts)
                 x = stage.apply(x, around)
@@ -351,8 +352,9 @@ class Weighting(nn.Module):
         x, valid = self._own(x, scope), self._own(scope.valid, scope)
         token = groups.broadcast(x) if groups else x
         tokens_ok = tokens_ok & (groups.broadcast(valid) if groups else valid)
-        # Of all ranks, which have been brought together.
-        units = scope.valid.sum() if factor in self.compares else None
+        units = None
+        if factor in self.compares:  # of all ranks, which have been brought together or not
+            units = scope.valid.sum() if scope.collectives is None else scope.count()
         return _Run(x, valid, torch.where(tokens_ok, token, 0), tokens_ok, cap, units)
 
     def _advanced(
@@ -381,7 +383,7 @@ class Weighting(nn.Module):
     def _pool(
         self, factor: str, stage: Pool, x: Tensor, flat: Signals, scope: Scope, groups: Groups
     ) -> tuple[Tensor, Scope, Tensor, Tensor | None]:
-        """Pool token scores to units, and bring the units of all ranks together.
+        """Pool token scores to units, and bring the units of all ranks together, if need be.
 
         Returned are the scores, their scope, which tokens count, and the domain of each unit where
         a later stage works inside domains.
@@ -398,9 +400,23 @@ class Weighting(nn.Module):
         if any(step.stage.inside() for step in self.plan.factors[factor]):
             assert flat.domain_ids is not None, "build checks what a pipeline needs"
             rows.append(domains_of(groups, flat.domain_ids, valid, len(self.domains)).float())
-        score, ok, *of = self.collectives.gather(torch.stack(rows)).transpose(0, 1).flatten(1)
+        ranks = None
+        if self._stay(factor, groups.level):
+            ranks, (score, ok, *of) = CountedOnce(self.collectives), rows
+        else:
+            score, ok, *of = self.collectives.gather(torch.stack(rows)).transpose(0, 1).flatten(1)
         domains = of[0].long() if of else None
-        return score, Scope(groups.level, scope.step, ok > 0, self.domains), valid, domains
+        return score, Scope(groups.level, scope.step, ok > 0, self.domains, ranks), valid, domains
+
+    def _stay(self, factor: str, level: Level) -> bool:
+        """Tell whether each rank keeps its own units, and statistics alone reach the others.
+
+        So do documents, of which a rank may have as many as tokens, where their stages would do
+        for tokens.
+        """
+        if level != "document" or self.spec.scope == "running" or self.collectives.size == 1:
+            return False
+        return all("token" in step.stage.levels for step in self.plan.factors[factor])
 
     def _with_earlier(self, factor: str, x: Tensor, scope: Scope) -> tuple[Tensor, Scope]:
         """Put the units of earlier batches behind those at hand, and remember these first."""
@@ -409,7 +425,7 @@ class Weighting(nn.Module):
 
     def _own(self, x: Tensor, scope: Scope) -> Tensor:
         """Return this rank's part of units that were brought together."""
-        if scope.level in {"token", "domain"}:
+        if scope.level in {"token", "domain"} or scope.collectives is not None:
             return x
         if self.spec.scope == "running":
             x = x[:-RUNNING_UNITS]

@@ -64,3 +64,28 @@ class Alone:
     def max(self, x: Tensor) -> Tensor:
         """Return x."""
         return x
+
+
+class CountedOnce:
+    """The collectives of values that ranks with parts of the same sequences all hold alike.
+
+    A sum takes those of the first of these ranks.
+    """
+
+    parts = Alone()
+
+    def __init__(self, ranks: Collectives) -> None:
+        self._ranks, self._first = ranks, ranks.parts.rank == 0
+        self.rank, self.size = ranks.rank, ranks.size
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Return every rank's x, [ranks, *x.shape]."""
+        return self._ranks.gather(x)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Return the elementwise sum over ranks that hold other sequences."""
+        return self._ranks.sum(x if self._first else x.new_zeros(x.shape))
+
+    def max(self, x: Tensor) -> Tensor:
+        """Return the elementwise maximum over ranks."""
+        return self._ranks.max(x)

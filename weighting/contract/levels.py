@@ -150,9 +150,9 @@ def domains_of(groups: Groups, domain_ids: Tensor, valid: Tensor, number: int) -
     return groups.sum(((domain_ids == domains) & valid).float()).argmax(0)
 
 
-def inside_domains(ids: Tensor, number: int) -> Groups:
-    """Return the groups of units by their domains, [U], all of which are here."""
-    return Groups("domain", ids, number, 0, Alone())
+def inside_domains(ids: Tensor, number: int, collectives: Collectives | None = None) -> Groups:
+    """Return the groups of units by their domains, [U]; None if all of them are here."""
+    return Groups("domain", ids, number, 0, collectives or Alone())
 
 
 def sum_by(ids: Tensor, size: int, x: Tensor) -> Tensor:
