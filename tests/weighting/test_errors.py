@@ -227,7 +227,7 @@ def mutated(text, mutations):
     return text
 
 
-@settings(max_examples=800)
+@settings(max_examples=300)
 @given(st.sampled_from(_BASES), _mutations)
 def test_broken_text_raises_nothing_but_a_spec_error(base, mutations):
     """However a valid text is mangled, it is refused with a SpecError or it reads back."""

@@ -41,9 +41,9 @@ BAD = (".nan", ".inf", "1e999", "[1]", "{a: 1}", "'1'", "yes", "0x1p3", "2024-01
 
 
 def bad_values():
-    """Every number and flag of every stage, as something that is neither."""
-    for name, field in numbers():
-        for value in BAD:
+    """Every number and flag of every stage, as a third of what is neither."""
+    for i, (name, field) in enumerate(numbers()):
+        for value in BAD[i % 3 :: 3]:
             text = f"version: 1\npipeline:\n- {name}: {{{field}: {value}}}\n"
             yield f"{name}.{field}={value}", text
 

@@ -1,6 +1,7 @@
 """What the published methods are proved or said to do."""
 
 import dataclasses
+import functools
 import math
 
 import generators as tables
@@ -13,9 +14,18 @@ from scipy.optimize import minimize
 from torch.testing import assert_close
 
 import weighting as wt
+from weighting.language.read import resolve
 
 FAMILY = ("linupper", "quadratic", "extremes", "prop1")
 LINUPPER = "normalize -> linupper -> temperature({})"
+
+
+spec_of = functools.cache(resolve)
+
+
+def simulate(text, loss, **given):
+    """Return what `weighting.simulate` does, of a spec that is read once."""
+    return wt.simulate(spec_of(text), loss, **given)
 
 
 def spread(values):
@@ -29,29 +39,27 @@ def test_normalised_methods_ignore_scale_and_shift(loss, scale, shift):
     assume(spread(loss) > 1e-2)
     x = torch.tensor(loss, dtype=torch.float64)
     for name in FAMILY:
-        moved = wt.simulate(name, (scale * x + shift).float())
+        moved = simulate(name, (scale * x + shift).float())
         # The moved losses are rounded: eps * |a l + b| / (a * range), times 2 / 0.4.
         atol = 5e-5 + 1e-5 * (scale * max(loss) + abs(shift)) / (scale * spread(loss))
-        assert_close(moved, wt.simulate(name, loss), rtol=0, atol=atol)
+        assert_close(moved, simulate(name, loss), rtol=0, atol=atol)
 
 
 @given(tables.losses(2, 24), tables.float32s(-20.0, 20.0))
 def test_dro_kl_ignores_shift(loss, shift):
     """Adding a constant to all losses changes no weight of DRO-KL."""
     x = torch.tensor(loss, dtype=torch.float64)
-    moved = wt.simulate("dro-kl", (x + shift).float())
+    moved = simulate("dro-kl", (x + shift).float())
     # Weights reach n; the exponent is rounded by eps * 40.
-    assert_close(moved, wt.simulate("dro-kl", loss), rtol=2e-5, atol=1e-5)
+    assert_close(moved, simulate("dro-kl", loss), rtol=2e-5, atol=1e-5)
 
 
 def test_dro_kl_does_not_ignore_scale():
     """Twice the losses are not weighed alike, but as at half the temperature."""
     loss = torch.tensor([1.0, 2.0, 4.0])
-    assert not torch.allclose(
-        wt.simulate("dro-kl", 2 * loss), wt.simulate("dro-kl", loss), atol=0.1
-    )
+    assert not torch.allclose(simulate("dro-kl", 2 * loss), simulate("dro-kl", loss), atol=0.1)
     # The same exponents but for rounding.
-    assert_close(wt.simulate("dro-kl", 2 * loss), wt.simulate("temperature(0.5)", loss))
+    assert_close(simulate("dro-kl", 2 * loss), simulate("temperature(0.5)", loss))
 
 
 @given(tables.losses(2, 24), st.integers(-4, 4))
@@ -59,8 +67,8 @@ def test_upper_is_dro_kl_at_the_temperature_of_the_range(loss, exponent):
     """The uncapped line at r is DRO-KL at r times the range of the losses."""
     assume(spread(loss) > 1e-2)
     r = 2.0**exponent
-    upper = wt.simulate(f"normalize -> affine(0.5, 0.5) -> temperature({r})", loss)
-    dro = wt.simulate(f"temperature({r * spread(loss)!r})", loss)
+    upper = simulate(f"normalize -> affine(0.5, 0.5) -> temperature({r})", loss)
+    dro = simulate(f"temperature({r * spread(loss)!r})", loss)
     # The losses are rounded before they are divided by r * range.
     assert_close(upper, dro, rtol=1e-4, atol=1e-5 * max(1, max(loss) / spread(loss) / r))
 
@@ -68,15 +76,15 @@ def test_upper_is_dro_kl_at_the_temperature_of_the_range(loss, exponent):
 @given(tables.losses(2, 24))
 def test_linupper_with_the_cap_out_of_reach_is_upper(loss):
     """linupper(alpha=2) at 2r is the uncapped line at r."""
-    line = wt.simulate("normalize -> affine(0.5, 0.5) -> temperature(0.4)", loss)
+    line = simulate("normalize -> affine(0.5, 0.5) -> temperature(0.4)", loss)
     # The same exponents but for rounding.
-    assert_close(wt.simulate("normalize -> linupper(2) -> temperature(0.8)", loss), line)
+    assert_close(simulate("normalize -> linupper(2) -> temperature(0.8)", loss), line)
 
 
 @given(tables.losses(1, 24), tables.float32s(0.0, 8.0))
 def test_mile_with_equal_entropies_is_cross_entropy(loss, entropy):
     """When every prediction is equally uncertain, MiLe weighs every token one."""
-    weight = wt.simulate("mile", loss, entropy=[entropy] * len(loss))
+    weight = simulate("mile", loss, entropy=[entropy] * len(loss))
     # A float32 mean of equal numbers.
     assert_close(weight, torch.ones(len(loss)), rtol=1e-6, atol=1e-6)
 
@@ -85,7 +93,7 @@ def test_mile_with_equal_entropies_is_cross_entropy(loss, entropy):
 def test_high_temperature_is_uniform(loss):
     """All weights tend to one as the temperature grows."""
     for shape in ("linupper", "quadratic", "extremes", "affine(1)"):
-        weight = wt.simulate(f"normalize -> {shape} -> temperature(1e6)", loss)
+        weight = simulate(f"normalize -> {shape} -> temperature(1e6)", loss)
         # exp(2e-6) and float32 rounding.
         assert_close(weight, torch.ones(len(loss)), rtol=5e-6, atol=0)
 
@@ -95,7 +103,7 @@ def test_flat_losses_weigh_the_same(loss, n):
     """Equal losses weigh one each in every method that reads losses alone."""
     for name in (*FAMILY, "dro-kl", "focal"):
         # A float32 mean of equal numbers.
-        assert_close(wt.simulate(name, [loss] * n), torch.ones(n), rtol=1e-6, atol=1e-6)
+        assert_close(simulate(name, [loss] * n), torch.ones(n), rtol=1e-6, atol=1e-6)
 
 
 def worst_losses(shape, n):
@@ -111,8 +119,8 @@ def test_the_cap_holds_by_itself_exactly_above_the_threshold(shape, n):
     """Without clamp, 2/n holds iff exp(-1/r) >= (n/2 - 1)/(n - 1), at the worst losses."""
     bound = -1 / math.log((n / 2 - 1) / (n - 1))
     loss = worst_losses(shape, n)
-    above = wt.simulate(f"normalize -> {shape} -> temperature({bound * 1.001})", loss)
-    below = wt.simulate(f"normalize -> {shape} -> temperature({bound * 0.999})", loss)
+    above = simulate(f"normalize -> {shape} -> temperature({bound * 1.001})", loss)
+    below = simulate(f"normalize -> {shape} -> temperature({bound * 0.999})", loss)
     assert above.max() < 2
     assert below.max() > 2
 
@@ -128,9 +136,9 @@ def test_the_threshold_is_the_one_in_the_stage_documentation():
 def test_above_the_threshold_no_losses_break_the_cap(data, n):
     """Whatever the losses, LinUpper stays below 2/n above the threshold, and clamp does nothing."""
     loss = data.draw(tables.losses(n, n))
-    free = wt.simulate(LINUPPER.format(1.45), loss)
+    free = simulate(LINUPPER.format(1.45), loss)
     assert free.max() <= 2
-    assert torch.equal(wt.simulate(LINUPPER.format(1.45) + " -> clamp(2/n)", loss), free)
+    assert torch.equal(simulate(LINUPPER.format(1.45) + " -> clamp(2/n)", loss), free)
 
 
 @given(
@@ -153,8 +161,8 @@ def test_the_cap_holds_for_any_losses(n, r, seed, kind, shape):
         "two": torch.randint(0, 2, (n,), generator=g).float(),
         "spike": torch.cat([torch.zeros(n - 1), torch.tensor([50.0])]),
     }[kind]
-    raw = wt.simulate(f"normalize -> {shape} -> temperature({r!r})", loss)
-    share = wt.simulate(f"normalize -> {shape} -> temperature({r!r}) -> clamp(2/n)", loss) / n
+    raw = simulate(f"normalize -> {shape} -> temperature({r!r})", loss)
+    share = simulate(f"normalize -> {shape} -> temperature({r!r}) -> clamp(2/n)", loss) / n
     assert share.isfinite().all()
     assert share.max() <= 2 / n + 1e-6 / n  # float32 rounding of a weight near 2
     assert abs(share.double().sum().item() - 1) <= 1e-5
@@ -231,7 +239,7 @@ def test_prop1_is_the_optimum_of_its_problem(seed):
         options={"ftol": 1e-15, "maxiter": 500},
     )
     assert best.success, best.message
-    share = wt.simulate("prop1", loss.float()).double() / n
+    share = simulate("prop1", loss.float()).double() / n
     # What the solver reaches.
     assert_close(share, torch.from_numpy(best.x), rtol=0, atol=1e-4)
     assert share.max() > 2 / n - 1e-6, "no cap binds: the case is too easy"
@@ -241,8 +249,8 @@ def test_prop1_is_the_optimum_of_its_problem(seed):
 def test_interpolate_mixes_with_uniform(loss, eighths):
     """interpolate(lam) is lam plus 1 - lam times the weight."""
     lam = eighths / 8
-    plain = wt.simulate("temperature(1)", loss)
-    mixed = wt.simulate(f"temperature(1) -> interpolate({lam})", loss)
+    plain = simulate("temperature(1)", loss)
+    mixed = simulate(f"temperature(1) -> interpolate({lam})", loss)
     # One multiplication and one addition more.
     assert_close(mixed, lam + (1 - lam) * plain, rtol=1e-5, atol=1e-5)
 
@@ -267,7 +275,7 @@ def test_sugar_means_what_it_says():
         "focal(2) -> mean_one": "target_prob -> affine(scale=-1, shift=1) -> pow(2) -> mean_one",
     }
     for sugar, plain in pairs.items():
-        got, expected = (wt.simulate(text, loss, entropy=entropy) for text in (sugar, plain))
+        got, expected = (simulate(text, loss, entropy=entropy) for text in (sugar, plain))
         if sugar.startswith("focal"):  # whose formula is exact where the other rounds
             assert_close(got, expected)
         else:
@@ -278,8 +286,8 @@ def test_sugar_means_what_it_says():
 def test_tempered_target_probability_is_the_power_of_the_loss(loss, q):
     """The weight p ** q is exp(-q * loss), whether p is given or taken from the loss."""
     x = torch.tensor(loss)
-    derived = wt.simulate(f"target_prob -> pow({q}) -> mean_one", loss)
-    given_p = wt.simulate(f"target_prob -> pow({q}) -> mean_one", loss, target_prob=(-x).exp())
+    derived = simulate(f"target_prob -> pow({q}) -> mean_one", loss)
+    given_p = simulate(f"target_prob -> pow({q}) -> mean_one", loss, target_prob=(-x).exp())
     assert torch.equal(derived, given_p)
     p = (-q * x.double()).exp()
     # Two float32 exponentials of up to 20.

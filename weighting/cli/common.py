@@ -145,11 +145,6 @@ def wrapped(note: str) -> list[str]:
     )
 
 
-def one_line(text: str | None) -> str:
-    """Return the first line of a docstring, without its full stop."""
-    return (text or "").strip().partition("\n")[0].rstrip(".")
-
-
 def specs_and_words(
     context: click.Context, param: click.Parameter, start: str
 ) -> list[CompletionItem]:

@@ -17,8 +17,26 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+class Drawing(Weigh):
+    """What draws anew in every batch: the seed and how many there have been decide."""
+
+    levels: ClassVar[tuple[Level, ...]] = ("document", "sequence", "domain")
+    scaled: ClassVar[bool] = False
+    state_rules: ClassVar[dict[str, saved.Rule]] = {"batches": saved.count}
+
+    @override
+    def initial_state(self, domains: tuple[str, ...]) -> dict[str, Tensor]:
+        """Return how many batches there have been."""
+        return {"batches": torch.zeros((), dtype=torch.int64)}
+
+    @override
+    def advance(self, x: Tensor, scope: Scope) -> dict[str, Tensor]:
+        """Count the batch."""
+        return {"batches": scope.state["batches"] + 1}
+
+
 @stage("bernoulli")
-class Bernoulli(Weigh):
+class Bernoulli(Drawing):
     """Take a score for the probability of keeping the unit, and draw.
 
     w_i = 1[draw_i < p_i],   divided by p_i when `correct`,   p = clip(x, 0, 1)
@@ -30,21 +48,8 @@ class Bernoulli(Weigh):
     Source: Jiang et al. (2019), Selective-Backprop, arXiv:1910.00762 (no correction).
     """
 
-    levels: ClassVar[tuple[Level, ...]] = ("document", "sequence", "domain")
-    scaled: ClassVar[bool] = False
-    state_rules: ClassVar[dict[str, saved.Rule]] = {"batches": saved.count}
     correct: bool = False
     seed: int = Field(default=0, ge=0, lt=2**31)
-
-    @override
-    def initial_state(self, domains: tuple[str, ...]) -> dict[str, Tensor]:
-        """Return how many batches there have been."""
-        return {"batches": torch.zeros((), dtype=torch.int64)}
-
-    @override
-    def advance(self, x: Tensor, scope: Scope) -> dict[str, Tensor]:
-        """Count the batch."""
-        return {"batches": scope.state["batches"] + 1}
 
     @override
     def apply(self, x: Tensor, scope: Scope) -> Tensor:

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 from pydantic import Field
 from typing_extensions import override
 
-from weighting import saved
-from weighting.contract import Level, Scope, Weigh
 from weighting.counter_rng import uniform
 from weighting.registry import stage
 from weighting.schedules import ShareNumber
+from weighting.stages.bernoulli import Drawing
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from weighting.contract import Scope
+
 
 @stage("multinomial")
-class Multinomial(Weigh):
+class Multinomial(Drawing):
     """Draw k = floor(draws * n) units with replacement, in proportion to their scores.
 
     w_i = c_i * n / k,   divided by n p_i when `correct`,   p = x / sum(x), c_i: times drawn
@@ -32,22 +33,9 @@ class Multinomial(Weigh):
     arXiv:1803.00942, section 3 (importance sampling; `correct`).
     """
 
-    levels: ClassVar[tuple[Level, ...]] = ("document", "sequence", "domain")
-    scaled: ClassVar[bool] = False
-    state_rules: ClassVar[dict[str, saved.Rule]] = {"batches": saved.count}
     draws: ShareNumber
     correct: bool = False
     seed: int = Field(default=0, ge=0, lt=2**31)
-
-    @override
-    def initial_state(self, domains: tuple[str, ...]) -> dict[str, Tensor]:
-        """Return how many batches there have been."""
-        return {"batches": torch.zeros((), dtype=torch.int64)}
-
-    @override
-    def advance(self, x: Tensor, scope: Scope) -> dict[str, Tensor]:
-        """Count the batch."""
-        return {"batches": scope.state["batches"] + 1}
 
     @override
     def apply(self, x: Tensor, scope: Scope) -> Tensor:
