@@ -372,22 +372,23 @@ def in_short(found: dict[str, Any]) -> list[str]:
     behind = sum(faster(cells, "uniform", "linupper", cell) for cell in every)
     return [
         (
-            "- **Figure 7** repeats at one rate for all and modest outliers:"
-            f" LinUpper's steps to a tenth of the loss, less uniform's, are {words(steps)}."
-            f"  The loss where it settles is {times(ends)} times uniform's."
+            "- **Figure 7** repeats where all take one rate and outliers are modest."
+            f"  LinUpper's steps to a tenth of the loss, minus uniform's: {words(steps)}."
+            f"  But its loss settles at {times(ends)} times uniform's."
         ),
         (
-            "- That lead turns round as outliers or the rate grow: LinUpper is faster than uniform"
-            f" in {ahead} of {len(every)} cells, slower in {behind}."
+            "- The lead is lost as outliers or the rate grow."
+            f"  Of {len(every)} settings LinUpper is faster than uniform in {ahead}, slower in"
+            f" {behind}."
         ),
         (
-            "- Nothing is left of the lead with each at its own best rate: LinUpper's loss is"
-            f" higher than uniform's in {worse} of {len(own)} comparisons and lower in {better}."
+            "- With each at its own best rate there is no lead.  LinUpper's loss is"
+            f" higher than uniform's in {worse} of {len(own)} comparisons, lower in {better}."
         ),
         (
-            f"- **Figure 8** repeats: at rate {rate:g} DRO-KL diverges for {gone} of"
-            f" {found['seeds']} seeds and LinUpper for none; the largest stable rates are"
-            f" {stable[0]} and {stable[1]}."
+            f"- **Figure 8** repeats.  At rate {rate:g} DRO-KL diverges for {gone} of"
+            f" {found['seeds']} seeds and LinUpper for none.  The largest stable rate of DRO-KL is"
+            f" {stable[0]}, that of LinUpper {stable[1]}."
         ),
     ]
 

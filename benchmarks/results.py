@@ -31,43 +31,52 @@ def section() -> str:
     parts = [
         HEADING,
         (
-            "Measure it on your own data, with `weighting compare`: the gains that papers report "
-            "are small, and at the size a laptop trains we found none in the mean over domains.\n"
-            "What follows are our experiments; `make evidence` runs them, the language model for "
-            "ten minutes."
+            "Measure it on your own data, with `weighting compare`.\n"
+            "Papers report small gains; at the size a laptop trains we found none in the mean "
+            "over domains.\n"
+            "What follows are our own experiments.  `make evidence` runs them; the language model "
+            "takes ten minutes of it."
         ),
         (
-            "**Linear regression** with outliers, as in appendix B of the LinUpper paper "
+            "### Linear regression\n\n"
+            "With outliers, as in appendix B of the LinUpper paper "
             "([report](../benchmarks/regression.md)):"
         ),
         "\n".join(regression.in_short(load("regression"))),
         cap(),
         (
-            f"**A small language model** ([report](../benchmarks/evidence.md)): "
-            f"{evidence_page.made(found)}\n"
-            "Below zero is better; in brackets the "
-            f"{evidence_page.LEVEL} % interval of a bootstrap over seeds and documents."
+            "### A small language model\n\n"
+            f"[Report](../benchmarks/evidence.md): {evidence_page.made(found)}\n"
+            "The table shows each method's loss minus that of uniform weights, so below zero is "
+            "better.\n"
+            f"In brackets stands the {evidence_page.LEVEL} % interval of a bootstrap over seeds "
+            "and documents."
         ),
         "![Log-perplexity by method and domain, less that of uniform](../benchmarks/evidence.svg)",
         evidence_page.summary(found).rstrip(),
         (
             "So small a model and so few tokens do not say what happens at scale.\n"
-            "The paper reports 0.02 to 0.03 nats from LinUpper at 124 to 300 million parameters "
-            "after 0.3 to 0.5 billion tokens, where its weights begin after the first thousand "
-            "steps."
+            "The LinUpper paper reports a gain of 0.02 to 0.03 nats.\n"
+            "It trained models of 124 to 300 million parameters on 0.3 to 0.5 billion tokens, and "
+            "weighed only after the first thousand steps."
         ),
         (
-            "**On a GPU**, `python benchmarks/pack.py` packs text of several domains into one file "
-            "and `python benchmarks/gpu.py linupper --tokens tokens.npz` trains the paper's "
-            "smallest shape on it in a plain PyTorch loop, one command for each method, resumable; "
-            "`python benchmarks/gpu.py table outputs/gpu` compares the runs.\n"
-            "It has been run on a CPU only, with a tiny model."
+            "### On a GPU\n\n"
+            "These commands train the paper's smallest model in a plain PyTorch loop.\n"
+            "They have been run on a CPU only, with a tiny model.\n\n"
+            "| command | what it does |\n|---|---|\n"
+            "| `python benchmarks/pack.py` | Packs text of several domains into one file. |\n"
+            "| `python benchmarks/gpu.py linupper --tokens tokens.npz` | Trains one method on it; "
+            "cut off, it goes on. |\n"
+            "| `python benchmarks/gpu.py table outputs/gpu` | Compares the runs. |"
         ),
         (
-            "**At scale** there is arithmetic ([page](../benchmarks/scale.md)): bytes, FLOPs and "
-            "memory for Llama 3 1B to 405B on 8 to 16,384 GPUs, checked against what was measured "
-            "on a CPU.\n"
-            "LinUpper hands over 8 n + 8 bytes a rank whatever the model, n being its sequences."
+            "### At scale\n\n"
+            "Here there is arithmetic only ([page](../benchmarks/scale.md)): bytes, FLOPs and "
+            "memory for Llama 3 1B to 405B on 8 to 16,384 GPUs.\n"
+            "It was checked against what was measured on a CPU.\n"
+            "LinUpper sends 8 n + 8 bytes from each rank, n being the rank's sequences; the size "
+            "of the model does not matter."
         ),
     ]
     return "\n\n".join(parts) + "\n\n"
@@ -84,9 +93,10 @@ def cap() -> str:
     steps = sum(x["followed"] for x in found["bounds"])
     broken = sum(x["broken"] for x in found["bounds"])
     return (
-        "The bound behind it was checked at every step without noise "
-        f"([report](../benchmarks/theory.md)): it fails at {broken} of {steps:,}.\n"
-        f"At r = {r} the largest weight exceeds 2/n at {free} of steps without the clamp, and at "
+        "A bound like the paper's, derived for this setting, was checked at every step without "
+        f"noise ([report](../benchmarks/theory.md)): it fails at {broken} of {steps:,} steps.\n"
+        "The paper asks that no weight exceeds 2/n.\n"
+        f"At r = {r} the largest weight does so at {free} of steps without the clamp, and at "
         f"{clamped} with it."
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from typing_extensions import override
 
@@ -31,13 +31,18 @@ if TYPE_CHECKING:
     from weighting.loss.cross_entropy import weighted_cross_entropy as weighted_cross_entropy
     from weighting.loss.linear import linear_weighted_cross_entropy as linear_weighted_cross_entropy
     from weighting.registry import stage as stage
-    from weighting.schedules import NonNegativeNumber as NonNegativeNumber
-    from weighting.schedules import Number as Number
-    from weighting.schedules import PositiveNumber as PositiveNumber
-    from weighting.schedules import UnitNumber as UnitNumber
+    from weighting.schedules import Schedule
     from weighting.simulate import simulate as simulate
     from weighting.spec import Spec as Spec
     from weighting.spec import dumps as dumps
+
+    # An argument is given as a number and read as a schedule: `at: PositiveNumber = 1.0`, then
+    # `self.at(step)`.  Only a union with Any says both to a type checker.  It checks what is read;
+    # what is given is checked when the stage is made.
+    Number: TypeAlias = Schedule | Any
+    NonNegativeNumber: TypeAlias = Schedule | Any
+    PositiveNumber: TypeAlias = Schedule | Any
+    UnitNumber: TypeAlias = Schedule | Any
 
 __version__ = "0.1.0"
 

@@ -35,6 +35,12 @@ class Percent(BaseModel):
         """Return the share of so many steps, rounded to a whole one."""
         return round(steps * self.value / 100)
 
+    @override
+    def __repr__(self) -> str:
+        return f"{self.value:g}%"  # pydantic names a key of a map by it
+
+    __str__ = __repr__
+
 
 class Schedule(BaseModel, ABC):
     """A scalar for every optimizer step, counted from 1 as the trainer counts."""
@@ -55,16 +61,19 @@ class Schedule(BaseModel, ABC):
         """Return values between which every value of the schedule lies."""
 
     @property
-    def shares(self) -> dict[str, Percent]:
-        """The arguments that are given as a share of the run."""
-        found = ((name, getattr(self, name)) for name in type(self).model_fields)
-        return {name: value for name, value in found if isinstance(value, Percent)}
+    def shares(self) -> list[str]:
+        """What is given as a share of the run, as it is written: at=5%."""
+        return [f"{name}={share}" for name, share in self._shares().items()]
 
     def over_steps(self, steps: int) -> Schedule:
         """Return the schedule for a run of so many optimizer steps: shares as numbers of steps."""
-        counts = {name: share.of(steps) for name, share in self.shares.items()}
+        counts = {name: share.of(steps) for name, share in self._shares().items()}
         counts |= {name: max(counts[name], 1) for name in {"over"} & {*counts}}
         return self.model_copy(update=counts) if counts else self
+
+    def _shares(self) -> dict[str, Percent]:
+        found = ((name, getattr(self, name)) for name in type(self).model_fields)
+        return {name: value for name, value in found if isinstance(value, Percent)}
 
 
 class Constant(Schedule):
@@ -98,19 +107,19 @@ class ShareOfN(Schedule):
         return (self.numerator,)
 
 
-def _steps(low: int) -> Any:  # noqa: ANN401 - what Annotated takes
-    """Let a whole number of steps, or a share of the run, stand for steps."""
+def _steps(low: int | None) -> Any:  # noqa: ANN401 - what Annotated takes
+    """Let a whole number of steps, at least `low`, or a share of the run, stand for steps."""
 
     def check(value: object) -> object:
         if isinstance(value, Percent):
             if 0 <= value.value <= 100:  # noqa: PLR2004 - percent
                 return value
-            msg = f"must be from 0% to 100% of the run, not {value.value:g}%"
+            msg = f"must be from 0% to 100% of the run, not {value}"
             raise ValueError(msg)
         if isinstance(value, bool) or not isinstance(value, int):
             kind = "int_from_float" if isinstance(value, float) else "int_type"
             raise PydanticKnownError(kind)
-        if value < low:
+        if low is not None and value < low:
             kind = "greater_than_equal"
             raise PydanticKnownError(kind, {"ge": low})
         return value
@@ -200,28 +209,60 @@ class Exponential(_Ramp):
         return torch.lerp(*logs, self.progress(step)).exp()
 
 
-def _sorted_steps(values: dict[int, float]) -> dict[int, float]:
-    if not values or min(values) < 0:
+def _sorted_steps(values: dict[int | Percent, float]) -> dict[int | Percent, float]:
+    shares = {at.value: at for at in values if isinstance(at, Percent)}
+    steps = [at for at in values if not isinstance(at, Percent)]
+    if not values or min(steps, default=0) < 0:
         msg = "needs at least one step: value, steps from 0"
         raise ValueError(msg)
-    return dict(sorted(values.items()))
+    if shares and (any(steps) or (steps and 0 in shares)):
+        msg = (
+            f"{steps[-1]} is a number of steps and {next(iter(shares.values()))} a share of the "
+            "run; beside shares only step 0 can stand, once"
+        )
+        raise ValueError(msg)
+    order = {at: at.value if isinstance(at, Percent) else at for at in values}
+    return {at: values[at] for at in sorted(values, key=order.__getitem__)}
 
 
 class Piecewise(Schedule):
-    """The value of the last step reached: {0: 100, 500: 0.4}; before the first step, its value."""
+    """The value of the last step reached: {0: 100, 500: 0.4}; before the first step, its value.
+
+    All steps may be shares of the run, {0: 100, 5%: 0.4}.
+    """
 
     name: ClassVar[str] = "piecewise"
     positional: ClassVar[int] = 1
     collects: ClassVar[str | None] = "values"
-    values: Annotated[dict[int, float], AfterValidator(_sorted_steps)]
+    values: Annotated[
+        dict[Annotated[int | Percent, _steps(None)], float],
+        AfterValidator(_sorted_steps),
+        WithJsonSchema({"type": "object", "additionalProperties": {"type": "number"}}),
+    ]
 
     @override
     def __call__(self, step: Tensor) -> Tensor:
         (_, first), *later = self.values.items()
         value = _scalar(first, step)
         for at, held in later:
-            value = torch.where(step >= at, held, value)
+            value = torch.where(step >= known_steps(at), held, value)
         return value
+
+    @property
+    @override
+    def shares(self) -> list[str]:
+        return [str(at) for at in self.values if isinstance(at, Percent)][:1]  # one says it
+
+    @override
+    def over_steps(self, steps: int) -> Schedule:
+        if not self.shares:
+            return self
+        # Of shares that come to the same step, the later one's value holds.
+        values = {
+            at.of(steps) if isinstance(at, Percent) else at: value
+            for at, value in self.values.items()
+        }
+        return self.model_copy(update={"values": values})
 
     @override
     def extremes(self) -> tuple[float, ...]:
@@ -239,7 +280,7 @@ def _number(value: object) -> object:
     if isinstance(value, Schedule):
         return value
     if isinstance(value, Percent):
-        msg = f"{value.value:g}% is a share of a run's steps, and not one of these; give a number"
+        msg = f"{value} is a share of a run's steps, and not one of these; give a number"
         raise ValueError(msg)  # noqa: TRY004 - as below
     if isinstance(value, bool) or not isinstance(value, int | float):
         msg = f"must be a number or a schedule, not {value!r}{_quotes_hint(value)}"

@@ -253,6 +253,7 @@ def turns(schedule: Schedule) -> list[int]:
         at = known_steps(schedule.at)
         return [max(at - 1, 0), at]
     if isinstance(schedule, Piecewise):
-        return [turn for at in schedule.values for turn in (max(at - 1, 0), at)]
+        steps = map(known_steps, schedule.values)
+        return [turn for at in steps for turn in (max(at - 1, 0), at)]
     begin = getattr(schedule, "begin", 0)
     return [begin, begin + getattr(schedule, "over", 0)]

@@ -10,7 +10,7 @@ import torch
 import weighting as wt
 from weighting.build import plan_of
 from weighting.cli import main
-from weighting.schedules import Cosine, Exponential, Linear, Percent, Step
+from weighting.schedules import Cosine, Exponential, Linear, Percent, Piecewise, Step
 
 PIPELINE = "normalize -> temperature(step(100, 0.4, at=5%))"
 SHARES = f"version: 1\nname: shares\npipeline: {PIPELINE}\n"
@@ -50,6 +50,10 @@ def test_both_spellings_are_the_same_and_print_as_they_were_written():
             Exponential(start=1, end=2, over=Percent(value=0)),
             Exponential(start=1, end=2, over=1),
         ),
+        (
+            Piecewise(values={0: 1, Percent(value=50): 3, Percent(value=0.25): 2}),
+            Piecewise(values={0: 1, 2: 2, 500: 3}),
+        ),
     ],
     ids=lambda schedule: schedule.name,
 )
@@ -70,6 +74,30 @@ def test_a_build_with_the_steps_of_a_run_follows_them():
         assert torch.equal(one.token, other.token)
     plan = plan_of(wt.loads(SHARES))
     assert wt.build(plan, steps=60).spec == shares.spec
+
+
+def test_piecewise_takes_shares_in_both_spellings():
+    """Printed as written; where two shares come to one step, the later one's value holds."""
+    arrow = "version: 1\npipeline: 'temperature(piecewise({0: 9, 2%: 7, 50%: 3, 1%: 8}))'\n"
+    lists = (
+        "version: 1\npipeline:\n- temperature: {tau: {piecewise: {0: 9, 1%: 8, 2%: 7, 50%: 3}}}\n"
+    )
+    spec = wt.loads(arrow)
+    assert spec == wt.loads(lists) == wt.loads(wt.dumps(spec)) == wt.loads(wt.dumps(spec, "yaml"))
+    assert "{0: 9, 1%: 8, 2%: 7, 50%: 3}" in wt.dumps(spec)
+    assert "piecewise: {0: 9, 1%: 8, 2%: 7, 50%: 3}" in wt.dumps(spec, "yaml")
+    assert "{0: 7, 10: 3}" in wt.dumps(wt.build(spec, steps=20).spec)
+    with pytest.raises(wt.SpecError, match="1% of piecewise is a share of the run"):
+        wt.build(spec)
+
+
+def test_a_domain_may_be_called_like_a_share():
+    """The keys of a table are names, those of a schedule in it are steps."""
+    arrow = "version: 1\npipeline: 'table({5%: 1, b: piecewise({0: 1, 5%: 2})}) -> mean_one'\n"
+    lists = "version: 1\npipeline:\n- table: {5%: 1, b: {piecewise: {0: 1, 5%: 2}}}\n- mean_one\n"
+    assert wt.loads(arrow) == wt.loads(lists)
+    weights = wt.build(wt.loads(arrow), domains=["5%", "b"], steps=20).spec
+    assert "b=piecewise({0: 1, 1: 2})" in wt.dumps(weights)
 
 
 def test_shares_within_maps_are_found():
@@ -124,6 +152,10 @@ def test_explain_shows_the_schedule_over_the_steps_it_is_given():
         ("temperature(step(1, 2, at=-1%))", "at of step: must be from 0% to 100% of the run"),
         ("temperature(5%)", "5% is a share of a run's steps, and not one of these"),
         ("temperature(step(1, 2%, at=5))", "after of step: must be a number"),
+        ("'temperature(piecewise({0: 1, 101%: 2}))'", "101% of piecewise: must be from 0% to 100%"),
+        ("'temperature(piecewise({0: 1, 0%: 2}))'", "beside shares only step 0 can stand, once"),
+        ("'temperature(piecewise({5: 1, 5%: 2}))'", "5 is a number of steps and 5% a share of the"),
+        ("'temperature(piecewise({5%: 1, 5%: 2}))'", "5% is given twice; keep one"),
         ("temperature(step(1, 2, at=-1))", "at of step: must be at least 0, not -1"),
         ("temperature(step(1, 2, at=2.5))", "at of step: must be a whole number, not 2.5"),
         ("temperature(linear(1, 2, over=0))", "over of linear: must be at least 1, not 0"),
@@ -132,4 +164,4 @@ def test_explain_shows_the_schedule_over_the_steps_it_is_given():
 def test_shares_that_mean_nothing_are_refused(pipeline, message):
     """Beyond the run, or where a number is asked for; numbers of steps are checked as before."""
     with pytest.raises(wt.SpecError, match=re.escape(message)):
-        wt.loads(f"version: 1\npipeline: normalize -> {pipeline}\n")
+        wt.loads(f"version: 1\npipeline: {pipeline}\n")

@@ -30,9 +30,9 @@ def share_problems(spec: Spec) -> list[Problem]:
     for factor, pipeline in spec.factors.items():
         for index, stage in enumerate(pipeline):
             for _, schedule in numbers(stage):
-                for name, share in schedule.shares.items():
+                for share in schedule.shares:
                     message = (
-                        f"{name}={share.value:g}% of {schedule.name} is a share of the run, and "
+                        f"{share} of {schedule.name} is a share of the run, and "
                         "how many steps it has is not known here; write a number of steps, or "
                         "give the steps of the run: build(spec, steps=...)"
                     )

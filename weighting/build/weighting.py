@@ -109,6 +109,11 @@ class Weighting(nn.Module):
         """Fields of `Signals` it reads, columns as "columns.name"."""
         return self.plan.needs
 
+    if TYPE_CHECKING:
+        # torch declares that of every module as returning Any.
+        @override
+        def __call__(self, signals: Signals, step: int | Tensor = 0) -> Weights: ...
+
     @override
     def forward(self, signals: Signals, step: int | Tensor = 0) -> Weights:
         """Return the weights of a batch.

@@ -56,9 +56,9 @@ class OfRun:
 
 @dataclass(frozen=True)
 class Pairs:
-    """A map written in braces: {0: 100, 500: 0.4}."""
+    """A map written in braces: {0: 100, 500: 0.4}, or {0: 100, 5%: 0.4}."""
 
-    entries: tuple[tuple[Literal, Value], ...]
+    entries: tuple[tuple[Literal | OfRun, Value], ...]
     span: Span
 
 
@@ -331,17 +331,20 @@ class _Parser:
     def _pairs(self, opening: _Token) -> Pairs:
         self._deeper(opening)
         self.position += 1
-        entries: list[tuple[Literal, Value]] = []
+        entries: list[tuple[Literal | OfRun, Value]] = []
         known: set[object] = set()
         while not self._accept("}"):
             key = self._value()
-            if not isinstance(key, Literal):
+            if not isinstance(key, Literal | OfRun):
                 self._fail("a key is a number or a name", key.span)
             if not self._accept(":"):
                 self._fail("a key is followed by ':' and its value", key.span)
-            if key.value in known:
-                self._fail(f"{key.value!r} is given twice; keep one", key.span)
-            known.add(key.value)
+            share = isinstance(key, OfRun)
+            what = (key.percent, "%") if share else key.value
+            if what in known:
+                shown = _value_text(key) if share else repr(key.value)
+                self._fail(f"{shown} is given twice; keep one", key.span)
+            known.add(what)
             entries.append((key, self._value()))
             self._separator(opening, "}")
         self.depth -= 1

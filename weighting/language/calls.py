@@ -189,9 +189,11 @@ def _keys_are_text(cls: type[BaseModel]) -> bool:
     return issubclass(cls, Stage)
 
 
-def _key_text(source: Source, key: Literal) -> str:
-    """Return a key as it was written: a domain may be called 2014 or 1e-3."""
-    return str(key.value) if key.quoted else source.text[slice(*key.span)]
+def _key_text(source: Source, key: Literal | OfRun) -> str:
+    """Return a key as it was written: a domain may be called 2014, 1e-3 or 5%."""
+    if isinstance(key, Literal) and key.quoted:
+        return str(key.value)
+    return source.text[slice(*key.span)]
 
 
 def _argument_problem(
@@ -276,7 +278,12 @@ def _plain(source: Source, value: Value, problems: list[Problem]) -> Any:  # noq
         problems.append(source.problem(message, value.span))
         return None
     if isinstance(value, Pairs):
-        return {key.value: _plain(source, item, problems) for key, item in value.entries}
+        return {
+            key.value if isinstance(key, Literal) else _plain(source, key, problems): (
+                _plain(source, item, problems)
+            )
+            for key, item in value.entries
+        }
     return value.value
 
 
@@ -313,7 +320,10 @@ def _written(value: object) -> Value:
     if isinstance(value, tuple) and all(isinstance(stage, Stage) for stage in value):
         return Chain(tuple(stage_call(stage) for stage in value), span)
     if isinstance(value, dict):
-        entries = ((Literal(key, span), _written(item)) for key, item in value.items())
+        entries = (
+            (OfRun(key.value, span) if isinstance(key, Percent) else Literal(key, span), item)
+            for key, item in ((key, _written(item)) for key, item in value.items())
+        )
         return Pairs(tuple(entries), span)
     assert value is None or isinstance(value, str | int | float | bool)
     return Literal(value, span)
@@ -336,7 +346,10 @@ def _yaml_value(value: Value) -> object:
     if isinstance(value, OfRun):
         return f"{arrow.number_text(value.percent)}%"
     if isinstance(value, Pairs):
-        return {key.value: _yaml_value(item) for key, item in value.entries}
+        return {
+            key.value if isinstance(key, Literal) else _yaml_value(key): _yaml_value(item)
+            for key, item in value.entries
+        }
     if isinstance(value, Call):
         return to_yaml(value)
     if isinstance(value, Chain):
@@ -361,7 +374,8 @@ def _yaml_call(source: Source, key: Scalar, node: Node, problems: list[Problem])
     nests: str | None = getattr(cls, "nests", None)
     arguments: list[Argument] = []
     if isinstance(node, Map) and getattr(cls, "collects", None):
-        arguments = [Argument(None, _yaml_argument(source, node, problems, pairs=True), node.span)]
+        made = _yaml_pairs(source, node, problems, of_steps=name in SCHEDULES)
+        arguments = [Argument(None, made, node.span)]
     elif isinstance(node, Map):
         for item_key, item in node.entries:
             if _is_broken(item):
@@ -389,20 +403,27 @@ def _yaml_call(source: Source, key: Scalar, node: Node, problems: list[Problem])
     return Call(name, tuple(arguments), span, key.span) if len(problems) == before else None
 
 
-def _yaml_argument(
-    source: Source, node: Node, problems: list[Problem], *, pairs: bool = False
-) -> Value:
+def _yaml_pairs(source: Source, node: Map, problems: list[Problem], *, of_steps: bool) -> Pairs:
+    """Return a map written in YAML; its keys may be shares of the run where they are steps."""
+    entries = []
+    for key, item in node.entries:
+        share = _SHARE.fullmatch(key.value.strip()) if isinstance(key.value, str) else None
+        if of_steps and share and share[2] == "%":
+            name: Literal | OfRun = OfRun(float(share[1]), key.span)
+        else:
+            name = Literal(key.value, key.span, key.quoted)
+        entries.append((name, _yaml_argument(source, item, problems)))
+    return Pairs(tuple(entries), node.span)
+
+
+def _yaml_argument(source: Source, node: Node, problems: list[Problem]) -> Value:
     """Return an argument's value written in YAML."""
     if isinstance(node, Map):
         first = node.entries[0] if len(node.entries) == 1 else None
-        if first and first[0].value in SCHEDULES and not pairs:
+        if first and first[0].value in SCHEDULES:
             call = _yaml_call(source, *first, problems)
             return call or Literal(None, node.span)
-        entries = (
-            (Literal(key.value, key.span, key.quoted), _yaml_argument(source, item, problems))
-            for key, item in node.entries
-        )
-        return Pairs(tuple(entries), node.span)
+        return _yaml_pairs(source, node, problems, of_steps=False)
     if isinstance(node, Seq):
         problems.append(source.problem("a list is not a value here", node.span))
         return Literal(None, node.span)
