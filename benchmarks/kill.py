@@ -142,13 +142,9 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 
 def ranks_of(torchrun: int) -> dict[int, int]:
-    """Return the process id of every rank of a torchrun."""
-    found = {}
-    for pid in Path(f"/proc/{torchrun}/task/{torchrun}/children").read_text().split():
-        environment = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace")
-        if rank := re.search(r"(?:^|\0)RANK=(\d+)\0", environment):
-            found[int(rank[1])] = int(pid)
-    return found
+    """Return the process id of every rank of a torchrun, which starts them in their order."""
+    children = Path(f"/proc/{torchrun}/task/{torchrun}/children").read_text().split()
+    return dict(enumerate(map(int, children)))
 
 
 def until(condition: Callable[[], T], process: subprocess.Popen[bytes]) -> T:

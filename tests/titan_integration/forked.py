@@ -11,6 +11,7 @@ import os
 import runpy
 import signal
 import sys
+import threading
 import traceback
 import warnings
 from multiprocessing import forkserver
@@ -103,22 +104,36 @@ def _be_agent(ranks, command, files, environment, cwd, first, *, nodes, node, me
 
 
 def _be_rank(command, first):
-    """Be Python with that command line."""
-    for number in (signal.SIGTERM, signal.SIGHUP):  # the agent's handlers are not a rank's
+    if first is not None:
+        first()
+    if status := be_python(command):
+        sys.exit(status)
+
+
+def be_python(command: Sequence[str]) -> int:
+    """Do what Python does with a command line, a script or `-m` and a module; return the status."""
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):  # handlers of who was forked
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.path[:0] = os.environ["PYTHONPATH"].split(os.pathsep)
     sys.stdout.reconfigure(line_buffering=True)
     warnings.filterwarnings("ignore", "'torchtitan.train' found in sys.modules")  # imported before
     what, *rest = command
-    sys.argv = rest if what == "-m" else command
+    sys.argv = rest if what == "-m" else [*command]
+    status = 0
     try:
-        if first is not None:
-            first()
         if what == "-m":
             runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
         else:
             runpy.run_path(what, run_name="__main__")
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if isinstance(end.code, str):
+            sys.stderr.write(f"{end.code}\n")
     except Exception:  # noqa: BLE001 - as Python does, whatever it is
         traceback.print_exc()
-        sys.exit(1)
+        status = 1
+    threading._shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return status

@@ -5,11 +5,11 @@ Below the dump folder each rank leaves `notes<rank>.pt`, a list of a dict for ea
 
 from dataclasses import dataclass, fields
 
+import small
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from titan_integration import config_registry
 from titan_integration.state.run import Run
 from titan_integration.trainer.trainer import WeightedTrainer
 
@@ -66,14 +66,6 @@ class NotingTrainer(WeightedTrainer):
 
 
 def debugmodel() -> WeightedTrainer.Config:
-    """Return the debug model's config, with the note-taker."""
-    return _noting(config_registry.llama3_debugmodel())
-
-
-def proxy() -> WeightedTrainer.Config:
-    """Return the proxy's config, with the note-taker."""
-    return _noting(config_registry.llama3_proxy())
-
-
-def _noting(config):
+    """Return the small model's config, with the note-taker."""
+    config = small.debugmodel()
     return NotingTrainer.Config(**{f.name: getattr(config, f.name) for f in fields(config)})

@@ -41,9 +41,9 @@ def torchrun(ranks: int, *command: str, timeout: int = 300) -> subprocess.Comple
         return subprocess.CompletedProcess(command, agent.exitcode, out, err)
 
 
-def seed_checkpoint(folder: Path, *flags: str, config: str = "llama3_debugmodel") -> Path:
-    """Write a checkpoint of step 0 of a model, and return the folder it is in."""
-    entry = ["--module=titan_integration", f"--config={config}", f"--dump_folder={folder}"]
+def seed_checkpoint(folder: Path, *flags: str) -> Path:
+    """Write a checkpoint of step 0 of the small model, and return the folder it is in."""
+    entry = ["--module=small", "--config=debugmodel", f"--dump_folder={folder}"]
     seed = ["--checkpoint.enable", "--checkpoint.create_seed_checkpoint", "--training.steps=1"]
     fixed = ["--weighting.spec=uniform", "--debug.seed=1"]
     command = ["-m", "torchtitan.train", *entry, *fixed, *seed, *flags]

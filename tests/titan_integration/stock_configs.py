@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from small import shrunk
 from torch import Tensor
 from torchtitan.components.loss import CrossEntropyLoss
 from torchtitan.models.llama3 import config_registry as stock
@@ -44,9 +45,9 @@ class CpuTrainer(Trainer):
         cpu.fix_fsdp(self.model_parts)
 
 
-def llama3_debugmodel() -> Trainer.Config:
-    """The host's debug model, trainer and loss, on our data."""
-    config = stock.llama3_debugmodel()
+def debugmodel() -> Trainer.Config:
+    """The host's debug model, small, with its trainer and loss, on our data."""
+    config = shrunk(stock.llama3_debugmodel())
     config.hf_assets_path = str(ensure_tokenizer())
     config.dataloader = PlainTextDataLoader.Config()
     cpu.use_cpu()
@@ -56,9 +57,9 @@ def llama3_debugmodel() -> Trainer.Config:
     return CpuTrainer.Config(**values)
 
 
-def llama3_debugmodel_full_logits() -> WeightedTrainer.Config:
+def full_logits() -> WeightedTrainer.Config:
     """The weighted debug model with the loss over full logits instead of chunks."""
-    config = stock.llama3_debugmodel()
+    config = shrunk(stock.llama3_debugmodel())
     chunked = config_registry.llama3_debugmodel()
     config.hf_assets_path = chunked.hf_assets_path
     config.dataloader = chunked.dataloader

@@ -16,7 +16,7 @@ def run(out, decay, *flags, ranks=1):
     more = [f"--weighting.spec={SPEC}", f"--weighting.reference=ema:{decay}", "--debug.seed=3"]
     size = f"--training.local_batch_size={4 // ranks}"
     more += [size, "--training.steps=4", *flags]
-    return drive(out, ranks, "titan_integration", "llama3_debugmodel", *more)
+    return drive(out, ranks, "small", "debugmodel", *more)
 
 
 @pytest.mark.parametrize("text", ["ema:", "ema:x", "ema:1.5", "ema:-1", "ema:nan"])

@@ -350,7 +350,7 @@ def test_a_column_is_the_weight_on_two_ranks(build, file, tmp_path):
     flags = ["--weighting.spec=column(meta.quality) -> mean_one", "--training.local_batch_size=2"]
     flags += [f"--dataloader.dataset_path={file}", "--validator.enable", "--validator.freq=5"]
     flags += ["--validator.steps=1"]  # on the built-in text, which has no columns
-    two = drive(tmp_path, 2, "titan_integration", "llama3_debugmodel", *flags)
+    two = drive(tmp_path, 2, "small", "debugmodel", *flags)
 
     batches = agrees(taken(build(file, columns=NAMES), 5))
     assert len(two[0]["weights"]) == 5
@@ -367,7 +367,7 @@ def test_losses_from_a_column_select_and_resume(file, tmp_path):
     """Five steps of Rho-1's selection from a column, and three and two more, are the same."""
     common = ["--weighting.spec=excess_loss -> select(0.6)", "--training.local_batch_size=4"]
     common += [f"--dataloader.dataset_path={file}", "--checkpoint.enable"]
-    entry = ("titan_integration", "llama3_debugmodel")
+    entry = ("small", "debugmodel")
     (five,) = drive(tmp_path, 1, *entry, *common, "--checkpoint.interval=3")
     shutil.rmtree(tmp_path / "dump" / "checkpoint" / "step-5")
     (rest,) = drive(tmp_path, 1, *entry, *common, "--checkpoint.interval=3")
@@ -385,7 +385,7 @@ def test_losses_from_a_column_select_and_resume(file, tmp_path):
 @pytest.mark.processes
 def test_a_missing_column_ends_with_one_message_and_status_2():
     """The built-in text has no losses of a reference; the two ways to give them are named."""
-    flags = ["--module=titan_integration", "--config=llama3_debugmodel", "--training.seq_len=64"]
+    flags = ["--module=small", "--config=debugmodel", "--training.seq_len=64"]
     done = torchrun(1, "-m", "torchtitan.train", *flags, "--weighting.spec=rho-1")
     assert done.returncode == 2
     assert done.stderr.count("error: 'stdlib': no column 'ref_loss'") == 1

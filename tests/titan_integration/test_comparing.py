@@ -15,11 +15,12 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from runs import ROOT, environment
-from warm import weighting
+from warm import Started, weighting
 
 from titan_integration.commands import compare as comparing
 from titan_integration.commands import progress
 from titan_integration.commands import run_queue as series
+from titan_integration.host import run_dir
 from weighting.cli import main
 from weighting.language.read import resolve
 
@@ -28,7 +29,7 @@ SPECS = ("uniform", "group-dro")
 STEPS = 8
 FLAGS = ("--training.seq_len=32", "--training.local_batch_size=4", "--metrics.log_freq=1")
 FLAGS += ("--validator.enable", f"--validator.freq={STEPS}", "--validator.steps=1")
-COMMAND = ["compare", *SPECS, "--config", "llama3_proxy"]
+COMMAND = ["compare", *SPECS, "--module", "small", "--config", "debugmodel"]
 COMMAND += ["--steps", str(STEPS), "--folder", "runs", "--seed", "1", "--", *FLAGS]
 
 
@@ -100,35 +101,28 @@ def test_a_pipe_gets_plain_short_lines(whole):
 
 
 def started(folder, step):
-    """Start the comparison, wait until its second run has saved a step, and return the process."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "weighting", *COMMAND],
-        cwd=folder,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    """Start the comparison, wait until its second run has saved a step, and return it."""
+    command = Started("-m", "weighting", *COMMAND, folder=folder, cwd=folder)
     saved = folder / "runs" / SPECS[1] / "checkpoint" / f"step-{step}" / ".metadata"
-    until = time.monotonic() + 600
-    while not saved.exists():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < until
-        time.sleep(0.02)
-    return process
+    command.until(saved.exists)
+    return command
 
 
 def descendants(pid):
-    """Return all processes that came of one, with their command lines."""
+    """Return all processes that came of one."""
     listing = subprocess.run(
-        ["ps", "-wweo", "pid=,ppid=,args="], capture_output=True, text=True, check=True
+        ["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True
     ).stdout
-    rows = [line.split(None, 2) for line in listing.splitlines()]
-    found = [str(pid)]
+    pairs = [tuple(map(int, line.split())) for line in listing.splitlines()]
+    found = [pid]
     for one in found:
-        found += [child for child, parent, _ in rows if parent == one]
-    return {int(child): words for child, _, words in rows if child in found[1:]}
+        found += [child for child, parent in pairs if parent == one]
+    return found[1:]
+
+
+def trainer(folder):
+    """Return the process that trains the second spec, which has signed the folder of its run."""
+    return int((folder / "runs" / SPECS[1] / run_dir.LOCK).read_text().split()[1])
 
 
 @pytest.mark.processes
@@ -140,34 +134,34 @@ def test_a_comparison_that_was_cut_off_goes_on(whole, tmp_path):
         (tmp_path / "runs").mkdir(exist_ok=True)
         copy(folder / "runs" / name, tmp_path / "runs" / name)
 
-    process = started(tmp_path, 2)
-    left = descendants(process.pid)
-    assert any(" weighting train " in words for words in left.values())
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 130, err
-    assert err == "interrupted; the same command goes on\n"
-    assert "uniform: trained already\ngroup-dro: trains 8 steps\n" in out
+    command = started(tmp_path, 2)
+    left = descendants(command.pid)
+    assert trainer(tmp_path) in left
+    os.killpg(command.pid, signal.SIGINT)  # as a terminal does
+    done = command.ended(300)
+    assert done.returncode == 130, done.stderr
+    assert done.stderr == "interrupted; the same command goes on\n"
+    assert "uniform: trained already\ngroup-dro: trains 8 steps\n" in done.stdout
     assert not [pid for pid in left if alive(pid)]
 
-    process = started(tmp_path, 5)
-    pids = descendants(process.pid)
-    trainer = min(pid for pid, words in pids.items() if " torchtitan.train " in words)
-    os.kill(trainer, signal.SIGKILL)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 1
-    assert re.search(r"^group-dro: goes on after step [2-7] of 8 steps$", out, re.MULTILINE)
-    assert err.startswith("error: group-dro ended with status 1; its log, runs/group-dro.log, ")
-    assert err.endswith("\nwhen that is mended, the same command goes on\n")
+    command = started(tmp_path, 5)
+    os.kill(trainer(tmp_path), signal.SIGKILL)
+    done = command.ended(300)
+    assert done.returncode == 1
+    went_on = r"^group-dro: goes on after step [2-7] of 8 steps$"
+    assert re.search(went_on, done.stdout, re.MULTILINE)
+    reason = "error: group-dro ended with status 1; its log, runs/group-dro.log, "
+    assert done.stderr.startswith(reason)
+    assert done.stderr.endswith("\nwhen that is mended, the same command goes on\n")
 
-    process = started(tmp_path, 5)
-    out, err = process.communicate(timeout=900)
-    assert process.returncode == 0, err
-    assert re.search(r"^group-dro: goes on after step [5-7] of 8 steps$", out, re.MULTILINE)
+    done = weighting(*COMMAND, cwd=tmp_path, timeout=900)
+    assert done.returncode == 0, done.stderr
+    went_on = r"^group-dro: goes on after step [5-7] of 8 steps$"
+    assert re.search(went_on, done.stdout, re.MULTILINE)
     there, here = (lines(x, SPECS[1]) for x in (folder, tmp_path))
     # One rank resumes bit for bit; only the clock differs.
     assert [{**x, "tps": 0} for x in here.values()] == [{**x, "tps": 0} for x in there.values()]
-    assert "report: runs/report.html" in out
+    assert "report: runs/report.html" in done.stdout
 
 
 def alive(pid):

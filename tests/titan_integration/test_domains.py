@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import small
 import torch
 from runs import drive, seed_checkpoint
 from torch.nn import functional
@@ -27,8 +28,7 @@ SAVING = ("--checkpoint.enable", "--checkpoint.interval=3", "--metrics.log_freq=
 @pytest.fixture(scope="module")
 def seed(tmp_path_factory):
     """Return the folder of a checkpoint of step 0, where all runs start."""
-    flags = ("--config=llama3_proxy", "--training.seq_len=64")
-    return seed_checkpoint(tmp_path_factory.mktemp("seed"), *flags)
+    return seed_checkpoint(tmp_path_factory.mktemp("seed"), "--training.seq_len=64")
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def train(seed, tmp_path_factory):
         out = tmp_path_factory.mktemp("run")
         shutil.copytree(start or seed, out / "dump" / "checkpoint")
         flags = (f"--weighting.spec={spec}", *SAVING, *flags)
-        drive(out, ranks, "noting", "proxy", *flags)
+        drive(out, ranks, "noting", "debugmodel", *flags)
         text = (out / "dump" / "weighting" / "metrics.jsonl").read_text()
         lines = [json.loads(line) for line in text.splitlines()]
         notes = [torch.load(out / "dump" / f"notes{rank}.pt") for rank in range(ranks)]
@@ -216,7 +216,7 @@ def doge(train):
 @pytest.fixture(scope="module")
 def start(seed):
     """Return the model of the seed, whole and without a trainer."""
-    return whole_model(config_registry.llama3_proxy(), 64, seed)
+    return whole_model(small.debugmodel(), 64, seed)
 
 
 def slow_gradient(model, batch):

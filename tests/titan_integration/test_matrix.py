@@ -14,7 +14,7 @@ DOMAINS = "version: 1\npipeline: doremi(step_size=1, smoothing=1e-3)\n"
 DOCUMENTS = "version: 1\npipeline: mean(document) -> normalize -> temperature(1) -> clamp(2/n)\n"
 TEXTS = {name: (SPECS / f"{name}.yaml").read_text() for name in SHIPPED}
 TEXTS |= {"domains": DOMAINS, "documents": DOCUMENTS}
-CONFIG, ROWS = "llama3_proxy", 4
+ROWS = 4
 LARGEST = 1e-4
 """Losses differ by 1e-7 between layouts; a normalised spread of some 0.05 nats magnifies them."""
 
@@ -59,7 +59,7 @@ LARGEST_OF_BFLOAT16 = 1e-3
 @pytest.fixture(scope="module")
 def seed(tmp_path_factory):
     """Return the folder of a checkpoint of step 0, which every layout starts from."""
-    return seed_checkpoint(tmp_path_factory.mktemp("seed"), config=CONFIG) / "step-0"
+    return seed_checkpoint(tmp_path_factory.mktemp("seed")) / "step-0"
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +80,8 @@ def weighed(seed, out, ranks, rows, flags, texts):
     specs = out / "specs.json"
     specs.write_text(json.dumps(texts))
     common = [
-        "--module=titan_integration",
-        f"--config={CONFIG}",
+        "--module=small",
+        "--config=debugmodel",
         "--weighting.spec=uniform",
         "--weighting.agree_every=1",
     ]

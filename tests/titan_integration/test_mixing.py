@@ -6,13 +6,10 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
-import time
 
 import click.testing
 import pytest
-from runs import ROOT, environment
-from warm import weighting
+from warm import Started, weighting
 
 import weighting as wt
 from titan_integration.commands import mix as mixing
@@ -21,6 +18,7 @@ from weighting.cli import main
 
 DOMAINS = ("alphabet", "digits", "mixed words")
 FLAGS = ("--training.seq_len=32", "--training.local_batch_size=6", "--metrics.log_freq=1")
+MODEL = ("--module=small", "--config=debugmodel")
 STEPS = 4
 
 
@@ -49,7 +47,7 @@ def ran(*arguments):
 
 def mix(method, data, out, folder, *flags):
     """Return the arguments of a search."""
-    given = ("--out", out, "--folder", folder, "--data", data, "--steps", STEPS)
+    given = (*MODEL, "--out", out, "--folder", folder, "--data", data, "--steps", STEPS)
     return ("mix", method, *given, *flags, *FLAGS)
 
 
@@ -71,7 +69,7 @@ def test_three_commands_from_text_to_a_weighted_run_on_a_mixture(doremi, data):
     found = wt.build(wt.loads(text), domains=DOMAINS)
     assert found.plan.targets == {"pipeline": "sampling"}
     assert f"reference: {folder / 'runs' / 'reference' / 'checkpoint'}" in text
-    given = ("--data", data, "--config", "llama3_proxy", "--training.steps", 2)
+    given = ("--data", data, *MODEL, "--training.steps", 2)
     given += ("--dump_folder", folder / "main")
     done = ran("train", "linupper", "--mixture", folder / "mixture.yaml", *given, *FLAGS)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
@@ -88,23 +86,12 @@ def test_a_search_that_was_killed_goes_on_and_finds_the_same(doremi, data, tmp_p
     shutil.copytree(folder / "runs" / "reference", tmp_path / "runs" / "reference")
     shutil.copy(folder / "runs" / mixing.ORDERS, tmp_path / "runs")
     arguments = mix("doremi", data, tmp_path / "mixture.yaml", tmp_path / "runs")
-    started = subprocess.Popen(
-        [sys.executable, "-m", "weighting", *map(str, arguments)],
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    search = Started("-m", "weighting", *arguments, folder=tmp_path)
     half = tmp_path / "runs" / "proxy" / "checkpoint" / "step-2" / ".metadata"
-    until = time.monotonic() + 300
-    while not half.exists():
-        assert started.poll() is None
-        assert time.monotonic() < until
-        time.sleep(0.02)
-    for pid in descendants(started.pid):
+    search.until(half.exists)
+    for pid in descendants(search.pid):
         os.kill(pid, signal.SIGKILL)
-    started.wait()
+    assert search.ended(300).returncode == -signal.SIGKILL
     assert not (tmp_path / "mixture.yaml").exists()
 
     done = ran(*arguments)

@@ -1,14 +1,11 @@
 """The recorder: what it writes, on any layout, through a kill, and how much of it."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from runs import drive, environment, seed_checkpoint
-from test_resume import kill_at_step_10
+from runs import drive, seed_checkpoint, torchrun
+from test_resume import kill_after_step_10
 from test_retell import write_data
 
 import weighting as wt
@@ -64,15 +61,8 @@ def test_wrong_words_are_refused_with_place_and_fix(text, wrong):
 def test_a_run_refuses_wrong_words_at_once(tmp_path):
     """One message and status 2, before anything is built or written."""
     flags = ["--weighting.spec=linupper", "--weighting.record=every", f"--dump_folder={tmp_path}"]
-    entry = ["--module=titan_integration", "--config=llama3_debugmodel", *flags]
-    done = subprocess.run(
-        [sys.executable, "-m", "torchtitan.train", *entry],
-        env={**environment(), "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    entry = ["--module=small", "--config=debugmodel", *flags]
+    done = torchrun(1, "-m", "torchtitan.train", *entry)
     assert done.returncode == 2, done.stderr[-3000:]
     assert "error: --weighting.record every: every= is no whole number from 1 on" in done.stderr
     assert not (tmp_path / FOLDER).exists()
@@ -376,7 +366,7 @@ def runs(tmp_path_factory):
         common += [f"--dataloader.dataset_path={data}"]
         common += ["--checkpoint.enable", f"--checkpoint.initial_load_path={seed}"]
         common += ["--training.steps=4", "--training.global_batch_size=8", *flags]
-        drive(folder / name, ranks, "titan_integration", "llama3_debugmodel", *common)
+        drive(folder / name, ranks, "small", "debugmodel", *common)
         return folder / name / "dump"
 
     return train, train("one", 1, "--training.local_batch_size=8")
@@ -421,13 +411,13 @@ def test_a_killed_run_completes_its_record(tmp_path):
     size = ["--training.local_batch_size=8", "--training.steps=20", "--debug.seed=1"]
     keep = ["--checkpoint.enable", "--checkpoint.interval=10"]
     flags = ["--weighting.spec=linupper", "--weighting.record=every=1,documents=2", *size, *keep]
-    kill_at_step_10(tmp_path, *flags)
+    kill_after_step_10(tmp_path, *flags)
     run = tmp_path / "dump"
     written = {file: file.read_bytes() for file in (run / FOLDER).iterdir()}
     assert [step.step for step in read_record(run).steps] == [*range(1, 11)]
     (run / FOLDER / "sequences-000002.parquet.part").write_bytes(b"PAR1, and then a kill")
 
-    drive(tmp_path, 1, "titan_integration", "llama3_debugmodel", *flags)
+    drive(tmp_path, 1, "small", "debugmodel", *flags)
     for file, content in written.items():
         assert file.read_bytes() == content
     record = read_record(run)

@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Iterator
 
 import pytest
+import small
 import torch
 import torch.distributed.checkpoint as dcp
 from runs import drive, seed_checkpoint, torchrun
@@ -37,7 +38,7 @@ def seed(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model():
     """Build the debug model here, whole and without any parallelism."""
-    return whole_model(config_registry.llama3_debugmodel(), 64).eval()
+    return whole_model(small.debugmodel(), 64).eval()
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +147,7 @@ def test_further_forwards_leave_training_as_it_was(seed, tmp_path):
         shutil.copytree(seed, out / "dump" / "checkpoint")
         flags += [f"--weighting.spec={name}", "--training.steps=3", "--checkpoint.enable"]
         flags += ["--training.local_batch_size=2", "--training.global_batch_size=8"]
-        runs.append(drive(out, 2, "titan_integration", "llama3_debugmodel", *flags)[0])
+        runs.append(drive(out, 2, "small", "debugmodel", *flags)[0])
     for weights in runs[0]["weights"]:
         assert torch.equal(weights, torch.ones_like(weights))
     assert runs[0]["losses"] == runs[1]["losses"]
@@ -160,10 +161,10 @@ def test_a_wrong_checkpoint_ends_with_one_message_and_status_2(what, seed, tmp_p
     """Before training, both ranks agree and the first one says what does not fit."""
     path, message = seed.parent / "checkpoints", "no such folder (did you mean checkpoint?)"
     if what != "missing":
-        path, message = tmp_path / "step-7", "layers.0.attention_norm.weight is [128] there and"
-        state = model.state_dict() | {"layers.0.attention_norm.weight": torch.ones(128)}
+        path, message = tmp_path / "step-7", "layers.0.attention_norm.weight is [32] there and"
+        state = model.state_dict() | {"layers.0.attention_norm.weight": torch.ones(32)}
         dcp.save(state, checkpoint_id=path, no_dist=True)
-    flags = ["--module=titan_integration", "--config=llama3_debugmodel", "--training.seq_len=64"]
+    flags = ["--module=small", "--config=debugmodel", "--training.seq_len=64"]
     flags += [
         "--weighting.spec=rho-1",
         f"--weighting.reference={path}",
@@ -199,16 +200,16 @@ def test_what_does_not_fit_is_named(tmp_path, model):
     for name, value in model.state_dict().items():
         assert torch.equal(value, state[name]), name
 
-    less = {key: x for key, x in state.items() if not key.startswith("layers.5.")}
+    less = {key: x for key, x in state.items() if not key.startswith("layers.1.")}
     dcp.save(less, checkpoint_id=tmp_path / "less", no_dist=True)
     with pytest.raises(
-        ValueError, match=r"less is no checkpoint of it: it has no layers\.5\..*and"
+        ValueError, match=r"less is no checkpoint of it: it has no layers\.1\..*and"
     ):
         load_model(model, tmp_path / "less", "it")
-    more = state | {"layers.6.attention_norm.weight": torch.ones(256)}
+    more = state | {"layers.2.attention_norm.weight": torch.ones(64)}
     dcp.save(more, checkpoint_id=tmp_path / "more", no_dist=True)
     with pytest.raises(
-        ValueError, match=r"it has layers\.6\.attention_norm\.weight, the model has"
+        ValueError, match=r"it has layers\.2\.attention_norm\.weight, the model has"
     ):
         load_model(model, tmp_path / "more", "it")
 

@@ -1,33 +1,31 @@
 """Going on from a checkpoint: bitwise, on other layouts, after a kill, and past torn folders."""
 
-import importlib.util
 import os
 import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import threading
-import time
 from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from faulty import Run
+from faulty import Before, Run
+from forked import start as forked_start
 from runs import HERE, ROOT, SMALL, drive, environment, torchrun
 from torch import nn
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torchtitan.components.checkpointer.dcp import AsyncMode
-from warm import weighting
+from warm import python, weighting
 
 import weighting as wt
 from titan_integration.state import checkpoint as resume
 from titan_integration.state.run import start
 from titan_integration.state.saved_weighting import SavedWeighting
 
+MODEL = ["--module=small", "--config=debugmodel"]
 SPEC = """
 version: 1
 name: remembers-and-draws
@@ -39,17 +37,6 @@ factors:
 """Three memories (of domains, of losses, of an average), chance, and a schedule."""
 
 
-def load_script(name):
-    """Return a script of benchmarks/ as a module."""
-    found = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
-    return module
-
-
-kill = load_script("kill")
-
-
 def flags_of(folder, at):
     """Return the flags of a run with the spec above, whose schedule changes at a step."""
     spec = folder / "spec.yaml"
@@ -59,28 +46,20 @@ def flags_of(folder, at):
 
 def train(out, ranks, *flags):
     """Train the debug model; return what each rank noted."""
-    return drive(out, ranks, "titan_integration", "llama3_debugmodel", *flags)
+    return drive(out, ranks, "small", "debugmodel", *flags)
 
 
-def kill_at_step_10(out, *flags):
-    """Train on one rank, and kill it when the checkpoint of step 10 is there."""
-    entry = ["--module=titan_integration", "--config=llama3_debugmodel", *SMALL, *flags]
-    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node=1", str(HERE / "drive.py")]
-    process = subprocess.Popen(
-        [sys.executable, "-m", *launch, str(out), f"--dump_folder={out}/dump", *entry],
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        while not (out / "dump" / "checkpoint" / "step-10" / ".metadata").exists():
-            assert process.poll() is None, "it ended before step 10"
-            time.sleep(0.01)
-        (pid,) = kill.ranks_of(process.pid).values()
-        os.kill(pid, signal.SIGKILL)
-        process.wait(60)
-    finally:
-        kill.end(process)
+def kill_after_step_10(out, *flags):
+    """Train on one rank, and kill it in the steps after the checkpoint of step 10."""
+    entry = [*MODEL, *SMALL, *flags]
+    command = [str(HERE / "drive.py"), str(out), f"--dump_folder={out}/dump", *entry]
+    die = partial(signal.raise_signal, signal.SIGKILL)
+    first = Before("titan_integration.trainer.trainer:WeightedTrainer.train_step", 13, die)
+    log = out.parent / f"{out.name}.log"
+    agent = forked_start(1, command, (log, log), environment(), first)
+    agent.join(300)
+    assert agent.exitcode not in (0, None), log.read_text()
+    assert (out / "dump" / "checkpoint" / "step-10" / ".metadata").exists()
     assert not (out / "rank0.pt").exists(), "it ended by itself"
 
 
@@ -94,7 +73,7 @@ def test_killed_run_goes_on_bitwise(tmp_path):
     keep = ["--checkpoint.enable", "--checkpoint.interval=10"]
     (whole,) = train(tmp_path / "whole", 1, *flags)
 
-    kill_at_step_10(tmp_path / "half", *flags, *keep)
+    kill_after_step_10(tmp_path / "half", *flags, *keep)
     saved = tmp_path / "half" / "dump" / "checkpoint"
     assert not (saved / "step-20").exists()
     for step in ("step-12", "step-14"):
@@ -161,7 +140,7 @@ def test_another_spec_is_refused_with_a_diff(sharded, tmp_path):
     other.write_text(SPEC.format(at=6).replace("history=64", "history=32"))
     more = [*SMALL, *flags[1:], f"--dump_folder={copy_of(sharded, tmp_path)}/dump"]
     more += ["--training.local_batch_size=4"]
-    done = weighting("train", other, "--ranks=2", "--", *more)
+    done = weighting("train", other, *MODEL, "--ranks=2", "--", *more)
     assert done.returncode == 2, done.stdout[-3000:] + done.stderr[-3000:]
     assert done.stderr.count("the checkpoint was trained with another weighting spec") == 1
     assert """--- in the checkpoint
@@ -182,11 +161,11 @@ def test_a_stock_checkpoint_goes_on_weighted(tmp_path):
     """Without an entry of ours, weighting and average start afresh, each with one warning."""
     size = ["--training.local_batch_size=4", "--debug.seed=1", "--checkpoint.enable"]
     first = ["--training.steps=4", "--checkpoint.interval=2", *size]
-    drive(tmp_path, 1, "stock_configs", "llama3_debugmodel", *first)
+    drive(tmp_path, 1, "stock_configs", "debugmodel", *first)
     shutil.rmtree(tmp_path / "dump" / "checkpoint" / "step-4")
 
     spec = "excess_loss -> abs -> affine(shift=0.01) -> mean_one"
-    entry = ["--module=titan_integration", "--config=llama3_debugmodel", *SMALL, *size]
+    entry = [*MODEL, *SMALL, *size]
     ours = [
         f"--weighting.spec={spec}",
         "--weighting.reference=ema:1",
@@ -636,14 +615,7 @@ def test_a_run_that_was_exported_does_not_start_over(tmp_path):
 @pytest.mark.processes
 def test_a_run_resumes_after_every_kill():
     """Two kills of benchmarks/kill.py; its table has a line for each."""
-    script = [str(ROOT / "benchmarks" / "kill.py"), "--kills=2", "--ranks=2"]
-    done = subprocess.run(
-        [sys.executable, *script],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout
+    words = [ROOT / "benchmarks" / "kill.py", "--kills=2", "--ranks=2"]
+    done = python(*words, "--", "--module=faulty", "--config=tiny", timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
     assert [line.split()[0] for line in done.stdout.splitlines()[1:3]] == ["1", "2"]

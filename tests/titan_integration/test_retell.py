@@ -315,7 +315,7 @@ def test_texts_are_those_that_two_ranks_with_accumulation_had(tmp_path, tokenize
     data = write_data(tmp_path / "data.jsonl", 900)
     flags = ["--weighting.spec=linupper-x-mile", "--weighting.record=every=2", "--training.steps=4"]
     flags += ["--training.local_batch_size=2", "--training.global_batch_size=8"]
-    drive(tmp_path, 2, "noting", "proxy", *flags, f"--dataloader.dataset_path={data}")
+    drive(tmp_path, 2, "noting", "debugmodel", *flags, f"--dataloader.dataset_path={data}")
     run = tmp_path / "dump"
     notes = [note for rank in range(2) for note in torch.load(run / f"notes{rank}.pt")]
     ids = torch.cat([note["input"] for note in notes])

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import small
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -35,6 +36,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:'set_vital' is deprecated:UserWarning",
 )
 
+MODEL = ["--module=small", "--config=debugmodel"]
 SEQ_LEN = 32
 SMALL = [f"--training.seq_len={SEQ_LEN}", "--training.local_batch_size=4"]
 
@@ -78,7 +80,7 @@ def scored(seed, data, tmp_path_factory):
         out = folder / f"{ranks}-{per}.parquet"
         if not out.exists():
             given = ["--data", data, "--out", out, "--per", per, "--ranks", ranks]
-            done = weighting("score", seed, *given, *SMALL)
+            done = weighting("score", seed, *given, *MODEL, *SMALL)
             assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
             assert done.stdout.endswith(f"scored: {out}\n")
             assert "\x1b" not in done.stdout, "no colour codes in a pipe"
@@ -98,7 +100,7 @@ def encode():
 @pytest.fixture(scope="module")
 def model(seed):
     """Build the debug model here, whole and without any parallelism, with the seed's parameters."""
-    return whole_model(config_registry.llama3_debugmodel(), SEQ_LEN, seed).eval()
+    return whole_model(small.debugmodel(), SEQ_LEN, seed).eval()
 
 
 @torch.no_grad()
@@ -159,7 +161,7 @@ def test_a_file_says_how_it_was_made(scored, seed, data):
     made = score_data.provenance(scored(2, "document"))
     assert made["checkpoint"] == str((seed / "step-0").resolve())
     assert made["step"] == 0
-    assert made["config"] == "titan_integration.llama3_debugmodel"
+    assert made["config"] == "small.debugmodel"
     assert made["model"] == "llama3 debugmodel"
     assert (made["seq_len"], made["per"], made["data"]) == (SEQ_LEN, "document", str(data))
     assert set(made["versions"]) == {"torch", "torchtitan", "weighting"}
@@ -174,7 +176,7 @@ def test_a_file_says_how_it_was_made(scored, seed, data):
 @pytest.mark.processes
 def test_doremi_trains_on_a_loss_per_document(scored, tmp_path):
     """The file is data like any other, and the spec finds the column by itself."""
-    flags = [*SMALL, "--training.steps=2", f"--dump_folder={tmp_path}"]
+    flags = [*MODEL, *SMALL, "--training.steps=2", f"--dump_folder={tmp_path}"]
     done = weighting("train", "doremi-proxy", "--data", scored(2, "document"), *flags)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     lines = (tmp_path / "weighting" / "metrics.jsonl").read_text().splitlines()
@@ -200,10 +202,10 @@ def test_a_checkpoint_of_another_model_is_one_message_and_status_2(data, model, 
     """Two ranks agree and the first one says what does not fit; there is no file, nor half one."""
     other, out = tmp_path / "step-7", tmp_path / "out"
     out.mkdir()
-    state = model.state_dict() | {"layers.0.attention_norm.weight": torch.ones(128)}
+    state = model.state_dict() | {"layers.0.attention_norm.weight": torch.ones(32)}
     dcp.save(state, checkpoint_id=other, no_dist=True)
     given = ["--data", data, "--out", out / "a.parquet", "--ranks", 2]
-    done = weighting("score", other, *given, *SMALL)
+    done = weighting("score", other, *given, *MODEL, *SMALL)
     assert done.returncode == 2
     output = done.stdout + done.stderr
     assert output.count("error: ") == 1

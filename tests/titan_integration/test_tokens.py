@@ -4,6 +4,7 @@ from html.parser import HTMLParser
 
 import click.testing
 import pytest
+import small
 import torch
 import torch.distributed.checkpoint as dcp
 from hypothesis import example, given
@@ -24,6 +25,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:'set_vital' is deprecated:UserWarning",
 )
 
+MODEL = ["--module=small", "--config=debugmodel"]
 SEQ_LEN = 16
 SMALL = f"--training.seq_len={SEQ_LEN}"
 TEXT = "\n def f(x):\r\n\treturn x  # <b>&amp; «日本» 🦜\n" + "The end of it. " * 6
@@ -54,7 +56,7 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def model(seed):
     """Build the debug model here with the seed's parameters; it returns logits."""
-    return whole_model(config_registry.llama3_debugmodel(), SEQ_LEN, seed).eval()
+    return whole_model(small.debugmodel(), SEQ_LEN, seed).eval()
 
 
 class Spans(HTMLParser):
@@ -120,7 +122,7 @@ def test_weights_are_the_core_s_on_the_model_s_logits(folder, seed, model, token
     """Each window a sequence of one batch; the page's texts are the text, in a pipe a table."""
     html = folder / "page.html"
     given = ["--checkpoint", seed, "--text", folder / "text.txt", "--html", html, "--step", 1000]
-    done = weighting("tokens", *SPECS, *given, SMALL)
+    done = weighting("tokens", *SPECS, *given, *MODEL, SMALL)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
     ids = tokenizer.encode(TEXT, add_bos=True, add_eos=True)
@@ -152,10 +154,10 @@ def test_weights_are_the_core_s_on_the_model_s_logits(folder, seed, model, token
 def test_a_checkpoint_of_another_model_is_one_message_and_status_2(folder, model):
     """And no page is written."""
     other, html = folder / "other" / "step-7", folder / "not.html"
-    state = model.state_dict() | {"layers.0.attention_norm.weight": torch.ones(128)}
+    state = model.state_dict() | {"layers.0.attention_norm.weight": torch.ones(32)}
     dcp.save(state, checkpoint_id=other, no_dist=True)
     given = ["--checkpoint", other, "--text", folder / "text.txt", "--html", html]
-    done = weighting("tokens", "mile", *given, SMALL)
+    done = weighting("tokens", "mile", *given, *MODEL, SMALL)
     assert done.returncode == 2
     assert done.stdout == ""
     lines = [line for line in done.stderr.splitlines() if line]

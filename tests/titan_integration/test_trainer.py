@@ -50,17 +50,17 @@ def one_rank(seed, spec, tmp_path_factory):
     """Return five steps of all levels on one rank."""
     out = tmp_path_factory.mktemp("one")
     flags = [*start(seed, out), f"--weighting.spec={spec}", "--training.local_batch_size=8"]
-    return drive(out, 1, "titan_integration", "llama3_debugmodel", *flags)
+    return drive(out, 1, "small", "debugmodel", *flags)
 
 
 def test_uniform_is_the_stock_trainer_bitwise(seed, tmp_path):
     """Five steps of specs/uniform.yaml and of the host's own loss give the same bits."""
     validate = ["--validator.enable", "--validator.freq=5", "--validator.steps=2"]
     runs = {}
-    for name, module in {"stock": "stock_configs", "uniform": "titan_integration"}.items():
+    for name, module in {"stock": "stock_configs", "uniform": "small"}.items():
         flags = [*start(seed, tmp_path / name), "--training.local_batch_size=4", *validate]
         flags += ["--weighting.spec=uniform"] if name == "uniform" else []
-        (runs[name],) = drive(tmp_path / name, 1, module, "llama3_debugmodel", *flags)
+        (runs[name],) = drive(tmp_path / name, 1, module, "debugmodel", *flags)
     stock, uniform = runs["stock"], runs["uniform"]
 
     assert len(stock["losses"]) == 5
@@ -75,7 +75,7 @@ def test_uniform_is_the_stock_trainer_bitwise(seed, tmp_path):
 def test_two_ranks_weigh_and_learn_as_one(seed, spec, one_rank, tmp_path):
     """Two FSDP2 ranks give the weights and losses of one rank on the same global batch."""
     flags = [*start(seed, tmp_path), f"--weighting.spec={spec}", "--training.local_batch_size=4"]
-    two = drive(tmp_path, 2, "titan_integration", "llama3_debugmodel", *flags)
+    two = drive(tmp_path, 2, "small", "debugmodel", *flags)
 
     (one,) = one_rank
     assert len(one["weights"]) == len(one["losses"]) == 5
@@ -90,7 +90,7 @@ def test_two_ranks_weigh_and_learn_as_one(seed, spec, one_rank, tmp_path):
 def test_full_logits_weigh_and_learn_as_chunks(seed, spec, one_rank, tmp_path):
     """The loss over full logits gives the weights and losses of the chunked one."""
     flags = [*start(seed, tmp_path), f"--weighting.spec={spec}", "--training.local_batch_size=8"]
-    (full,) = drive(tmp_path, 1, "stock_configs", "llama3_debugmodel_full_logits", *flags)
+    (full,) = drive(tmp_path, 1, "stock_configs", "full_logits", *flags)
 
     (one,) = one_rank
     for ours, theirs in zip(one["weights"], full["weights"], strict=True):
@@ -105,10 +105,10 @@ def test_resumed_run_goes_on_bitwise(seed, spec, one_rank, tmp_path):
     first = start(seed, tmp_path) + common
     first[1] = "--checkpoint.interval=3"
     half = ["--training.steps=5", "--checkpoint.keep_latest_k=0"]
-    drive(tmp_path, 1, "titan_integration", "llama3_debugmodel", *first, *half)
+    drive(tmp_path, 1, "small", "debugmodel", *first, *half)
     shutil.rmtree(tmp_path / "dump" / "checkpoint" / "step-5")
 
-    other = ["--module=titan_integration", "--config=llama3_debugmodel", "--weighting.spec=mile"]
+    other = ["--module=small", "--config=debugmodel", "--weighting.spec=mile"]
     flags = ["--checkpoint.enable", f"--dump_folder={tmp_path}/dump", "--training.seq_len=64"]
     refused = torchrun(1, "-m", "torchtitan.train", *other, *flags, "--training.local_batch_size=8")
     assert refused.returncode != 0
@@ -117,7 +117,7 @@ def test_resumed_run_goes_on_bitwise(seed, spec, one_rank, tmp_path):
     assert "--weighting.allow_changed_spec" in refused.stderr
 
     resume = ["--checkpoint.enable", "--checkpoint.interval=3"]
-    (rest,) = drive(tmp_path, 1, "titan_integration", "llama3_debugmodel", *resume, *common)
+    (rest,) = drive(tmp_path, 1, "small", "debugmodel", *resume, *common)
     (one,) = one_rank
     assert rest["losses"] == one["losses"][3:]
     for name, value in one["parameters"].items():
@@ -127,7 +127,7 @@ def test_resumed_run_goes_on_bitwise(seed, spec, one_rank, tmp_path):
 def test_shards_start_apart(tmp_path):
     """Without a seed checkpoint, the halves of a parameter on two ranks are no copies."""
     flags = ["--weighting.spec=linupper", "--training.local_batch_size=2", "--training.steps=1"]
-    first, _ = drive(tmp_path, 2, "titan_integration", "llama3_debugmodel", *flags)
+    first, _ = drive(tmp_path, 2, "small", "debugmodel", *flags)
 
     for name, value in first["parameters"].items():
         if value.dim() > 1:

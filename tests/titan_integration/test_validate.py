@@ -48,7 +48,7 @@ def run(seed, out, ranks, rows, *flags):
     flags = ["--training.steps=2", "--training.seq_len=256", "--weighting.spec=uniform", *flags]
     flags += ["--checkpoint.enable", "--checkpoint.interval=1000"]
     flags += [f"--training.local_batch_size={rows}", "--metrics.enable_tensorboard"]
-    return drive(out, ranks, "titan_integration", "llama3_debugmodel", *flags)
+    return drive(out, ranks, "small", "debugmodel", *flags)
 
 
 @pytest.fixture(scope="module")

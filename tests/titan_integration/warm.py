@@ -9,21 +9,16 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
-import runpy
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
+import time
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from forked import process
+from forked import be_python, process
 from runs import environment
-
-if TYPE_CHECKING:
-    from multiprocessing.context import ForkServerProcess
 
 EXECUTE = subprocess.Popen._execute_child
 
@@ -33,41 +28,68 @@ def weighting(*words: object, cwd: Path | None = None, timeout: int = 300):
 
     Ended by force if it takes longer than so many seconds.
     """
+    return python("-m", "weighting", *words, cwd=cwd, timeout=timeout)
+
+
+def python(*words: object, cwd: Path | None = None, timeout: int = 300):
+    """Run a command line of Python, a script or `-m` and a module, in the same way."""
     with tempfile.TemporaryDirectory() as folder:
-        files = Path(folder, "out"), Path(folder, "err")
-        running = started(*words, files=files, cwd=cwd)
-        running.join(timeout)
-        if running.exitcode is None:
-            os.killpg(running.pid, signal.SIGKILL)
-            running.join()
-        out, err = (x.read_text(errors="replace") if x.exists() else "" for x in files)
-        command = ["weighting", *map(str, words)]
-        if running.exitcode == -signal.SIGKILL:
-            raise subprocess.TimeoutExpired(command, timeout, out, err)
-        return subprocess.CompletedProcess(command, running.exitcode, out, err)
+        return Started(*words, folder=Path(folder), cwd=cwd).ended(timeout)
 
 
-def started(*words: object, files: tuple[Path, Path], cwd: Path | None = None) -> ForkServerProcess:
-    """Start a command line of `weighting`, the first of a process group, and return its process.
+class Started:
+    """A command line of Python that runs, the first of a process group.
 
     Args:
-        words: The command line.
-        files: Where its output and its errors go.
+        words: A script or `-m` and a module, and their arguments.
+        folder: Where its output and its errors are kept.
         cwd: Its working folder; this one's by default.
     """
-    given = ([*map(str, words)], files, environment(), cwd or Path.cwd())
-    command = process(_be_weighting, *given)
-    command.start()
-    return command
+
+    def __init__(self, *words: object, folder: Path, cwd: Path | None = None) -> None:
+        self.words = [*map(str, words)]
+        self._said = tempfile.mkdtemp(dir=folder)
+        self._process = process(
+            _be_command, self.words, self._files, environment(), cwd or Path.cwd()
+        )
+        self._process.start()
+        self.pid = self._process.pid
+
+    @property
+    def _files(self):
+        return Path(self._said, "out"), Path(self._said, "err")
+
+    def said(self):
+        """Return what it has printed by now, and its errors."""
+        return [x.read_text(errors="replace") if x.exists() else "" for x in self._files]
+
+    def until(self, condition, patience=600):
+        """Wait until something holds, while it runs."""
+        deadline = time.monotonic() + patience
+        while not condition():
+            assert self._process.is_alive(), self.said()
+            assert time.monotonic() < deadline, self.said()
+            time.sleep(0.02)
+
+    def ended(self, patience):
+        """Wait until it has ended; return its status and what it has printed."""
+        self._process.join(patience)
+        if late := self._process.exitcode is None:
+            os.killpg(self.pid, signal.SIGKILL)
+            self._process.join()
+        out, err = self.said()
+        if late:
+            raise subprocess.TimeoutExpired(self.words, patience, out, err)
+        return subprocess.CompletedProcess(self.words, self._process.exitcode, out, err)
 
 
-def be_warm():
+def be_warm() -> None:
     """Fork, from now on, where this process would start Python with a module."""
     importlib.import_module("imports")  # as the server has, unless its import failed
     subprocess.Popen._execute_child = _execute_child
 
 
-def _be_weighting(words, files, environ, cwd):
+def _be_command(words, files, environ, cwd):
     os.setsid()
     os.chdir(cwd)
     os.environ.clear()
@@ -76,7 +98,7 @@ def _be_weighting(words, files, environ, cwd):
     for number, path in enumerate(files, 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     be_warm()
-    sys.exit(_be_python("weighting", words))
+    sys.exit(be_python(words))
 
 
 def _execute_child(process, *given):
@@ -85,7 +107,6 @@ def _execute_child(process, *given):
     words = [*map(str, call["args"])] if not isinstance(call["args"], (str, bytes)) else []
     if words[:1] != [sys.executable] or "-m" not in words:
         return EXECUTE(process, *given)
-    module, *arguments = words[words.index("-m") + 1 :]
     sys.stdout.flush()
     sys.stderr.flush()
     process.pid = os.fork()
@@ -105,31 +126,8 @@ def _execute_child(process, *given):
         if call["env"] is not None:
             os.environ.clear()
             os.environ.update(call["env"])
-        status = _be_python(module, arguments)
+        status = be_python(words[words.index("-m") :])
     except BaseException:  # noqa: BLE001 - nothing may go on as the parent
         traceback.print_exc()
         status = 1
     os._exit(status)
-
-
-def _be_python(module, arguments):
-    """Run a module as `python -m` does; return the exit status."""
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
-        signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.stdout.reconfigure(line_buffering=True)
-    sys.argv = [module, *arguments]
-    status = 0
-    try:
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
-    except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else int(end.code is not None)
-        if isinstance(end.code, str):
-            sys.stderr.write(f"{end.code}\n")
-    except Exception:  # noqa: BLE001 - as Python does, whatever it is
-        traceback.print_exc()
-        status = 1
-    threading._shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    return status
