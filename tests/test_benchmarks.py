@@ -91,32 +91,31 @@ def fails(batch, hidden, weight):
     raise RuntimeError(msg)
 
 
+WRONG = {
+    forgets_the_weights: "no number: WRONG: error ",
+    forgets_the_zero: "no number: WRONG: error ",
+    is_not_a_number: "no number: WRONG: error nan",
+    fails: "no number: RuntimeError: no kernel",
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("way", "reason"),
-    [
-        (forgets_the_weights, "no number: WRONG: error "),
-        (forgets_the_zero, "no number: WRONG: error "),
-        (is_not_a_number, "no number: WRONG: error nan"),
-        (fails, "no number: RuntimeError: no kernel"),
-    ],
-)
-def test_a_wrong_way_gets_no_number(loss_path, way, reason):
+def test_wrong_ways_get_no_number(loss_path):
     """Beside a right one, which does."""
     setting = loss_path.QUICK
     batch = loss_path.batch_of(setting)
     right, *_ = loss_path.variants(batch)
-    ways = [right, loss_path.Variant("wrong", way)]
-    rows = loss_path.measured(setting, batch, ways)
-    assert len(rows[0].wall) == setting.rounds
-    assert rows[0].peak > 0
-    assert not rows[1].wall
-    assert not rows[1].peak
+    ways = [right, *(loss_path.Variant(way.__name__, way) for way in WRONG)]
+    row, *wrong = loss_path.measured(setting, batch, ways)
+    assert len(row.wall) == setting.rounds
+    assert row.peak > 0
+    assert not any(x.wall or x.peak for x in wrong)
 
-    first, second = rows_of("\n".join(loss_path.table(rows)))
+    first, *others = rows_of("\n".join(loss_path.table([row, *wrong])))
     assert not first[1].startswith("no number")
-    assert second[1].startswith(reason)
-    assert not any(second[2:])
+    for shown, reason in zip(others, WRONG.values(), strict=True):
+        assert shown[1].startswith(reason)
+        assert not any(shown[2:])
 
 
 @pytest.mark.processes

@@ -50,6 +50,7 @@ def test_report_is_made_of_the_stored_numbers(benchmark, name):
     assert report == (BENCHMARKS / f"{name}.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_stored_numbers_are_those_of_the_specs(benchmark):
     """The first seed of the cell of Figure 7, run anew, but for the sums of another machine."""
     regression = benchmark("regression")
@@ -107,7 +108,7 @@ def test_an_interval_is_bold_where_it_excludes_zero(benchmark):
 def terms(benchmark):
     """Return the module, and the terms of all its specs on a few steps."""
     theory = benchmark("theory")
-    chance = theory.draws(3, 20)
+    chance = theory.draws(5, 10)
     found = {(s, r): theory.follow(s, r, chance) for s in theory.SPECS for r in theory.RATES}
     return theory, chance, found
 

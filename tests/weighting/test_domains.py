@@ -316,7 +316,7 @@ def test_dynamic_loading_follows_its_formula(count, drop):
         rule.move(losses, targets)
         away += None in losses
         assert told(fn) == close(rule.a), step
-    assert away > 20
+    assert away > MOVES / 20
 
 
 @pytest.mark.parametrize("news", ["gradients", "validation"])

@@ -97,7 +97,7 @@ def brackets():
 
 def deep():
     """Nested until a parser that calls itself would end the process."""
-    for count in (40, 1_000, 20_000):
+    for count in (40, 20_000):
         yield f"lists {count}", "pipeline: " + "[" * count + "]" * count
         yield f"maps {count}", "pipeline: " + "{a: " * count + "1" + "}" * count
         yield f"open {count}", "version: 1\npipeline: " + "[" * count
@@ -214,15 +214,15 @@ def many():
         yield f"{count} stages", "normalize -> " + "abs -> " * count + "temperature(1)"
         yield f"{count} wrong stages", "a(" + "->a(" * count
         yield f"{count} arrows", "->" * count
-        yield f"{count} listed", "version: 1\npipeline:\n" + "- abs\n" * min(count, 3_000)
+    yield "3000 listed", "version: 1\npipeline:\n" + "- abs\n" * 3_000
     yield "lists of arrow texts", "version: 1\npipeline:\n" + f"- {'abs -> ' * 50}abs\n" * 90
     yield (
         "101 factors",
         "version: 1\nfactors:\n" + "".join(f"  f{i}: temperature(1)\n" for i in range(101)),
     )
     yield "entries twice", "table(" + ", ".join(f"a{i}=1" for i in range(4_000)) + ", a7=1)"
-    yield "pairs twice", "table({" + ", ".join(f"a{i}: 1" for i in range(8_000)) + ", a7: 1})"
-    yield "arguments", "temperature(" + ", ".join("1" for _ in range(8_000)) + ")"
+    yield "pairs twice", "table({" + ", ".join(f"a{i}: 1" for i in range(4_000)) + ", a7: 1})"
+    yield "arguments", "temperature(" + ", ".join("1" for _ in range(4_000)) + ")"
 
 
 FAMILIES = (many, bad_values, keys, brackets, deep, bombs, letters, plugins, sizes, orders)
