@@ -214,8 +214,9 @@ class WeightingCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Attach, go on from a checkpoint, and say that the run starts."""
         check_arguments(args, fused=self._options["fused"])
-        if self._hook is None:
-            self.attach(kwargs["model"])
+        model = kwargs["model"]
+        if self._hook is None or all(x is not self._hook.model for x in model.modules()):
+            self.attach(model)  # a model_init makes another one for each run
         name, hook = type(self).__name__, self.hook
         states: Any = state.stateful_callbacks
         saved = states.setdefault(name, {})

@@ -146,6 +146,22 @@ def test_a_framework_that_makes_its_callbacks_by_name_weighs_too(tmp_path):
         assert torch.equal(other.model.state_dict()[name], value)
 
 
+def test_a_model_that_is_made_for_each_run_is_weighed(usual, tmp_path):
+    """With model_init the trainer drops the model that `weigh` saw."""
+    given = {"per_device_train_batch_size": ROWS, "gradient_accumulation_steps": 1, "max_steps": 1}
+    host = weigh(trainer(tmp_path, rows=tiny.rows(ROWS), **given), SPEC, domains=tiny.DOMAINS)
+    dropped = host.model
+
+    def make():
+        return tiny.model()
+
+    host.model_init = make
+    host.train()
+    assert host.model is not dropped
+    for name, value in usual.model.state_dict().items():
+        assert torch.equal(host.model.state_dict()[name], value)
+
+
 def test_the_auxiliary_loss_of_experts_is_added_as_it_is():
     """The weighted loss of a model that balances its experts is larger by that loss."""
     batch = tiny.padded(tiny.rows())

@@ -7,6 +7,7 @@ import pytest
 import tiny_models as tiny
 import torch
 from accelerate import Accelerator
+from accelerate.state import GradientState
 from looping import for_each
 from torch.testing import assert_close
 
@@ -323,6 +324,7 @@ def test_state_goes_on_in_another_model_and_is_of_its_spec():
 def test_accelerate_keeps_what_is_remembered(tmp_path):
     """Its checkpoint has the state of weights that are registered, and brings it back."""
     batch = tiny.padded(tiny.rows())
+    GradientState._reset_state()  # that of trainers of other tests
     accelerator = Accelerator(cpu=True)
     model, optimizer, weights = weighed("group-dro")
     model, optimizer = accelerator.prepare(model, optimizer)

@@ -110,8 +110,8 @@ def test_dft_is_trls_own(tmp_path):
 
 
 TEMPLATE = (
-    "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }} "
-    "{% endgeneration %}{% else %}{{ m.content }} {% endif %}{% endfor %}"
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+    "{% endgeneration %} {% else %}{{ m.content }} {% endif %}{% endfor %}"
 )
 
 
