@@ -100,7 +100,12 @@ def test_rows_are_drawn_by_weight_in_stages(write):
         ("sources: []", r"s\.yaml: sources: List should have at least 1 item"),
         ("sources: [", r"s\.yaml: invalid YAML"),
         ("data: x", r"s\.yaml: sources: Field required"),
-        (WEB % "-1", r"s\.yaml: sources\.0\.weight.*: Input should be greater than or equal to 0"),
+        ("- data: x", r"s\.yaml: the file: give a list of them, under 'sources:'"),
+        (WEB % "-1", r"s\.yaml: sources\.0\.weight: give a number from 0 on"),
+        (WEB % "true", r"s\.yaml: sources\.0\.weight: give a number from 0 on"),
+        (WEB % "'3'", r"s\.yaml: sources\.0\.weight: give a number from 0 on"),
+        (WEB % "{0: 1, 2e9: 2}", r"sources\.0\.weight: .* whole numbers of tokens"),
+        ("sources: [{data: a, domain: x, domain: y}]", r"'domain' is given twice; keep one"),
         (WEB % "{5: 1}", r"s\.yaml: sources\.0\.weight: say the weight from token 0 on"),
         (WEB % "0", r"s\.yaml: every weight is 0 from token 0 on"),
         (BOTH % ("1", "null"), r"s\.yaml: sources\.1: give every source a weight, or none"),
@@ -113,6 +118,14 @@ def test_sources_that_cannot_be_are_refused(write, content, message):
     """With the place in the file."""
     with pytest.raises(ValueError, match=message):
         build(write(content))
+
+
+@pytest.mark.parametrize("name", ["", " "])
+def test_a_name_that_is_empty_is_refused(name):
+    """As of a variable that is not set; no other text is taken for it."""
+    for config in ({"dataset_path": name}, {"dataset": name}):
+        with pytest.raises(ValueError, match="the data's name is empty"):
+            load_documents(DomainTextDataLoader.Config(**config))
 
 
 def test_settings_that_sources_cannot_have(write):

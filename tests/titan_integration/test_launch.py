@@ -297,7 +297,8 @@ def test_users_flags_win_over_defaults():
 
 def test_a_path_and_a_name_of_data_go_where_they_belong(tmp_path):
     """Data that exists is a path; anything else is a Hugging Face name."""
-    for data, flag in ((str(tmp_path), "dataset_path"), ("allenai/c4", "dataset")):
+    names = (str(tmp_path), "dataset_path"), ("allenai/c4", "dataset"), ("", "dataset_path")
+    for data, flag in names:
         flags = launch.run_flags(options(data=data))
         assert flags[flags.index(data) - 1] == f"--dataloader.{flag}"
 

@@ -152,7 +152,7 @@ def host_flags(options: HostOptions, spec: str, folder: str) -> list[str]:
             flags += [flag, value]
     if not sys.stdout.isatty():
         flags.append("--metrics.disable_color_printing")
-    if options.data:
+    if options.data is not None:  # an empty name is refused, and no other text taken for it
         is_local = Path(options.data).exists() or any(c in options.data for c in "*?[")
         flags += ["--dataloader.dataset_path" if is_local else "--dataloader.dataset", options.data]
     return flags

@@ -220,7 +220,8 @@ def _entries(folder: Path) -> list[Path]:
     if _is_saved(entries):
         msg = (
             f"{folder}: a data set that datasets' save_to_disk wrote, which is read alone: give "
-            f"this folder itself, --data {folder}"
+            f"this folder itself, --data {folder}; among several sources its files, "
+            f"{folder}/*.arrow"
         )
         raise ValueError(msg)
     return entries

@@ -509,7 +509,17 @@ def _columns(config: DomainTextDataLoader.Config) -> Columns:
 
 
 def local_path(config: DomainTextDataLoader.Config) -> DataFile | None:
-    """Return the file, folder, pattern or address that a configuration names; None if none."""
+    """Return the file, folder, pattern or address that a configuration names; None if none.
+
+    Raises:
+        ValueError: The name is empty.
+    """
+    if not (config.dataset if config.dataset_path is None else config.dataset_path).strip():
+        msg = (
+            "the data's name is empty, as from a variable that is not set; name a file, a folder "
+            "or an address, or leave --data out for the text that comes with Python"
+        )
+        raise ValueError(msg)
     if config.dataset_path is not None:
         return data_at(config.dataset_path)
     path = data_at(config.dataset)

@@ -11,7 +11,7 @@ weight: {0: 1, 20000000: 2}
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from titan_integration.data.data_files import DataFile, data_at
 from titan_integration.data.urls import Url, is_url
 
-_Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_Weight = Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)]
 _SUFFIXES = {".yaml", ".yml"}
 
 
@@ -33,7 +33,7 @@ class Source(BaseModel):
 
     data: Annotated[str, Field(min_length=1)]
     domain: Annotated[str, Field(min_length=1)] | None = None
-    weight: _Weight | dict[Annotated[int, Field(ge=0)], _Weight] | None = None
+    weight: _Weight | dict[Annotated[int, Field(ge=0, strict=True)], _Weight] | None = None
 
 
 class Sources(BaseModel):
@@ -80,7 +80,8 @@ def read_sources(file: Path) -> Sources:
         ValueError: It cannot be read, or is none; names the place in it.
     """
     try:
-        found = Sources.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
+        text = file.read_text(encoding="utf-8")
+        found = Sources.model_validate(yaml.load(text, _NoNameTwice))  # noqa: S506 - a safe one
     except (OSError, UnicodeDecodeError) as error:
         msg = f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}"
         raise ValueError(msg) from error
@@ -89,8 +90,14 @@ def read_sources(file: Path) -> Sources:
         raise ValueError(msg) from error
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if not str(part).startswith("dict["))
-        msg = f"{file}: {where or 'the file'}: {first['msg']}; see docs/data.md for its form"
+        where = ".".join(map(str, first["loc"]))
+        what = first["msg"]
+        if "weight" in first["loc"]:
+            where = where.partition(".weight")[0] + ".weight"
+            what = "give a number from 0 on, or such numbers from whole numbers of tokens on"
+        elif not where:
+            where, what = "the file", "give a list of them, under 'sources:'"
+        msg = f"{file}: {where}: {what}; see docs/data.md for its form"
         raise ValueError(msg) from error
     for i, source in enumerate(found.sources):
         if (source.weight is not None) != found.has_weights:
@@ -108,3 +115,18 @@ def read_sources(file: Path) -> Sources:
             msg = f"{file}: every weight is 0 from token {tokens} on; make one positive"
             raise ValueError(msg)
     return found
+
+
+class _NoNameTwice(yaml.SafeLoader):
+    """Refuses a name that is given twice, of which YAML would take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Return what a mapping holds."""
+        names = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for i, name in enumerate(names):
+            if name in names[:i]:
+                what = f"{name!r} is given twice; keep one"
+                raise yaml.constructor.ConstructorError(
+                    None, None, what, node.value[i][0].start_mark
+                )
+        return super().construct_mapping(node, deep)
