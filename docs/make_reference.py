@@ -76,6 +76,7 @@ EXAMPLES = {
     "pow": "target_prob -> pow(0.5) -> as_is",
     "quadratic": "normalize -> quadratic -> temperature(0.4)",
     "rank": "rank -> pow(2) -> mean_one",
+    "remembered": "remembered(examples=100000) -> mean(sequence) -> rank -> temperature(0.217)",
     "ref_loss": "loss -> over(ref_loss) -> mean_one",
     "running": "running(1, decay=0.9)",
     "select": "loss -> select(0.6)",
