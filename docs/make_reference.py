@@ -77,7 +77,7 @@ EXAMPLES = {
     "quadratic": "normalize -> quadratic -> temperature(0.4)",
     "rank": "rank -> pow(2) -> mean_one",
     "remembered": "remembered(examples=100000) -> mean(sequence) -> rank -> temperature(0.217)",
-    "ref_loss": "loss -> over(ref_loss) -> mean_one",
+    "ref_loss": "ref_loss -> over(loss) -> mean_one",
     "running": "running(1, decay=0.9)",
     "select": "loss -> select(0.6)",
     "short_loss": "short_loss(1024) -> over(loss) -> mean_one",
