@@ -69,6 +69,7 @@ STAGE_PIPELINES = {
     "over": "max(document) -> over(ref_loss -> mean(document)) -> normalize -> temperature(1)",
     "position": "position -> affine(0.1) -> exp -> mean_one",
     "plus": "mean(domain) -> plus(ref_loss -> times(entropy) -> mean(domain)) -> temperature(1)",
+    "remembered": "remembered(examples=7) -> mean(document) -> temperature(2)",
     "ref_loss": "ref_loss -> affine(step(0.5, 1, at=3)) -> mean_one",
     "short_loss": "short_loss(1024) -> mean_one",
     "times": "mean(sequence) -> times(ref_loss -> mean(sequence)) -> temperature(2)",
@@ -228,6 +229,7 @@ def batch(rows=4, length=6, *, seed=0, keep=0.7, domains=DOMAINS):
         columns={
             **{name: torch.rand(shape, generator=g) * 3 for name in COLUMNS},
             "topics": torch.randint(0, 256, shape, generator=g).float(),
+            "example": torch.randint(0, 12, shape, generator=g).float(),
         },
     )
 

@@ -4,6 +4,7 @@ A method that remembers is a class: made for the names of the domains, called wi
 the other.
 """
 
+import itertools
 import math
 from fractions import Fraction
 
@@ -437,6 +438,39 @@ class ToReMiTopics:
         self.seen = [[] for _ in self.v]
 
 
+class LoshchilovHutter:
+    """w_s ~ 100^(share of sequences whose latest known loss is lower), that of its examples."""
+
+    def __init__(self, domains):
+        """Know of no example."""
+        del domains
+        self.latest, self.tied = {}, False
+
+    def __call__(self, batch):
+        """Return the token weights of the next batch."""
+        found = {}
+        for row, oks in enumerate(batch.valid):
+            for column, ok in enumerate(oks):
+                if ok:
+                    example = int(batch.columns["example"][row][column])
+                    found.setdefault(example, []).append(batch.loss[row][column])
+        means = {example: math.fsum(x) / len(x) for example, x in found.items()}
+        known = {**means, **self.latest}
+        scores = each(batch, lambda row, column: self.score(batch, known, row, column))
+        self.latest |= means
+        losses = row_means(batch, scores)
+        there = sorted(x for x in losses if x is not None)
+        gaps = [b - a for a, b in itertools.pairwise(there)]
+        self.tied = any(gap < 1e-5 for gap in gaps)
+        shares = [None if x is None else sum(y < x for y in there) / len(there) for x in losses]
+        return mean_one(by_sequence(batch, softmax(shares, 1 / math.log(100))), batch.valid)
+
+    def score(self, batch, known, row, column):
+        """Return what is known of a token's example."""
+        ok = batch.valid[row][column]
+        return known[int(batch.columns["example"][row][column])] if ok else 0.0
+
+
 class SelectiveBackprop:
     """w_s = 1 with probability (#{h : h < l_s} / |h|)^3, else 0, scaled to mean one."""
 
@@ -637,6 +671,7 @@ MEMORIES = {
     "importance": Importance,
     "infobatch": InfoBatch,
     "loss-truncation": LossTruncation,
+    "loshchilov-hutter": LoshchilovHutter,
     "selective-backprop": SelectiveBackprop,
     "toremi": ToReMi,
     "toremi-topics": ToReMiTopics,

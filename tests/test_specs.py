@@ -32,7 +32,11 @@ def adversarial(domains=tables.DOMAINS):
     zero = torch.zeros_like(loss)
 
     def columns(x):
-        return {**dict.fromkeys(tables.COLUMNS, x), "topics": (x.abs() * 40).floor()}
+        return {
+            **dict.fromkeys(tables.COLUMNS, x),
+            "topics": (x.abs() * 40).floor(),
+            "example": x.abs().floor(),
+        }
 
     changes = {
         "unequal lengths": {"valid": lengths},
@@ -129,10 +133,15 @@ def in_a_row(count, rows, length):
 def test_remembered_weights_are_those_of_the_header(name, first):
     """Batch after batch the weights are those of the formula, the first with or without labels."""
     fn, expected = tables.built(tables.SPEC_TEXTS[name]), reference(name, tables.DOMAINS)
+    compared = 0
     for step, signals in enumerate(in_a_row(40, 40, 3)[first:]):
-        got = fn(signals, step).token
+        got, want = fn(signals, step).token, expected(tables.as_lists(signals, step=step))
+        if getattr(expected, "tied", False):  # rounding alone says which of two is the lower
+            continue
+        compared += 1
         # A float32 sum of logarithms, one more in every batch.
-        assert_equal_weights(got, expected(tables.as_lists(signals, step=step)), step, 1e-4)
+        assert_equal_weights(got, want, step, 1e-4)
+    assert compared > 10
 
 
 @pytest.mark.parametrize("first", [6799, 6800])

@@ -17,6 +17,7 @@ from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataLoader
 
 import weighting as wt
 from titan_integration import config_registry
+from titan_integration.data import loader as loading
 from titan_integration.data.documents import hub_documents
 from titan_integration.data.loader import DomainTextDataLoader
 from titan_integration.data.packing import Cut, PackedRows
@@ -143,6 +144,22 @@ def test_every_kind_of_source_has_columns(build, file, tmp_path):
     assert np.array_equal(documents.numbers[1], QUALITIES.numpy())
     bare = hub_documents(hub.select_columns(["text"]), Columns(), None, "hub")
     assert bare.names == ("all",)
+
+
+def test_documents_are_numbered_where_a_spec_remembers_examples(build, file, monkeypatch):
+    """From 0 in the order of the data, beside other columns; a stream has a column of its own."""
+    domains = [record["domain"] for record in RECORDS]
+    loader = build(file, columns=["score", "example"], domains=domains)
+    for inputs, _ in itertools.islice(loader, 5):
+        assert torch.equal(inputs["columns.example"], inputs["domain_ids"].float())
+        assert torch.equal(inputs["columns.score"], SCORES[inputs["domain_ids"]])
+    with pytest.raises(ValueError, match="no column 'example'"):
+        next(iter(build(file, columns=["example"], streaming=True, domains=domains)))
+    monkeypatch.setattr(loading, "_MOST_EXAMPLES", COUNT - 1)
+    with pytest.raises(
+        ValueError, match=rf"{COUNT} documents, and at most {COUNT - 1} can be told"
+    ):
+        build(file, columns=["example"])
 
 
 @pytest.mark.parametrize(

@@ -156,6 +156,25 @@ def test_per_document_is_the_mean_of_its_tokens(scored):
 
 
 @pytest.mark.processes
+def test_references_of_several_names_stand_side_by_side(tmp_path):
+    """Each has a column of its own, and the next one keeps those that are there."""
+    losses = [np.array([1.0, 2.0], np.float32)]
+    for name, before in (("a", {}), ("b", {"ref_loss_a": [3.0, 4.0]})):
+        records = write_lines(tmp_path / "x.jsonl", [{"text": "t", **before}])
+        config = DomainTextDataLoader.Config(dataset=str(records), domain_column="")
+        source = score_data.open_source(config, column=f"ref_loss_{name}")
+        made = {"column": f"ref_loss_{name}", "per": "token", "checkpoint": "it"}
+        blocks = iter([([*source.records()], losses)])
+        score_data.write(tmp_path / "out.parquet", source.schema, blocks, made)
+        found = pq.read_table(tmp_path / "out.parquet").to_pylist()[0]
+        assert found.pop(f"ref_loss_{name}") == [1.0, 2.0]
+        assert found == {"text": "t", **before}
+    words = ["score", "c", "--out", "s.parquet", "--name", "a b"]
+    done = click.testing.CliRunner().invoke(main, words)
+    assert done.exit_code == 2
+    assert "'a b' is no name" in done.output
+
+
 def test_a_file_says_how_it_was_made(scored, seed, data):
     """Which checkpoint, at which step, and with what row length; what else it takes to redo it."""
     made = score_data.provenance(scored(2, "document"))
@@ -283,7 +302,7 @@ def read_back(source, tmp_path):
     """Write a source with a loss of 1 for each document, and read the file."""
     records = [*source.records()]
     losses = [np.ones(2, np.float32)] * len(records)
-    made = {"per": "document", "checkpoint": "it"}
+    made = {"column": "ref_loss", "per": "document", "checkpoint": "it"}
     score_data.write(tmp_path / "out.parquet", source.schema, iter([(records, losses)]), made)
     return pq.read_table(tmp_path / "out.parquet").drop_columns("ref_loss").to_pylist()
 
@@ -392,7 +411,12 @@ def test_a_disk_that_is_full_leaves_nothing_behind(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))  # as if 100 bytes were free
     try:
         with pytest.raises(ValueError, match=r"--out .*out.parquet: cannot write it: File too l"):
-            score_data.write(out, WRITTEN, iter([block]), {"per": "token", "checkpoint": "it"})
+            score_data.write(
+                out,
+                WRITTEN,
+                iter([block]),
+                {"column": "ref_loss", "per": "token", "checkpoint": "it"},
+            )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, before)
@@ -404,7 +428,7 @@ def test_a_model_gone_wrong_leaves_nothing_behind(tmp_path):
     """A loss that is no number is refused here, as training would refuse it."""
     good = [("record 0", {"text": "x"})], [np.ones(3, np.float32)]
     bad = [("record 1", {"text": "y"})], [np.array([1, np.nan], np.float32)]
-    made = {"per": "token", "checkpoint": "the checkpoint"}
+    made = {"column": "ref_loss", "per": "token", "checkpoint": "the checkpoint"}
     with pytest.raises(ValueError, match=r"record 1: a loss is NaN or infinite under the checkp"):
         score_data.write(tmp_path / "out.parquet", WRITTEN, iter([good, bad]), made)
     assert list(tmp_path.iterdir()) == []
@@ -414,7 +438,7 @@ def test_nothing_to_predict_counts_as_no_loss(tmp_path):
     """A document of a single token has no loss per token, and a mean that training accepts."""
     block = [("record 0", {"text": ""})], [np.ones(0, np.float32)]
     for per, expected in {"token": [], "document": 0.0}.items():
-        made = {"per": per, "checkpoint": "it"}
+        made = {"column": "ref_loss", "per": per, "checkpoint": "it"}
         score_data.write(tmp_path / "out.parquet", WRITTEN, iter([block]), made)
         assert pq.read_table(tmp_path / "out.parquet")["ref_loss"].to_pylist() == [expected]
 

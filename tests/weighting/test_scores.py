@@ -41,6 +41,26 @@ def test_the_difference_with_the_reference_is_the_excess_loss():
     assert torch.equal(one, weigh("excess_loss -> exp -> mean_one", **signals))
 
 
+def test_references_have_names():
+    """Each reads the column of its name, and not the unnamed reference; both spellings say so."""
+    text = "version: 1\nnormalize: none\npipeline: {}\n"
+    old, b2 = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.5, 5.0]])
+    columns = {"ref_loss_old": old, "ref_loss_b2": b2}
+    signals = {"loss": old * 2, "ref_loss": torch.zeros(1, 2), "columns": columns}
+    for pipeline, expected in {
+        "ref_loss(old) -> minus(ref_loss(b2)) -> as_is": [0.5, 0.0],
+        "excess_loss(of=old) -> as_is": [1.0, 2.0],
+        "[{excess_loss: {of: b2}}, as_is]": [1.5, 0.0],
+        "excess_loss -> as_is": [2.0, 4.0],
+    }.items():
+        spec = wt.loads(text.format(pipeline))
+        assert wt.loads(wt.dumps(spec, "yaml")) == spec == wt.loads(wt.dumps(spec))
+        assert wt.build(spec)(wt.Signals(**signals), 1).token[0].tolist() == expected
+    assert wt.build(wt.loads("ref_loss(old) -> mean_one")).needs == {"columns.ref_loss_old"}
+    with pytest.raises(wt.SpecError, match="of of ref_loss: string should match pattern"):
+        wt.loads('ref_loss("a b") -> mean_one')
+
+
 def test_a_unit_counts_where_both_scores_are_finite():
     """With on_nonfinite: drop a bad reference loss leaves its token out, and no other."""
     text = "version: 1\non_nonfinite: drop\npipeline: loss -> over(ref_loss) -> mean_one\n"

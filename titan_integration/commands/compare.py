@@ -21,7 +21,7 @@ from titan_integration.commands import train as launch
 from titan_integration.commands.progress import SEED, View, cut
 from titan_integration.data.data_files import data_at, local_files, saved_dataset
 from titan_integration.data.formats import read_records
-from titan_integration.data.records import Columns, domain_of, numbers_of
+from titan_integration.data.records import domain_of, numbers_of
 from titan_integration.data.records import text_of as check_text
 from titan_integration.host.quiet import quiet
 from titan_integration.host.run_dir import refuse_unwritable
@@ -355,8 +355,9 @@ def _checked(args: Options, run: Run) -> WeightedTrainer.Config:
 def _check_data(loader: DomainTextDataLoader.Config, name: str) -> None:
     """Check that local data is there, and that its first record has what a run reads."""
     from titan_integration.data.documents import embedded_documents  # noqa: PLC0415
+    from titan_integration.data.loader import columns_read  # noqa: PLC0415
 
-    columns = Columns(loader.text_column, loader.domain_column, tuple(loader.columns))
+    columns = columns_read(loader)
     data = loader.dataset_path or loader.dataset
     try:
         if loader.dataset_path or data.startswith((".", "/", "~")):

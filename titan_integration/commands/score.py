@@ -38,6 +38,7 @@ from titan_integration.commands.score_data import open_source, provenance, write
 from titan_integration.commands.score_windows import scored_blocks
 from titan_integration.data.loader import DomainTextDataLoader
 from titan_integration.data.packing import Cut
+from titan_integration.data.records import REF_LOSS
 from titan_integration.host import cpu, versions
 from titan_integration.host.flags import parse
 from titan_integration.host.together import fail_together
@@ -65,13 +66,20 @@ class Options(launch.HostOptions):
         checkpoint: A folder step-N, or one of them.
         out: The Parquet file to write.
         per: `token` for a list of losses for each document, `document` for their mean.
-        overwrite: Whether to replace the file, and a column ref_loss.
+        overwrite: Whether to replace the file, and the column.
+        name: Of a reference among several; its column is `ref_loss_<name>`.
     """
 
     checkpoint: str
     out: str
     per: str
     overwrite: bool
+    name: str | None = None
+
+    @property
+    def column(self) -> str:
+        """What the losses are called."""
+        return f"{REF_LOSS}_{self.name}" if self.name else REF_LOSS
 
 
 def main(**options: Any) -> int:  # noqa: ANN401 - those of `Options`
@@ -109,7 +117,7 @@ def score(args: Options) -> None:
         flags = [*launch.host_flags(args, "uniform", "outputs/score"), *args.flags]
         config = cast("Trainer.Config", parse(flags))
         loader = _refuse_unsupported(config)
-        source = open_source(loader, replaces=args.overwrite)
+        source = open_source(loader, replaces=args.overwrite, column=args.column)
         tokenizer = build_tokenizer(config)
     model = FrozenModel(config, folder)
     rank, ranks = 0, 1
@@ -123,6 +131,7 @@ def score(args: Options) -> None:
         assert config.model_spec is not None
         step = re.fullmatch(r"step-(\d+)", folder.resolve().name)
         made = {
+            "column": args.column,
             "checkpoint": str(folder.resolve()),
             "step": int(step[1]) if step else None,
             "config": f"{args.module}.{args.config}",

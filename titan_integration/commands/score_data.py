@@ -52,12 +52,15 @@ class Source(NamedTuple):
     records: Callable[[], Iterator[Record]]
 
 
-def open_source(config: DomainTextDataLoader.Config, *, replaces: bool = False) -> Source:
+def open_source(
+    config: DomainTextDataLoader.Config, *, replaces: bool = False, column: str = REF_LOSS
+) -> Source:
     """Open what a loader's configuration names, and look at every record's text and domain.
 
     Args:
         config: What to read, as in training; columns of numbers are kept like all others.
-        replaces: Whether a column `ref_loss` that is there already may be replaced.
+        replaces: Whether a column of that name that is there already may be replaced.
+        column: What the losses will be called.
 
     Raises:
         ValueError: For anything wrong with the data or its description; names the place.
@@ -79,8 +82,8 @@ def open_source(config: DomainTextDataLoader.Config, *, replaces: bool = False) 
     if not has_text:
         msg = f"{where}: no text in any record of split {config.split!r}"
         raise ValueError(msg)
-    if kinds.pop(REF_LOSS, None) and not replaces:
-        msg = f"{where}: has a column {REF_LOSS!r} already; --overwrite replaces it"
+    if kinds.pop(column, None) and not replaces:
+        msg = f"{where}: has a column {column!r} already; --overwrite replaces it"
         raise ValueError(msg)
     schema = _schema(kinds, columns, where)
     read = [part.records for part in parts]
@@ -99,13 +102,14 @@ def write(
         out: The file.
         schema: Of the records' own columns.
         blocks: Records, and for each the losses of its tokens in nats, float32.
-        made: What to write about how it was made; `per` decides what the column holds.
+        made: What to write about how it was made; `column` is the losses' name, and `per` decides
+            what they are.
 
     Raises:
         ValueError: The disk is full or the like, or a loss is not finite.
     """
     kind = pa.list_(pa.float32()) if made["per"] == "token" else pa.float32()
-    schema = schema.append(pa.field(REF_LOSS, kind))
+    schema = schema.append(pa.field(made["column"], kind))
     documents, tokens, total = 0, 0, 0.0
     try:
         with (
@@ -233,4 +237,4 @@ def _row(
         checkpoint = made["checkpoint"]
         msg = f"{place}: a loss is NaN or infinite under {checkpoint}; use a sound checkpoint"
         raise ValueError(msg)
-    return {**record, REF_LOSS: losses if made["per"] == "token" else mean}
+    return {**record, made["column"]: losses if made["per"] == "token" else mean}

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, cast, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchtitan.components.dataloader import ParallelAwareDataloader
@@ -46,6 +47,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 EMBEDDED = "stdlib"
+EXAMPLE = "example"
+"""The column that numbers documents, from 0, in the order of the data."""
+_MOST_EXAMPLES = 2**24
+"""Numbers that a float32 holds exactly."""
 
 
 class DomainTextDataLoader(ParallelAwareDataloader):
@@ -94,7 +99,8 @@ class DomainTextDataLoader(ParallelAwareDataloader):
         columns: list[str] = field(default_factory=list)
         """Columns of numbers that the batches carry: one for each document, or a list of one for
         each predicted token (each but the first, begin and end of text included). Dots reach into
-        nested records. Those that the weighting's spec reads are added by the trainer."""
+        nested records. Those that the weighting's spec reads are added by the trainer; `example`
+        numbers the documents, unless they are streamed."""
 
         on_bad_record: OnBadRecord = "refuse"
         """``refuse``: the first record that cannot be used ends the run. ``skip``: it is passed
@@ -392,9 +398,24 @@ def load_documents(config: DomainTextDataLoader.Config) -> Documents:
     Raises:
         ValueError: For anything wrong with the data or its description.
     """
-    columns = _columns(config)
+    documents = _read_documents(config)
+    if EXAMPLE not in config.columns:
+        return documents
+    count = len(documents)
+    if count > _MOST_EXAMPLES:
+        msg = (
+            f"{config.dataset_path or config.dataset}: {count} documents, and at most "
+            f"{_MOST_EXAMPLES} can be told apart by number; use less data, or another spec"
+        )
+        raise ValueError(msg)
+    numbers = (*documents.numbers, np.arange(count, dtype=np.float32))
+    return replace(documents, columns=(*documents.columns, EXAMPLE), numbers=numbers)
+
+
+def _read_documents(config: DomainTextDataLoader.Config) -> Documents:
+    columns = columns_read(config)
     if config.dataset == EMBEDDED and config.dataset_path is None:
-        return embedded_documents(config.split, config.domains, config.columns)
+        return embedded_documents(config.split, config.domains, columns.numbers)
     if path := local_path(config):
         bad = BadRecords(config.on_bad_record)
         if is_sources(path):
@@ -456,7 +477,7 @@ def _streamed_rows(config: DomainTextDataLoader.Config, encode: Encode, cut: Cut
     if config.num_workers > 1:
         msg = f"{where}: a stream can use at most one worker, not {config.num_workers}"
         raise ValueError(msg)
-    columns, bad = _columns(config), BadRecords(config.on_bad_record)
+    columns, bad = columns_read(config), BadRecords(config.on_bad_record)
     domains = tuple(config.domains or ()) if config.domain_column else (ONLY_DOMAIN,)
     rows = StreamedRows(
         _source(config, columns, cut, bad),
@@ -504,8 +525,10 @@ def _source(
     return LocalStream(path, config.split, columns, cut, bad)
 
 
-def _columns(config: DomainTextDataLoader.Config) -> Columns:
-    return Columns(config.text_column, config.domain_column, tuple(config.columns))
+def columns_read(config: DomainTextDataLoader.Config) -> Columns:
+    """Return the columns that are read from the data; documents by index are numbered here."""
+    numbers = [name for name in config.columns if config.streaming or name != EXAMPLE]
+    return Columns(config.text_column, config.domain_column, tuple(numbers))
 
 
 def local_path(config: DomainTextDataLoader.Config) -> DataFile | None:

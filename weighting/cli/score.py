@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import re
+
 import click
 
 from weighting.cli import common
 from weighting.cli.common import check_data, check_out
 from weighting.cli.host import run_in_host
+
+
+def _checked(_: click.Context, __: click.Parameter, name: str | None) -> str | None:
+    if name is not None and not re.fullmatch("[A-Za-z0-9_]+", name):
+        msg = f"{name!r} is no name; write letters, digits and underscores"
+        raise click.BadParameter(msg)
+    return name
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
@@ -20,7 +29,12 @@ from weighting.cli.host import run_in_host
     show_default=True,
     help="A list of losses for each document, or their mean.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace the file, and a column ref_loss.")
+@click.option(
+    "--name",
+    callback=_checked,
+    help="Of one reference among several: the column is ref_loss_NAME.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace the file, and the column.")
 @common.config
 @common.module
 @common.ranks
@@ -39,6 +53,7 @@ def score(checkpoint: str, out: str, flags: tuple[str, ...], **options: object) 
       weighting score outputs/uniform/checkpoint --data my.jsonl --out s.parquet
       weighting score ckpt --data my.jsonl --out s.parquet --per document
       weighting score ckpt --config llama3_8b --data corpus/ --out s.parquet
+      weighting score ckpt --name old --data my.jsonl --out s.parquet
       weighting train rho-1 --data s.parquet
     """  # noqa: D301
     check_out(out, (".parquet",))

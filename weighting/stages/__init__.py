@@ -46,6 +46,7 @@ from weighting.stages.pow import Pow as Pow
 from weighting.stages.quadratic import Quadratic as Quadratic
 from weighting.stages.rank import Rank as Rank
 from weighting.stages.ref_loss import RefLoss as RefLoss
+from weighting.stages.remembered import Remembered as Remembered
 from weighting.stages.running import Running as Running
 from weighting.stages.select import Select as Select
 from weighting.stages.short_loss import ShortLoss as ShortLoss

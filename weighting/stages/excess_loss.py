@@ -8,6 +8,7 @@ from typing_extensions import override
 
 from weighting.contract import Scope, Signals, Source
 from weighting.registry import stage
+from weighting.stages.ref_loss import Reference, reference_loss, reference_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,18 +21,22 @@ class ExcessLoss(Source):
     score_t = loss_t - ref_loss_t
 
     The reference may be another model, the same one on a shorter context, or an older copy of it;
-    whoever trains says which.
+    whoever trains says which.  One of several has a name: excess_loss(old), as in `ref_loss`.
 
     Source: Xie et al. (2023), "DoReMi", arXiv:2305.10429; Lin et al. (2024), "Rho-1",
     arXiv:2404.07965 ("excess loss").
     """
 
     pointwise: ClassVar[bool] = True
-    needs: ClassVar[frozenset[str]] = frozenset({"loss", "ref_loss"})
+    of: Reference | None = None
+
+    @override
+    def reads(self) -> frozenset[str]:
+        """Return the loss, and that of the reference."""
+        return frozenset({"loss", reference_of(self.of)})
 
     @override
     def read(self, signals: Signals, scope: Scope) -> Tensor:
         """Return the difference."""
         del scope
-        assert signals.ref_loss is not None, "build checks what a pipeline needs"
-        return signals.loss - signals.ref_loss
+        return signals.loss - reference_loss(signals, self.of)
