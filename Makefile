@@ -4,6 +4,7 @@
 # make mutants    break one line at a time and see which test notices
 # make lint       ruff and pyrefly, both quiet
 # make evidence   does it help? two experiments with regression, and a language model in ten minutes
+# make evidence-long DATA=FOLDER TOKENIZER=FOLDER   the same in the proportions of the papers: days
 # make bench      what the weighting costs, of the loss and of a whole step, against torchtitan's own
 # make docs       the site in docs/_build, strictly: a dead link between pages fails
 # make dist       sdist and wheel, checked, with their hashes; the same bytes from the same commit
@@ -18,7 +19,7 @@ STAMP  := $(VENV)/.installed
 LOCK   := .ci/requirements.txt
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check --no-deps
 
-.PHONY: train test quick mutants lint evidence bench docs dist audit lock clean
+.PHONY: train test quick mutants lint evidence evidence-long bench docs dist audit lock clean
 
 train: $(STAMP)
 	$(BIN)/weighting train linupper --checkpoint.enable --weighting.record every=1
@@ -36,6 +37,9 @@ lint: $(STAMP)
 	$(BIN)/ruff check --quiet .
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/pyrefly check --summary=none
+
+evidence-long: $(STAMP)
+	$(BIN)/python benchmarks/evidence_long.py --data $(DATA) $(if $(TOKENIZER),--tokenizer $(TOKENIZER))
 
 evidence: $(STAMP)
 	$(BIN)/python benchmarks/regression.py

@@ -154,10 +154,7 @@ def page(found: Found, picture: str) -> str:
             "Time: that of a training step, as the median over seeds of its ratio to "
             f"`{BASE}`; several runs shared the machine."
         ),
-        (
-            "Loss on words by how frequent they are in training, in nats: those that make up half "
-            "of all tokens, the next four tenths, and the rest."
-        ),
+        by_frequency(found.about),
         by_bucket(found, diffs),
         (
             f"Log-perplexity by domain: that of `{BASE}`, and differences to it; a star marks "
@@ -166,6 +163,16 @@ def page(found: Found, picture: str) -> str:
         by_domain(found, diffs),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def by_frequency(about: dict[str, Any]) -> str:
+    """Return in a sentence what the buckets of words are."""
+    # Numbers that do not say it are older than the paper's shares here.
+    first, second = (round(100 * x) for x in about.get("buckets", (0.5, 0.9)))
+    return (
+        "Loss on words by how frequent they are in training, in nats: those that make up "
+        f"{first} % of all tokens, the next {second - first} %, and the rest."
+    )
 
 
 def summary(found: Found) -> str:

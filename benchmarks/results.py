@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import evidence_long_page
 import evidence_page
 import regression
 import theory
@@ -60,6 +61,7 @@ def section() -> str:
             "It trained models of 124 to 300 million parameters on 0.3 to 0.5 billion tokens, and "
             "weighed only after the first thousand steps."
         ),
+        *long_runs(),
         (
             "### On a GPU\n\n"
             "These commands train the paper's smallest model in a plain PyTorch loop.\n"
@@ -80,6 +82,27 @@ def section() -> str:
         ),
     ]
     return "\n\n".join(parts) + "\n\n"
+
+
+def long_runs() -> list[str]:
+    """Return what the runs in the papers' proportions say, as far as they are there."""
+    if not (HERE / "evidence-long.parquet").exists():
+        return [
+            (
+                "### In the papers' proportions\n\n"
+                "[A study](reproduce.md#in-the-papers-proportions) of 20,000 steps, the first "
+                "1,000 of them plain, with 32 rows a step, can be run.\n"
+                "No run of it is finished yet."
+            )
+        ]
+    found = evidence_long_page.Study(HERE / "evidence-long.parquet")
+    return [
+        (
+            "### In the papers' proportions\n\n[Report](../benchmarks/evidence-long.md): "
+            f"{evidence_long_page.made(found)}"
+        ),
+        *evidence_long_page.answers(found),
+    ]
 
 
 def cap() -> str:

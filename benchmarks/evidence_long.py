@@ -1,0 +1,321 @@
+"""Does weighting help in the papers' proportions?  Small models trained for 20,000 steps.
+
+    python benchmarks/evidence_long.py --data FOLDER --tokenizer FOLDER
+
+FOLDER holds `train/` and `valid/` with .parquet or .jsonl files of the columns `text` and `domain`.
+Steps, burn-in, schedule and sequences a step are those of Sow et al., ICLR 2025, Table 7; the model
+is a hundred times smaller.  Three texts are trained on: the one in the folder, one in which a third
+of the documents stands eight times, and one in which a third has its characters in random order.
+Every model meets the same validation text, which is the folder's.
+
+Runs are made one after the other, and each takes hours.  Stopped, the same command goes on; what is
+found is kept after every run.  `evidence_long_page.py` makes the page and the figures of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import shutil
+import signal
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import evidence
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from evidence_long_page import CURVE, OTHERS, SOW, TEXTS, write_page
+from evidence_page import BUCKETS
+
+import weighting as wt
+from titan_integration.commands import run_queue as series
+from titan_integration.host.checkpoints import step_folders
+from weighting.runs.files import read_lines, write_whole
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+STEPS, EVERY, PLAIN, WARMUP = 20_000, 2_000, 1_000, 500
+SEQ_LEN, ROWS = 32, 32
+WINDOWS = 4
+"""Rows of a validation document that the models meet, evenly spaced in it."""
+REPEATED, TIMES = 3, 8
+"""One document of so many stands so often, or is noise."""
+PIPELINES = {
+    "linupper-r0.4": "normalize -> linupper(alpha=1) -> temperature(0.4) -> clamp(2/n)",
+    "linupper-r1": "normalize -> linupper(alpha=1) -> temperature(1) -> clamp(2/n)",
+    "linupper-r2": "normalize -> linupper(alpha=1) -> temperature(2) -> clamp(2/n)",
+    "prop1": "normalize -> temperature(0.4) -> clamp(2/n)",
+    "quadratic": "normalize -> quadratic -> temperature(0.4) -> clamp(2/n)",
+    "extremes": "normalize -> extremes -> temperature(0.4) -> clamp(2/n)",
+    "dro-kl": "temperature(1)",
+}
+"""Weights of sequences; they begin after so many plain steps.  The others begin at once."""
+
+
+class Run(NamedTuple):
+    """One model: which text, weighted how, and which seed."""
+
+    text: str
+    method: str
+    seed: int
+
+
+def queue() -> list[Run]:
+    """Return the runs in the order in which they are made."""
+    judge = Run(TEXTS[0], "reference", evidence.REFERENCE_SEED)
+    runs = [Run(TEXTS[0], "uniform", 0), Run(TEXTS[0], SOW[0], 0), judge]
+    for seed in range(3):
+        runs += [Run(TEXTS[0], name, seed) for name in CURVE]
+        runs += [Run(text, name, seed) for text in TEXTS[1:] for name in ("uniform", *SOW)]
+        runs += [Run(TEXTS[0], name, seed) for name in OTHERS if not seed]
+    return [*dict.fromkeys(runs)]
+
+
+def main() -> None:
+    """Train what is not there yet, and keep what is found after each run."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--data", required=True, type=Path, help="folder with train/ and valid/")
+    parser.add_argument("--tokenizer", help="folder of a tokenizer with the model's vocabulary")
+    parser.add_argument("--folder", type=Path, default=Path("outputs/evidence-long"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("evidence-long"))
+    parser.add_argument("--steps", type=int, default=STEPS, help="fewer only try it out")
+    parser.add_argument("--runs", type=int, help="end after so many that were not there")
+    args = parser.parse_args()
+    folder = args.folder.absolute()  # the host takes no other paths of checkpoints
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ["OMP_NUM_THREADS"] = "1"  # one run a core, and the same sums in the same order
+    own = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, own))  # for the model's config
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with series.alone(folder):
+            study = Study(folder, args.data.absolute(), args.tokenizer, args.steps)
+            missing = [run for run in queue() if not study.found(run).exists()]
+            for run in missing[: args.runs]:
+                print(f"{run.text}, {run.method}, seed {run.seed}", flush=True)
+                study.make(run)
+                study.gather(args.out)
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on")
+    except (RuntimeError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    if args.out.with_suffix(".parquet").exists():
+        print(write_page(args.out))
+
+
+class Study:
+    """The runs in a folder."""
+
+    def __init__(self, folder: Path, data: Path, tokenizer: str | None, steps: int) -> None:
+        """Write the specs, and the texts that are made of the given one.
+
+        Raises:
+            ValueError: The folder holds runs of something else.
+        """
+        flags = [f"--training.seq_len={SEQ_LEN}", f"--training.local_batch_size={ROWS}"]
+        flags += ["--metrics.log_freq=100", "--metrics.disable_color_printing"]
+        flags += [f"--hf_assets_path={Path(tokenizer).absolute()}"] if tokenizer else []
+        orders = {"data": str(data), "flags": flags, "steps": steps}
+        if (noted := folder / "orders.json").exists():
+            series.refuse_changed(noted, orders, "runs")
+        series.note(noted, orders)
+        self.folder, self.steps, self.every = folder, steps, max(steps * EVERY // STEPS, 1)
+        self.plans = {}
+        for text in TEXTS:
+            path = f"--dataloader.dataset_path={data if text == TEXTS[0] else self.place(text)}"
+            self.plans[text] = evidence.Plan(
+                steps, [], 3, "llama3_1m", [*flags, path], 10**9, "evidence_models"
+            )
+            specs = self.place(text) / "specs"
+            specs.mkdir(parents=True, exist_ok=True)
+            for name in dict.fromkeys((*CURVE, *OTHERS)):
+                write_whole(specs / f"{name}.yaml", spec_text(name, steps))
+        self._validation: Windows | None = None
+
+    def found(self, run: Run) -> Path:
+        """Return the file of what was found of a run."""
+        return evidence.run_of(self.place(run.text), run.method, run.seed) / "found.parquet"
+
+    def place(self, text: str) -> Path:
+        """Return the folder of a text and its runs."""
+        return self.folder / text.replace(" ", "-")
+
+    @property
+    def validation(self) -> Windows:
+        """The validation text."""
+        if self._validation is None:
+            self._validation = Windows(self.plans[TEXTS[0]])
+        return self._validation
+
+    def make(self, run: Run) -> None:
+        """Train a model, let every checkpoint meet the validation text, and keep the last one."""
+        folder, plan = self.place(run.text), self.plans[run.text]
+        if run.text != TEXTS[0]:
+            write_text(self.validation.config, folder, run.text)
+        if run.method != "reference":
+            evidence.seed_checkpoint(folder, plan, run.seed)
+        keep = ["--checkpoint.keep_latest_k=0", f"--checkpoint.interval={self.every}"]
+        keep += [f"--lr_scheduler.warmup_steps={max(self.steps * WARMUP // STEPS, 2)}"]
+        evidence.train(folder, plan, run.method, run.seed, *keep)
+        dumped = evidence.run_of(folder, run.method, run.seed)
+        saved = dict(sorted(step_folders(dumped / "checkpoint").items()))
+        lines = read_lines(dumped / "weighting" / "metrics.jsonl")
+        rows = [
+            run._asdict()
+            | {"step": step}
+            | weights_in(lines, step - self.every, step, self.validation.domains)
+            | self.validation.met_at(path)
+            for step, path in saved.items()
+            if step % self.every == 0 and step
+        ]
+        part = self.found(run).with_suffix(".part")
+        pq.write_table(pa.Table.from_pylist(rows, SCHEMA), part, compression="zstd")
+        part.rename(self.found(run))
+        for step, path in saved.items():
+            if step != self.steps:
+                shutil.rmtree(path)
+
+    def gather(self, out: Path) -> None:
+        """Write what was found of all runs that are whole."""
+        files = [path for run in queue() if (path := self.found(run)).exists()]
+        about = {
+            "steps": self.steps,
+            "seq_len": SEQ_LEN,
+            "rows": ROWS,
+            "plain": self.steps * PLAIN // STEPS,
+            "machine": f"{platform.machine()}, one core, no accelerator used",
+            "versions": {x: version(x) for x in ("torch", "torchtitan")},
+            "buckets": [evidence.FREQUENT, evidence.MEDIUM],
+            "runs": len(queue()),
+            "text": self.validation.about(),
+        }
+        table = pa.concat_tables([pq.read_table(path) for path in files])
+        out.parent.mkdir(parents=True, exist_ok=True)
+        part = out.with_suffix(".part")
+        whole = table.replace_schema_metadata({"about": json.dumps(about)})
+        pq.write_table(whole, part, compression="zstd")
+        part.rename(out.with_suffix(".parquet"))
+
+
+def spec_text(name: str, steps: int) -> str:
+    """Return a method's spec; weights of sequences begin after the plain steps."""
+    if name not in PIPELINES:
+        return evidence.spec_text(name)
+    begin = steps * PLAIN // STEPS + 1
+    return wt.dumps(
+        wt.loads(
+            f"version: 1\nname: {name}\n"
+            f"pipeline: {PIPELINES[name]} -> interpolate(step(1, 0, at={begin}))\n"
+        )
+    )
+
+
+def write_text(config: Any, folder: Path, text: str) -> None:  # noqa: ANN401 - the host's
+    """Write training and validation text of a study, unless they are there."""
+    from dataclasses import replace  # noqa: PLC0415
+
+    from titan_integration.data.loader import load_documents  # noqa: PLC0415
+
+    if (folder / "train").exists():
+        return
+    for split, name in (("validation", "valid"), ("train", "train")):
+        documents = load_documents(replace(config.dataloader, split=split))
+        rows = [documents[i] for i in range(len(documents))]
+        changed = rows if name == "valid" else [*of_text(text, rows)]
+        table = pa.table({"text": [x[0] for x in changed], "domain": [x[1] for x in changed]})
+        part = folder / f".{name}.part"
+        part.mkdir(exist_ok=True)
+        pq.write_table(table, part / "text.parquet", compression="zstd")
+        part.rename(folder / name)
+
+
+def of_text(text: str, rows: list[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """Yield documents and their domains, a third of them again and again, or made noise."""
+    draw = random.Random(0)  # noqa: S311 - not for secrets
+    for words, domain in rows:
+        chosen = draw.randrange(REPEATED) == 0
+        if chosen and text == "noisy":
+            yield "".join(draw.sample(words, len(words))), domain
+        else:
+            yield from [(words, domain)] * (TIMES if chosen and text == "repeated" else 1)
+
+
+class Windows(evidence.Validation):
+    """Rows of the validation text, evenly spaced in each document, each met by itself."""
+
+    def __init__(self, plan: evidence.Plan) -> None:
+        """Read the text, and take the rows."""
+        super().__init__(plan)
+        whole, self.documents, self.document = self.documents, [], []
+        for number, (domain, _, tokens) in enumerate(whole):
+            starts = range(0, max(len(tokens) - SEQ_LEN, 1), SEQ_LEN)
+            some = np.linspace(0, len(starts) - 1, min(WINDOWS, len(starts))).round().astype(int)
+            for i in some:
+                row = tokens[starts[i] : starts[i] + SEQ_LEN + 1]
+                self.documents.append((domain, 0, row))
+                self.document.append(number)
+        self.kinds = [self.bucket[torch.tensor(tokens[1:])] for *_, tokens in self.documents]
+
+    @property
+    def domains(self) -> list[str]:
+        """Names, in alphabetical order."""
+        return sorted({domain for domain, *_ in self.documents})
+
+    def about(self) -> dict[str, list[Any]]:
+        """Return of every row its domain, its document, and tokens by how frequent they are."""
+        tokens = {
+            name: [int((kinds == kind).sum()) for kinds in self.kinds]
+            for kind, name in enumerate(BUCKETS)
+        }
+        return {"domain": [x[0] for x in self.documents], "document": self.document} | tokens
+
+    def met_at(self, checkpoint: Path) -> dict[str, list[float]]:
+        """Return the nats of every row, by how frequent its tokens are."""
+        losses = self.losses(checkpoint)
+        return {
+            name: [
+                float(nll[kinds == kind].sum())
+                for nll, kinds in zip(losses, self.kinds, strict=True)
+            ]
+            for kind, name in enumerate(BUCKETS)
+        }
+
+
+def weights_in(
+    lines: list[dict[str, float]], after: int, to: int, domains: list[str]
+) -> dict[str, Any]:
+    """Return means over the steps of a run: effective sample size, and weights of domains."""
+    some = [x for x in lines if after < x["step"] <= to]
+    each = {
+        name: [x[key] for x in some if (key := f"domain/{name}/weight") in x] for name in domains
+    }
+    return {
+        "ess": float(np.mean([x["weight/ess_frac"] for x in some])) if some else None,
+        "domain_weights": [float(np.mean(x)) if x else None for x in each.values()],
+    }
+
+
+SCHEMA = pa.schema(
+    {
+        "text": pa.string(),
+        "method": pa.string(),
+        "seed": pa.int32(),
+        "step": pa.int32(),
+        "ess": pa.float32(),
+        "domain_weights": pa.list_(pa.float32()),
+        **dict.fromkeys(BUCKETS, pa.list_(pa.float32())),
+    }
+)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,364 @@
+"""What `evidence_long.py` found so far, as a page and figures.
+
+    python benchmarks/evidence_long_page.py benchmarks/evidence-long
+
+reads that name with .parquet and writes it with .md and .svg.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pyarrow.parquet as pq
+from evidence_page import BUCKETS, Interval, by_frequency, starred, table_of
+
+mpl.use("svg")
+import matplotlib.pyplot as plt
+
+TEXTS = ("as it is", "repeated", "noisy")
+SOW = ("linupper-r0.4", "linupper-r1")
+CURVE = ("uniform", *SOW, "mile", "prop1")
+"""With three seeds; the others with one."""
+OTHERS = ("linupper-r2", "quadratic", "extremes", "dro-kl", "focal", "rho-1")
+BASE, JUDGE = "uniform", "reference"
+LEVELS = ("easy", "medium", "hard")
+RESAMPLES, LEVEL = 1_000, 95
+SEEDS = 3
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#888888", "#333333")
+
+
+class Study:
+    """Losses in nats by run, step and row of the validation text.
+
+    Attributes:
+        about: How it was made.
+        nats: (text, method, seed) -> step -> [rows, buckets], sums.
+        ess: (text, method, seed) -> the mean effective sample size over all steps, as a share.
+        shift: (text, method, seed) -> how far domains' mean weights are from one, on average.
+        tokens: [rows, buckets].
+        domains: Names, in alphabetical order.
+        domain: [rows], as an index.
+        document: [rows].
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Read what `evidence_long.py` wrote."""
+        table = pq.read_table(path)
+        self.about: dict[str, Any] = json.loads((table.schema.metadata or {})[b"about"])
+        text = self.about["text"]
+        self.domains = sorted(set(text["domain"]))
+        self.domain = np.array([self.domains.index(x) for x in text["domain"]])
+        self.document = np.array(text["document"])
+        self.tokens = np.array([text[name] for name in BUCKETS], float).T
+        self.nats: dict[tuple[str, str, int], dict[int, np.ndarray]] = {}
+        self.ess: dict[tuple[str, str, int], float] = {}
+        self.shift: dict[tuple[str, str, int], float] = {}
+        each: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
+        for row in table.to_pylist():
+            each.setdefault((row["text"], row["method"], row["seed"]), []).append(row)
+        for run, rows in each.items():
+            self.nats[run] = {
+                row["step"]: np.array([row[name] for name in BUCKETS]).T for row in rows
+            }
+            self.ess[run] = float(np.mean([row["ess"] for row in rows]))
+            weights = np.array([row["domain_weights"] for row in rows], float)
+            self.shift[run] = float(np.nanmean(np.abs(weights - 1)))
+        self.last = self.about["steps"]
+
+    def seeds(self, text: str, method: str) -> list[int]:
+        """Return the seeds with which a method and the baseline have been trained."""
+        have = [{s for t, m, s in self.nats if (t, m) == (text, x)} for x in (method, BASE)]
+        return sorted(have[0] & have[1])
+
+    def methods(self, text: str) -> list[str]:
+        """Return the methods that can be compared to the baseline."""
+        return [x for x in (*CURVE[1:], *OTHERS) if self.seeds(text, x)]
+
+    @property
+    def difficulty(self) -> np.ndarray | None:
+        """[rows]: in which third of its domain a row is by the loss of a model of another seed."""
+        found = [runs for (_, method, _), runs in self.nats.items() if method == JUDGE]
+        if not found:
+            return None
+        loss = found[0][self.last].sum(1) / self.tokens.sum(1)
+        third = np.empty(len(loss), int)
+        for d in range(len(self.domains)):
+            rows = np.flatnonzero(self.domain == d)
+            rank = np.argsort(np.argsort(loss[rows], kind="stable"))
+            third[rows] = rank * len(LEVELS) // len(rows)
+        return third
+
+    @cache  # noqa: B019 - one study a process
+    def draws(self) -> np.ndarray:
+        """[resamples, documents]: how often each is drawn; within each domain as many as it has."""
+        random = np.random.default_rng(0)
+        count = self.document.max() + 1
+        home = np.zeros(count, int)
+        home[self.document] = self.domain
+        drawn = np.zeros((RESAMPLES + 1, count))
+        drawn[0] = 1  # as they are
+        for d in range(len(self.domains)):
+            own = np.flatnonzero(home == d)
+            drawn[1:, own] = random.multinomial(len(own), [1 / len(own)] * len(own), RESAMPLES)
+        return drawn
+
+    def losses(self, nats: np.ndarray, tokens: np.ndarray, group: np.ndarray) -> np.ndarray:
+        """[resamples + 1, groups]: the loss of each group of rows, as they are and resampled.
+
+        Args:
+            nats: [rows].
+            tokens: [rows].
+            group: [rows], as an index.
+        """
+        shape = (self.document.max() + 1, group.max() + 1)
+        above, below = np.zeros(shape), np.zeros(shape)
+        np.add.at(above, (self.document, group), nats)
+        np.add.at(below, (self.document, group), tokens)
+        with np.errstate(invalid="ignore"):  # a draw may leave a group empty
+            return (self.draws() @ above) / (self.draws() @ below)
+
+    def difference(self, text: str, method: str, step: int, by: str) -> list[Interval]:
+        """Return a method's losses less the baseline's, with intervals over documents and seeds.
+
+        Args:
+            text: What was trained on.
+            method: Which.
+            step: When.
+            by: `mean` of domains, `domain`, `difficulty` (each domain's thirds, mean of domains),
+                or `bucket` of words.
+        """
+        seeds = self.seeds(text, method)
+        each = np.array(
+            [
+                self.of(self.nats[text, method, seed][step], by)
+                - self.of(self.nats[text, BASE, seed][step], by)
+                for seed in seeds
+            ]
+        )
+        picked = np.random.default_rng(1).integers(len(seeds), size=(RESAMPLES, len(seeds)))
+        drawn = each[picked, np.arange(1, RESAMPLES + 1)[:, None]].mean(1)
+        tail = (100 - LEVEL) / 2
+        low, high = np.nanpercentile(drawn, [tail, 100 - tail], axis=0)
+        exact = each[:, 0].mean(0)
+        return [Interval(*map(float, x)) for x in zip(exact, low, high, strict=True)]
+
+    def of(self, nats: np.ndarray, by: str) -> np.ndarray:
+        """[resamples + 1, columns]: losses of [rows, buckets] sums."""
+        if by == "bucket":
+            kinds = range(len(BUCKETS))
+            all_rows = np.zeros(len(nats), int)
+            parts = [self.losses(nats[:, k], self.tokens[:, k], all_rows) for k in kinds]
+            return np.concatenate(parts, axis=1)
+        group, tokens = self.domain, self.tokens.sum(1)
+        if by == "difficulty":
+            assert self.difficulty is not None
+            group = self.difficulty * len(self.domains) + self.domain
+        found = self.losses(nats.sum(1), tokens, group)
+        if by == "domain":
+            return found
+        return np.nanmean(found.reshape(len(found), -1, len(self.domains)), axis=-1)
+
+
+def page(study: Study, picture: str) -> str:
+    """Return the report in Markdown."""
+    parts = [
+        "# Does it help in the papers' proportions?",
+        made(study),
+        *answers(study),
+        f"![loss less that of {BASE} over training]({picture})",
+    ]
+    for text in TEXTS:
+        if study.methods(text):
+            parts += tables(study, text)
+    parts += [gains(study)]
+    return "\n\n".join(x for x in parts if x) + "\n"
+
+
+def made(study: Study) -> str:
+    """Return what the numbers were made with, and how much of it there is."""
+    about = study.about
+    versions = ", ".join(f"{name} {x}" for name, x in about["versions"].items())
+    tokens = about["steps"] * about["seq_len"] * about["rows"]
+    return (
+        f"`make evidence-long`: {about['steps']:,} steps of {about['rows']} rows of "
+        f"{about['seq_len']} tokens, {tokens:,} tokens, and a model of 1.05 million parameters. "
+        "Rate, schedule and decay are in `benchmarks/evidence_models.py`; weights of sequences "
+        f"begin after {about['plain']:,} plain steps, those of tokens at once.\n"
+        "All methods of a seed start from one model and read the text in one order.\n"
+        f"{len(study.nats)} of {about['runs']} runs are there.\n"
+        f"Validation: {len(study.domain):,} rows of {study.document.max() + 1} documents, "
+        f"{int(study.tokens.sum()):,} tokens, the same for all.\n"
+        f"Machine: {about['machine']}; {versions}.\n\n"
+        f"Numbers are nats, less those of `{BASE}` of the same seed: below zero is better. "
+        f"In brackets stands the {LEVEL} % interval of a bootstrap over documents and seeds; "
+        "a star marks one that leaves out zero. With one seed it is over documents alone, and "
+        "says nothing of other seeds."
+    )
+
+
+def answers(study: Study) -> list[str]:
+    """Return the three questions, each with what the runs say."""
+    asked = (
+        "**Does the sign of LinUpper change with the length of training or r?**",
+        "**Where is anything gained or lost?**",
+        "**Does dropping redundancy help where there is redundancy?**",
+    )
+    there = [x for x in SOW if study.seeds(TEXTS[0], x)]
+    first = [f"{x}: {over_training(study, TEXTS[0], x)}." for x in there]
+    second = [f"{x}: {by_sign(study, x)}." for x in there]
+    third = [
+        f"{text}, {x}: {told(study, text, x)}."
+        for text in TEXTS[1:]
+        for x in SOW
+        if study.seeds(text, x)
+    ]
+    return [
+        f"{question}\n{' '.join(found or ['Not run yet.'])}"
+        for question, found in zip(asked, (first, second, third), strict=True)
+    ]
+
+
+def told(study: Study, text: str, method: str) -> str:
+    """Return the mean over domains at the end, and what may be said of it."""
+    count = len(study.seeds(text, method))
+    (mean,) = study.difference(text, method, study.last, "mean")
+    verdict = {"neither": "undecided"}.get(mean.verdict, mean.verdict)
+    few = "" if count >= SEEDS else f", with {count} of {SEEDS} seeds"
+    return f"{verdict} ({mean}{few})"
+
+
+def over_training(study: Study, text: str, method: str) -> str:
+    """Return a method's mean at the end, and how often its sign turned before."""
+    steps = sorted(study.nats[text, method, study.seeds(text, method)[0]])
+    values = [study.difference(text, method, step, "mean")[0].value for step in steps]
+    turned = [f"{b:,}" for (a, x), (b, y) in pairwise(zip(steps, values, strict=True)) if x * y < 0]
+    signs = f"its sign turned at step {' and '.join(turned)}" if turned else "its sign never turned"
+    return f"{told(study, text, method)}; {signs}"
+
+
+def by_sign(study: Study, method: str) -> str:
+    """Return where a method is better and where worse, as far as the intervals say."""
+    found = list(zip(study.domains, study.difference(TEXTS[0], method, study.last, "domain")))  # noqa: B905
+    if study.difficulty is not None:
+        rows = study.difference(TEXTS[0], method, study.last, "difficulty")
+        found += [(f"{x} rows", d) for x, d in zip(LEVELS, rows, strict=True)]
+    parts = [
+        f"{verdict} on {', '.join(names)}"
+        for verdict in ("better", "worse")
+        if (names := [name for name, x in found if x.verdict == verdict])
+    ]
+    return "; ".join(parts) or "nowhere beyond its interval"
+
+
+def tables(study: Study, text: str) -> list[str]:
+    """Return the tables of one training text."""
+    methods, last = study.methods(text), study.last
+    heads = {
+        TEXTS[0]: "## The text as it is",
+        TEXTS[1]: "## A third of the documents eight times",
+        TEXTS[2]: "## A third of the documents noise",
+    }
+    columns: list[tuple[str, list[str]]] = [("bucket", [*BUCKETS]), ("domain", study.domains)]
+    if study.difficulty is not None:
+        columns.insert(0, ("difficulty", [*LEVELS]))
+    rows = []
+    for method in methods:
+        (mean,) = study.difference(text, method, last, "mean")
+        run = (text, method, study.seeds(text, method)[0])
+        ess = f"{study.ess[run]:.2f}"
+        rows.append([method, f"{len(study.seeds(text, method))}", f"{mean}", ess])
+    parts = [heads[text], table_of(["method", "seeds", "mean over domains", "ESS"], rows)]
+    captions = {
+        "difficulty": (
+            f"By difficulty: each domain's rows in thirds by the loss of a {BASE} model of another "
+            "seed; mean over domains."
+        ),
+        "bucket": by_frequency(study.about),
+        "domain": "By domain.",
+    }
+    for by, names in columns:
+        found = {x: study.difference(text, x, last, by) for x in methods}
+        rows = [[x, *map(starred, diffs)] for x, diffs in found.items()]
+        parts += [captions[by], table_of(["method", *names], rows)]
+    return parts
+
+
+def gains(study: Study) -> str:
+    """Return how far effective sample size and domain shift tell the difference at the end."""
+    runs = [run for run in study.nats if run[1] not in {BASE, JUDGE}]
+    runs = [run for run in runs if (run[0], BASE, run[2]) in study.nats]
+    if len({run[1] for run in runs}) < len(CURVE):
+        return ""
+    final = [float(self_of(study, run) - self_of(study, (run[0], BASE, run[2]))) for run in runs]
+    told = [
+        f"{name} {np.corrcoef([of[run] for run in runs], final)[0, 1]:+.2f}"
+        for name, of in (("effective sample size", study.ess), ("domain shift", study.shift))
+    ]
+    return (
+        "## What goes with a gain?\n\n"
+        f"Correlation with the final difference over {len(runs)} runs: {', '.join(told)}."
+    )
+
+
+def self_of(study: Study, run: tuple[str, str, int]) -> float:
+    """Return a run's last loss, the mean over domains."""
+    return float(study.of(study.nats[run][study.last], "mean")[0, 0])
+
+
+def figure(study: Study, path: Path) -> None:
+    """Draw differences to the baseline over training: the mean over domains, and each domain."""
+    methods = [x for x in study.methods(TEXTS[0]) if x in CURVE]
+    panels = ["mean over domains", *study.domains]
+    across = 4
+    down = -(-len(panels) // across)
+    mpl.rcParams["svg.hashsalt"] = "weighting"
+    mpl.rcParams["svg.fonttype"] = "none"
+    fig, axes = plt.subplots(
+        down, across, figsize=(10, 2.1 * down), sharex=True, layout="constrained", squeeze=False
+    )
+    for colour, method in zip(COLOURS, methods, strict=False):
+        seed = study.seeds(TEXTS[0], method)[0]
+        steps = sorted(study.nats[TEXTS[0], method, seed])
+        found = [
+            [
+                *study.difference(TEXTS[0], method, step, "mean"),
+                *study.difference(TEXTS[0], method, step, "domain"),
+            ]
+            for step in steps
+        ]
+        for panel, axis in enumerate(axes.flat[: len(panels)]):
+            some = [row[panel] for row in found]
+            lows, highs = [x.low for x in some], [x.high for x in some]
+            axis.plot(steps, [x.value for x in some], color=colour, label=method)
+            axis.fill_between(steps, lows, highs, color=colour, alpha=0.15, linewidth=0)
+    for name, axis in zip(panels, axes.flat, strict=False):
+        axis.axhline(0, color="#888888", linewidth=0.8)
+        axis.set_title(name, fontsize=9)
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    fig.legend(handles, labels, loc="lower right")
+    fig.supxlabel("step")
+    fig.supylabel(f"nats less that of {BASE}")
+    fig.savefig(path, metadata={"Date": None})
+    plt.close(fig)
+
+
+def write_page(base: Path) -> Path:
+    """Write page and figure beside the numbers, and return the page's path."""
+    study = Study(base.with_suffix(".parquet"))
+    out = base.with_suffix(".md")
+    out.write_text(page(study, base.with_suffix(".svg").name), encoding="utf-8")
+    figure(study, base.with_suffix(".svg"))
+    return out
+
+
+if __name__ == "__main__":
+    print(write_page(Path(sys.argv[1])))

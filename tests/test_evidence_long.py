@@ -1,0 +1,141 @@
+"""The long evidence: the order of its runs, its texts, and what its page finds in known numbers."""
+
+import importlib
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+BUCKETS = ("frequent", "medium", "rare")
+ROWS, TOKENS = 24, (8, 4, 2)
+"""Of the validation text, and of every row by how frequent they are."""
+
+
+@pytest.fixture
+def page(monkeypatch):
+    """Return the module that makes the page."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module("evidence_long_page")
+
+
+@pytest.fixture
+def study(monkeypatch):
+    """Return the module that makes the runs."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module("evidence_long")
+
+
+def stored(folder, shifts, seeds):
+    """Write runs whose losses are so many nats a token from uniform's, in the hard rows alone.
+
+    Args:
+        folder: Where to.
+        shifts: By text, method and step.
+        seeds: How many.
+    """
+    level = np.random.default_rng(0).permutation(ROWS // 2)
+    loss = 2 + np.concatenate([level, level]) / 10  # two domains, the same twelve levels
+    hard = np.concatenate([level, level]) >= ROWS // 2 * 2 // 3
+    runs = [("as it is", "reference", 1000, 0.0, step) for step in (1, 2)]
+    for (text, method, step), shift in shifts.items():
+        runs += [(text, method, seed, shift, step) for seed in range(seeds)]
+    rows = [
+        {
+            "text": text,
+            "method": method,
+            "seed": seed,
+            "step": step,
+            "ess": 0.5,
+            "domain_weights": [1.5, 0.5],
+            **{
+                name: ((loss + seed + shift * hard) * count).tolist()
+                for name, count in zip(BUCKETS, TOKENS, strict=True)
+            },
+        }
+        for text, method, seed, shift, step in runs
+    ]
+    text = {
+        "domain": ["book"] * (ROWS // 2) + ["code"] * (ROWS // 2),
+        "document": [i // 2 for i in range(ROWS)],
+    }
+    text |= {name: [count] * ROWS for name, count in zip(BUCKETS, TOKENS, strict=True)}
+    about = {"steps": 2, "seq_len": 16, "rows": 4, "plain": 1, "machine": "one", "runs": 41}
+    about |= {"versions": {"torch": "1"}, "buckets": [0.8, 0.95], "text": text}
+    table = pa.Table.from_pylist(rows).replace_schema_metadata({"about": json.dumps(about)})
+    pq.write_table(table, folder / "found.parquet")
+    return folder / "found.parquet"
+
+
+def test_a_known_gain_is_found_where_it_is(page, tmp_path):
+    """In the hard third of the rows, which are told by a model of another seed, and turning."""
+    runs = {
+        ("as it is", "uniform", 1): 0.0,
+        ("as it is", "uniform", 2): 0.0,
+        ("as it is", "linupper-r0.4", 1): 0.3,
+        ("as it is", "linupper-r0.4", 2): -0.3,
+    }
+    found = page.Study(stored(tmp_path, runs, seeds=3))
+    easy, medium, hard = found.difference("as it is", "linupper-r0.4", 2, "difficulty")
+    assert easy == pytest.approx((0, 0, 0), abs=1e-12)
+    assert medium == pytest.approx((0, 0, 0), abs=1e-12)
+    assert hard == pytest.approx((-0.3, -0.3, -0.3), abs=1e-12)
+    (mean,) = found.difference("as it is", "linupper-r0.4", 2, "mean")
+    assert mean.value == pytest.approx(-0.1)
+    buckets = found.difference("as it is", "linupper-r0.4", 2, "bucket")
+    assert [x.value for x in buckets] == pytest.approx([-0.1] * 3)
+
+    text = page.write_page(tmp_path / "found").read_text()
+    assert "7 of 41 runs are there" in text
+    assert "linupper-r0.4: better (-0.100 [" in text
+    assert "its sign turned at step 2" in text
+    assert "better on book, code, hard rows" in text
+    assert "with 80 %" not in text
+    assert "**Does dropping redundancy help where there is redundancy?**\nNot run yet." in text
+    assert "linupper-r0.4" in (tmp_path / "found.svg").read_text()
+
+
+def test_one_seed_is_said_to_be_one(page, tmp_path):
+    """On a text with copies, too; the judge is not needed for the mean."""
+    runs = {("repeated", name, 2): shift for name, shift in (("uniform", 0), ("linupper-r1", 0.6))}
+    found = page.Study(stored(tmp_path, runs, seeds=1))
+    text = page.page(found, "it.svg")
+    assert "repeated, linupper-r1: worse (+0.200 [" in text
+    assert "with 1 of 3 seeds" in text
+
+
+def test_uniform_and_linupper_come_first_and_pairs_are_whole(study):
+    """Each run is there once, and a method's baseline, text and seed before it."""
+    runs = study.queue()
+    assert [x[1:] for x in runs[:2]] == [("uniform", 0), ("linupper-r0.4", 0)]
+    assert len(runs) == len({*runs})
+    for i, run in enumerate(runs):
+        base = run._replace(method="uniform")
+        assert run.method == "reference" or base in runs[: i + 1], run
+    count = Counter((run.text, run.method) for run in runs)
+    assert {count["as it is", x] for x in study.CURVE} == {3}
+    assert {count["as it is", x] for x in study.OTHERS} == {1}
+    assert {count[text, "linupper-r1"] for text in study.TEXTS} == {3}
+
+
+def test_a_third_of_a_text_stands_eight_times_or_is_noise(study):
+    """Copies are exact; noise has the same letters in another order; domains stay."""
+    rows = [(f"the text of document {i}", "book") for i in range(300)]
+    copies = Counter(study.of_text("repeated", rows))
+    assert {*copies.values()} == {1, 8}
+    assert {*copies} == {*rows}
+    noisy = [*study.of_text("noisy", rows)]
+    changed = [(a, b) for a, b in zip(noisy, rows, strict=True) if a != b]
+    assert 70 < len(changed) < 130
+    assert all(sorted(a[0]) == sorted(b[0]) for a, b in changed)
+
+
+def test_weights_of_sequences_begin_after_the_plain_steps(study):
+    """A twentieth of the run; those of tokens begin at once."""
+    assert "interpolate(step(1, 0, at=1001))" in study.spec_text("linupper-r1", 20_000)
+    assert "interpolate(step(1, 0, at=2))" in study.spec_text("dro-kl", 20)
+    assert "interpolate" not in study.spec_text("mile", 20_000)
