@@ -33,29 +33,40 @@ def weighting(*words: object, cwd: Path | None = None, timeout: int = 300):
 
     Ended by force if it takes longer than so many seconds.
     """
+    return python("weighting", *words, cwd=cwd, timeout=timeout)
+
+
+def python(module: str, *words: object, cwd: Path | None = None, timeout: int = 300):
+    """Run a module as `python -m` does, to its end, as `weighting` is run."""
     with tempfile.TemporaryDirectory() as folder:
         files = Path(folder, "out"), Path(folder, "err")
-        running = started(*words, files=files, cwd=cwd)
+        running = started(*words, files=files, cwd=cwd, module=module)
         running.join(timeout)
         if running.exitcode is None:
             os.killpg(running.pid, signal.SIGKILL)
             running.join()
         out, err = (x.read_text(errors="replace") if x.exists() else "" for x in files)
-        command = ["weighting", *map(str, words)]
+        command = [module, *map(str, words)]
         if running.exitcode == -signal.SIGKILL:
             raise subprocess.TimeoutExpired(command, timeout, out, err)
         return subprocess.CompletedProcess(command, running.exitcode, out, err)
 
 
-def started(*words: object, files: tuple[Path, Path], cwd: Path | None = None) -> ForkServerProcess:
+def started(
+    *words: object,
+    files: tuple[Path, Path],
+    cwd: Path | None = None,
+    module: str = "weighting",
+) -> ForkServerProcess:
     """Start a command line of `weighting`, the first of a process group, and return its process.
 
     Args:
         words: The command line.
         files: Where its output and its errors go.
         cwd: Its working folder; this one's by default.
+        module: Which is run, as `python -m` does.
     """
-    given = ([*map(str, words)], files, environment(), cwd or Path.cwd())
+    given = (module, [*map(str, words)], files, environment(), cwd or Path.cwd())
     command = process(_be_weighting, *given)
     command.start()
     return command
@@ -67,7 +78,7 @@ def be_warm():
     subprocess.Popen._execute_child = _execute_child
 
 
-def _be_weighting(words, files, environ, cwd):
+def _be_weighting(module, words, files, environ, cwd):
     os.setsid()
     os.chdir(cwd)
     os.environ.clear()
@@ -76,7 +87,7 @@ def _be_weighting(words, files, environ, cwd):
     for number, path in enumerate(files, 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     be_warm()
-    sys.exit(_be_python("weighting", words))
+    sys.exit(_be_python(module, words))
 
 
 def _execute_child(process, *given):
