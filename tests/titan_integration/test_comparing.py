@@ -100,6 +100,42 @@ def test_a_pipe_gets_plain_short_lines(whole):
     )
 
 
+@pytest.mark.processes
+def test_a_comparison_goes_on_with_more_seeds_and_ends_in_intervals(whole, tmp_path):
+    """What is trained stays; the second seed begins from weights of its own; means over both."""
+    shutil.copytree(whole[0] / "runs", tmp_path / "runs")
+    more = [*COMMAND[: COMMAND.index("--")], "--seeds", "2", *COMMAND[COMMAND.index("--") :]]
+    done = weighting(*more, cwd=tmp_path, timeout=900)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+    told = done.stdout.splitlines()
+    assert [line.partition(":")[0] for line in told[:7]] == [
+        *SPECS,
+        "seed@2",
+        *("uniform@2", "uniform@2", "group-dro@2", "group-dro@2"),
+    ]
+    assert told[0].endswith("trained already")
+    first = [lines(tmp_path, name)[1]["unweighted_loss"] for name in ("uniform", "uniform@2")]
+    assert abs(first[0] - first[1]) > 1e-4
+    ends = {name: [] for name in SPECS}
+    for name in SPECS:
+        for again in ("", "@2"):
+            path = tmp_path / "runs" / f"{name}{again}" / "weighting" / "validation.jsonl"
+            ends[name].append(json.loads(path.read_text().splitlines()[-1])["domain_mean_loss"])
+    # The t quantile of one degree of freedom is 12.706, and the deviation of two half their gap.
+    gaps = [y - x for x, y in zip(*ends.values(), strict=True)]
+    half = 12.706 * abs(gaps[0] - gaps[1]) / 2
+    wanted = [sum(gaps) / 2 + x for x in (0, -half, half)]
+    [at] = [i for i, line in enumerate(told) if line.startswith("validation, mean over domains")]
+    base, row = told[at].split()[4:], told[at + 1].split()
+    assert base[0] == "uniform"
+    assert float(base[1]) == pytest.approx(sum(ends["uniform"]) / 2, abs=1e-4)
+    assert row[0] == "group-dro"
+    assert [float(x) for x in row[-3:]] == pytest.approx(wanted, abs=2e-4)
+    assert "over 2 seeds, and minus those of uniform by seed" in done.stdout
+    assert told[-1] == "report: runs/report.html"
+
+
 def started(folder, step):
     """Start the comparison, wait until its second run has saved a step, and return it."""
     command = Started("-m", "weighting", *COMMAND, folder=folder, cwd=folder)

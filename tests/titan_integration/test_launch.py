@@ -374,6 +374,8 @@ def test_a_misspelt_option_is_one_line_at_once(words, near, monkeypatch):
         ("--training.stepz=3", "no flag '--training.stepz'; did you mean '--training.steps'?"),
         ("--weighting.recrod", "no flag '--weighting.recrod'; did you mean '--weighting.record'?"),
         ("--log_freq=3", "no flag '--log_freq'; did you mean '--metrics.log_freq'?"),
+        ("--lr=3", "no flag '--lr'; did you mean '--optimizer.param_groups.0.optimizer_kwargs.lr'"),
+        ("--batch_size=3", "no flag '--batch_size'; did you mean '--training.local_batch_size'?"),
         ("--trianing.steps=3", "no flag '--trianing.steps'; did you mean '--training.steps'?"),
         ("--training.lenght=3", "no flag '--training.lenght'; weighting train --help-all lists"),
         ("--what.ever=3", "no flag '--what.ever'; weighting train --help-all lists them"),

@@ -1,6 +1,6 @@
 """Three newcomers: who writes a spec, who trains, who makes a stage; their pages as they stand.
 
-All lines of the three run in one empty folder, and one of them trains.
+All their lines run in one folder, and one of them trains.  `newcomers.py` says who they are.
 """
 
 import contextlib
@@ -9,9 +9,7 @@ import io
 import json
 import re
 import shlex
-import shutil
 import xml.etree.ElementTree as ET
-from pathlib import Path
 
 import pytest
 
@@ -19,38 +17,15 @@ pytest.importorskip("torchtitan")
 
 import torch
 from matplotlib import image
-from warm import weighting
+from newcomers import ROOT, after_make_train, newcomers, page, settle, ten_minutes
+from warm import python, weighting
 
 from titan_integration.commands.screen import Live
 from weighting.runs.replay import read_record
 
-ROOT = Path(__file__).resolve().parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-TUTORIAL = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
-OWN_STAGES = (ROOT / "docs" / "own-stages.md").read_text(encoding="utf-8")
 SVG = "{http://www.w3.org/2000/svg}"
 
 pytestmark = pytest.mark.processes
-
-
-def lines_of(block):
-    """Return the commands of a block as words; what follows a # is for the reader."""
-    return [shlex.split(line, comments=True) for line in block.splitlines()]
-
-
-def commands():
-    """Return the lines of the tutorial's ten minutes."""
-    section = TUTORIAL.split("\n## Ten minutes\n")[1].split("\n## ")[0]
-    [block] = re.findall(r"^```sh\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
-    return lines_of(block)
-
-
-def next_lines():
-    """Return the lines of the README that follow `make train`."""
-    [block] = re.findall(r"^```sh\n(\.venv/bin.*?)^```", README, re.MULTILINE | re.DOTALL)
-    found = lines_of(block)
-    assert {line[0] for line in found} == {".venv/bin/weighting"}
-    return [["weighting", *line[1:]] for line in found]
 
 
 def after(command, flag):
@@ -62,7 +37,7 @@ def after(command, flag):
 
 def named(verb):
     """Return the commands of the tutorial with this verb, of which there must be one at least."""
-    found = [command for command in commands() if command[1] == verb]
+    found = [command for command in ten_minutes() if command[1] == verb]
     assert found, f"no {verb} in the tutorial's ten minutes"
     return found
 
@@ -71,25 +46,51 @@ def named(verb):
 def ten(tmp_path_factory):
     """Run every line in a folder with the README alone; return that, and what each line printed."""
     folder, said = tmp_path_factory.mktemp("newcomer"), {}
-    shutil.copy(ROOT / "README.md", folder)
+    settle(folder)
     with contextlib.chdir(folder):
-        for command in [*commands(), *next_lines()]:
-            assert command[0] == "weighting"
-            said[shlex.join(command)] = printed(command)
+        for newcomer in newcomers():
+            said |= {shlex.join(line): printed(line) for line in newcomer.lines}
     return folder, said
 
 
-def printed(command):
-    """Return what a command prints, in a process of its own."""
-    done = weighting(*command[1:], timeout=900)  # a minute of work, where nobody else works
-    assert done.returncode == 0, shlex.join(command) + done.stdout[-3000:] + done.stderr[-3000:]
+def printed(line):
+    """Return what a line prints, in a process of its own."""
+    if line[0] == "python":
+        assert line[1] == "-m"
+        done = python(*line[1:], timeout=900)  # seconds of work, where nobody else works
+    else:
+        assert line[0] == "weighting"
+        done = weighting(*line[1:], timeout=900)
+    assert done.returncode == 0, shlex.join(line) + done.stdout[-3000:] + done.stderr[-3000:]
     assert "Traceback" not in done.stdout + done.stderr
     return done.stdout
 
 
+@pytest.mark.parametrize("newcomer", newcomers(), ids=lambda x: x.who)
+def test_a_newcomer_is_answered_by_two_pages_and_few_lines(ten, newcomer):
+    """What they open is linked from what they have open; what they type answers them."""
+    opened, *others = newcomer.pages
+    assert opened == "README.md"
+    assert len(newcomer.pages) == 2
+    assert all(f"]({name})" in page(opened) for name in others)
+    assert 4 <= len(newcomer.lines) <= 6
+    said = "".join(ten[1][shlex.join(line)] for line in newcomer.lines)
+    assert re.search(newcomer.answer, said, re.MULTILINE)
+
+
+def test_the_stage_author_sees_the_laws_pass_and_a_spec_that_uses_the_stage(ten):
+    """The test that was written with the stage passes; the spec is right, and weighs."""
+    said = [ten[1][shlex.join(line)] for line in newcomers()[2].lines]
+    made, tested, checked, weighed = said
+    assert "python -m pytest test_soft_cap.py" in made
+    assert re.search(r"^\d+ passed", tested, re.MULTILINE)
+    assert checked.startswith("ok  soft.yaml: soft, weighs per sequence, reads loss\n")
+    assert re.search(r"^ +mean +1\.0000$", weighed, re.MULTILINE)
+
+
 def test_the_tutorial_has_every_command_from_check_to_report():
     """From the first look to the report; it names no file that it has not made."""
-    verbs = [command[1] for command in commands()]
+    verbs = [command[1] for command in ten_minutes()]
     assert [*dict.fromkeys(verbs)] == [
         "check",
         "explain",
@@ -174,10 +175,10 @@ def test_training_ends_in_a_summary_of_the_run(ten):
     assert told in text
     assert lines[-1]["unweighted_loss"] < lines[0]["unweighted_loss"] - 1, "it learns"
     assert [step.step for step in read_record(run).steps] == [*range(1, 61)]
-    page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    metrics = page("docs/metrics.md")
     told = {re.sub(r"^(domain/)\w+", r"\1<name>", name) for name in lines[-1]}
     told = {re.sub(r"^pipeline(?=/)", "<factor>", name) for name in told}
-    assert not [name for name in told if f"| `{name}` |" not in page]
+    assert not [name for name in told if f"| `{name}` |" not in metrics]
 
 
 def test_what_was_saved_is_there_and_the_next_commands_are_those_of_the_readme(ten):
@@ -189,9 +190,10 @@ def test_what_was_saved_is_there_and_the_next_commands_are_those_of_the_readme(t
     places = dict(line.split(": ") for line in f"metrics: {saved}".splitlines())
     assert [*places] == ["metrics", "record", "checkpoint"]
     assert all((folder / place).exists() for place in places.values())
-    lines = [line[line.index("weighting") + 1 :] for line in lines_of(following)]
+    given = [shlex.split(line, comments=True) for line in following.splitlines()]
+    lines = [line[line.index("weighting") + 1 :] for line in given]
     lines[0][-1] = lines[0][-1].removeprefix(f"outputs/{train[2]}/")  # beside the run's files
-    assert lines == [line[1:] for line in next_lines()]
+    assert lines == [line[1:] for line in after_make_train()]
 
 
 def test_nothing_is_logged_that_no_user_can_change(ten):
@@ -221,7 +223,7 @@ def test_a_terminal_shows_one_line_of_that_log(ten, tmp_path):
 
 def test_tokens_of_the_readme_are_weighed_under_the_checkpoint(ten):
     """A row for each of the first tokens in a pipe, by the checkpoint of the last step."""
-    [tokens] = [line for line in next_lines() if line[1] == "tokens"]
+    [tokens] = [line for line in after_make_train() if line[1] == "tokens"]
     text = ten[1][shlex.join(tokens)]
     assert "outputs/linupper/checkpoint/step-60" in text
     assert len(text.splitlines()) > 200

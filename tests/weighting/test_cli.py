@@ -96,6 +96,21 @@ def test_check_shows_the_errors_of_all_files_and_exits_2(tmp_path):
     assert "2 of 3 specs cannot be used" in done.output
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["explain", "temprature"], "nothing is called 'temprature'; did you mean 'temperature'?"),
+        (["explain", "linuper"], "linuper: no such file; did you mean 'linupper'?"),
+        (["mix", "dormi", "--out", "m.yaml"], "no method 'dormi'; did you mean 'doremi'?"),
+    ],
+)
+def test_a_mistyped_name_gets_the_nearest_of_what_is_asked_for(words, message):
+    """A stage, a spec or a method; nothing is imported for it."""
+    done = run(*words)
+    assert done.exit_code == 2
+    assert done.output == f"{message}\n"
+
+
 @pytest.mark.parametrize("command", ["check", "explain", "train"])
 def test_a_missing_file_is_one_line_and_status_2(command):
     """A file that does not exist is named, with the nearest shipped spec."""

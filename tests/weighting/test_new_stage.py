@@ -1,8 +1,6 @@
 """`weighting new-stage` writes a stage and a test that pass as they are, or nothing."""
 
 import os
-import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +8,6 @@ from pathlib import Path
 import click.testing
 import pytest
 
-from weighting import registry
 from weighting.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -44,29 +41,6 @@ def test_every_kind_passes_its_own_test(tmp_path):
     )
     assert tests.returncode == 0, tests.stdout
     assert " passed" in tests.stdout
-
-
-def test_a_newcomer_makes_a_stage_by_the_lines_of_the_page(tmp_path, monkeypatch):
-    """As they stand, in a folder with the page's spec; the test it names is tried above."""
-    page = (ROOT / "docs" / "own-stages.md").read_text(encoding="utf-8")
-    part = page.partition("## From an empty folder")[2]
-    [(spec, lines)] = re.findall(r"```yaml\n(.*?)```.*```sh\n(.*?)```", part, re.DOTALL)
-    (tmp_path / "soft.yaml").write_text(spec)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(registry, "_STAGES", dict(registry.stages()))  # forget its stage after
-    said = []
-    for line in lines.splitlines():
-        program, *arguments = shlex.split(line, comments=True)
-        if program == "python":
-            assert shlex.join(["python", *arguments]) in said[0]
-        elif arguments[0] != "train":  # the same spec, allowed by the same flag
-            done = click.testing.CliRunner().invoke(main, arguments)
-            assert done.exit_code == 0, f"{line}: {done.output}"
-            said.append(done.output)
-    del sys.modules["soft_cap"]
-    assert len(said) == 3
-    assert said[1].startswith("ok  soft.yaml: soft, weighs per sequence, reads loss\n")
-    assert re.search(r"^ +mean +1\.0000$", said[2], re.MULTILINE)
 
 
 def test_it_says_what_to_do_next(tmp_path, monkeypatch):

@@ -453,8 +453,8 @@ NO_FILE = 'give a .jsonl or .parquet file, or numbers such as "1,2,3,5"'
 @pytest.mark.parametrize(
     ("losses", "message"),
     [
-        ("1,2,x", "1,2,x: 'x', number 3, is none"),
-        ("1,,2", "1,,2: '', number 2, is none"),
+        ("1,2,x", "1,2,x: 'x', at place 3, is no number"),
+        ("1,,2", "1,,2: '', at place 2, is no number"),
         ("1,inf", "1,inf: number 2: loss is inf; it must be finite, within float32"),
         ("nothing.jsonl", f"nothing.jsonl: no such file; {NO_FILE}"),
         (".", f".: is a directory; {NO_FILE}"),

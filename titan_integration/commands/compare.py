@@ -279,7 +279,7 @@ def _repeated(runs: Sequence[Run], args: Options) -> list[Run]:
 
 
 def _validating(args: Options) -> list[str]:
-    """Return the user's flags after those that have every run validated at its end.
+    """Return the user's flags, with the one that has every run validated.
 
     Raises:
         ValueError: The user's data is given, and no text to validate on.
@@ -291,7 +291,8 @@ def _validating(args: Options) -> list[str]:
     if "--validator.no-enable" in args.flags or "--validator.no_enable" in args.flags:
         msg = f"{_asks(args)} compares validation losses; leave out --validator.no-enable"
         raise ValueError(msg)
-    return ["--validator.enable", *args.flags]
+    # As they were, if it is among them: what was compared with one seed then goes on with more.
+    return [*([] if "--validator.enable" in args.flags else ["--validator.enable"]), *args.flags]
 
 
 def _asks(args: Options) -> str:

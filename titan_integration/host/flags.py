@@ -73,14 +73,19 @@ def _unknown(manager: ConfigManager, given: list[str]) -> tuple[str, list[str]] 
 
 
 def _names(config: object, above: str = "") -> Iterator[str]:
-    """Yield the flags of a config, without dashes before them."""
-    assert is_dataclass(config)
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if is_dataclass(value):
-            yield from _names(value, f"{above}{field.name}.")
-        else:
-            yield above + field.name
+    """Yield the flags of a config, without dashes before them; those in lists and maps too."""
+    for name, value in _parts(config):
+        if not is_dataclass(value):
+            yield f"{above}{name}"
+        yield from _names(value, f"{above}{name}.")
+
+
+def _parts(value: Any) -> list[tuple[object, object]]:  # noqa: ANN401 - any value of a config
+    if is_dataclass(value):
+        return [(field.name, getattr(value, field.name)) for field in fields(value)]
+    if isinstance(value, dict):
+        return [*value.items()]
+    return [*enumerate(value)] if isinstance(value, (list, tuple)) else []
 
 
 def _sentence(flag: str, known: list[str]) -> str:
@@ -89,6 +94,7 @@ def _sentence(flag: str, known: list[str]) -> str:
     beside = {name: x for x, where, name in parts if where == section}
     near = [beside[name] for name in closest(last.lower(), beside, 1)]
     near = near or [x for x, _, name in parts if name == last]  # in another section, or in none
+    near = near or [x for x, _, name in parts if name.endswith(f"_{last}")]  # local_batch_size
     if not near and not beside:  # a section that is misspelt
         near = closest(flag.lower(), known, 1)
     meant = f"did you mean {near[0]!r}?" if near else "weighting train --help-all lists them"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import click
 
-from weighting.cli.common import allow_plugins, echo, read_or_exit, specs_and_words
+from weighting.cli.common import allow_plugins, echo, give_up, read_or_exit, specs_and_words
+from weighting.errors import closest
 from weighting.language.find import is_file, shipped
 from weighting.language.words import words
 from weighting.runs.loss_files import LAST_STEP
@@ -38,6 +39,10 @@ def explain(spec: str, steps: int | None, *, allow_plugins: bool) -> None:
         if word.name not in shipped():
             return
         echo(f"\nThe shipped spec {word.name} is another thing than that stage, and means:\n")
+    elif not is_file(spec) and spec.strip() not in shipped():
+        near = closest(spec.strip(), [*(x.name for x in words()), *shipped()], 1)
+        if spec.strip().isidentifier() and near and near[0] not in shipped():
+            give_up(f"nothing is called {spec.strip()!r}; did you mean {near[0]!r}?")
     read_spec, plan = read_or_exit(spec, plugins=allow_plugins)
     from weighting.cli.explanation import explanation  # noqa: PLC0415 - imports torch
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import click
 
 from weighting.cli import common
-from weighting.cli.common import allow_plugins, check_data, check_out, read_or_exit
+from weighting.cli.common import allow_plugins, check_data, check_out, give_up, read_or_exit
 from weighting.cli.host import run_in_host
+from weighting.errors import closest
+from weighting.language.find import is_file, shipped
 
 METHODS = {"doremi": "doremi-proxy", "doge": "doge-proxy"}
 """Specs that search for a mixture, by the name of the method."""
@@ -51,6 +53,9 @@ def mix(
     check_out(out)
     check_data(options["data"])
     text = METHODS.get(method, method)
+    if text not in shipped() and not is_file(text):
+        for near in closest(text, METHODS, 1):
+            give_up(f"no method {text!r}; did you mean {near!r}?")
     spec, _ = read_or_exit(text, plugins=allow_plugins)
     options |= {"out": out, "allow_plugins": allow_plugins}
     run_in_host("mix", text=text, spec=spec, methods=[*METHODS], flags=flags, **options)

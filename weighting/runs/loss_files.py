@@ -181,7 +181,7 @@ def _written(text: str) -> Recorded:
     parts = [part.strip() for part in text.split(",")]
     for index, part in enumerate(parts, 1):
         if not _is_number(part):
-            msg = f"{_cut(text)}: {part!r}, number {index}, is none"
+            msg = f"{_cut(text)}: {part!r}, at place {index}, is no number"
             raise ValueError(msg)
     places = [f"{_cut(text)}: number {index}" for index in range(1, len(parts) + 1)]
     return Recorded(f'"{_cut(text)}"', ("loss",), {"loss": [float(x) for x in parts]}, places)
