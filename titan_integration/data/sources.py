@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from typing_extensions import override
 
 from titan_integration.data.data_files import DataFile, data_at
 from titan_integration.data.urls import Url, is_url
@@ -120,6 +121,7 @@ def read_sources(file: Path) -> Sources:
 class _NoNameTwice(yaml.SafeLoader):
     """Refuses a name that is given twice, of which YAML would take the last."""
 
+    @override
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Return what a mapping holds."""
         names = [self.construct_object(key, deep=True) for key, _ in node.value]
