@@ -47,7 +47,13 @@ MUTANTS = (
         "where LinUpper starts", f"{STAGES}/linupper.py", "shift=Constant", "scale=Constant", GOLDEN
     ),
     Mutant("the range of normalize", f"{STAGES}/normalize.py", "width)) - 1)", "width)))", GOLDEN),
-    Mutant("the temperature", f"{STAGES}/temperature.py", "/ self.tau(", "* self.tau(", GOLDEN),
+    Mutant(
+        "the temperature",
+        f"{STAGES}/temperature.py",
+        "scope.max(x)) / tau",
+        "scope.max(x)) * tau",
+        GOLDEN,
+    ),
     Mutant(
         "mean one",
         f"{STAGES}/mean_one.py",
@@ -156,8 +162,8 @@ MUTANTS = (
     Mutant(
         "the late part of a weight",
         "weighting/loss/linear.py",
-        "sums.scaled(late)",
-        "sums.scaled(late * 0 + 1)",
+        "sums.scaled(scale, late)",
+        "sums.scaled(scale, late * 0 + 1)",
         LINEAR,
     ),
     Mutant(
@@ -170,8 +176,8 @@ MUTANTS = (
     Mutant(
         "the end of a ramp",
         "weighting/schedules.py",
-        "/ self.over).clamp(0, 1)",
-        "/ self.over)",
+        "/ known_steps(self.over)).clamp(0, 1)",
+        "/ known_steps(self.over))",
         "weighting/test_schedules.py",
     ),
     Mutant(

@@ -118,6 +118,18 @@ def test_wrong_ways_get_no_number(loss_path):
         assert not any(shown[2:])
 
 
+def test_every_mutant_breaks_a_line_that_is_there(monkeypatch):
+    """Its expression stands in its file once, and the tests that should notice are there."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    mutants = importlib.import_module("mutants").MUTANTS
+    assert len(mutants) >= 20
+    for mutant in mutants:
+        assert (ROOT / mutant.file).read_text(encoding="utf-8").count(mutant.old) == 1, mutant
+        file, _, name = mutant.tests.partition("::")
+        text = (ROOT / "tests" / file).read_text(encoding="utf-8")
+        assert not name or f"def {name}(" in text, mutant
+
+
 @pytest.mark.processes
 def test_the_picture_of_tokens_has_every_character(tmp_path):
     """Twice, as text, each line as wide as its shades; under a checkpoint of the debug model."""
