@@ -124,7 +124,7 @@ def train(name: str, args: argparse.Namespace, pipe: Connection) -> None:
     with tempfile.TemporaryDirectory() as folder:
         options = {"max_steps": args.steps + 1, "per_device_train_batch_size": args.rows}
         options |= {"use_cpu": True, "report_to": "none", "save_strategy": "no", "bf16": False}
-        options |= {"disable_tqdm": True, "gradient_checkpointing": False}
+        options |= {"disable_tqdm": True, "activation_checkpointing": False}
         options |= {"dataloader_pin_memory": False}
         if kind == "SFTTrainer":
             settings = SFTConfig(folder, max_length=args.length, **options, **more)
