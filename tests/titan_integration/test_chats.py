@@ -4,6 +4,7 @@ import json
 import shutil
 
 import faulty
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -71,8 +72,8 @@ def test_a_run_on_the_hosts_chats_predicts_answers_alone_and_resumes(folder, tmp
         for key in ("unweighted_loss", "weighted_loss"):
             assert line[key] == whole[step][key], (step, key)
 
-    (file,) = (tmp_path / "whole" / FOLDER).glob("sequences-*.parquet")
-    record = pq.read_table(file).to_pydict()
+    files = sorted((tmp_path / "whole" / FOLDER).glob("sequences-*.parquet"))
+    record = pa.concat_tables([pq.read_table(file) for file in files]).to_pydict()
     assert record[STEP] == [step for step in range(1, 7) for _ in range(4)]
     assert record[VALID] == (labels != -100).sum(2).flatten().tolist()
     assert len({*record[WEIGHT]}) > 1
