@@ -1,6 +1,6 @@
 """Does a captured step weigh as an eager one?  50 steps with and without a CUDA graph.
 
-    python benchmarks/cuda_graphs.py [--tokens 8192 --width 2048 --vocabulary 32768 --steps 50]
+    python benchmarks/cuda_graphs.py [--tokens 8192 --width 1024 --vocabulary 32768 --steps 50]
         [--by-domain]
 
 The step is all of the weighted loss: hidden states and output layer in, weights, statistics, state
@@ -76,7 +76,7 @@ class Run(NamedTuple):
 def main() -> None:
     """Run both and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    for name, value in {"tokens": 8192, "width": 2048, "vocabulary": 32768, "steps": 50}.items():
+    for name, value in {"tokens": 8192, "width": 1024, "vocabulary": 32768, "steps": 50}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--by-domain", action="store_true", help="rows of one domain each")
     args = parser.parse_args()

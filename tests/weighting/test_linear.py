@@ -409,6 +409,13 @@ def test_the_fewer_of_rows_and_domains_get_a_gradient(
     assert path.extra == (rows * 512 * 8192 * 4 if layers is None else layers * layer)
 
 
+def test_rows_shorter_than_the_layer_is_wide_keep_logits():
+    """To add thin products to a gradient found on the device takes longer than to make logits."""
+    plan = tables.built(tables.SPEC_TEXTS["group-dro"]).plan
+    for length, memory in ((64, "late"), (32, "keep")):
+        assert path_of(plan, Sizes(8 * length, 8, 8192, 64, 4, 256 * MIB, 3)).memory == memory
+
+
 # Which way ----------------------------------------------------------------------------------------
 
 

@@ -286,7 +286,8 @@ def path_of(
     """Return the way through the output layer for a spec, given the sizes of a call.
 
         late       3 matrix products; a gradient of the layer for each further sequence, or for
-                   each domain, if these are fewer and each sequence is of one
+                   each domain, if these are fewer and each sequence is of one, and no shorter
+                   than the layer is wide
         keep       3 matrix products; the gradients of all logits, in the dtype of the weight
         recompute  4 matrix products; nothing more
 
@@ -305,7 +306,9 @@ def path_of(
     if late is not None and (not sizes.rows or (needs_domains and not sizes.domains)):
         late = "token"
     if late == "domain":
-        by_domain = sizes.rows if 1 < sizes.domains < sizes.rows - 1 else 0
+        # Shorter ones take longer to add to a gradient found on the device than a product takes.
+        long = sizes.tokens >= sizes.rows * sizes.width
+        by_domain = sizes.rows if long and 1 < sizes.domains < sizes.rows - 1 else 0
         units = sizes.domains if by_domain or sizes.domains == 1 else sizes.rows
     elif late is not None:
         units = sizes.rows
