@@ -2,6 +2,7 @@
 
     python benchmarks/loss_path.py [--tokens N] [--sequences B] [--width D] [--vocabulary V]
         [--dtype float32] [--device cpu] [--rounds 7] [--out FILE] [--quick]
+        [--only NAME ...] [--package FOLDER] [--no-memory]
 
 The loss part goes from hidden states and the output layer's weight to the gradients of both.  Every
 way is first checked, loss and gradients, against float64 autograd of
@@ -13,6 +14,8 @@ round, every other round backwards, and are compared with the first of the same 
 chunked cross entropy, unweighted.  Peak memory counts what is allocated beside the inputs, the
 gradients included, in a process of its own on CPU; U counts matrix products, in units of one
 product of the output layer.
+
+`--package` names a checkout of another version, whose ways stand beside ours in the same rounds.
 """
 
 import argparse
@@ -35,7 +38,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the usual name
-from loss_ways import IGNORED, STOCK, Batch, Setting, Variant, batch_of, variants
+from loss_ways import IGNORED, STOCK, Batch, Setting, Variant, batch_of, variants, with_other
 from torch import Tensor
 
 from weighting.loss.linear import CHUNKS
@@ -91,15 +94,24 @@ def main(arguments: list[str] | None = None) -> int:
     head = "\n".join(heading(setting))
     print(head, flush=True)
     batch = batch_of(setting)
-    rows = measured(setting, batch, variants(batch))
-    found = "\n".join(["", *table(rows), "", *goals(rows, setting), "", f"At the end: {_load()}."])
+    candidates = variants(batch)
+    if args.package:
+        candidates = with_other(candidates, args.package.resolve())
+    if args.only:
+        candidates = [x for x in candidates if x.name in {STOCK, *args.only}]
+    rows = measured(setting, batch, candidates, memory=not args.no_memory)
+    lines = ["", *table(rows), ""]
+    lines += [] if args.only else [*goals(rows, setting), ""]
+    found = "\n".join([*lines, f"At the end: {_load()}."])
     print(found)
     if args.out:
         args.out.write_text(f"{head}\n{found}\n", encoding="utf-8")
     return 0
 
 
-def measured(setting: Setting, batch: Batch, candidates: list[Variant]) -> list[Row]:
+def measured(
+    setting: Setting, batch: Batch, candidates: list[Variant], *, memory: bool = True
+) -> list[Row]:
     """Return a row for each variant; those whose gradient is wrong, or that fail, get no number."""
     exact = Exact(batch)
     rows = []
@@ -110,7 +122,7 @@ def measured(setting: Setting, batch: Batch, candidates: list[Variant]) -> list[
     right = [row.variant for row in rows if not row.reason]
     times = timed(right, batch, setting.rounds)
     peaks = {}
-    for variant in right:
+    for variant in right if memory else ():
         _say(f"memory of {variant.name}")
         peaks[variant.name] = peak_on_device(variant, batch, setting)
     _say("")
@@ -120,7 +132,7 @@ def measured(setting: Setting, batch: Batch, candidates: list[Variant]) -> list[
         else row._replace(
             wall=times[row.variant.name][0],
             cpu=times[row.variant.name][1],
-            peak=peaks[row.variant.name],
+            peak=peaks.get(row.variant.name, 0),
         )
         for row in rows
     ]
@@ -376,8 +388,8 @@ def table(rows: list[Row]) -> list[str]:
             f"{memory} | {row.error:.0e} |"
         )
     if not first.reason:
-        seconds = statistics.median(first.wall)
-        lines += ["", f"1.00 is {seconds * 1e3:.0f} ms and {first.peak / 2**20:.0f} MiB."]
+        size = f" and {first.peak / 2**20:.0f} MiB" if first.peak else ""
+        lines += ["", f"1.00 is {statistics.median(first.wall) * 1e3:.0f} ms{size}."]
     return lines
 
 
@@ -443,6 +455,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default=device)
     parser.add_argument("--out", type=Path, help="also write it there")
     parser.add_argument("--quick", action="store_true", help="tiny, on CPU: does it run at all?")
+    parser.add_argument("--only", nargs="+", help="rows to measure beside the first, by name")
+    parser.add_argument("--package", type=Path, help="a checkout of another version of ours")
+    parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
     args = parser.parse_args(arguments)
     if args.quick:
         args.device = "cpu"

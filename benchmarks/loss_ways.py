@@ -2,7 +2,10 @@
 
 import functools
 import importlib.util
+import sys
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -108,6 +111,42 @@ def variants(batch: Batch) -> list[Variant]:
     return found
 
 
+def with_other(candidates: list[Variant], package: Path) -> list[Variant]:
+    """Return the ways with those of ours as another version has them, "before: " in their names.
+
+    Args:
+        candidates: The ways.
+        package: Folder in which the other version's `weighting` is.
+    """
+    mine = _taken_out()
+    sys.path.insert(0, str(package))
+    try:
+        other = importlib.import_module("weighting")
+        assert str(other.__file__).startswith(str(package)), other.__file__
+        theirs = {}
+        for spec, text in SPECS.items():
+            read = other.loads if "\n" in text else other.load
+            theirs[spec] = other.build(read(text))
+    finally:
+        sys.path.pop(0)
+        _taken_out()
+        sys.modules.update(mine)
+    found = []
+    for variant in candidates:
+        found.append(variant)
+        spec, _, memory = variant.name.rpartition(" ")
+        if spec in SPECS and memory in MODES:
+            way = functools.partial(ours, spec=spec, memory=memory, module=other, fn=theirs[spec])
+            found.append(Variant(f"before: {variant.name}", way))
+    return found
+
+
+def _taken_out() -> dict[str, Any]:
+    """Take the modules of `weighting` out of those that are imported, and return them."""
+    names = [name for name in sys.modules if name.partition(".")[0] == "weighting"]
+    return {name: sys.modules.pop(name) for name in names}
+
+
 def batch_of(setting: Setting) -> Batch:
     """Return the inputs: sequences and tokens that the weights predict better or worse."""
     device, dtype = torch.device(setting.device), getattr(torch, setting.dtype)
@@ -175,14 +214,21 @@ class Chunked(torch.autograd.Function):
 
 
 def ours(
-    batch: Batch, hidden: Tensor, weight: Tensor, *, spec: str, memory: Memory
+    batch: Batch,
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    spec: str,
+    memory: Memory,
+    module: ModuleType = wt,
+    fn: wt.Weighting | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`wt.linear_weighted_cross_entropy`; `full` is `wt.weighted_cross_entropy` of the logits."""
-    loss, out = wt.linear_weighted_cross_entropy(
+    loss, out = module.linear_weighted_cross_entropy(
         hidden,
         weight,
         batch.labels,
-        built(spec, hidden.device),
+        fn or built(spec, hidden.device),
         ref_loss=batch.ref_loss,
         columns={"w": batch.given},
         memory=memory,

@@ -60,6 +60,23 @@ def test_every_row_has_numbers_or_a_reason(tmp_path):
     assert all(line.startswith(("- PASS: ", "- MISS: ")) for line in goals)
 
 
+@pytest.mark.slow
+def test_the_check_of_a_gpu_runs_where_there_is_none():
+    """Tiny sizes: no claim fails, and those about a GPU are not said to hold."""
+    command = [sys.executable, ROOT / "benchmarks" / "gpu_check.py"]
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": paths}
+    how = {"env": environment, "capture_output": True, "text": True}
+    done = subprocess.run([*command, "--quick"], check=False, **how)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    lines = [line for line in done.stdout.splitlines() if line.startswith("- ")]
+    assert [line for line in lines if line.startswith("- holds")] == [
+        "- holds: gradients of ours are those of float64"
+    ]
+    assert len(lines) == 15
+    assert all(line.startswith("- not seen: ") for line in lines[1:])
+
+
 def forgets_the_weights(batch, hidden, weight):
     """Give the right loss and the gradient of the unweighted one."""
     logits = F.linear(hidden, weight).flatten(0, 1)

@@ -6,11 +6,14 @@ import os
 import stat
 import tracemalloc
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
 from weighting.runs.files import (
     _read_each,
     json_text,
+    numbers_of,
     open_lock,
     read_lines,
     write_whole,
@@ -180,3 +183,17 @@ def test_a_line_of_something_else_is_named(tmp_path, text):
     path.write_text('{"step": 5, "x": 1}\n' + text + '{"step": 6, "x": 1}\n')
     with pytest.raises(ValueError, match=r"metrics.jsonl:[23]: not a line of metrics; take it out"):
         read_lines(path)
+
+
+def test_columns_are_read_as_they_stand_with_their_gaps():
+    """Cut out of larger ones, in two pieces, of 64 and 32 bits; NaN is a number, and no gap."""
+    whole = pa.chunked_array([[7, 1, None], [3, 9, None]]).slice(1, 4)
+    numbers, gaps = numbers_of(whole, pa.float64())
+    assert numbers[[0, 2, 3]].tolist() == [1, 3, 9]
+    assert np.isnan(numbers[1])
+    assert gaps.tolist() == [False, True, False, False]
+    one = pa.chunked_array([pa.array([5, 6, 7], pa.int32())]).slice(1)
+    assert numbers_of(one, one.type)[0].tolist() == [6, 7]
+    numbers, gaps = numbers_of(pa.chunked_array([[0.5, math.nan]]), pa.float64())
+    assert np.isnan(numbers[1])
+    assert not gaps.any()

@@ -409,6 +409,13 @@ def test_the_fewer_of_rows_and_domains_get_a_gradient(
     assert path.extra == (rows * 512 * 8192 * 4 if layers is None else layers * layer)
 
 
+def test_rows_shorter_than_the_layer_is_wide_keep_logits():
+    """To add thin products to a gradient found on the device takes longer than to make logits."""
+    plan = tables.built(tables.SPEC_TEXTS["group-dro"]).plan
+    for length, memory in ((64, "late"), (32, "keep")):
+        assert path_of(plan, Sizes(8 * length, 8, 8192, 64, 4, 256 * MIB, 3)).memory == memory
+
+
 # Which way ----------------------------------------------------------------------------------------
 
 
@@ -554,7 +561,7 @@ class Launches(TorchDispatchMode):
 
 @pytest.mark.parametrize(("name", "folds"), [("linupper", 1), ("mile", 0)])
 def test_an_accelerator_launches_few_kernels_beside_compiled_ones(monkeypatch, name, folds):
-    """Eight chunks are eight compiled calls, and what is around them takes 70 operations or less.
+    """Eight chunks are eight compiled calls, and what is around them takes 53 operations or less.
 
     Three products a chunk are 24 of these.
     """
@@ -575,8 +582,8 @@ def test_an_accelerator_launches_few_kernels_beside_compiled_ones(monkeypatch, n
     (hidden, weight), labels, _ = example(tables.SPEC_TEXTS[name], shape=(4, 16))
     with Launches() as launches:
         wt.linear_weighted_cross_entropy(hidden, weight, labels, fn, memory="late")[0].backward()
-    assert len(launches.names) <= 70
-    expected = [*["_weighed"] * 8, "forward", *["_fold_pieces_"] * folds]
+    assert len(launches.names) <= 53
+    expected = [*["_weighed"] * 8, "forward", "_bound", *["_fold_pieces_"] * folds]
     assert calls == expected
 
 

@@ -142,7 +142,7 @@ def linear_weighted_cross_entropy(
         fn.needs,
         local,
         known,
-        1 / known["valid"].sum().clamp(min=1),
+        known["valid"].sum().clamp(min=1).reciprocal(),
     )
     loss, (token, moments, *rest) = late_bound(hidden, batch, weigh)
     factors, units = rest[: len(fn.plan.factors)], rest[len(fn.plan.factors) :]
@@ -286,7 +286,8 @@ def path_of(
     """Return the way through the output layer for a spec, given the sizes of a call.
 
         late       3 matrix products; a gradient of the layer for each further sequence, or for
-                   each domain, if these are fewer and each sequence is of one
+                   each domain, if these are fewer and each sequence is of one, and no shorter
+                   than the layer is wide
         keep       3 matrix products; the gradients of all logits, in the dtype of the weight
         recompute  4 matrix products; nothing more
 
@@ -305,7 +306,9 @@ def path_of(
     if late is not None and (not sizes.rows or (needs_domains and not sizes.domains)):
         late = "token"
     if late == "domain":
-        by_domain = sizes.rows if 1 < sizes.domains < sizes.rows - 1 else 0
+        # Shorter ones take longer to add to a gradient found on the device than a product takes.
+        long = sizes.tokens >= sizes.rows * sizes.width
+        by_domain = sizes.rows if long and 1 < sizes.domains < sizes.rows - 1 else 0
         units = sizes.domains if by_domain or sizes.domains == 1 else sizes.rows
     elif late is not None:
         units = sizes.rows
@@ -445,6 +448,8 @@ class _LateBound(torch.autograd.Function):
         of_hidden, of_weight, of_bias = ctx.needs_input_grad[:3]
         found, finish = begin(batch, hidden, wants=(of_hidden, of_weight or of_bias))
         ctx.shape, ctx.gradients = hidden.shape, None
+        if not torch.compiler.is_compiling():  # no zeros for what has no gradient
+            ctx.set_materialize_grads(False)
         if note is None:
             given = weigh(found)
             # Compiled code knows only what the function returns of what was made in it.
@@ -523,14 +528,32 @@ def _late(
 
     @torch.no_grad()
     def finish(token: Tensor) -> tuple[Tensor, Gradients]:
-        token = token.reshape(-1) * batch.scale
-        rows = units if of_rows is None else len(of_rows)
-        both = torch.stack([token, part]).view(2, rows, -1).sum(-1)
-        whole, local = both if of_rows is None else sum_by(of_rows, units, both)
-        late = torch.where(local > 0, whole / local, whole)
-        return weighted_sum(found["loss"], token), sums.scaled(scale, late)
+        bound = compiled(_bound) if _compiles(token.device) else _bound
+        given = token.reshape(-1), part, scale, found["loss"], batch.scale
+        loss, per_token, late = bound(*given, units, of_rows)
+        return loss, sums.scaled(per_token, late)
 
     return found, finish
+
+
+def _bound(
+    token: Tensor,
+    part: Tensor,
+    scale: Tensor,
+    nll: Tensor,
+    factor: Tensor,
+    units: int,
+    of_rows: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the loss, 0-D, the factor of each token's gradient, [T], and of each unit's, [U]."""
+    token = token * factor
+    rows = units if of_rows is None else len(of_rows)
+    both = torch.stack([token, part]).view(2, rows, -1).sum(-1)
+    whole, local = both if of_rows is None else sum_by(of_rows, units, both)
+    late = torch.where(local > 0, whole / local, whole)
+    of_row = late if of_rows is None else late[of_rows]
+    per_token = (scale.view(rows, -1) * of_row[:, None]).view(-1)
+    return weighted_sum(nll, token), per_token, late
 
 
 def _domains_of_rows(batch: Batch) -> Tensor:
@@ -778,13 +801,10 @@ class _Sums:
         """Return the gradients.
 
         Args:
-            scale: [T], what `add` was given for each token.
+            scale: [T], what `add` was given for each token, times the late part of its weight.
             late: [units], the late part of each unit's weights; None if there is none.
         """
         if self._d_hidden is not None and scale is not None:
-            if late is not None:
-                of_rows = late if self._of_rows is None else late[self._of_rows]
-                scale = (scale.view(self._rows, -1) * of_rows[:, None]).view(-1)
             _times_(self._d_hidden, scale[:, None])
         if self._d_weight and late is not None:
             if self._of_units is None:

@@ -22,6 +22,7 @@ from weighting.columns import plain_name
 from weighting.contract import Combine, Pool, Source
 from weighting.loss.cross_entropy import signals_of
 from weighting.runs import layout
+from weighting.runs.files import numbers_of
 from weighting.simulate import capped_factors
 from weighting.spec import SINGLE
 from weighting.stages import (
@@ -107,7 +108,9 @@ class Step:
 
     def batches(self, scope: str) -> Iterator[Tensor]:
         """Yield the places of the units that a scope weighs together."""
-        if scope == "step":
+        one_call = self.about["ranks"] == 1 or scope != "rank"
+        one_call = one_call and int(self.row.max()) < self.about["batch_rows"]
+        if scope == "step" or one_call:
             yield torch.arange(len(self.row))
             return
         of = self.row // self.about["batch_rows"]
@@ -255,8 +258,8 @@ def replay(spec: Spec, record: Record) -> Replayed:
         if "both" in fn.plan.targets.values():
             fn.get_buffer("drawn").copy_(proportions(fn, batches[0].step.step))
         weights, own = _weighed(fn, batches, known)
-        for (place, step, chosen), weight in zip(batches, weights, strict=True):
-            found[place][chosen] = _scaled(spec, weight, step, chosen)
+        for batch, weight in zip(batches, _scaled(spec, weights, batches), strict=True):
+            found[batch.place][batch.chosen] = weight
         moments += own
     count, at_cap = (moments[capping, MOMENTS.index(name)] for name in ("count", "capped"))
     capped = (at_cap / count.clamp(min=1)).max().item() if capping else None
@@ -269,6 +272,10 @@ class _Batch(NamedTuple):
     place: int
     step: Step
     chosen: Tensor
+
+    def of(self, x: Tensor) -> Tensor:
+        """Return what belongs to its units, of something of all units of the step."""
+        return x if self.chosen.numel() == x.numel() else x[self.chosen]
 
 
 def _together(plan: Plan, record: Record) -> Iterator[list[_Batch]]:
@@ -293,8 +300,7 @@ def _weighed(
         out = fn(signals_of({name: x[:, None] for name, x in signals.items()}), step)
         return out.token[:, 0], out.moments
 
-    each = [_signals(batch, known) for batch in batches]
-    signals = {name: torch.stack([own[name] for own in each]) for name in each[0]}
+    signals = _signals(batches, known)
     steps = torch.tensor([batch.step.step for batch in batches])
     if len(batches) > 1:
         try:
@@ -303,17 +309,23 @@ def _weighed(
             pass
         else:
             return weights, moments.sum(0)
+    each = [{name: x[i] for name, x in signals.items()} for i in range(len(batches))]
     apart = [weigh(own, step) for own, step in zip(each, steps, strict=True)]
     return torch.stack([x for x, _ in apart]), torch.stack([x for _, x in apart]).sum(0)
 
 
-def _signals(batch: _Batch, known: Collection[str]) -> dict[str, Tensor]:
-    _, step, chosen = batch
-    signals = {name: step.signals[name][chosen] for name in known}
-    signals.setdefault("loss", torch.zeros(len(chosen)))
-    signals["valid"], signals["domain_ids"] = step.tokens[chosen] > 0, step.domain[chosen]
-    signals["segment_ids"] = torch.zeros_like(chosen)
+def _signals(batches: Sequence[_Batch], known: Collection[str]) -> dict[str, Tensor]:
+    """Return the signals of some batches of as many units, by name, [k, n] each."""
+    signals = {name: torch.stack([x.of(x.step.signals[name]) for x in batches]) for name in known}
+    domains = torch.stack([x.of(x.step.domain) for x in batches])
+    signals.setdefault("loss", torch.zeros(domains.shape))
+    signals["valid"] = _tokens(batches) > 0
+    signals["domain_ids"], signals["segment_ids"] = domains, torch.zeros_like(domains)
     return signals
+
+
+def _tokens(batches: Sequence[_Batch]) -> Tensor:
+    return torch.stack([x.of(x.step.tokens) for x in batches])
 
 
 class Summary(NamedTuple):
@@ -336,18 +348,22 @@ def summary(record: Record, weight: Tensor) -> Summary:
     """Return what weights of all recorded units, [n], come to."""
     ess: list[Tensor] = []
     top: list[Tensor] = []
-    by_step = weight.split([len(step.row) for step in record.steps])
-    for step, mine in zip(record.steps, by_step, strict=True):
-        there = step.tokens > 0
-        own, recorded = mine[there], step.weight[there]
-        squares = len(own) * (own * own).sum()
-        ess.append(own.sum() ** 2 / squares if squares > 0 else own.new_zeros(()))
-        both = torch.minimum(_in_top(own), _in_top(recorded))
-        top.append(both.sum() / _tenth(own))
+    there = record.flat("tokens") > 0
+    sizes = torch.tensor([len(step.row) for step in record.steps])
+    of_step = torch.arange(len(sizes)).repeat_interleave(sizes)
+    counts = torch.zeros_like(sizes).index_add(0, of_step, there.long())
+    starts = counts.cumsum(0) - counts
+    both = torch.stack([weight, record.flat("weight")])[:, there]
+    for count in counts.unique().tolist():  # steps of as many units at once
+        places = starts[counts == count, None] + torch.arange(count)
+        own, recorded = both[:, places]
+        squares = count * (own * own).sum(1)
+        ess.append(torch.where(squares > 0, own.sum(1) ** 2 / squares.clamp(min=1e-30), 0))
+        top.append(torch.minimum(_in_top(own), _in_top(recorded)).sum(1) / _tenth(count))
     mass = torch.zeros(max(len(record.domains), 1)).double()
     mass.index_add_(0, record.flat("domain"), (weight * record.flat("tokens")).double())
     shares = mass / mass.sum().clamp(min=1e-30)
-    means = (torch.stack(x).mean().item() for x in (ess, top))
+    means = (torch.cat(x).mean().item() for x in (ess, top))
     return Summary(next(means), weight.max().item(), next(means), shares.tolist())
 
 
@@ -376,8 +392,21 @@ def _too_fine(steps: Sequence[PlannedStage], unit: Level) -> str | None:
     return None
 
 
-def _scaled(spec: Spec, weight: Tensor, step: Step, chosen: Tensor) -> Tensor:
-    """Return what weights of units of one token become where they have more, [n]."""
+def _scaled(spec: Spec, weights: Tensor, batches: Sequence[_Batch]) -> Tensor:
+    """Return what weights of units of one token become where they have more, [k, n]."""
+    tokens = _tokens(batches)
+    if spec.reduction != "token_mean":
+        weights = torch.stack([_reduced(spec, *of) for of in zip(weights, batches, strict=True)])
+    if spec.normalize == "mean_one" and spec.scope != "running":
+        total = (weights * tokens).sum(1, keepdim=True)
+        scaled = weights * tokens.sum(1, keepdim=True) / total
+        weights = torch.where(total > 0, scaled, weights)
+    return weights
+
+
+def _reduced(spec: Spec, weight: Tensor, batch: _Batch) -> Tensor:
+    """Return the weights of a batch, [n], by whose tokens the reduction counts its units alike."""
+    step, chosen = batch.step, batch.chosen
     tokens, domain = step.tokens[chosen], step.domain[chosen]
     all_tokens, there = tokens.sum(), (tokens > 0).float()
     if spec.reduction == "sequence_mean":
@@ -392,25 +421,25 @@ def _scaled(spec: Spec, weight: Tensor, step: Step, chosen: Tensor) -> Tensor:
             weight.new_zeros(number).index_add(0, domain, x)[domain] for x in (there, tokens)
         )
         weight = weight * all_tokens / there.sum() * units / counted.clamp(min=1)
-    if spec.normalize == "mean_one" and spec.scope != "running":
-        total = (weight * tokens).sum()
-        weight = weight * all_tokens / total if total > 0 else weight
     return weight
 
 
-def _tenth(x: Tensor) -> int:
-    return max(1, -(-len(x) // 10))
+def _tenth(count: int) -> int:
+    return max(1, -(-count // 10))
 
 
 def _in_top(weight: Tensor) -> Tensor:
-    """Return how far each weight is among the highest tenth: 1, 0, or a share where it ties."""
-    k = _tenth(weight)
-    if not len(weight):
+    """Return how far weights are among the highest tenth of their row, [k, n].
+
+    That is 1, 0, or a share where it ties.
+    """
+    if not weight.shape[1]:
         return weight
-    edge = weight.topk(k).values[-1]
+    k = _tenth(weight.shape[1])
+    edge = weight.topk(k, 1).values[:, -1:]
     slack = 1e-4 * edge  # records are rounded
     above, level = weight > edge + slack, (weight - edge).abs() <= slack
-    return above + level * (k - above.sum()) / level.sum()
+    return above + level * (k - above.sum(1, keepdim=True)) / level.sum(1, keepdim=True)
 
 
 class _Part(NamedTuple):
@@ -439,8 +468,11 @@ def _read(file: Path, *further: str) -> _Part:
         raise _damaged(file, wrong)
     domain = table[DOMAIN].combine_chunks().dictionary_encode()
     columns = {name: table[name] for name in table.column_names if name != DOMAIN}
-    columns[DOMAIN] = domain.indices.fill_null(0)
-    tensors = {name: torch.from_numpy(x.to_numpy().copy()) for name, x in columns.items()}
+    columns[DOMAIN] = pa.chunked_array([domain.indices])
+    tensors = {
+        name: torch.from_numpy(numbers_of(x, x.type)[0].copy()) for name, x in columns.items()
+    }
+    tensors[DOMAIN] = tensors[DOMAIN].nan_to_num(0)  # all gaps where there are no domains
     return _Part(tensors, domain.dictionary.to_pylist(), about)
 
 
@@ -492,13 +524,14 @@ def _steps(part: _Part, domains: tuple[str, ...]) -> Iterator[Step]:
         columns[DOMAIN] = torch.tensor([domains.index(x) for x in part.names])[
             columns[DOMAIN].long()
         ]
+    columns.setdefault(DOCUMENT, torch.zeros_like(columns[ROW]))
+    columns.setdefault(DOCUMENTS, torch.ones_like(columns[ROW]))
+    whole = {STEP, ROW, DOMAIN, DOCUMENT, DOCUMENTS}
+    columns = {name: x.long() if name in whole else x.float() for name, x in columns.items()}
     steps, sizes = columns.pop(STEP).unique_consecutive(return_counts=True)
     cut = {name: x.split(sizes.tolist()) for name, x in columns.items()}
     for i, step in enumerate(steps.tolist()):
         own = {name: pieces[i] for name, pieces in cut.items()}
-        row, domain = own.pop(ROW).long(), own.pop(DOMAIN).long()
-        document = own.pop(DOCUMENT, torch.zeros_like(row)).long()
-        documents = own.pop(DOCUMENTS, torch.ones_like(row)).long()
-        tokens, weight = own.pop(VALID).float(), own.pop(WEIGHT).float()
-        signals = {name: x.float() for name, x in own.items()}
-        yield Step(step, row, document, documents, domain, tokens, weight, signals, part.about)
+        row, domain, tokens, weight = (own.pop(name) for name in (ROW, DOMAIN, VALID, WEIGHT))
+        document, documents = own.pop(DOCUMENT), own.pop(DOCUMENTS)
+        yield Step(step, row, document, documents, domain, tokens, weight, own, part.about)
