@@ -171,10 +171,10 @@ def test_values_that_are_none_are_refused(text, message):
 
 def test_ends_are_told_on_the_inside():
     """Three digits are enough, but never outside what keeps."""
-    assert [*told([(0.41849, 3.9996)], inward=True)] == ["0.419 to 3.99"]
-    assert [*told([(-3, -0.41849)], inward=True)] == ["-3 to -0.419"]
-    assert [*told([(0.400001, 0.400002)], inward=True)] == ["0.400001 to 0.400002"]
-    assert [*told([(1, 1), (2, 2.5)], inward=False)] == ["1", "2 to 2.5"]
+    assert [*told([(0.41849, 3.9996)], inward=True)] == ["from 0.419 to 3.99"]
+    assert [*told([(-3, -0.41849)], inward=True)] == ["from -3 to -0.419"]
+    assert [*told([(0.400001, 0.400002)], inward=True)] == ["from 0.400001 to 0.400002"]
+    assert [*told([(1, 1), (2, 2.5)], inward=False)] == ["1", "from 2 to 2.5"]
 
 
 # The command.

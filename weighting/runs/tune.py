@@ -169,7 +169,7 @@ def of_losses(spec: Spec, losses: Recorded, *, one_sequence: bool) -> Measured:
 
 
 def told(spans: Sequence[tuple[float, float]], *, inward: bool) -> Iterator[str]:
-    """Yield the stretches as texts: "0.42 to 4", or "0.4" for a single value.
+    """Yield the stretches as texts: "from 0.42 to 4", or "0.4" for a single value.
 
     Args:
         spans: First and last value of each.
@@ -179,7 +179,7 @@ def told(spans: Sequence[tuple[float, float]], *, inward: bool) -> Iterator[str]
         texts = [_short(low, up=True), _short(high, up=False)] if inward else []
         if not texts or float(texts[0]) > float(texts[1]):
             texts = [f"{low:.6g}", f"{high:.6g}"]
-        yield texts[0] if texts[0] == texts[1] else " to ".join(texts)
+        yield texts[0] if texts[0] == texts[1] else f"from {texts[0]} to {texts[1]}"
 
 
 def _short(x: float, *, up: bool) -> str:
