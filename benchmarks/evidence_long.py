@@ -122,13 +122,14 @@ class Study:
             ValueError: The folder holds runs of something else.
         """
         flags = [f"--training.seq_len={SEQ_LEN}", f"--training.local_batch_size={ROWS}"]
-        flags += ["--metrics.log_freq=100", "--metrics.disable_color_printing"]
+        every = max(steps * EVERY // STEPS, 1)
+        flags += [f"--metrics.log_freq={min(100, every)}", "--metrics.disable_color_printing"]
         flags += [f"--hf_assets_path={Path(tokenizer).absolute()}"] if tokenizer else []
         orders = {"data": str(data), "flags": flags, "steps": steps}
         if (noted := folder / "orders.json").exists():
             series.refuse_changed(noted, orders, "runs")
         series.note(noted, orders)
-        self.folder, self.steps, self.every = folder, steps, max(steps * EVERY // STEPS, 1)
+        self.folder, self.steps, self.every = folder, steps, every
         self.plans = {}
         for text in TEXTS:
             path = f"--dataloader.dataset_path={data if text == TEXTS[0] else self.place(text)}"
@@ -299,7 +300,7 @@ def weights_in(
         name: [x[key] for x in some if (key := f"domain/{name}/weight") in x] for name in domains
     }
     return {
-        "ess": float(np.mean([x["weight/ess_frac"] for x in some])) if some else None,
+        "ess": float(np.mean([x["weight/ess_frac"] for x in some])),
         "domain_weights": [float(np.mean(x)) if x else None for x in each.values()],
     }
 

@@ -30,6 +30,16 @@ OTHERS = ("linupper-r2", "quadratic", "extremes", "dro-kl", "focal", "rho-1")
 BASE, JUDGE = "uniform", "reference"
 LEVELS = ("easy", "medium", "hard")
 RESAMPLES, LEVEL = 1_000, 95
+TABLE_1 = {
+    "book": -0.05,
+    "web": -0.06,
+    "wiki": -0.02,
+    "code": +0.05,
+    "qa": +0.01,
+    "latex": +0.01,
+}
+"""LinUpper less uniform in Sow et al., Table 1, Mini, by the domain here that is most like theirs:
+Book, C4 and Common Crawl, Wikipedia, GitHub, Stack Exchange, arXiv."""
 SEEDS = 3
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#888888", "#333333")
 
@@ -211,7 +221,7 @@ def answers(study: Study) -> list[str]:
         "**Does dropping redundancy help where there is redundancy?**",
     )
     there = [x for x in SOW if study.seeds(TEXTS[0], x)]
-    first = [f"{x}: {over_training(study, TEXTS[0], x)}." for x in there]
+    first = [f"{x}: {over_training(study, TEXTS[0], x)}{like_table_1(study, x)}." for x in there]
     second = [f"{x}: {by_sign(study, x)}." for x in there]
     third = [
         f"{text}, {x}: {told(study, text, x)}."
@@ -241,6 +251,19 @@ def over_training(study: Study, text: str, method: str) -> str:
     turned = [f"{b:,}" for (a, x), (b, y) in pairwise(zip(steps, values, strict=True)) if x * y < 0]
     signs = f"its sign turned at step {' and '.join(turned)}" if turned else "its sign never turned"
     return f"{told(study, text, method)}; {signs}"
+
+
+def like_table_1(study: Study, method: str) -> str:
+    """Return on how many domains the sign at the end is that of the paper's Table 1."""
+    found = study.difference(TEXTS[0], method, study.last, "domain")
+    both = [
+        (TABLE_1[name], x.value)
+        for name, x in zip(study.domains, found, strict=True)
+        if name in TABLE_1
+    ]
+    agree = sum(theirs * ours > 0 for theirs, ours in both)
+    like = "as in Table 1 of the paper, for the Mini size, by the domains most alike"
+    return f"; the sign is {like}, on {agree} of {len(both)}" if both else ""
 
 
 def by_sign(study: Study, method: str) -> str:

@@ -65,12 +65,12 @@ def linupper(batch):
 
 def linupper_1p4b(batch):
     """As LinUpper, r = 100 before step 2,000 and 1 from there."""
-    return _linupper(batch, 100 if batch.step < 2001 else 1)
+    return _linupper(batch, 100 if batch.step < 2000 else 1)
 
 
 def linupper_7b(batch):
     """As LinUpper, r = 100 before step 2,000 and 2 from there."""
-    return _linupper(batch, 100 if batch.step < 2001 else 2)
+    return _linupper(batch, 100 if batch.step < 2000 else 2)
 
 
 def quadratic(batch):
@@ -683,9 +683,12 @@ FORMULAS = {
     "cvar": cvar,
     "dft": dft,
     "doge-proxy": drawn_plainly,
-    "doge-table-x-linupper": drawn_linupper,
-    "doremi-table-x-linupper": drawn_linupper,
+    "doge-table": drawn_plainly,
+    "doge-table-x-linupper": after_burn_in(drawn_linupper),
+    "doremi-table": drawn_plainly,
+    "doremi-table-x-linupper": after_burn_in(drawn_linupper),
     "dro-kl": dro_kl,
+    "dro-kl-gpt2": after_burn_in(dro_kl),
     "dynamic-loading": drawn_plainly,
     "eaft": eaft,
     "error-norm": error_norm,

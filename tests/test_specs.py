@@ -103,7 +103,17 @@ def test_weights_are_those_of_the_header(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["linupper-1p4b", "linupper-7b", "linupper-gpt2", "quadratic-gpt2", "extremes-gpt2"]
+    "name",
+    [
+        "linupper-1p4b",
+        "linupper-7b",
+        "linupper-gpt2",
+        "quadratic-gpt2",
+        "extremes-gpt2",
+        "dro-kl-gpt2",
+        "doge-table-x-linupper",
+        "doremi-table-x-linupper",
+    ],
 )
 @pytest.mark.parametrize("step", [1, 1000, 1001, 1999, 2000, 2001, 100_000])
 def test_scheduled_weights_are_those_of_the_header(name, step):

@@ -5,8 +5,8 @@ r"""Every config of the host's text models, with a weighting plugged in, and a p
 
 Debug models and the proxy train on text that every Python has; the others read C4, as the host's
 do.  Below are those that differ from the host's; what else it has is found by name.  `paper_*` are
-those of Sow et al., ICLR 2025: what they need, and what differs from the authors' runs, is in
-`paper.py`.
+those of Sow et al., ICLR 2025, `mile_*` those of Su et al., 2024: what they need, and what differs
+from the authors' runs, is in `paper.py`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torchtitan.tools.logging import logger
 from titan_integration.commands.configs import family_of
 from titan_integration.data.loader import DomainTextDataLoader
 from titan_integration.data.tokenizer import ensure_tokenizer
-from titan_integration.paper import on_fineweb, on_slimpajama, resized
+from titan_integration.paper import on_fineweb, on_pile, on_slimpajama, resized
 from titan_integration.trainer.plug_in import with_weighting
 from titan_integration.trainer.stock import on_data_that_is_there, stock_config
 
@@ -130,6 +130,30 @@ def paper_7b() -> WeightedTrainer.Config:
     Differs: as `paper_1p4b`.
     """
     return on_fineweb("7B")
+
+
+def mile_468m() -> WeightedTrainer.Config:
+    """MiLe's 468M: 24 layers, 16 heads; 100,000 steps of 1,024 rows of 1,024 tokens of the Pile.
+
+    Differs: what of the Pile, and in which mixture (`paper.py` has all of it).
+    """
+    return on_pile("468M")
+
+
+def mile_1p2b() -> WeightedTrainer.Config:
+    """MiLe's 1.2B: 16 layers, 8 heads; 100,000 steps of 1,024 rows of 1,024 tokens of the Pile.
+
+    Differs: as `mile_468m`.
+    """
+    return on_pile("1.2B")
+
+
+def mile_6p7b() -> WeightedTrainer.Config:
+    """MiLe's 6.7B: 32 layers, 32 heads; 25,000 steps of 2,048 rows of 2,048 tokens of the Pile.
+
+    Differs: as `mile_468m`.
+    """
+    return on_pile("6.7B")
 
 
 def _resized(flavor: str, assets: str) -> Trainer.Config:

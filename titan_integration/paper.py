@@ -1,10 +1,12 @@
-r"""The models and recipes of Sow et al., ICLR 2025 (arXiv:2502.06733), for machines with GPUs.
+r"""The models and recipes of two papers, for machines with GPUs.
 
-    weighting train linupper --config paper_124m --dump_folder outputs/124m-linupper
+    weighting train linupper-gpt2 --config paper_124m --dump_folder outputs/124m-linupper
     weighting train linupper-1p4b --config paper_1p4b --dump_folder outputs/1p4b-linupper
+    weighting train mile --config mile_468m --dump_folder outputs/468m-mile
 
-The numbers are those of the paper's Tables 6 and 7.  Data is streamed; tokenizers have to be there
-beforehand (Llama's takes Meta's permission):
+The numbers are those of Sow et al., ICLR 2025 (arXiv:2502.06733), Tables 6 and 7, and of the
+configurations released with Su et al., MiLe Loss, NAACL Findings 2024 (arXiv:2310.19531).  Data is
+streamed; tokenizers have to be there beforehand (Llama's takes Meta's permission):
 
     hf download openai-community/gpt2 tokenizer.json tokenizer_config.json \
         --local-dir assets/hf/gpt2
@@ -27,6 +29,14 @@ Differs:
   as many of `test`, from all domains alike.  The mean over domains counts them alike either way.
 - Llama's sizes read a random part of FineWeb, the sample of 350 billion tokens, in its own order;
   which part theirs read, and in which order, is not known.
+- MiLe's sizes read a copy of the Pile without what was withdrawn from it since, in its own order
+  and mixture, where theirs draws domains by rates of its own; and Llama 2's tokenizer, which is of
+  the size of theirs.  Its first weights are the host's.
+- MiLe's steps are those of the optimizer: theirs of 468M and 1.2B count the batches that two
+  gradients are added up from, and are half as many.
+
+Checkpoints are kept at every step that a paper evaluates or saves at, each 12 bytes a parameter:
+1.5 GB at 124M, 80 GB at 7B.  `--checkpoint.keep_latest_k 2` keeps two.
 """
 
 from __future__ import annotations
@@ -63,9 +73,9 @@ if TYPE_CHECKING:
 
 
 class Row(NamedTuple):
-    """A model of Table 6 and its line of Table 7.
+    """A model and its recipe: for Sow et al. a row of Table 6 and its line of Table 7.
 
-    Weight decay 0.01, gradient norm 1.0 and the schedule's form are the same in all.
+    Gradient norm 1.0 and the schedule's form are the same in all.
     """
 
     layers: int
@@ -80,15 +90,30 @@ class Row(NamedTuple):
     steps: int
     at_once: int
     """Most sequences that a rank takes at once; what fits 80 GB is an estimate, not measured."""
+    kept: int
+    """A checkpoint is kept every so many steps."""
+    decay: float = 0.01
+    hidden: int | None = None
+    """Width of the feed-forward part; 8/3 of the width, rounded up, for None."""
 
 
 ROWS = {
-    "124M": Row(12, 12, 768, 32, 5e-4, 1e-4, 500, 20_000, at_once=32),
-    "210M": Row(24, 16, 768, 48, 5e-4, 1e-4, 500, 20_000, at_once=48),
-    "300M": Row(36, 24, 768, 48, 5e-4, 1e-4, 500, 20_000, at_once=48),
-    "1.4B": Row(24, 16, 2048, 128, 3e-4, 3e-5, 2_000, 100_000, at_once=4),
-    "7B": Row(32, 32, 4096, 128, 3e-4, 3e-5, 2_000, 170_000, at_once=2),
+    "124M": Row(12, 12, 768, 32, 5e-4, 1e-4, 500, 20_000, at_once=32, kept=1_000),
+    "210M": Row(24, 16, 768, 48, 5e-4, 1e-4, 500, 20_000, at_once=48, kept=1_000),
+    "300M": Row(36, 24, 768, 48, 5e-4, 1e-4, 500, 20_000, at_once=48, kept=2_000),
+    "1.4B": Row(24, 16, 2048, 128, 3e-4, 3e-5, 2_000, 100_000, at_once=4, kept=5_000),
+    "7B": Row(32, 32, 4096, 128, 3e-4, 3e-5, 2_000, 170_000, at_once=2, kept=5_000),
 }
+
+MILE = {
+    size: Row(layers, heads, width, batch, 3e-4, 0, warmup, steps, once, 5_000, 0.1, hidden)
+    for size, layers, heads, width, hidden, batch, warmup, steps, once in (
+        ("468M", 24, 16, 1024, 4096, 1024, 1_000, 100_000, 32),
+        ("1.2B", 16, 8, 2048, 8192, 1024, 1_000, 100_000, 16),
+        ("6.7B", 32, 32, 4096, 11008, 2048, 2_000, 25_000, 4),
+    )
+}
+"""Models and recipes of MiLe's released configurations; the rate falls to 0."""
 
 SLIMPAJAMA = (
     "RedPajamaArXiv",
@@ -100,6 +125,28 @@ SLIMPAJAMA = (
     "RedPajamaWikipedia",
 )
 """The domains of SlimPajama, in the order of their ids."""
+
+
+PILE = (
+    "ArXiv",
+    "DM Mathematics",
+    "Enron Emails",
+    "EuroParl",
+    "FreeLaw",
+    "Github",
+    "Gutenberg (PG-19)",
+    "HackerNews",
+    "NIH ExPorter",
+    "PhilPapers",
+    "Pile-CC",
+    "PubMed Abstracts",
+    "PubMed Central",
+    "StackExchange",
+    "USPTO Backgrounds",
+    "Ubuntu IRC",
+    "Wikipedia (en)",
+)
+"""The domains of the Pile that are still there; theirs had five more, of books and subtitles."""
 
 
 def on_slimpajama(size: str) -> WeightedTrainer.Config:
@@ -151,6 +198,30 @@ def on_fineweb(size: str) -> WeightedTrainer.Config:
     return with_weighting(config)
 
 
+def on_pile(size: str) -> WeightedTrainer.Config:
+    """Return a recipe of MiLe: rows of 1,024 tokens, 2,048 at 6.7B, of the Pile.
+
+    Documents have the domains of `meta.pile_set_name`; validation is on the Pile's own split.
+    """
+    row = MILE[size]
+    seq_len = 2_048 if size == "6.7B" else 1_024
+    config = _config(row, _llama(row, size, like="8B", vocabulary=32_000), seq_len=seq_len)
+    config.hf_assets_path = "./assets/hf/Llama-2-7b"
+    config.dataloader = DomainTextDataLoader.Config(
+        dataset="monology/pile-uncopyrighted",
+        domain_column="meta.pile_set_name",
+        domains=[*PILE],
+        streaming=True,
+    )
+    config.validator = Validator.Config(
+        enable=True,
+        freq=5_000,
+        steps=100,
+        dataloader=replace(config.dataloader, split="validation"),
+    )
+    return with_weighting(config)
+
+
 def shrunk(config: WeightedTrainer.Config) -> WeightedTrainer.Config:
     """Return the same recipe with a small model of the same kind: 2 layers, 4 heads, width 64.
 
@@ -173,11 +244,13 @@ def shrunk(config: WeightedTrainer.Config) -> WeightedTrainer.Config:
     return replace(config, model_spec=resized(config.model_spec, layers=2, heads=4, width=64))
 
 
-def resized(spec: ModelSpec, *, layers: int, heads: int, width: int) -> ModelSpec:
+def resized(
+    spec: ModelSpec, *, layers: int, heads: int, width: int, hidden: int | None = None
+) -> ModelSpec:
     """Return a Llama of another size; vocabulary, tying, rotary positions and attention stay.
 
-    The feed-forward part is 8/3 of the width, up to a multiple of 256.  Where several heads shared
-    keys, as many do, if there are as many.
+    The feed-forward part is `hidden`, or 8/3 of the width, up to a multiple of 256.  Where several
+    heads shared keys, as many do, if there are as many.
 
     Raises:
         ValueError: The model is not torchtitan's Llama.
@@ -193,7 +266,7 @@ def resized(spec: ModelSpec, *, layers: int, heads: int, width: int) -> ModelSpe
         dim=width,
         n_heads=heads,
         n_kv_heads=None if shared == 1 else max(1, heads // shared),
-        hidden_dim=compute_ffn_hidden_dim(width, multiple_of=256),
+        hidden_dim=hidden or compute_ffn_hidden_dim(width, multiple_of=256),
         rope=replace(attention.rope, dim=width // heads),
         attn_backend="flex",
     )
@@ -249,7 +322,7 @@ def _llama(row: Row, flavor: str, *, like: str, vocabulary: int) -> ModelSpec:
         lm_head=replace(model.lm_head, out_features=vocabulary),
     )
     spec = replace(stock, flavor=flavor, model=model)
-    return resized(spec, layers=row.layers, heads=row.heads, width=row.width)
+    return resized(spec, layers=row.layers, heads=row.heads, width=row.width, hidden=row.hidden)
 
 
 def _config(row: Row, spec: ModelSpec, seq_len: int) -> Trainer.Config:
@@ -262,7 +335,7 @@ def _config(row: Row, spec: ModelSpec, seq_len: int) -> Trainer.Config:
         loss=ChunkedLossWrapper.Config(
             loss_fn=CrossEntropyLoss.Config(global_vocab_size=model.vocab_size)
         ),
-        optimizer=default_adamw(lr=row.lr, weight_decay=0.01),
+        optimizer=default_adamw(lr=row.lr, weight_decay=row.decay),
         lr_scheduler=LRSchedulersContainer.Config(
             warmup_steps=row.warmup,
             decay_type="cosine",
@@ -276,7 +349,7 @@ def _config(row: Row, spec: ModelSpec, seq_len: int) -> Trainer.Config:
             steps=row.steps,
         ),
         checkpoint=CheckpointManager.Config(
-            enable=True, interval=1_000, keep_latest_k=2, last_save_model_only=False
+            enable=True, interval=row.kept, keep_latest_k=0, last_save_model_only=False
         ),
         metrics=MetricsProcessor.Config(enable_tensorboard=True),
         tokenizer=EndOfTextTokenizer.Config(),

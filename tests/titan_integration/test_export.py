@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,14 +20,17 @@ from torchtitan.models.llama3 import model_registry  # noqa: E402
 from torchtitan.models.qwen3 import model_registry as qwen3  # noqa: E402
 
 from titan_integration import config_registry  # noqa: E402
-from titan_integration.commands import export  # noqa: E402
+from titan_integration.commands import evaluate, export  # noqa: E402
 from titan_integration.host.hf_configs import hf_config  # noqa: E402
 from titan_integration.loss.reference_model import find_checkpoint, load_model  # noqa: E402
 from titan_integration.paper import resized  # noqa: E402
+from weighting.report import tables  # noqa: E402
+from weighting.report.read import read_runs  # noqa: E402
 
 transformers = pytest.importorskip("transformers")
 
 LENGTH = 48
+TASKS = Path(__file__).parent / "tasks"
 # What transformers itself does, and what torch says of a process alone.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -191,8 +195,11 @@ def test_the_command_makes_a_new_folder_alone(tmp_path):
 
 @pytest.mark.processes
 @pytest.mark.slow
-def test_a_run_is_exported_at_its_end_and_goes_on(tmp_path):
-    """By `weighting train --hf`: what is exported is its last step, from which more steps go on."""
+def test_a_run_is_exported_at_its_end_evaluated_and_goes_on(tmp_path, capsys):
+    """By `weighting train --hf`: what is exported is its last step, from which more steps go on.
+
+    Asked the questions in `tasks`, offline, it answers as it does as a checkpoint, and so again.
+    """
     out = tmp_path / "out"
     words = ["linupper", "--module=faulty", "--config=tiny", "--ranks=1", f"--out={out}", "--hf"]
     words += ["--training.seq_len=32", "--training.local_batch_size=2", "--debug.seed=1"]
@@ -204,15 +211,39 @@ def test_a_run_is_exported_at_its_end_and_goes_on(tmp_path):
         run.join(300)
         return run.exitcode, log.read_text()
 
-    status, said = started("--steps=2")
+    status, said = started("--steps=20")
     assert status == 0, said
-    assert f"exported: {out / 'hf'}, of {out / 'checkpoint' / 'step-2'}" in said
+    assert f"exported: {out / 'hf'}, of {out / 'checkpoint' / 'step-20'}" in said
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out / "hf")
     assert theirs.config.num_hidden_layers == 1
-    status, said = started("--steps=3")
+    asked_twice(out, capsys)
+    status, said = started("--steps=21")
     assert status == 2
     assert f"--hf: {out / 'hf'} exists already" in said
     (out / "hf").rename(out / "before")
-    status, said = started("--steps=3", f"--checkpoint.initial_load_path={out / 'before'}")
+    status, said = started("--steps=21", f"--checkpoint.initial_load_path={out / 'before'}")
     assert status == 0, said
-    assert "Training starts at step 3" in said
+    assert "Training starts at step 21" in said
+
+
+def asked_twice(run, capsys):
+    """Evaluate a run's checkpoint and its export, twice, and look at what is said and kept."""
+    given = {"module": "faulty", "config": "tiny", "flags": ["--training.seq_len=32"]}
+    ask = {"tasks": ["next_word"], "shots": 1, "task_folder": str(TASKS), **given}
+    kept, said = [], []
+    for _ in range(2):
+        assert evaluate.main(models=[str(run), str(run / "hf")], **ask) == 0
+        said.append(capsys.readouterr().out)
+        kept.append((run / "weighting" / "evaluation.json").read_bytes())
+    assert kept[0] == kept[1]
+    assert said[0] == said[1]
+    assert "+0.00 [+0.00, +0.00]" in said[0]
+    found = json.loads(kept[0])["checkpoints"]
+    assert [*found] == ["step-20", "hf"]
+    score = found["hf"]["next_word"]
+    assert (score["metric"], score["shots"], len(score["items"])) == ("acc", 1, 6)
+    assert {*score["items"].values()} <= {0, 1}
+    table = tables.benchmarks(read_runs([run]))
+    assert table.rows == [("next_word, 1-shot acc", f"{100 * score['value']:.2f}")]
+    with pytest.raises(ValueError, match=r"no task 'next_wrd' \(did you mean next_word"):
+        evaluate.main(models=[str(run)], **ask | {"tasks": ["next_wrd"]})

@@ -123,6 +123,9 @@ def test_a_recipe_is_the_papers(name):
     assert config.lr_scheduler.warmup_steps == paper.warmup
     assert config.lr_scheduler.decay_type == "cosine"
     assert config.checkpoint.enable
+    # Every checkpoint that is evaluated is kept, and the last step is one of them.
+    assert config.checkpoint.keep_latest_k == 0
+    assert training.steps % config.checkpoint.interval == 0
     assert not config.checkpoint.last_save_model_only  # so that the same command goes on
 
 
@@ -160,6 +163,32 @@ def test_the_minibatch_is_the_papers_on_any_number_of_ranks_that_divides_it(name
         assert training.global_batch_size % (training.local_batch_size * ranks) == 0
         if PUBLISHED[name].seq_len == 512:
             assert training.local_batch_size * ranks == batch
+
+
+MILE = {
+    "mile_468m": (24, 16, 1024, 4096, 1024, 1024, 468.2),
+    "mile_1p2b": (16, 8, 2048, 8192, 1024, 1024, 1204.9),
+    "mile_6p7b": (32, 32, 4096, 11008, 2048, 2048, 6738.4),
+}
+"""Layers, heads, width, feed-forward width, tokens of a row, rows of a step, million parameters."""
+
+
+@pytest.mark.parametrize("name", MILE)
+def test_mile_has_its_papers_sizes_and_tokens(name):
+    """Shapes and batches are those of the released configurations, 105 billion tokens each."""
+    layers, heads, width, hidden, seq_len, batch, millions = MILE[name]
+    config = config_of(name)
+    model, training = config.model_spec.model, config.training
+    assert (len(model.layers), model.dim, model.vocab_size) == (layers, width, 32_000)
+    assert {x.attention.n_heads for x in model.layers} == {heads}
+    assert {x.feed_forward.w1.out_features for x in model.layers} == {hidden}
+    assert parameters(config) / 1e6 == pytest.approx(millions, abs=0.1)
+    assert (training.seq_len, training.global_batch_size) == (seq_len, batch)
+    assert seq_len * batch * training.steps == pytest.approx(105e9, rel=2e-3)
+    (group,) = config.optimizer.param_groups
+    assert group.optimizer_kwargs["lr"] == 3e-4
+    assert group.optimizer_kwargs["weight_decay"] == 0.1
+    assert config.lr_scheduler.min_lr_factor == 0
 
 
 @pytest.mark.parametrize(("name", "rows"), [("paper_124m", 8), ("paper_300m", 12)])
@@ -315,8 +344,10 @@ def mine(tmp_path, monkeypatch):
 
 WIDE = (0.1, 10)
 """How far weights are apart: they differ."""
+PLAIN = (-1, 1e-6)
+"""For 1,000 steps weights of the GPT-2 sizes are one."""
 WARMING_UP = (1e-3, 0.0101)
-"""For 2,000 steps the temperature of Llama's specs is 100: at most exp(0.01)."""
+"""Before step 2,000 the temperature of Llama's specs is 100: at most exp(0.01)."""
 
 
 @pytest.mark.processes
@@ -324,7 +355,7 @@ WARMING_UP = (1e-3, 0.0101)
     ("name", "spec", "ranks", "spread"),
     [
         ("paper_124m", "linupper", 2, WIDE),
-        ("paper_210m", "doremi-table-x-linupper", 1, WIDE),
+        ("paper_210m", "doremi-table-x-linupper", 1, PLAIN),
         ("paper_300m", "quadratic", 1, WIDE),
         ("paper_1p4b", "linupper-1p4b", 1, WARMING_UP),
         ("paper_7b", "linupper-7b", 1, WARMING_UP),

@@ -14,13 +14,31 @@ from weighting.stages import Table
 
 pytestmark = pytest.mark.processes
 
-ONES = {"uniform", "uniform-domains", "odm", "dynamic-loading", "doge-proxy", "velocitune"}
+ONES = {
+    "uniform",
+    "uniform-domains",
+    "odm",
+    "dynamic-loading",
+    "doge-proxy",
+    "velocitune",
+    "doge-table",
+    "doremi-table",
+}
 """Specs whose weights of the loss do not differ, by intention: they draw, or weigh gradients."""
 NO_GAIN = {"ukpl", "longce"}
 """Specs whose short context is longer than these sequences, which therefore weigh all alike."""
 AT_CAP = {"iw-sft"}
 """Specs that weigh by a gain over a reference, which all tokens soon pass by more than a cap."""
-SLOW = {"toremi", "toremi-topics", "linupper-gpt2", "quadratic-gpt2", "extremes-gpt2"}
+SLOW = {
+    "toremi",
+    "toremi-topics",
+    "linupper-gpt2",
+    "quadratic-gpt2",
+    "extremes-gpt2",
+    "dro-kl-gpt2",
+    "doge-table-x-linupper",
+    "doremi-table-x-linupper",
+}
 """Specs that move their weights after more than five steps."""
 
 

@@ -9,6 +9,7 @@ from weighting.cli.check import check
 from weighting.cli.compare import compare
 from weighting.cli.completion import completion
 from weighting.cli.doctor import doctor
+from weighting.cli.evaluate import evaluate
 from weighting.cli.explain import explain
 from weighting.cli.export import export
 from weighting.cli.listing import list_words
@@ -56,6 +57,7 @@ main.add_command(compare)
 main.add_command(mix)
 main.add_command(score)
 main.add_command(export)
+main.add_command(evaluate)
 main.add_command(report)
 main.add_command(tokens)
 main.add_command(replay_command)

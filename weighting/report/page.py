@@ -76,6 +76,7 @@ def page(runs: Sequence[Run], explain: Explain, *, static: bool = False) -> str:
             [tables.masses(run) for run in runs],
             "The data had no domains.",
         ),
+        *([_section("Benchmarks", [], [asked])] if (asked := tables.benchmarks(runs)) else []),
         _section("Throughput", figures.throughput(runs), [], "No tokens/s were logged."),
     ]
     about = [

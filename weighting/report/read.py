@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from weighting.errors import SpecError
 from weighting.language.read import loads
 from weighting.report.points import Points
+from weighting.runs import evaluated
 from weighting.runs.files import Lines, read_lines
-from weighting.runs.layout import FOLDER, METRICS, RECORD, VALIDATION
+from weighting.runs.layout import EVALUATION, FOLDER, METRICS, RECORD, VALIDATION
 from weighting.runs.layout import RUN as ABOUT
 from weighting.runs.replay import read_record
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from weighting.runs.evaluated import Score
     from weighting.runs.replay import Record
     from weighting.spec import Spec
 
@@ -34,6 +36,7 @@ class Run:
         about: What `run.json` says; empty without one.
         spec: What weighed, where it is known and can be read.
         record: What it recorded of single sequences, if anything.
+        scores: Of its checkpoint that was evaluated last, by task; empty when there was none.
         missing: Sentences about what is not there.
     """
 
@@ -44,6 +47,7 @@ class Run:
     about: dict[str, Any]
     spec: Spec | None
     record: Record | None
+    scores: dict[str, Score]
     missing: tuple[str, ...]
 
     def series(self, key: str) -> Points:
@@ -115,7 +119,8 @@ def _read_run(name: str, folder: Path) -> Run:
     else:
         more = "how its weights were spread is not known (--weighting.record every=10)"
         missing.append(f"No {RECORD}: {more}.")
-    return Run(name, folder, lines, validations, about, spec, record, tuple(missing))
+    scores = [{}, *evaluated.read(folder / FOLDER / EVALUATION).values()][-1]
+    return Run(name, folder, lines, validations, about, spec, record, scores, tuple(missing))
 
 
 def _read_about(path: Path) -> dict[str, Any]:

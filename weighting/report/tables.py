@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from weighting.report.figures import domain_mass, paired, speed
+from weighting.runs import evaluated
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -158,6 +159,15 @@ def validation(runs: Sequence[Run]) -> Table | None:
     for i, run in enumerate(validated):
         head += [f"{run.name}: loss", "perplexity", *(["difference"] if i else [])]
     return Table(caption + more * (len(validated) > 1), tuple(head), rows)
+
+
+def benchmarks(runs: Sequence[Run]) -> Table | None:
+    """Return the scores of the runs that were evaluated, and differences to the first of them."""
+    asked = [run for run in runs if run.scores]
+    rows = evaluated.rows([(run.name, run.scores) for run in asked]) if asked else []
+    caption = "Benchmarks, per cent"
+    caption += "; difference: 95 % interval over questions" if len(asked) > 1 else ""
+    return Table(caption, evaluated.head([x.name for x in asked]), rows) if rows else None
 
 
 def over_seeds(runs: Sequence[Run]) -> Table | None:

@@ -7,6 +7,7 @@ weighting/
 run.json                spec, configuration, versions and starts
 metrics.jsonl           a line for each logged step
 validation.jsonl        a line for each validation
+evaluation.json         what benchmarks said of its checkpoints
 mixture.yaml            the proportions of domains it found, as a spec
 train.log               its log, where a terminal showed one line instead
 record/                 sequences-*.parquet, documents-*.parquet, tokens-*.parquet
@@ -18,6 +19,7 @@ FOLDER = "weighting"
 METRICS = "metrics.jsonl"
 VALIDATION = "validation.jsonl"
 RUN = "run.json"
+EVALUATION = "evaluation.json"
 MIXTURE = "mixture.yaml"
 LOG = "train.log"
 RECORD = f"{FOLDER}/record"
