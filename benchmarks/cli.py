@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 COMPLETE = {"_WEIGHTING_COMPLETE": "bash_complete", "COMP_CWORD": "2"}
 COMMANDS = "check explain list schema simulate plot new-stage train compare mix score report"
-COMMANDS += " export tokens replay doctor completion"
+COMMANDS += " export tokens replay tune doctor completion"
 LINES = [
     "--version",
     "--help",

@@ -239,7 +239,7 @@ def _loss_path(spec: Spec, plan: Plan) -> Iterator[str]:
     by_domain = "domain" in (plan.deferred_level or "")
     of_one = plan.sampling or "gradients" in plan.listens_to
     if by_domain:
-        units = "domains, or sequences on a rank if fewer"
+        units = "the fewer of domains and sequences"
         if plan.deferred_level != "domain":
             units = "sequences on a rank"
         where = "" if of_one else "; only where each row is of one domain"
@@ -250,7 +250,10 @@ def _loss_path(spec: Spec, plan: Plan) -> Iterator[str]:
     skips = {"keep": "1 + 2k", "recompute": "1 + 3k"} if share < 1 else {}
     products = {memory: f"{matrix_products(memory):g}" for memory in extra} | skips
     for memory, elements in extra.items():
-        yield f"  {memory:11}{products[memory]:10}{elements}"
+        label = f"  {memory:11}{products[memory]:10}"
+        yield from textwrap.wrap(
+            elements, 80, initial_indent=label, subsequent_indent=" " * len(label)
+        )
     if skips:
         yield f"  k = {share:g} of the tokens can weigh more than 0{_elsewhere(spec, plan)}"
     tokens, _, vocabulary, width, *_ = LLAMA3_8B
