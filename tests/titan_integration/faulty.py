@@ -29,6 +29,7 @@ def tiny():
 
     config = llama3_debugmodel()
     config.model_spec = resized(config.model_spec, layers=1, heads=2, width=32)
+    config.activation_checkpoint = None
     return config
 
 

@@ -88,7 +88,7 @@ def run(trainer: Any, config: Any, spec: wt.Spec, batches: list[Any]) -> dict[st
         "where": torch.cat(where),
         "token": torch.cat(token),
         "gradients": {
-            name: whole(p.grad)
+            name.replace("_checkpoint_wrapped_module.", ""): whole(p.grad)
             for model in trainer.model_parts
             for name, p in model.named_parameters()
             if p.grad is not None

@@ -28,6 +28,7 @@ from tokenizers import Tokenizer
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from warm import Started
 
 from titan_integration.commands import train as launch
 from titan_integration.data.tokenizer import ensure_tokenizer
@@ -433,29 +434,18 @@ def test_weighting_train_that_is_told_to_end_ends(tmp_path):
     """SIGTERM ends launcher, torchrun and ranks with a word and status 143."""
     dump = tmp_path / "dump"
     words = ["train", "uniform", "--module=faulty", "--config=tiny", "--ranks=2", *FLAGS[2:]]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "weighting", *words, FOREVER, f"--dump_folder={dump}"],
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    words += [FOREVER, f"--dump_folder={dump}"]
+    command = Started("-m", "weighting", *words, folder=tmp_path)
     try:
-        deadline = time.monotonic() + PATIENCE
-        while len(lines_of(dump)) < 2:
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        command.until(lambda: len(lines_of(dump)) >= 2, PATIENCE)
         rank = int((dump / folder.LOCK).read_text().split()[1])
-        process.terminate()
-        _, err = process.communicate(timeout=SOON)
+        os.kill(command.pid, signal.SIGTERM)
+        done = command.ended(SOON)
     finally:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    assert process.returncode == 128 + signal.SIGTERM, err
-    assert err.endswith("stopped by SIGTERM\n")
+            os.killpg(command.pid, signal.SIGKILL)
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
+    assert done.stderr.endswith("stopped by SIGTERM\n")
     with pytest.raises(ProcessLookupError):
         os.kill(rank, 0)
 

@@ -89,19 +89,6 @@ def test_the_second_call_does_not_train():
     assert {path: path.stat().st_mtime_ns for path in before.iterdir()} == times
 
 
-@pytest.mark.slow
-def test_processes_that_start_together_get_the_same_files():
-    """Four processes with one empty cache agree with each other and with this process."""
-    processes = [start(ENSURE) for _ in range(4)]
-    results = [process.communicate(timeout=60) for process in processes]
-    assert [process.returncode for process in processes] == [0] * 4, results
-    folders = {out.strip() for out, _ in results}
-    assert len(folders) == 1
-    shared = contents(folders.pop())
-    assert set(shared) == {"tokenizer.json", "tokenizer_config.json"}
-    assert shared == contents(ensure_tokenizer())
-
-
 @pytest.mark.usefixtures("little_text")
 def test_training_is_deterministic(monkeypatch, tmp_path):
     """Another cache gets the same bytes."""
@@ -128,7 +115,7 @@ def test_a_killed_writer_leaves_nothing_that_is_used(cache):
     """After a kill in the middle of writing, the next process still gets a whole tokenizer."""
     slow = "import os, time; os.fsync = lambda _: time.sleep(60); "
     process = start(slow + ENSURE)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     while not list(cache.rglob(".tokenizer*")) and time.monotonic() < deadline:
         time.sleep(0.05)
     process.kill()

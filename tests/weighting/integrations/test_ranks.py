@@ -1,5 +1,6 @@
 """Two ranks with weights: the step is the one of a single rank that has the whole batch."""
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -26,13 +27,19 @@ def ranks(tmp_path_factory):
     return out
 
 
+@functools.cache
+def on_one(spec):
+    """Return the losses and parameters of float64 on the batches of both ranks."""
+    rows = tiny.rows(2 * STEPS * BATCH)
+    whole = [tiny.padded(rows[at : at + 2 * BATCH]) for at in range(0, len(rows), 2 * BATCH)]
+    return tiny.descended("llama", spec, [[batch] for batch in whole])
+
+
 @pytest.mark.processes
 @for_each("spec, way", [(spec, way) for spec in SPECS for way in WAYS], ids=", ".join)
 def test_two_ranks_take_the_steps_of_the_whole_batch(ranks, spec, way):
     """Losses and parameters are those of float64, though the ranks' counts of labels differ."""
-    rows = tiny.rows(2 * STEPS * BATCH)
-    whole = [tiny.padded(rows[at : at + 2 * BATCH]) for at in range(0, len(rows), 2 * BATCH)]
-    losses, parameters = tiny.descended("llama", spec, [[batch] for batch in whole])
+    losses, parameters = on_one(spec)
     for rank in range(2):
         found = torch.load(ranks / f"{way}-{spec}-{rank}.pt")
         for name, value in found["parameters"].items():
