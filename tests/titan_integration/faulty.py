@@ -38,9 +38,9 @@ def small_qwen3_debugmodel():
     return _of_two_layers("qwen3_debugmodel")
 
 
-def small_deepseek_v3_debugmodel_mtp():
-    """Return the host's DeepSeek-V3 with two layers, one of experts, and a further head."""
-    return _of_two_layers("deepseek_v3_debugmodel_mtp")
+def small_deepseek_v3_debugmodel():
+    """Return the host's DeepSeek-V3 with two layers, the second a mixture of experts."""
+    return _of_two_layers("deepseek_v3_debugmodel")
 
 
 def _of_two_layers(name):

@@ -412,7 +412,7 @@ def test_a_config_that_is_weighted_already_stays():
 
 @pytest.mark.processes
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["qwen3_debugmodel", "deepseek_v3_debugmodel_mtp"])
+@pytest.mark.parametrize("name", ["qwen3_debugmodel", "deepseek_v3_debugmodel"])
 def test_two_ranks_train_a_model_as_one_does(tmp_path, name):
     """From one checkpoint on, the same losses and weights; of the model, two layers."""
     steps, found = [], []

@@ -69,6 +69,7 @@ class StreamedRows(IterableDataset[Batch]):
         """Take this rank's part of a stream."""
         self.bad = bad or BadRecords()
         self.domains = domains
+        self._ids = {name: i for i, name in enumerate(domains)}
         self.pools = RowPools(rows, len(domains), seed)
         self._only = (None,) if rows == "mixed" else domains
         self._source = source
@@ -233,7 +234,7 @@ class StreamedRows(IterableDataset[Batch]):
         name = domain_of(record, self._columns, place)
         if name is None and self.domains == (ONLY_DOMAIN,):
             return ONLY_DOMAIN
-        if name not in self.domains:
+        if name not in self._ids:
             what = (
                 f"domain {name!r}" if name else f"no column {self._columns.domain!r}, whose value"
             )
@@ -259,7 +260,7 @@ class StreamedRows(IterableDataset[Batch]):
         try:
             return whole_piece(
                 encoded(self._encode, held.content, lambda: place),
-                self.domains.index(held.domain),
+                self._ids[held.domain],
                 self._columns.numbers,
                 held.numbers,
                 lambda: place,
