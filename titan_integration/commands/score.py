@@ -43,10 +43,10 @@ from titan_integration.host import cpu, versions
 from titan_integration.host.flags import parse
 from titan_integration.host.together import fail_together
 from titan_integration.host.user_errors import exit_on_user_error
+from titan_integration.loss.configs import weighted_loss_config
 from titan_integration.loss.loss import (
     WeightedChunkedLoss,
     WeightedCrossEntropyLoss,
-    weighted_loss_config,
 )
 from titan_integration.loss.reference_model import build_reference, find_checkpoint, token_losses
 from titan_integration.loss.vocab_parallel import signals

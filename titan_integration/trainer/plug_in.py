@@ -12,7 +12,7 @@ from torchtitan.config import Configurable
 from torchtitan.trainer import Trainer
 
 from titan_integration.host import cpu
-from titan_integration.loss.loss import weighted_loss_config
+from titan_integration.loss.configs import weighted_loss_config
 from titan_integration.observe.metrics import WeightedMetricsProcessor
 from titan_integration.observe.validation import DomainValidator
 from titan_integration.state.checkpoint import ResumingCheckpointManager

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from weighting.build.plan import reduced_level
 from weighting.contract import Pool, Source
 
 if TYPE_CHECKING:
@@ -93,16 +94,6 @@ def _reduced(spec: Spec) -> dict[str, Level]:
     """Return the level whose units the reduction counts alike, by what it is called."""
     level = reduced_level(spec)
     return {f"reduction: {spec.reduction}": level} if level else {}
-
-
-def reduced_level(spec: Spec) -> Level | None:
-    """Return the level whose units the reduction counts alike; None where it is tokens."""
-    levels: dict[str, Level] = {
-        "sequence_mean": "sequence",
-        "document_mean": "document",
-        "domain_mean": "domain",
-    }
-    return levels.get(spec.reduction)
 
 
 MORE_UNITS: dict[Level, str] = {

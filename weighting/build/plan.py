@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from weighting.build.checks import order_problems
-from weighting.build.compared import reduced_level
 from weighting.build.shares import over_steps
 from weighting.build.targets import drawing, targets_of
 from weighting.contract import Alone, Pool, Weigh
@@ -26,7 +25,7 @@ from weighting.pipeline import (
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from weighting.contract import Collectives, Feedback
+    from weighting.contract import Collectives, Feedback, Level
     from weighting.pipeline import Step
     from weighting.spec import Apply, Spec
 
@@ -182,6 +181,16 @@ def plan_of(spec: Spec, *, steps: int | None = None) -> Plan:
         domain_late=() if late == "token" else by_domain,
         deferred_level=late,
     )
+
+
+def reduced_level(spec: Spec) -> Level | None:
+    """Return the level whose units the reduction counts alike; None where it is tokens."""
+    levels: dict[str, Level] = {
+        "sequence_mean": "sequence",
+        "document_mean": "document",
+        "domain_mean": "domain",
+    }
+    return levels.get(spec.reduction)
 
 
 def _late_level(levels: set[str]) -> DeferredLevel | None:

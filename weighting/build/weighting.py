@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from weighting.build.compared import MORE_UNITS, compared_levels, one_unit, reduced_level
+from weighting.build.compared import MORE_UNITS, compared_levels, one_unit
 from weighting.build.flatten import all_finite, flatten
 from weighting.build.memory import (
     RUNNING_MEAN,
@@ -23,6 +23,7 @@ from weighting.build.memory import (
     with_earlier,
     with_earlier_mean,
 )
+from weighting.build.plan import reduced_level
 from weighting.build.statistics import MOMENTS, moments, raise_if_nonfinite, summarize
 from weighting.contract import Combine, Constrain, Pool, Scope, Shape, Source, Weigh
 from weighting.contract.collectives import CountedOnce
