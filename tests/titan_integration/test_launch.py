@@ -53,6 +53,7 @@ def test_a_stage_of_ones_own_trains_on_data_of_ones_own(tmp_path):
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join(map(json.dumps, lines)))
     flags = ["--training.steps=10", "--training.seq_len=64", f"--dump_folder={tmp_path / 'out'}"]
+    flags += ["--module=small", "--config=debugmodel"]
     done = train(str(spec), "--allow-plugins", "--data", str(data), *flags, cwd=tmp_path)
 
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
