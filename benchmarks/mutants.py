@@ -162,8 +162,8 @@ MUTANTS = (
     Mutant(
         "the late part of a weight",
         "weighting/loss/linear.py",
-        "sums.scaled(scale, late)",
-        "sums.scaled(scale, late * 0 + 1)",
+        "sums.scaled(per_token, late)",
+        "sums.scaled(per_token, late * 0 + 1)",
         LINEAR,
     ),
     Mutant(
