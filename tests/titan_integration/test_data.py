@@ -7,8 +7,6 @@ import logging
 import os
 import random
 import shutil
-import subprocess
-import sys
 import sysconfig
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from forked import process
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
 from titan_integration.data.builtin_text import DOMAINS, MAX_CHARS, read_stdlib, stdlib_text
@@ -268,39 +268,35 @@ def test_worker_processes_change_nothing(build):
     del iterator
 
 
-SAVE_AS_RANK = """
-import sys
-root, rank, rendezvous, checkpoint, tokenizer, files = sys.argv[1:]
-sys.path.insert(0, root)
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torchtitan.components.tokenizer import HuggingFaceTokenizer
-from titan_integration.data.loader import DomainTextDataLoader
-dist.init_process_group("gloo", init_method="file://" + rendezvous, rank=int(rank), world_size=2)
-loader = DomainTextDataLoader.Config(dataset=files).build(
-    dp_world_size=2, dp_rank=int(rank), seq_len=128, local_batch_size=4,
-    tokenizer=HuggingFaceTokenizer(tokenizer_path=tokenizer),
-)
-batches = iter(loader)
-for _ in range(5):
-    next(batches)
-dcp.save({"dataloader": loader}, checkpoint_id=checkpoint)
-dist.destroy_process_group()
-"""
+def save_as_rank(rank, rendezvous, checkpoint, tokenizer, files):
+    """Be one of two ranks that save a checkpoint at step 5."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    loader = DomainTextDataLoader.Config(dataset=files).build(
+        dp_world_size=2,
+        dp_rank=rank,
+        seq_len=128,
+        local_batch_size=4,
+        tokenizer=HuggingFaceTokenizer(tokenizer_path=tokenizer),
+    )
+    batches = iter(loader)
+    for _ in range(5):
+        next(batches)
+    dcp.save({"dataloader": loader}, checkpoint_id=checkpoint)
+    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def checkpoint_of_two(tmp_path_factory, tokenizer, files):
     """Save a checkpoint at step 5 from two real ranks."""
     folder = tmp_path_factory.mktemp("dcp")
-    arguments = [folder / "rendezvous", folder / "checkpoint", tokenizer.tokenizer_path, files]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", SAVE_AS_RANK, Path(__file__).parents[2], str(rank), *arguments]
-        )
-        for rank in range(2)
-    ]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    given = folder / "rendezvous", folder / "checkpoint", tokenizer.tokenizer_path, str(files)
+    processes = [process(save_as_rank, rank, *given) for rank in range(2)]
+    for each in processes:
+        each.start()
+    for each in processes:
+        each.join(300)
+    assert [each.exitcode for each in processes] == [0, 0]
     return folder / "checkpoint"
 
 

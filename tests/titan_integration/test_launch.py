@@ -151,7 +151,7 @@ def test_files_called_like_modules_are_not_run_by_training(hostile):
 def test_an_error_of_a_config_function_is_one_message(hostile):
     """A config that cannot be weighted ends with status 2 and no traceback."""
     module = ["--module", "own_configs", "--config", "impossible", "--ranks", "1"]
-    done = in_folder(hostile, "train", "linupper", *module)
+    done = train("linupper", *module, cwd=hostile)
     assert done.returncode == 2
     assert "error: cannot weight torchtitan.models.flux.trainer.FluxTrainer.Config" in done.stderr
     assert "Traceback" not in done.stdout + done.stderr
