@@ -153,7 +153,7 @@ def test_what_draws_multiplies_nothing(name):
     """The weights are those of the other factors, whatever the domains."""
     fn, signals = shipped(name), tables.batch(6, 8, seed=1)
     other = shipped("linupper" if "linupper" in name else "uniform")
-    for step in range(3):
+    for step in range(1001, 1004):  # one is plain before
         assert_close(fn(signals, step).token, other(signals, step).token, rtol=1e-6, atol=1e-6)
     factor = fn.plan.sampling[0]
     assert torch.equal(fn(signals, 3).factors[factor], signals.valid.float())

@@ -320,7 +320,11 @@ def path_of(
     if late == "token":
         del extra["late"]
         if memory == "late":
-            msg = f"{plan.spec.name} weighs every token late; use memory auto, keep or recompute"
+            rows = " where rows mix domains" if needs_domains and not sizes.domains else ""
+            msg = (
+                f"{plan.spec.name} weighs every token late{rows}; "
+                "use memory auto, keep or recompute"
+            )
             raise ValueError(msg)
     taken = memory
     chunk = chunk_of(sizes.tokens, chunks)
