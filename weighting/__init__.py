@@ -12,7 +12,7 @@ from typing_extensions import override
 if TYPE_CHECKING:
     from weighting.build import Weighting as Weighting
     from weighting.build import Weights as Weights
-    from weighting.build import build as build
+    from weighting.build.build import build as build  # of the package, mypy takes the module
     from weighting.contract import Constrain as Constrain
     from weighting.contract import Groups as Groups
     from weighting.contract import Pool as Pool

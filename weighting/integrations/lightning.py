@@ -138,6 +138,13 @@ class WeightingCallback(Callback):
         self.hook.read()
 
     @override
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Give the model its own loss back."""
+        self.hook.active = False
+
+    @override
     def state_dict(self) -> dict[str, Any]:
         """Return what is remembered, for Lightning's checkpoint."""
         return self.hook.state_dict()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import warnings
 from pathlib import Path
@@ -47,8 +48,8 @@ def weigh(
 
         loss = sum_t u_t * nll_t / num_items_in_batch
 
-    Evaluation is not weighted, nor is the model when training has ended.  Statistics run over all
-    ranks.  What the stages remember is in
+    Evaluation is not weighted, nor is the model when training has ended, by an error too.
+    Statistics run over all ranks.  What the stages remember is in
     `trainer_state.json` of each checkpoint.  `weighting/*` numbers are in the trainer's logs; below
     `output_dir` it leaves what `weighting report` and `weighting replay` read.
 
@@ -85,6 +86,7 @@ def weigh(
     trainer.add_callback(callback)
     handlers = trainer.callback_handler.callbacks
     handlers.insert(0, handlers.pop())  # before those that report what is logged
+    _leave_unweighted(trainer, callback)
     if wanted:
         keep = None
         if trainer.args.remove_unused_columns:  # as the trainer does, but for the spec's own
@@ -318,6 +320,20 @@ def check_arguments(args: TrainingArguments, *, fused: bool = False) -> None:
     if args.n_gpu > 1:
         msg = "DataParallel weighs each device alone; start one process for each, with torchrun"
         raise ValueError(msg)
+
+
+def _leave_unweighted(trainer: Trainer, callback: WeightingCallback) -> None:
+    """Give the model its own loss back where training ends by an error or an interrupt."""
+    train = trainer.train
+
+    @functools.wraps(train)
+    def training(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - as the trainer's
+        try:
+            return train(*args, **kwargs)
+        finally:
+            callback.hook.active = False
+
+    trainer.train = training
 
 
 def _check_trainer(trainer: Trainer, *, fused: bool) -> None:

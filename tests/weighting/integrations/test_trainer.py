@@ -195,6 +195,29 @@ def test_a_trainer_with_a_loss_of_its_own_is_stopped_at_the_first_step(tmp_path)
         assert torch.equal(before[name], value)
 
 
+class Interrupts(TrainerCallback):
+    """Ends the run at its second step, as Ctrl-C in a notebook does."""
+
+    def on_step_begin(self, _args, state, _control, **_options):
+        """Raise."""
+        if state.global_step == 1:
+            raise KeyboardInterrupt
+
+
+def test_a_model_is_not_weighted_after_a_run_that_was_interrupted(tmp_path):
+    """A plain Trainer that goes on with it has the plain loss."""
+    host = weigh(trainer(tmp_path), "linupper")
+    host.add_callback(Interrupts())
+    with pytest.raises(KeyboardInterrupt):
+        host.train()
+    batch = tiny.padded(tiny.rows(BATCH))
+    logits = host.model.train()(**batch).logits[:, :-1]
+    plain = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), batch["labels"][:, 1:].flatten()
+    )
+    assert_close(host.model(**batch).loss, plain)
+
+
 def test_a_checkpoint_of_another_spec_or_of_none_is_not_gone_on_from_in_silence(tmp_path):
     """Another spec's state is refused; a run that had none starts afresh, and says so."""
     plain = trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
