@@ -601,7 +601,7 @@ LATE = [
 def chunk_batches():
     """Return hard batches, and more with zeros, signals that are not finite, and many tokens."""
     # A score below 1e-20 counts as that much; the promise is for scores above it.
-    hard = hard_batches(len(tables.DOMAINS), tables.COLUMNS)
+    hard = hard_batches(len(tables.DOMAINS), (*tables.COLUMNS, "example"))
     del hard["certain predictions"]
     plain = tables.batch(seed=50, keep=0.8)
     spoilt = {

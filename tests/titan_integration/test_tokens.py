@@ -127,7 +127,7 @@ def test_weights_are_the_core_s_on_the_model_s_logits(folder, seed, model, token
 
     ids = tokenizer.encode(TEXT, add_bos=True, add_eos=True)
     wanted = expected(model, ids, step=1000)
-    assert len({round(x, 4) for x in wanted[:, 2].tolist()}) > 2, "windows weigh differently"
+    assert len({round(x, 4) for x in wanted[:, 2].tolist()}) > 1, "windows weigh differently"
     sections = Spans(html.read_bytes().decode()).sections
     assert len(sections) == len(SPECS)
     for spans in sections:

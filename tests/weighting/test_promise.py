@@ -108,10 +108,14 @@ def test_every_public_name_is_there_when_asked_for():
     """The table of lazy names, `__all__`, `dir` and what type checkers see are the same names."""
     tree = ast.parse(Path(wt.__file__).read_text(encoding="utf-8"))
     block = next(node for node in tree.body if isinstance(node, ast.If))
-    typed = {alias.asname for node in block.body for alias in node.names}
+    imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
+    aliases = {node.target.id for node in block.body if isinstance(node, ast.AnnAssign)}
+    typed = aliases | {x.asname for node in imports for x in node.names if x.asname}
     assert typed == {*wt.__all__}
     assert typed <= {*dir(wt)}
-    for node in block.body:
+    for node in imports:
+        if not node.names[0].asname:
+            continue  # for the aliases
         found = {alias.name: getattr(wt, alias.name) for alias in node.names}
         module = sys.modules[node.module]
         assert found == {name: getattr(module, name) for name in found}

@@ -47,6 +47,7 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "specs").symlink_to(ROOT / "specs")
     (tmp_path / "plugins").mkdir()
+    (tmp_path / "tasks").mkdir()
     (tmp_path / "a.txt").write_text("a text")
     for name in ("my.jsonl", "s.parquet"):
         (tmp_path / name).touch()
@@ -147,6 +148,7 @@ def check(words):
         given = dict(context.params)
     said = [*given.get("flags", ()), *given.get("words", ())]
     specs = [*takewhile(lambda word: not word.startswith("-"), given.get("words", ()))]
+    specs = [] if name == "evaluate" else specs  # which takes models
     for key in ("spec", "specs", "more", "compare"):
         values = given.get(key) or ()
         specs += [values] if isinstance(values, str) else values
