@@ -333,7 +333,7 @@ def _leave_unweighted(trainer: Trainer, callback: WeightingCallback) -> None:
         finally:
             callback.hook.active = False
 
-    trainer.train = training
+    trainer.train = training  # pyrefly: ignore[method-assign]
 
 
 def _check_trainer(trainer: Trainer, *, fused: bool) -> None:
