@@ -61,7 +61,7 @@ def main(
     names = _names(models)
     places = [_place(folder) for folder in found]
     for place in places:
-        refuse_unwritable(place)
+        refuse_unwritable(place.parent)
         evaluated.read(place)
     with quiet():
         asked = _asked(tasks, shots, task_folder)
