@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--checkpoint", required=True)
     parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--module", default="titan_integration")
     parser.add_argument("--config", default="llama3_debugmodel")
     parser.add_argument("--specs", nargs=2, default=["mile", "focal"])
     args, flags = parser.parse_known_args()
@@ -51,7 +52,7 @@ def main() -> None:
         specs=[(text, resolve(text)) for text in args.specs],
         checkpoint=args.checkpoint,
         text=str(args.text),
-        module="titan_integration",
+        module=args.module,
         config=args.config,
         flags=flags,
     )

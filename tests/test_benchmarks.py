@@ -149,12 +149,13 @@ def test_every_mutant_breaks_a_line_that_is_there(monkeypatch):
 
 @pytest.mark.processes
 def test_the_picture_of_tokens_has_every_character(tmp_path):
-    """Twice, as text, each line as wide as its shades; under a checkpoint of the debug model."""
+    """Twice, as text, each line as wide as its shades; under a checkpoint of a small model."""
     pytest.importorskip("torchtitan")
     text, out = "def f(x):\n\tif x < 1 & é:\n\n    return 'a  b'", tmp_path / "tokens.svg"
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
     seed = seed_checkpoint(tmp_path / "seed", "--training.seq_len=64")
     given = ["--checkpoint", seed, "--text", tmp_path / "text.txt", "--training.seq_len=64"]
+    given += ["--module", "small", "--config", "debugmodel"]
     done = subprocess.run(
         [sys.executable, ROOT / "benchmarks" / "tokens.py", out, *given],
         env=environment(),
