@@ -142,7 +142,8 @@ class WeightingCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Give the model its own loss back."""
-        self.hook.active = False
+        if self._hook is not None:  # it may be the setup that failed
+            self._hook.active = False
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -114,6 +114,37 @@ def test_without_full_logits_it_trains_the_same_parameters(tmp_path):
         WeightingCallback("linupper", fused=True).setup(host, Module(), "fit")
 
 
+class Fails(Module):
+    """A module whose second step fails."""
+
+    def training_step(self, batch, index):
+        """Return the model's loss, once."""
+        if self.global_step:
+            raise RuntimeError(index)
+        return super().training_step(batch, index)
+
+
+def test_a_model_is_not_weighted_after_a_run_that_failed(tmp_path):
+    """Whatever trains it next has the plain loss."""
+    callback = WeightingCallback("linupper")
+    options = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "max_steps": 3}
+    host = lightning.Trainer(
+        default_root_dir=tmp_path,
+        callbacks=[callback],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
+    module, batch = Fails(), tiny.padded(tiny.rows(BATCH))
+    del batch["domain"]
+    with pytest.raises(RuntimeError, match="1"):
+        host.fit(module, torch.utils.data.DataLoader([batch, batch], batch_size=None))
+    logits = module.model.train()(**batch).logits[:, :-1]
+    labels = batch["labels"][:, 1:].flatten()
+    plain = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels)
+    assert_close(module.model(**batch).loss, plain)
+
+
 class OwnLoss(Module):
     """A module that does not take the model's loss."""
 
