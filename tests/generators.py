@@ -15,6 +15,15 @@ from weighting.build import plan_of
 from weighting.registry import stages
 
 SPECS = Path(__file__).resolve().parent.parent / "specs"
+BURN_IN = {
+    "linupper-gpt2",
+    "quadratic-gpt2",
+    "extremes-gpt2",
+    "dro-kl-gpt2",
+    "doge-table-x-linupper",
+    "doremi-table-x-linupper",
+}
+"""Specs that weigh all alike for a thousand steps, and then as their headers say."""
 COLUMNS = (
     "quality",
     "weight",

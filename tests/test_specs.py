@@ -102,19 +102,7 @@ def test_weights_are_those_of_the_header(name):
         assert_like_reference(name, signals, seed)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "linupper-1p4b",
-        "linupper-7b",
-        "linupper-gpt2",
-        "quadratic-gpt2",
-        "extremes-gpt2",
-        "dro-kl-gpt2",
-        "doge-table-x-linupper",
-        "doremi-table-x-linupper",
-    ],
-)
+@pytest.mark.parametrize("name", sorted({"linupper-1p4b", "linupper-7b"} | tables.BURN_IN))
 @pytest.mark.parametrize("step", [1, 1000, 1001, 1999, 2000, 2001, 100_000])
 def test_scheduled_weights_are_those_of_the_header(name, step):
     """On both sides of its turn a schedule has the value the header says."""

@@ -5,6 +5,7 @@ import math
 import random
 
 import pytest
+from generators import BURN_IN
 from runs import HERE, SMALL, torchrun
 
 import weighting as wt
@@ -29,15 +30,7 @@ NO_GAIN = {"ukpl", "longce"}
 """Specs whose short context is longer than these sequences, which therefore weigh all alike."""
 AT_CAP = {"iw-sft"}
 """Specs that weigh by a gain over a reference, which all tokens soon pass by more than a cap."""
-SLOW = {
-    "toremi",
-    "linupper-gpt2",
-    "quadratic-gpt2",
-    "extremes-gpt2",
-    "dro-kl-gpt2",
-    "doge-table-x-linupper",
-    "doremi-table-x-linupper",
-}
+SLOW = {"toremi"} | BURN_IN
 """Specs that move their weights after more than five steps."""
 
 

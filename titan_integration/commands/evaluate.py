@@ -26,6 +26,7 @@ from weighting.runs.layout import CHECKPOINTS, EVALUATION, FOLDER
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from lm_eval.tasks import TaskManager
     from torchtitan.trainer import Trainer
 
     from weighting.runs.evaluated import Score
@@ -64,8 +65,9 @@ def main(
         refuse_unwritable(place.parent)
         evaluated.read(place)
     with quiet():
-        asked = _asked(tasks, shots, task_folder)
-        scores = [_scores(given, folder, asked, task_folder, limit, batch) for folder in found]
+        manager = _tasks(task_folder)
+        asked = _asked(tasks, shots, manager)
+        scores = [_scores(given, folder, asked, manager, limit, batch) for folder in found]
     about = {"lm_eval": version("lm-eval")}
     for folder, place, own in zip(found, places, scores, strict=True):
         evaluated.add(place, folder.name, own, about)
@@ -106,17 +108,20 @@ def _for_hf(checkpoint: Path) -> bool:
     return (checkpoint / "config.json").is_file()
 
 
-def _asked(
-    tasks: Sequence[str], shots: int | None, task_folder: str | None
-) -> dict[str, int | None]:
+def _tasks(folder: str | None) -> TaskManager:
+    """Return the harness's tasks and those of a folder; it reads the files of all of them."""
+    from lm_eval.tasks import TaskManager  # noqa: PLC0415 - an extra, and slow
+
+    return TaskManager(include_path=folder)
+
+
+def _asked(tasks: Sequence[str], shots: int | None, manager: TaskManager) -> dict[str, int | None]:
     """Return tasks by their names in the harness, each with its number of examples.
 
     Raises:
         ValueError: The harness has no such task; says which are like it.
     """
-    from lm_eval.tasks import TaskManager  # noqa: PLC0415 - an extra, and slow
-
-    known = TaskManager(include_path=task_folder).all_tasks
+    known = manager.all_tasks
     asked: dict[str, int | None] = {}
     for name in tasks:
         members, usual = evaluated.TASKS.get(name, ((name,), None))
@@ -136,7 +141,7 @@ def _scores(
     given: launch.HostOptions,
     checkpoint: Path,
     asked: dict[str, int | None],
-    task_folder: str | None,
+    manager: TaskManager,
     limit: int | None,
     batch: int,
 ) -> dict[str, Score]:
@@ -147,7 +152,6 @@ def _scores(
     """
     from lm_eval import simple_evaluate  # noqa: PLC0415
     from lm_eval.models.huggingface import HFLM  # noqa: PLC0415
-    from lm_eval.tasks import TaskManager  # noqa: PLC0415
 
     with contextlib.ExitStack() as stack:
         folder = checkpoint
@@ -160,7 +164,6 @@ def _scores(
         accelerator = torch.accelerator.is_available()
         device = str(torch.accelerator.current_accelerator()) if accelerator else "cpu"
         model = HFLM(pretrained=str(folder), device=device, batch_size=batch)
-        manager = TaskManager(include_path=task_folder)
         found: dict[str, Score] = {}
         for task, shots in asked.items():
             try:

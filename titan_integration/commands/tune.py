@@ -185,11 +185,7 @@ def _tell(args: Options, losses: Mapping[float, float]) -> None:
 
 
 def _draw(args: Options, losses: Mapping[float, float]) -> None:
-    try:
-        from weighting.cli.figures import picture  # noqa: PLC0415 - needs matplotlib
-    except ImportError:
-        msg = "--plot needs matplotlib: pip install 'weighting-dsl[plot]'"
-        raise ValueError(msg) from None
+    from weighting.cli.figures import picture  # noqa: PLC0415 - needs matplotlib
     from weighting.cli.panels import Line, Panel  # noqa: PLC0415
 
     path = Path(args.plot or "")

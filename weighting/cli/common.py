@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 import textwrap
@@ -55,6 +56,12 @@ module = click.option(
     show_default=True,
     is_eager=True,
     help="Module of a config of yours.",
+)
+steps_of_runs = click.option(
+    "--steps", type=click.IntRange(1), help="Of each run; default as in train."
+)
+seed = click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the first weights."
 )
 flags = click.argument("flags", metavar="[TORCHTITAN FLAGS]...", nargs=-1, type=click.UNPROCESSED)
 
@@ -111,6 +118,12 @@ def check_out(out: str | Path, suffixes: Sequence[str] = ()) -> None:
         give_up(f"--out {out}: give it a name that ends in {' or '.join(suffixes)}")
     if not os.path.isdir(path.parent):  # noqa: PTH112
         give_up(f"--out {out}: no folder {path.parent}; make it first")
+
+
+def check_matplotlib() -> None:
+    """Exit with status 2 if there is nothing to draw pictures with."""
+    if importlib.util.find_spec("matplotlib") is None:
+        give_up("this needs matplotlib: pip install 'weighting-dsl[plot]'")
 
 
 def check_data(data: object) -> None:

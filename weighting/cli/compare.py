@@ -29,10 +29,8 @@ from weighting.cli.report import SUFFIXES
 )
 @click.option("--out", help="HTML file of the report; default report.html in --dump_folder.")
 @common.data
-@click.option("--steps", type=click.IntRange(1), help="Of each run; default as in train.")
-@click.option(
-    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the first weights."
-)
+@common.steps_of_runs
+@common.seed
 @click.option(
     "--seeds",
     type=click.IntRange(1),

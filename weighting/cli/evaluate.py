@@ -6,6 +6,7 @@ import importlib.util
 
 import click
 
+from weighting.cli import common
 from weighting.cli.common import give_up
 from weighting.cli.host import run_in_host
 
@@ -21,10 +22,8 @@ from weighting.cli.host import run_in_host
 )
 @click.option("--limit", type=click.IntRange(1), help="Questions of a task; default all.")
 @click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="At once.")
-@click.option("--config", default="llama3_debugmodel", show_default=True, help="Config function.")
-@click.option(
-    "--module", default="titan_integration", show_default=True, help="Module it is found in."
-)
+@common.config
+@common.module
 def evaluate(words: tuple[str, ...], tasks: str, **options: object) -> None:
     """Ask each MODEL the questions of benchmarks, with lm-evaluation-harness.
 

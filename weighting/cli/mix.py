@@ -26,9 +26,7 @@ METHODS = {"doremi": "doremi-proxy", "doge": "doge-proxy"}
 @click.option("--config", default="llama3_proxy", show_default=True, help="Config function.")
 @common.module
 @common.ranks
-@click.option(
-    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the first weights."
-)
+@common.seed
 @click.option(
     "--dump_folder", "--folder", "folder", help="Where the runs go; default outputs/mix-<spec>."
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from weighting.cli.common import echo, give_up, reason, wrapped
+from weighting.cli.common import check_matplotlib, echo, give_up, reason, wrapped
 from weighting.cli.named import LONGEST, Named, cut
 from weighting.cli.panels import (
     UNITS,
@@ -36,10 +36,9 @@ def draw(
     per: str,
 ) -> None:
     """Write the picture that the command asks for; on an error print it and exit with status 2."""
-    try:
-        from weighting.cli.figures import picture  # noqa: PLC0415 - the core needs no matplotlib
-    except ImportError:
-        give_up("this needs matplotlib: pip install 'weighting-dsl[plot]'")
+    check_matplotlib()
+    from weighting.cli.figures import picture  # noqa: PLC0415 - the core needs no matplotlib
+
     path = Path(out)
     named = [each._replace(label=cut(each.label, LONGEST)) for each in named]
     try:

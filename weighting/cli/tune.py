@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 
 import click
 
+from weighting.cli import common
 from weighting.cli.common import (
     allow_plugins,
     check_data,
+    check_matplotlib,
     check_out,
     give_up,
     read_or_exit,
@@ -92,10 +94,8 @@ def _masses(
 @click.option(
     "--trials", type=click.IntRange(1), default=8, show_default=True, help="Values of a range."
 )
-@click.option("--steps", type=click.IntRange(1), help="Of each run; default as in train.")
-@click.option(
-    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the first weights."
-)
+@common.steps_of_runs
+@common.seed
 @click.option(
     "--seeds",
     type=click.IntRange(1),
@@ -106,17 +106,15 @@ def _masses(
 @click.option(
     "--dump_folder", "--folder", "folder", help="Where runs go; default outputs/tune-<spec>."
 )
-@click.option("--data", help="A .jsonl/.parquet file or folder, or a Hugging Face name.")
-@click.option("--mixture", help="A spec by whose domain weights training data is drawn.")
-@click.option("--reference", help="Checkpoint whose loss is ref_loss, for specs that read it.")
-@click.option("--config", default="llama3_debugmodel", show_default=True, help="Config function.")
-@click.option(
-    "--module", default="titan_integration", show_default=True, help="Module it is found in."
-)
-@click.option("--ranks", type=click.IntRange(1), help="Processes; default one per accelerator.")
+@common.data
+@common.mixture
+@common.reference
+@common.config
+@common.module
+@common.ranks
 @click.option("--plot", metavar="FILE", help="A .png or .svg file for a picture.")
 @allow_plugins
-@click.argument("flags", metavar="[TORCHTITAN FLAGS]...", nargs=-1, type=click.UNPROCESSED)
+@common.flags
 def tune(
     spec: str,
     number: str,
@@ -167,6 +165,7 @@ def tune(
             give_up("say what the values are to keep: --ess 0.7, --capped 0.1, --mass code=0.1:0.4")
     if plot is not None:
         check_out(plot, SUFFIXES)
+        check_matplotlib()
     check_data(options["data"])
     if train and ":" in text and importlib.util.find_spec("optuna") is None:
         give_up(

@@ -157,10 +157,8 @@ def _draw(
     scanned: Scan,
 ) -> None:
     """Write a panel for each wish: its quantity against the number, and the bounds."""
-    try:
-        from weighting.cli.figures import picture  # noqa: PLC0415 - the core needs no matplotlib
-    except ImportError:
-        give_up("this needs matplotlib: pip install 'weighting-dsl[plot]'")
+    from weighting.cli.figures import picture  # noqa: PLC0415 - the core needs no matplotlib
+
     panels: list[Panel] = []
     x = [point.value for point in scanned.points]
     for wish in wishes:
