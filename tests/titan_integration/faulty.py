@@ -3,6 +3,7 @@
 import functools
 import os
 import pkgutil
+import shutil
 import signal
 import time
 
@@ -12,6 +13,7 @@ from warm import be_warm
 
 from titan_integration.data import tokenizer
 from weighting.cli import main
+from weighting.runs.files import read_lines
 
 FLAGS = [
     "--module=faulty",
@@ -132,6 +134,27 @@ class Run:
         """Return what has been said by now, without torchrun's words."""
         text = self.log.read_text(errors="replace") if self.log.exists() else ""
         return "".join(x for x in text.splitlines(keepends=True) if "torch/distributed/el" not in x)
+
+
+def whole_and_resumed(folder, *flags):
+    """Train six steps, then go on from the checkpoint of step 3; yield metrics of both by step."""
+    for name in ("whole", "resumed"):
+        out, saved = folder / name, folder / "whole/checkpoint/step-3"
+        if name == "resumed":
+            shutil.copytree(saved, out / "checkpoint/step-3")
+        kept = ["--training.steps=6", "--checkpoint.enable", "--checkpoint.interval=3"]
+        kept += ["--checkpoint.keep_latest_k=0", "--metrics.log_freq=1", f"--dump_folder={out}"]
+        status, said = Run(folder / "log", 1, "--weighting.spec=linupper", *flags, *kept).ended(300)
+        assert status == 0, said[-3000:]
+        yield {line["step"]: line for line in read_lines(out / "weighting/metrics.jsonl")}
+
+
+def check_resumed(whole, resumed, *keys):
+    """Check that a run went on from step 3 as the whole one did, in the numbers of some names."""
+    assert ([*whole], [*resumed]) == ([1, 2, 3, 4, 5, 6], [4, 5, 6])
+    for step, line in resumed.items():
+        for key in ("unweighted_loss", "weighted_loss", *keys):
+            assert line[key] == whole[step][key], (step, key)
 
 
 class Before:

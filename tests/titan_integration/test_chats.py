@@ -6,11 +6,10 @@ import shutil
 import faulty
 import pytest
 import torch
-from faulty import Run
+from faulty import check_resumed, whole_and_resumed
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
 from titan_integration.data.tokenizer import ensure_tokenizer
-from weighting.runs.files import read_lines
 
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
@@ -51,20 +50,5 @@ def test_a_run_on_the_hosts_chats_predicts_answers_alone_and_resumes(folder, tmp
     assert "reply" in said
     assert "question" not in said
 
-    found = []
-    for name in ("whole", "resumed"):
-        out = tmp_path / name
-        if found:
-            shutil.copytree(tmp_path / "whole/checkpoint/step-3", out / "checkpoint/step-3")
-        flags = ["--config=chats", "--weighting.spec=linupper", f"--dump_folder={out}"]
-        flags += ["--training.seq_len=64", "--training.local_batch_size=4", "--training.steps=6"]
-        flags += ["--checkpoint.enable", "--checkpoint.interval=3", "--metrics.log_freq=1"]
-        flags += ["--checkpoint.keep_latest_k=0"]
-        status, said = Run(tmp_path / "log", 1, *flags).ended(300)
-        assert status == 0, said[-3000:]
-        found.append({x["step"]: x for x in read_lines(out / "weighting/metrics.jsonl")})
-    whole, resumed = found
-    assert ([*whole], [*resumed]) == ([1, 2, 3, 4, 5, 6], [4, 5, 6])
-    for step, line in resumed.items():
-        for key in ("unweighted_loss", "weighted_loss"):
-            assert line[key] == whole[step][key], (step, key)
+    flags = ["--config=chats", "--training.seq_len=64", "--training.local_batch_size=4"]
+    check_resumed(*whole_and_resumed(tmp_path, *flags))

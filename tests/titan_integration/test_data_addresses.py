@@ -6,7 +6,6 @@ import http.server
 import json
 import os
 import re
-import shutil
 import threading
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -15,14 +14,13 @@ import fsspec
 import pytest
 import s3fs
 import torch
-from faulty import Run
+from faulty import check_resumed, whole_and_resumed
 from moto.server import ThreadedMotoServer
 from written import FORMATS, RECORDS, build, check, expected_rows, lines, taken, write
 
 from titan_integration.data import urls
 from titan_integration.data.loader import DomainTextDataLoader, load_documents
 from titan_integration.data.tokenizer import cache_dir
-from weighting.runs.files import read_lines
 
 
 @pytest.fixture(autouse=True)
@@ -114,27 +112,15 @@ def test_a_store_whose_package_is_missing_names_it():
 def test_a_run_on_a_store_of_s3_stops_and_resumes_on_the_same_tokens(s3, tmp_path, own_cache):
     """A folder of all formats at once; from the cache, the second run asks for no file again."""
     del s3
+    flags = ["--config=tiny", "--dataloader.dataset=s3://bucket/all"]
     found = []
-    for name in ("whole", "resumed"):
-        out = tmp_path / name
-        if found:
-            shutil.copytree(tmp_path / "whole/checkpoint/step-3", out / "checkpoint/step-3")
-        flags = ["--config=tiny", "--weighting.spec=linupper", f"--dump_folder={out}"]
-        flags += ["--dataloader.dataset=s3://bucket/all", "--training.local_batch_size=2"]
-        flags += ["--training.steps=6", "--checkpoint.enable", "--checkpoint.interval=3"]
-        flags += ["--checkpoint.keep_latest_k=0", "--metrics.log_freq=1"]
-        status, said = Run(tmp_path / "log", 1, *flags).ended(300)
-        assert status == 0, said[-3000:]
-        found.append({x["step"]: x for x in read_lines(out / "weighting/metrics.jsonl")})
+    for metrics in whole_and_resumed(tmp_path, *flags, "--training.local_batch_size=2"):
+        found.append(metrics)
         fetched = {
             x: x.stat().st_ino for x in (own_cache / "files").iterdir() if ".lock" not in x.name
         }
         assert len(fetched) == len(FORMATS)
-    whole, resumed = found
-    assert ([*whole], [*resumed]) == ([1, 2, 3, 4, 5, 6], [4, 5, 6])
-    for step, line in resumed.items():
-        for key in ("unweighted_loss", "weighted_loss", "domain/a/share"):
-            assert line[key] == whole[step][key], (step, key)
+    check_resumed(*found, "domain/a/share")
 
 
 # --- memory ---
