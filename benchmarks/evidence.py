@@ -14,7 +14,6 @@ not made again, one that was cut off goes on.  Afterwards every model meets the 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import os
@@ -304,8 +303,11 @@ def weighting(run: Path, *command: str) -> None:
         # In a session of its own, so that it can be ended with all its ranks.
         child = subprocess.Popen(words, stdout=file, stderr=file, start_new_session=True)  # noqa: S603
     _RUNNING.add(child)
-    code = child.wait()
-    _RUNNING.discard(child)
+    try:
+        code = child.wait()
+    finally:
+        series.end(child)
+        _RUNNING.discard(child)
     if code:
         end = "".join(log.read_text(encoding="utf-8").splitlines(keepends=True)[-8:])
         msg = f"{run}: exit status {code}; the same command goes on\n{end}"
@@ -332,8 +334,7 @@ def at_once(jobs: Sequence[Callable[[], None]], while_waiting: Callable[[], None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for child in [*_RUNNING]:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(child.pid, signal.SIGTERM)
+                series.end(child)
             raise
 
 

@@ -2,6 +2,10 @@
 
 import importlib
 import json
+import os
+import signal
+import subprocess
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -140,3 +144,24 @@ def test_weights_of_sequences_begin_after_the_plain_steps(study):
     assert "interpolate(step(1, 0, at=1001))" in study.spec_text("linupper-r1", 20_000)
     assert "interpolate(step(1, 0, at=2))" in study.spec_text("dro-kl", 20)
     assert "interpolate" not in study.spec_text("mile", 20_000)
+
+
+@pytest.mark.processes
+def test_a_study_that_is_stopped_takes_its_run_with_it(study, monkeypatch, tmp_path):
+    """No trainer goes on alone after Ctrl-C or SIGTERM."""
+    slow = tmp_path / "python"
+    slow.write_text("#!/bin/sh\nexec sleep 60\n")
+    slow.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(slow))
+    started = []
+    popen = subprocess.Popen
+
+    def start(*words, **options):
+        started.append(popen(*words, **options))
+        return started[-1]
+
+    monkeypatch.setattr("subprocess.Popen", start)
+    threading.Timer(0.3, os.kill, [os.getpid(), signal.SIGINT]).start()
+    with pytest.raises(KeyboardInterrupt):
+        study.evidence.weighting(tmp_path / "run", "train", "uniform")
+    assert started[0].poll() == -signal.SIGTERM

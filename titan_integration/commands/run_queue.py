@@ -153,8 +153,24 @@ def logged(words: list[str], log: Path, lock: IO[str], look: Callable[[], None])
                 process.wait(_POLL)
         look()
     finally:
-        _end(process)
+        end(process)
     return process.returncode if process.returncode >= 0 else 128 - process.returncode
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Have a process end, if it has not; nothing interrupts that."""
+    if process.poll() is not None:
+        return
+    stopping = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in stopping}
+    process.terminate()  # torchrun ends the ranks first
+    try:
+        process.wait(_PATIENCE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def new_lines(path: Path) -> Iterator[list[dict[str, float]]]:
@@ -173,22 +189,6 @@ def new_lines(path: Path) -> Iterator[list[dict[str, float]]]:
                 found, newline, _ = file.read().rpartition(b"\n")
                 offset += len(found) + len(newline)
         yield [read_line(line) for line in found.splitlines()]
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Have a process end, if it has not; nothing interrupts that."""
-    if process.poll() is not None:
-        return
-    stopping = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in stopping}
-    process.terminate()  # torchrun ends the ranks first
-    try:
-        process.wait(_PATIENCE)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def _inode(path: Path) -> int | None:
