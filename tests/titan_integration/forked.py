@@ -5,6 +5,7 @@ Real processes and gloo, without the ten seconds that each of them takes to impo
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import multiprocessing
 import os
@@ -61,6 +62,21 @@ def start(
     return agent
 
 
+def start_launcher(
+    lines: Sequence[Sequence[str]], files: tuple[Path, Path], environment: Mapping[str, str]
+) -> ForkServerProcess:
+    """Start command lines of `accelerate launch`, one after another; return the first process.
+
+    Accelerate's launcher reads its arguments and starts the ranks, which are forked after the
+    imports.
+    """
+    launcher = process(
+        _be_launcher, [[*line] for line in lines], files, {**environment}, Path.cwd()
+    )
+    launcher.start()
+    return launcher
+
+
 def process(function: Callable[..., None], *given: object, **named: object) -> ForkServerProcess:
     """Return a process that is to call a function, forked where all has been imported."""
     start_server()
@@ -77,7 +93,7 @@ def start_server() -> None:
         forkserver.ensure_running()
 
 
-def _be_agent(ranks, command, files, environment, cwd, first, *, nodes, node, meeting):
+def _settle(files, environment, cwd):
     importlib.import_module("imports")  # as the server has, unless its import failed
     os.setsid()
     os.chdir(cwd)
@@ -85,6 +101,27 @@ def _be_agent(ranks, command, files, environment, cwd, first, *, nodes, node, me
     os.environ.update(environment)
     for number, path in enumerate(files, 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+
+
+def _be_launcher(lines, files, environment, cwd):
+    _settle(files, environment, cwd)
+    importlib.import_module("tiny_trainer")  # once, for all ranks
+    importlib.import_module("weighting.integrations.transformers")
+    agent = importlib.import_module("torch.distributed.run")
+
+    def forking(config, entrypoint):
+        assert entrypoint == sys.executable
+        config = dataclasses.replace(config, start_method="fork", monitor_interval=0.1)
+        return lambda _unbuffered, *command: elastic_launch(config, _be_rank)(command, None)
+
+    agent.elastic_launch = forking
+    for line in lines:
+        if status := be_python(["-m", "accelerate.commands.launch", *line]):
+            sys.exit(status)
+
+
+def _be_agent(ranks, command, files, environment, cwd, first, *, nodes, node, meeting):
+    _settle(files, environment, cwd)
     config = LaunchConfig(
         min_nodes=nodes,
         max_nodes=nodes,

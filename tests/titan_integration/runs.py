@@ -7,10 +7,14 @@ import signal
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from forked import start
+from forked import start, start_launcher
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from multiprocessing.context import ForkServerProcess
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -29,9 +33,25 @@ def torchrun(ranks: int, *command: str, timeout: int = 300) -> subprocess.Comple
 
     Ended by force if it takes longer than so many seconds.
     """
+    return _ended(lambda files: start(ranks, command, files, environment()), command, timeout)
+
+
+def accelerate_launch(
+    *lines: Sequence[str], timeout: int = 300
+) -> subprocess.CompletedProcess[str]:
+    """Run command lines of `accelerate launch` one after another; stop where one fails.
+
+    Ended by force if they take longer than so many seconds.
+    """
+    return _ended(lambda files: start_launcher(lines, files, environment()), lines, timeout)
+
+
+def _ended(
+    started: Callable[[tuple[Path, Path]], ForkServerProcess], command: Any, timeout: int
+) -> subprocess.CompletedProcess[str]:
     with tempfile.TemporaryDirectory() as folder:
         files = Path(folder, "out"), Path(folder, "err")
-        agent = start(ranks, command, files, environment())
+        agent = started(files)
         agent.join(timeout)
         out, err = (x.read_text(errors="replace") if x.exists() else "" for x in files)
         if agent.exitcode is None:

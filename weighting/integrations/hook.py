@@ -72,6 +72,7 @@ class Hook:
         step: The optimizer step at hand, from 1; None until it is known.
         model: What was called to be weighed, as the host calls it.
         active: Whether training passes are weighed; otherwise the model's own loss is all there is.
+        within: Says whether the pass at hand is one of the run's; those of others are not weighed.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class Hook:
         self.domains = self.fn.domains
         self.step: int | None = None
         self.model, self.active = model, True
+        self.within: Callable[[], bool] = always
         self.observers: list[Callable[[Hook, Signals, Weights], None]] = []
         self._domain_column = domain_column
         self._initial = {name: x.clone() for name, x in self.fn.state_dict().items()}
@@ -289,7 +291,7 @@ class Hook:
 
     @property
     def _training(self) -> bool:
-        return self.active and self.model.training and torch.is_grad_enabled()
+        return self.model.training and torch.is_grad_enabled() and self.active and self.within()
 
     def _takes_hidden_states(self) -> bool:
         """Return whether the output layer is to make no logits in the pass at hand."""
@@ -321,7 +323,7 @@ class Hook:
 
         if not self._training:
             loss = stock()
-            if loss.requires_grad and self.active:
+            if loss.requires_grad and self.active and self.within():
                 loss.register_hook(_refuse_evaluation)
             return loss
         targets = _next(labels, ignore_index) if shift_labels is None else shift_labels
@@ -551,6 +553,11 @@ class Hook:
 _OF_LOGITS = frozenset({"loss", "entropy", "error_norm"})
 _TOLD = _OF_LOGITS | {"target_prob", "domain_ids", "segment_ids", "sequence_ids"}
 """Signals that logits and the model's inputs tell; all others are columns."""
+
+
+def always() -> bool:
+    """Return True: whoever calls the model in training calls it for the run."""
+    return True
 
 
 def _check(plan: Plan) -> None:

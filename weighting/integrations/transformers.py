@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 from typing_extensions import override
 
 from weighting.integrations.collate import ColumnsCollator
 from weighting.integrations.files import RunFiles
-from weighting.integrations.hook import Hook, UnweightedError, read_spec
+from weighting.integrations.hook import Hook, UnweightedError, always, read_spec
 from weighting.integrations.versions import need
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from types import FrameType
 
     from torch import nn
-    from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+    from transformers import TrainerControl, TrainerState, TrainingArguments
 
     from weighting.integrations.hook import AnySpec
     from weighting.spec import Spec
 
 __all__ = ["UnweightedError", "WeightingCallback", "weigh", "weigh_model"]
 
-AnyTrainer = TypeVar("AnyTrainer", bound="Trainer")
+AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
 _PREFIX = "weighting/"
 _COLLATED = frozenset({"label", "label_ids", "seq_lengths"})
 """Columns that collators read and models do not take; the last is TRL's."""
@@ -49,9 +49,9 @@ def weigh(
         loss = sum_t u_t * nll_t / num_items_in_batch
 
     Evaluation is not weighted, nor is the model when training has ended, by an error too.
-    Statistics run over all ranks.  What the stages remember is in
-    `trainer_state.json` of each checkpoint.  `weighting/*` numbers are in the trainer's logs; below
-    `output_dir` it leaves what `weighting report` and `weighting replay` read.
+    Statistics run over all ranks.  What the stages remember is in `trainer_state.json` of each
+    checkpoint.  `weighting/*` numbers are in the trainer's logs; below `output_dir` it leaves what
+    `weighting report` and `weighting replay` read.
 
     Columns that the spec reads are taken from the data: a number for each row, or a list with one
     for each token, where the token stands in `input_ids`.
@@ -86,7 +86,6 @@ def weigh(
     trainer.add_callback(callback)
     handlers = trainer.callback_handler.callbacks
     handlers.insert(0, handlers.pop())  # before those that report what is logged
-    _leave_unweighted(trainer, callback)
     if wanted:
         keep = None
         if trainer.args.remove_unused_columns:  # as the trainer does, but for the spec's own
@@ -157,6 +156,9 @@ def weigh_model(
 class WeightingCallback(TrainerCallback, ExportableState):
     """Weighs the model of a `Trainer`, for frameworks that take callbacks alone.
 
+    The passes of a call of `train` are weighted; when it has ended, by an error or an interrupt
+    too, the model has its own loss.
+
     Columns of the data pass only where the framework's collator lets them: see `weigh`, which sees
     to that.  Loggers that were added before this callback do not get its numbers.
     """
@@ -223,7 +225,9 @@ class WeightingCallback(TrainerCallback, ExportableState):
         states: Any = state.stateful_callbacks
         saved = states.setdefault(name, {})
         hook.reset()
-        hook.active = True
+        hook.active, run = True, _run_at_hand()
+        if run is not None:  # no event tells of a run that fails: the passes of others are not its
+            hook.within = lambda: _run_at_hand() is run
         if state.global_step and "weighting" in saved:
             hook.load_state_dict(_from_json(saved["weighting"], hook))
         elif state.global_step and hook.fn.plan.has_state:
@@ -283,7 +287,7 @@ class WeightingCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Give the model its own loss back; raise if a signal was not finite since the last log."""
-        self.hook.active = False
+        self.hook.active, self.hook.within = False, always
         self.hook.read()
 
 
@@ -322,18 +326,12 @@ def check_arguments(args: TrainingArguments, *, fused: bool = False) -> None:
         raise ValueError(msg)
 
 
-def _leave_unweighted(trainer: Trainer, callback: WeightingCallback) -> None:
-    """Give the model its own loss back where training ends by an error or an interrupt."""
-    train = trainer.train
-
-    @functools.wraps(train)
-    def training(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - as the trainer's
-        try:
-            return train(*args, **kwargs)
-        finally:
-            callback.hook.active = False
-
-    trainer.train = training  # pyrefly: ignore[method-assign]
+def _run_at_hand() -> FrameType | None:
+    """Return the innermost call of `Trainer.train` that is under way here; None without one."""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not Trainer.train.__code__:
+        frame = frame.f_back
+    return frame
 
 
 def _check_trainer(trainer: Trainer, *, fused: bool) -> None:

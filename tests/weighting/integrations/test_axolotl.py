@@ -30,6 +30,7 @@ def plugin(monkeypatch):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     sys.modules["axolotl.integrations.base"].BasePlugin = BasePlugin
     monkeypatch.setattr(versions, "version", lambda _name: "0.19.0")
+    monkeypatch.setattr(versions, "_warned", set())
     monkeypatch.delitem(sys.modules, "weighting.integrations.axolotl", raising=False)
     yield importlib.import_module("weighting.integrations.axolotl")
     sys.modules.pop("weighting.integrations.axolotl")
@@ -48,7 +49,8 @@ def test_the_plugin_weighs_the_trainer_by_what_the_yaml_says(plugin, monkeypatch
     where, name = made.get_input_args().rsplit(".", 1)
     args = getattr(importlib.import_module(where), name)
     cfg = args(**given, weighting_fused=True)
-    made.post_trainer_create(cfg, "trainer")
+    with pytest.warns(UserWarning, match=r"not run with axolotl.* read at 0\.18\.0; this is 0\.19"):
+        made.post_trainer_create(cfg, "trainer")
     ((spec, more),) = seen
     assert spec == ("trainer", "linupper")
     assert more.pop("domains") == ["code", "prose"]

@@ -98,11 +98,17 @@ def test_the_blocks_of_a_page_run(page, tmp_path, monkeypatch, capsys):
 
 
 def test_the_page_names_the_versions():
-    """Those that were tested, and those that are refused."""
+    """Those that are tested, which the lock has, those that were read, and what is refused."""
     text = PAGE.read_text(encoding="utf-8")
     assert f"Tested with {', '.join(f'{n} {v}' for n, v in versions.TESTED.items())}." in text
-    for package, floor in versions._FLOORS.items():
-        assert f"{package} before {floor} and from {versions._CEILINGS[package]} on" in text
+    for package, floor in versions.FLOORS.items():
+        assert f"{package} before {floor} and from {versions.CEILINGS[package]} on" in text
+    for package, read in versions.READ.items():
+        assert f"{package}'s source" in text
+        assert f"read at {read}" in text
+    lock = (ROOT / ".ci" / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    for package, tested in versions.TESTED.items():
+        assert f"{package}=={tested} \\" in lock
 
 
 def test_what_is_said_of_each_host_fits_a_screen():
@@ -114,11 +120,21 @@ def test_what_is_said_of_each_host_fits_a_screen():
         assert len(lines) <= 50, section.partition("\n")[0]
 
 
-def test_hosts_outside_the_versions_are_refused(monkeypatch):
-    """The message says which version there must be, and why."""
-    monkeypatch.setattr(versions, "version", lambda _name: "5.7.1")
+def test_hosts_outside_the_versions_are_refused_and_others_than_the_tested_warned_of(monkeypatch):
+    """A message says which version there must be, and why; a warning, which one was tested."""
+    found = {"transformers": "5.7.1", "accelerate": "1.15.0", "peft": "0.21.2"}
+    monkeypatch.setattr(versions, "version", found.get)
+    monkeypatch.setattr(versions, "_warned", set())
     with pytest.raises(ImportError, match=r"transformers 5\.7\.1 is too old.*>=5\.8,<6"):
         versions.need("transformers")
-    monkeypatch.setattr(versions, "version", lambda _name: "6.0.1")
+    found["transformers"] = "6.0.1"
     with pytest.raises(ImportError, match=r"transformers 6\.0\.1 is newer than what"):
         versions.need("transformers")
+    found |= {"transformers": "5.8.0", "peft": "0.22.0"}
+    with pytest.warns(UserWarning, match="not tested with") as told:
+        versions.need("transformers")
+    for (package, here, tested), warning in zip(
+        [("transformers", "5.8.0", "5.24.0"), ("peft", "0.22.0", "0.21.2")], told, strict=True
+    ):
+        assert str(warning.message).endswith(f"{package} {here} but with {tested}")
+    versions.need("transformers")  # once

@@ -1,4 +1,4 @@
-"""Two ranks with weights: the step is the one of a single rank that has the whole batch."""
+"""`accelerate launch` with two ranks: the step is the one of a rank that has the whole batch."""
 
 import functools
 from pathlib import Path
@@ -7,50 +7,93 @@ import pytest
 import tiny_models as tiny
 import torch
 from looping import for_each
-from runs import torchrun
+from runs import accelerate_launch
+from tiny_trainer import ACCUMULATED, BATCH, STEPS
 from torch.testing import assert_close
 
 from weighting.runs.replay import read_record
 
-STEPS, BATCH = 2, 3
-WAYS = ("by_the_trainer", "by_ddp", "by_fsdp", "by_ddp_fused", "by_fsdp_fused")
-SPECS = ("linupper-x-mile", "group-dro")
+pytestmark = pytest.mark.processes
+RANKS = 2
+MODES = {
+    "DDP": ["--multi_gpu"],
+    "FSDP2": [
+        "--use_fsdp",
+        "--fsdp_version=2",
+        "--fsdp_auto_wrap_policy=TRANSFORMER_BASED_WRAP",
+        "--fsdp_state_dict_type=SHARDED_STATE_DICT",
+        "--fsdp_cpu_ram_efficient_loading=false",
+    ],
+}
+WAYS = ("linupper-x-mile", "group-dro", "loop", "loop, fused")
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """Return the folder in which two ranks wrote what they trained."""
-    out = tmp_path_factory.mktemp("ranks")
+    """Return the folders in which two ranks wrote what they trained, by mode."""
     driver = Path(__file__).resolve().parents[2] / "integrations_on_ranks.py"
-    done = torchrun(2, str(driver), str(out))
+    folders = {mode: tmp_path_factory.mktemp(mode) for mode in MODES}
+    given = ["--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+    given += ["--main_process_port=0"]
+    lines = [[*given, *MODES[mode], str(driver), str(out)] for mode, out in folders.items()]
+    done = accelerate_launch(*lines)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    return out
+    return folders
 
 
 @functools.cache
-def on_one(spec):
+def on_one(spec, accumulated):
     """Return the losses and parameters of float64 on the batches of both ranks."""
-    rows = tiny.rows(2 * STEPS * BATCH)
-    whole = [tiny.padded(rows[at : at + 2 * BATCH]) for at in range(0, len(rows), 2 * BATCH)]
-    return tiny.descended("llama", spec, [[batch] for batch in whole])
+    size = RANKS * BATCH
+    rows = tiny.rows(STEPS * accumulated * size)
+    batches = [tiny.padded(rows[at : at + size]) for at in range(0, len(rows), size)]
+    steps = [batches[at : at + accumulated] for at in range(0, len(batches), accumulated)]
+    return tiny.descended("llama", spec, steps)
 
 
-@pytest.mark.processes
-@for_each("spec, way", [(spec, way) for spec in SPECS for way in WAYS], ids=", ".join)
-def test_two_ranks_take_the_steps_of_the_whole_batch(ranks, spec, way):
-    """Losses and parameters are those of float64, though the ranks' counts of labels differ."""
-    losses, parameters = on_one(spec)
-    for rank in range(2):
-        found = torch.load(ranks / f"{way}-{spec}-{rank}.pt")
+@for_each("mode, way", [(mode, way) for mode in MODES for way in WAYS], ids=", ".join)
+def test_two_ranks_take_the_steps_of_the_whole_batch(ranks, mode, way):
+    """Losses and parameters are those of float64, though the ranks' counts of labels differ.
+
+    The Trainer accumulates two microbatches of unequal length; the loops take one.
+    """
+    looped = way.startswith("loop")
+    spec = "linupper-x-mile" if looped else way
+    losses, parameters = on_one(spec, 1 if looped else ACCUMULATED)
+    for rank in range(RANKS):
+        found = torch.load(ranks[mode] / f"{way}-{rank}.pt")
         for name, value in found["parameters"].items():
             assert_close(value.double(), parameters[name], rtol=1e-4, atol=2e-6)
         assert_close(torch.tensor(found["losses"]), torch.tensor(losses), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.processes
-def test_the_first_rank_records_the_sequences_of_both(ranks):
-    """Each step has the rows of both ranks, told apart by their places."""
-    record = read_record(ranks / "group-dro")
+@for_each("mode", list(MODES))
+def test_uniform_weights_train_as_the_plain_trainer_does_on_ranks(ranks, mode):
+    """Losses and parameters agree bit for bit, and another spec's do not."""
+    read = {
+        way: torch.load(ranks[mode] / f"{way}-1.pt") for way in ("plain", "uniform", "group-dro")
+    }
+    assert read["plain"]["losses"] == read["uniform"]["losses"] != read["group-dro"]["losses"]
+    for name, value in read["plain"]["parameters"].items():
+        assert torch.equal(value, read["uniform"]["parameters"][name])
+
+
+@for_each("mode", list(MODES))
+def test_ranks_that_resume_end_as_those_that_went_on(ranks, mode):
+    """From checkpoint-1 on the second step is that of the whole run, bit for bit."""
+    for rank in range(RANKS):
+        found, other = (
+            torch.load(ranks[mode] / f"{x}-{rank}.pt") for x in ("group-dro", "resumed")
+        )
+        assert found["losses"] == other["losses"]
+        for name, value in found["parameters"].items():
+            assert torch.equal(value, other["parameters"][name])
+
+
+@for_each("mode", list(MODES))
+def test_the_first_rank_records_the_sequences_of_both(ranks, mode):
+    """Each microbatch has the rows of both ranks, told apart by their places."""
+    record = read_record(ranks[mode] / "whole")
     assert [step.step for step in record.steps] == [1, 2]
-    assert all(len(step.row.unique()) == 2 * BATCH for step in record.steps)
-    assert [len([*step.batches("microbatch")]) for step in record.steps] == [1, 1]
+    assert all(len(step.row.unique()) == RANKS * ACCUMULATED * BATCH for step in record.steps)
+    assert [len([*x.batches("microbatch")]) for x in record.steps] == [ACCUMULATED] * 2

@@ -204,18 +204,32 @@ class Interrupts(TrainerCallback):
             raise KeyboardInterrupt
 
 
-def test_a_model_is_not_weighted_after_a_run_that_was_interrupted(tmp_path):
-    """A plain Trainer that goes on with it has the plain loss."""
-    host = weigh(trainer(tmp_path), "linupper")
+@for_each("alone", (False, True), ids=lambda alone: "callback" if alone else "weigh")
+def test_a_model_is_not_weighted_after_a_run_that_was_interrupted(tmp_path_factory, alone):
+    """A plain Trainer or loop that goes on with it has the plain loss, and the run itself not."""
+    host = trainer(tmp_path_factory.mktemp("out"))
+    callback = WeightingCallback("linupper")
+    if alone:
+        host.add_callback(callback)
+    else:
+        weigh(host, "linupper")
     host.add_callback(Interrupts())
     with pytest.raises(KeyboardInterrupt):
         host.train()
     batch = tiny.padded(tiny.rows(BATCH))
-    logits = host.model.train()(**batch).logits[:, :-1]
-    plain = torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1), batch["labels"][:, 1:].flatten()
-    )
-    assert_close(host.model(**batch).loss, plain)
+    del batch["domain"]
+    own = tiny.model()
+    own.load_state_dict(host.model.state_dict())
+    assert torch.equal(host.model.train()(**batch).loss, own(**batch).loss)
+
+    hosts = []
+    for model in (host.model, own):
+        other = trainer(tmp_path_factory.mktemp("other"), max_steps=1)
+        other.model = other.model_wrapped = model
+        other.train()
+        hosts.append(other)
+    for name, value in hosts[1].model.state_dict().items():
+        assert torch.equal(hosts[0].model.state_dict()[name], value)
 
 
 def test_a_checkpoint_of_another_spec_or_of_none_is_not_gone_on_from_in_silence(tmp_path):
