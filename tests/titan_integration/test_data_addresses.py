@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import http.server
+import importlib
 import json
 import os
 import re
@@ -99,10 +100,29 @@ def test_what_is_wrong_in_a_store_of_s3_is_said_with_its_address(s3):
         build("s3://bucket/all", split="test")
 
 
-def test_a_store_whose_package_is_missing_names_it():
-    """And one that nothing knows."""
-    with pytest.raises(ValueError, match=r"^gs://bucket/x\.jsonl: .*install gcsfs"):
-        build("gs://bucket/x.jsonl")
+@pytest.mark.parametrize(
+    ("address", "package"),
+    [
+        ("gs://bucket/x.jsonl", "gcsfs"),
+        ("s3://bucket/x.jsonl", "s3fs"),
+        ("hf://datasets/me/data/x.jsonl", "huggingface_hub"),
+        ("https://localhost:1/x.jsonl", "aiohttp"),
+    ],
+)
+@pytest.mark.parametrize("streaming", [False, True], ids=["index", "stream"])
+def test_a_store_whose_package_is_missing_names_it(monkeypatch, address, package, streaming):
+    """As soon as the data is opened, without another try."""
+    of_fsspec = importlib.import_module("fsspec.registry")
+    scheme = address.partition(":")[0]
+    known = of_fsspec.known_implementations[scheme] | {"class": "not_installed.FileSystem"}
+    monkeypatch.setitem(of_fsspec.known_implementations, scheme, known)
+    monkeypatch.delitem(of_fsspec._registry, scheme, raising=False)
+    with pytest.raises(ValueError, match=rf"^{address}: cannot be reached: .*{package}"):
+        build(address, streaming=streaming)
+
+
+def test_a_store_that_nothing_knows_is_named():
+    """By the beginning of the address."""
     with pytest.raises(ValueError, match=r"^s4://bucket/x\.jsonl: .*not known: s4"):
         build("s4://bucket/x.jsonl")
 
@@ -150,6 +170,11 @@ def test_addresses_are_read_as_files_are(memory, expected, name):
         build("memory://nothing/")
     with pytest.raises(ValueError, match=r"memory://nothing/x\.jsonl: no such file"):
         build("memory://nothing/x.jsonl")
+
+
+def test_an_address_of_this_machine_is_read_as_its_file_is(tmp_path):
+    """With `file://` before it."""
+    check(f"file://{write(tmp_path, 'x.parquet', RECORDS)}")
 
 
 def test_a_bad_record_at_an_address_is_named_by_it(memory):

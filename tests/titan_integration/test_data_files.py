@@ -4,8 +4,10 @@ import gzip
 import json
 import logging
 import os
+import re
 
 import datasets
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -448,3 +450,30 @@ def test_errors_of_a_hub_stream_are_said_with_the_record(monkeypatch):
     )
     with pytest.raises(ValueError, match=r"some/data: record 3 of .*: ConnectionError: .*lost$"):
         list(loader)
+
+
+@pytest.mark.parametrize(
+    ("files", "given", "reason"),
+    [
+        (["a.bin", "a.idx"], "a.bin", "Megatron's .bin and .idx are not read: megatron-core"),
+        (["a.bin", "a.idx"], "a", "Megatron's"),
+        (["a.bin", "a.idx"], "", "Megatron's"),
+        (["a.bin", "a.idx"], "a*", "Megatron's"),
+        (["index.json", "shard.00000.mds"], "", "MosaicML's MDS is not read: mosaicml-streaming"),
+        (["shard.00000.mds.zstd"], "shard.00000.mds.zstd", "MosaicML's MDS"),
+    ],
+)
+@pytest.mark.parametrize("streaming", [False, True], ids=["index", "stream"])
+def test_files_of_other_trainers_are_refused_by_their_kind(
+    tmp_path, files, given, reason, streaming
+):
+    """Here or at an address; the message says why, and what to convert them to."""
+    memory = fsspec.filesystem("memory")
+    for name in files:
+        (tmp_path / name).write_text('{"version": 2, "shards": []}')
+        memory.pipe(f"{tmp_path}/{name}", b'{"version": 2, "shards": []}')
+    convert = r".*Convert it once, .* 'input_ids' or a 'text' a record: docs/data.md has the lines"
+    for place in (f"{tmp_path}/{given}", f"memory://{tmp_path}/{given}"):
+        if "://" not in place or given != "a":  # an address is not asked for its neighbours
+            with pytest.raises(ValueError, match=re.escape(reason) + convert):
+                build(place.rstrip("/"), streaming=streaming, domains=["a"])

@@ -397,7 +397,21 @@ def test_a_stream_resumes(build, ranks, folder, at):
         loader.load_state_dict(saved(first))
     assert torch.equal(rows(second, 15, first=at, change=20), whole[at:])
     if at == 33:  # it came to a later epoch of every domain
-        assert min(epoch for epoch, _, _ in json.loads(second[1].state_dict()["dp_rank_1"])) > 0
+        assert min(epoch for _, epoch, *_ in json.loads(second[1].state_dict()["dp_rank_1"])) > 0
+
+
+def test_a_streams_state_of_0_1_0_goes_on(build, folder):
+    """It has a place for every domain, in their order, also for those that have not begun."""
+    loader = build(**folder)
+    expected = rows([loader], 12)
+    loader = build(**folder)
+    rows([loader], 1)
+    state = loader.state_dict()
+    begun = {i: moved for i, *moved in json.loads(state["dp_rank_0"])}
+    each = [begun.get(i, [0, None, 0]) for i in range(3)]
+    resumed = build(**folder)
+    resumed.load_state_dict(state | {"dp_rank_0": json.dumps(each)})
+    assert torch.equal(rows([resumed], 11), expected[1:])
 
 
 def test_a_streams_worker_changes_nothing(build, folder):
@@ -443,6 +457,9 @@ def test_a_stream_of_nothing_to_predict_ends(build, folder, tmp_path):
         ({"row": -1}, "'row' is -1"),
         ({"dp_rank_0": "[[0, null, 0]]"}, "'dp_rank_0' is .*; the checkpoint is damaged"),
         ({"dp_rank_0": "[[0, null, 0], [0, null, 0], [0, 1, 0]]"}, "'dp_rank_0' is"),
+        ({"dp_rank_0": "[[3, 0, null, 0]]"}, "'dp_rank_0' is"),
+        ({"dp_rank_0": "[[1, 0, null, 0], [1, 1, null, 0]]"}, "'dp_rank_0' is"),
+        ({"dp_rank_0": "[[1, 0, null, -1]]"}, "'dp_rank_0' is"),
         ({"dp_rank_0": "7"}, "'dp_rank_0' is '7'"),
     ],
 )

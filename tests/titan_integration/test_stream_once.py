@@ -1,11 +1,12 @@
-"""A stream that rows of many domains are drawn from is read once."""
+"""Local files that rows of many domains are drawn from are read once, however often each ends."""
 
+import gzip
 import json
 
 import pytest
 import torch
 
-from titan_integration.data import one_reading
+from titan_integration.data import one_reading, spots
 from titan_integration.data.loader import DomainTextDataLoader
 from titan_integration.data.stream_sources import LocalStream
 
@@ -22,32 +23,43 @@ class Letters:
         return 258
 
 
-COUNT = 300
-DOMAINS = [f"d{i:03d}" for i in range(COUNT)]
+RECORDS = 600
+ROWS = 6
 
 
 @pytest.fixture
 def build(tmp_path, monkeypatch):
-    """Build a loader of a stream of 300 domains, and count what it reads."""
-    records = [{"text": f"{i} text " * 3, "domain": DOMAINS[i % COUNT]} for i in range(1200)]
-    path = tmp_path / "x.jsonl"
-    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    """Build a loader of a stream, of 300 domains unless told; and note the epochs of what it reads.
+
+    A record that is read again is noted as such.
+    """
     read = []
-    source = LocalStream.read
+    source, file = LocalStream.read, LocalStream.read_file
 
     def counted(self, epoch, position):
         for item in source(self, epoch, position):
             read.append(epoch)
             yield item
 
-    monkeypatch.setattr(LocalStream, "read", counted)
+    def counted_file(self, number, start, *, again=False):
+        for item in file(self, number, start, again=again):
+            read.append("again" if again else number)
+            yield item
 
-    def build(rows="turns"):
-        config = DomainTextDataLoader.Config(
-            dataset_path=str(path), streaming=True, domains=DOMAINS, rows=rows
-        )
-        return config.build(
-            dp_world_size=1, dp_rank=0, tokenizer=Letters(), seq_len=16, local_batch_size=1
+    monkeypatch.setattr(LocalStream, "read", counted)
+    monkeypatch.setattr(LocalStream, "read_file", counted_file)
+
+    def build(rows="turns", domains=300, name="x.jsonl", **config):
+        records = [
+            {"text": f"{i} text " * 3, "domain": f"d{i % domains:03d}"} for i in range(RECORDS)
+        ]
+        text = "".join(json.dumps(r) + "\n" for r in records).encode()
+        path = tmp_path / name
+        path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
+        names = [f"d{i:03d}" for i in range(domains)]
+        config = {"dataset_path": str(path), "domains": names, "rows": rows} | config
+        return DomainTextDataLoader.Config(streaming=True, **config).build(
+            dp_world_size=1, dp_rank=0, tokenizer=Letters(), seq_len=32, local_batch_size=ROWS
         )
 
     return build, read
@@ -59,26 +71,76 @@ def taken(batches, count):
     return torch.stack([torch.stack([x["input"], y]) for x, y in pairs])
 
 
-def test_each_record_is_read_once_for_300_domains(build):
-    """In turns, of two rows of each; a resumed run reads no more than what is left."""
+@pytest.mark.parametrize("domains", [3, 300])
+@pytest.mark.parametrize("rows", ["turns", "drawn"])
+def test_each_record_is_read_once_however_many_domains_and_epochs(build, rows, domains):
+    """Of 1,800 rows, whose domains come to their ends apart; and a state has what was begun."""
+    make, read = build
+    loader = make(rows, domains)
+    batches = iter(loader)
+    taken(batches, 5)
+    begun = json.loads(loader.state_dict()["dp_rank_0"])
+    assert len(begun) <= 5 * ROWS
+    taken(batches, 300)
+    assert len(read) <= RECORDS + 1
+    assert max(epoch for _, epoch, *_ in json.loads(loader.state_dict()["dp_rank_0"])) > 0
+
+
+def test_a_resumed_run_reads_no_more_than_once(build):
+    """From the first place that a domain needs."""
     make, read = build
     loader = make()
     batches = iter(loader)
-    taken(batches, 2 * COUNT)
-    assert len(read) <= 1201
+    taken(batches, 90)
     state = loader.state_dict()
-    expected = taken(batches, 2 * COUNT)
+    expected = taken(batches, 90)
     resumed = make()
     resumed.load_state_dict(state)
     read.clear()
-    assert torch.equal(taken(iter(resumed), 2 * COUNT), expected)
-    assert len(read) <= 1201
+    assert torch.equal(taken(iter(resumed), 90), expected)
+    assert len(read) <= RECORDS + 1
 
 
-@pytest.mark.parametrize("most", [0, 200])
-def test_a_domain_whose_records_pile_up_reads_for_itself(build, monkeypatch, most):
-    """The rows are the same however little may wait."""
-    make, _ = build
-    expected = taken(iter(make("drawn")), 900)
+@pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz"])
+@pytest.mark.parametrize("most", [0, 1000])
+def test_rows_are_the_same_however_little_may_wait(build, monkeypatch, name, most):
+    """Plain lines are read again at their places; of a packed file a domain reads for itself."""
+    make, read = build
+    expected = taken(iter(make("drawn", 30)), 90)
+    read.clear()
+    monkeypatch.setattr(spots, "_MOST_TEXT", most)
     monkeypatch.setattr(one_reading, "_MOST_WAITING", most)
-    assert torch.equal(taken(iter(make("drawn")), 900), expected)
+    assert torch.equal(taken(iter(make("drawn", 30, name)), 90), expected)
+    assert ("again" in read) == (name == "x.jsonl")
+
+
+def test_rows_go_on_where_more_places_are_known_than_are_kept(build, monkeypatch):
+    """In the middle of a run: from there on the files are read once an epoch."""
+    make, _ = build
+    expected = taken(iter(make("drawn", 30)), 90)
+    monkeypatch.setattr(spots, "_MOST_SPOTS", 250)
+    assert torch.equal(taken(iter(make("drawn", 30)), 90), expected)
+
+
+def test_a_record_that_has_gone_when_it_is_read_again_is_said(build, monkeypatch, tmp_path):
+    """A file that was written anew under a run trains nothing of another domain."""
+    monkeypatch.setattr(spots, "_MOST_TEXT", 0)
+    make, _ = build
+    batches = iter(make())
+    taken(batches, 40)
+    lines = (tmp_path / "x.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "x.jsonl").write_text("".join(lines[1:] + lines[:1]))
+    with pytest.raises(ValueError, match=r"x.jsonl:\d+: .*the file has changed"):
+        taken(batches, 300)
+
+
+def test_bad_records_are_counted_once_though_others_are_read_again(build, monkeypatch, tmp_path):
+    """Those between two places of a domain."""
+    monkeypatch.setattr(spots, "_MOST_TEXT", 0)
+    make, read = build
+    loader = make(on_bad_record="skip")
+    lines = (tmp_path / "x.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "x.jsonl").write_text("".join(["{\n", *lines[:5], "{\n", "\n", *lines[5:]]))
+    taken(iter(loader), 150)
+    assert "again" in read
+    assert loader.bad_records == 2

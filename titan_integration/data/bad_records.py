@@ -22,9 +22,12 @@ class BadRecords:
     A file that cannot be read to its end is no bad record, and is refused in any case.
     """
 
-    def __init__(self, on_bad_record: OnBadRecord = "refuse", count: int = 0) -> None:
+    def __init__(
+        self, on_bad_record: OnBadRecord = "refuse", count: int = 0, *, quiet: bool = False
+    ) -> None:
         """Start with none."""
         self.count = count
+        self._quiet = quiet
         self._refuse = on_bad_record == "refuse"
 
     def found(self, error: ValueError) -> None:
@@ -36,6 +39,6 @@ class BadRecords:
         if self._refuse:
             raise ValueError(str(error)) from error
         self.count += 1
-        if self.count <= _FEW:
+        if self.count <= _FEW and not self._quiet:
             more = "; further ones are counted" if self.count == _FEW else ""
             logger.warning(printable(f"Passed over a bad record: {error}{more}"))

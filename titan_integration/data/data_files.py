@@ -26,6 +26,18 @@ SUFFIXES = (*_LINES, *(s + packed for packed in (".gz", ".zst") for s in _LINES)
 READABLE = f"{', '.join(_LINES)} (also .gz, .zst), {ARROW}, {PARQUET}"
 """The suffixes, for messages."""
 
+# What other trainers pack text into, by suffix, and why it is not read here.
+_PACKED = (
+    (
+        (".bin", ".idx"),
+        "Megatron's .bin and .idx are not read: megatron-core has the whole of Megatron imported",
+    ),
+    (
+        (".mds", ".mds.zstd", ".mds.zst", ".mds.gz"),
+        "MosaicML's MDS is not read: mosaicml-streaming asks for older numpy and transformers",
+    ),
+)
+
 # What a split's directory may be called.
 _SPLIT_DIRS = {
     "train": ("train", "training"),
@@ -68,6 +80,7 @@ def local_files(path: DataFile, split: str) -> Sequence[DataFile]:
             there is.
     """
     if isinstance(path, Url):
+        _refuse_packed(path, [path.name])
         return _files_at(path, split)
     try:
         if is_pattern(path):
@@ -81,7 +94,14 @@ def local_files(path: DataFile, split: str) -> Sequence[DataFile]:
 
 
 def _files_at(url: Url, split: str) -> list[Url]:
-    files = files_at(url, lambda name: bool(suffix_of(Path(name))) and not name.startswith("."))
+    seen: list[str] = []
+
+    def is_data(name: str) -> bool:
+        seen.append(name)
+        return bool(suffix_of(Path(name))) and not name.startswith(".")
+
+    files = files_at(url, is_data)
+    _refuse_packed(url, seen, [*files])
     tops = {f: path.partition("/")[0] for f, path in files.items() if "/" in path}
     there = set(tops.values())
     chosen = next((x for x in (*_SPLIT_DIRS.get(split, ()), split) if x in there), None)
@@ -109,6 +129,7 @@ def _matches(pattern: Path) -> list[Path]:
     """
     named = [Path(p) for p in sorted(glob.glob(str(pattern), recursive=True))]  # noqa: PTH207
     found = [p for p in named if p.is_dir() or suffix_of(p)]
+    _refuse_packed(pattern, [p.name for p in named], found)
     if "**" in str(pattern):  # which names what is in a folder beside the folder
         found = [p for p in found if not p.is_dir()]
     if not found:
@@ -150,10 +171,12 @@ def _split_folder(path: Path, split: str) -> Path | None:
         msg = f"{path}: a link that leads nowhere; mend it, or name the file itself"
         raise ValueError(msg)
     if not path.exists():
+        _refuse_packed(path, [f.name for f in path.parent.glob(f"{glob.escape(path.name)}.idx")])
         msg = f"{path}: no such file or directory{near(path.name, siblings(str(path)))}"
         raise ValueError(msg)
     if path.is_file():
         if not suffix_of(path):
+            _refuse_packed(path, [path.name])
             msg = f"{path}: cannot read {path.suffix or 'a file without suffix'}; use {READABLE}"
             raise ValueError(msg)
         return None
@@ -207,11 +230,32 @@ def _files_in(folder: Path, given: Path) -> list[Path]:
                 files.append(path)
             else:
                 to_see += _entries(path)
+    _refuse_packed(folder, skipped[f"not {READABLE}"], files)
     _warn_of_skipped(folder, skipped)
     if not files:
         msg = f"{folder}: no {READABLE} file in this directory"
         raise ValueError(msg)
     return sorted(files)
+
+
+def _refuse_packed(path: DataFile, names: Iterable[str], readable: Sequence[DataFile] = ()) -> None:
+    """Refuse files that other trainers pack text into, unless there are others that can be read.
+
+    Beside MosaicML's shards lies an ``index.json``, which is none of those.
+
+    Raises:
+        ValueError: One is; names the kind, why it is not read, and what to do.
+    """
+    for name in () if any(f.name != "index.json" for f in readable) else names:
+        for suffixes, why in _PACKED:
+            if name.lower().endswith(suffixes):
+                there = "" if path.name == name else f" ({name})"
+                msg = (
+                    f"{path}{there}: {why}. Convert it once, in an environment of its own, to "
+                    "Parquet or JSON lines with a list 'input_ids' or a 'text' a record: "
+                    "docs/data.md has the lines"
+                )
+                raise ValueError(msg)
 
 
 def _entries(folder: Path) -> list[Path]:

@@ -7,7 +7,7 @@ and with the position after it, a dict from which reading goes on.
 import copy
 from collections.abc import Iterator, Mapping
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import datasets
 import numpy as np
@@ -22,6 +22,10 @@ from titan_integration.data.records import Columns
 
 Position = dict[str, Any]
 Record = Mapping[str, Any]
+_After = TypeVar("_After")
+
+# Epochs that domains are in at a time, usually.
+_FEW_EPOCHS = 32
 
 
 class Source(Protocol):
@@ -67,26 +71,48 @@ class LocalStream:
         self._columns = columns
         self._cut = cut
         self._bad = bad
+        self._orders: dict[int, list[int]] = {}
 
     def read(self, epoch: int, position: Position | None) -> Iterator[tuple[str, Record, Position]]:
         """Yield this rank's records; a position is the number of a file and a spot in it."""
-        files, step, offset = self._part(epoch)
-        first, start = 0, Spot()
-        if position:
-            first = position["file"]
-            start = Spot(position["record"], position.get("byte"), position.get("line", 0))
+        order, step, offset = self._part(epoch)
+        first, start = (position["file"], spot_of(position)) if position else (0, Spot())
+        each = ((i, start if i == first else Spot()) for i in range(first, len(order)))
         records = (
             (found.place, found.record, (i, found.after))
-            for i in range(first, len(files))
-            for found in scan(files[i], self._columns, self._bad, start if i == first else Spot())
+            for i, begin in each
+            for found in scan(self._files[order[i]], self._columns, self._bad, begin)
         )
-        while len(some := list(islice(records, step))) > offset:
-            place, record, _ = some[offset]
-            i, after = some[-1][-1]
-            at: Position = {"file": i, "name": files[i].name, "record": after.record}
-            if after.byte is not None:  # so that nothing before it is read again
-                at |= {"byte": after.byte, "line": after.line}
-            yield place, record, at
+        for place, record, (i, after) in _dealt(records, step, offset):
+            yield place, record, self.position(epoch, i, after)
+
+    def files(self, epoch: int) -> list[int] | None:
+        """Return the numbers of this rank's files, in an epoch's order.
+
+        None where an epoch's order decides which records of a file are this rank's.
+        """
+        order, step, _ = self._part(epoch)
+        return order if step == 1 or len(order) == 1 else None
+
+    def read_file(
+        self, number: int, start: Spot, *, again: bool = False
+    ) -> Iterator[tuple[str, Record, Spot]]:
+        """Yield this rank's records of one of its files from a spot on, each with the spot after.
+
+        Bad records are neither refused nor counted ``again``.
+        """
+        _, step, offset = self._part(0)
+        bad = BadRecords("skip", quiet=True) if again else self._bad
+        found = scan(self._files[number], self._columns, bad, start)
+        return _dealt(((x.place, x.record, x.after) for x in found), step, offset)
+
+    def position(self, epoch: int, number: int, spot: Spot) -> Position:
+        """Return a spot of an epoch's file of this number as a position."""
+        name = self._files[self._part(epoch)[0][number]].name
+        at: Position = {"file": number, "name": name, "record": spot.record}
+        if spot.byte is not None:  # so that nothing before it is read again
+            at |= {"byte": spot.byte, "line": spot.line}
+        return at
 
     def order(self, position: Position | None) -> tuple[int, ...]:
         """Return file and record."""
@@ -94,7 +120,7 @@ class LocalStream:
 
     def checked(self, epoch: int, position: Position) -> Position:
         """Return a position, also one that an older version saved in Hugging Face's form."""
-        files, _, _ = self._part(epoch)
+        files = [self._files[i] for i in self._part(epoch)[0]]
         found, name = position, position.get("name")
         if "examples_iterable" in position:
             found, name = _of_hugging_face(position), None
@@ -130,16 +156,33 @@ class LocalStream:
     def _count(self, file: DataFile) -> int:
         return sum(1 for _ in read_records(file, self._columns))
 
-    def _part(self, epoch: int) -> tuple[list[DataFile], int, int]:
+    def _part(self, epoch: int) -> tuple[list[int], int, int]:
         """Return the files this rank reads, and of how many records in turn it keeps which."""
-        files, cut = list(self._files), self._cut
-        if epoch:
-            order = list(range(len(files)))
-            np.random.default_rng(epoch).shuffle(order)
-            files = [files[i] for i in order]
-        if len(files) % cut.num_ranks:
-            return files, cut.num_ranks, cut.rank
-        return files[cut.rank :: cut.num_ranks], 1, 0
+        cut = self._cut
+        if epoch not in self._orders:
+            order = list(range(len(self._files)))
+            if epoch:
+                np.random.default_rng(epoch).shuffle(order)
+            self._orders[epoch] = order
+            if len(self._orders) > _FEW_EPOCHS:
+                del self._orders[next(iter(self._orders))]
+        order = self._orders[epoch]
+        if len(order) % cut.num_ranks:
+            return order, cut.num_ranks, cut.rank
+        return order[cut.rank :: cut.num_ranks], 1, 0
+
+
+def spot_of(position: Position) -> Spot:
+    """Return where in its file a position of local files is."""
+    return Spot(position["record"], position.get("byte"), position.get("line", 0))
+
+
+def _dealt(
+    records: Iterator[tuple[str, Record, _After]], step: int, offset: int
+) -> Iterator[tuple[str, Record, _After]]:
+    """Yield the record ``offset`` of every ``step``, with what is after all of these."""
+    while len(some := list(islice(records, step))) > offset:
+        yield *some[offset][:2], some[-1][2]
 
 
 class HubStream:

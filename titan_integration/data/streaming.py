@@ -3,7 +3,7 @@
 import functools
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, cast
 
 from torch.utils.data import IterableDataset
 
@@ -30,10 +30,15 @@ from titan_integration.data.records import (
     domain_of,
     numbers_of,
 )
-from titan_integration.data.stream_sources import Position, Source
+from titan_integration.data.spots import Spots
+from titan_integration.data.stream_sources import LocalStream, Position, Source
 
 BAD_RECORDS = "bad_records"
 """Under which a batch tells how many bad records came before it; not a part of the state."""
+
+
+# Epoch, position before the last document, and tokens of it used.
+_START: tuple[int, Position | None, int] = (0, None, 0)
 
 
 class _Held(NamedTuple):
@@ -73,6 +78,7 @@ class StreamedRows(IterableDataset[Batch]):
         self.pools = RowPools(rows, len(domains), seed)
         self._only = (None,) if rows == "mixed" else domains
         self._source = source
+        self._spots: Spots[_Held] | None = None
         self._readings: dict[int, OneReading[_Held]] = {}
         self._starts: dict[int, dict[str, Position | None]] = {}
         self._encode = encode
@@ -83,17 +89,21 @@ class StreamedRows(IterableDataset[Batch]):
         self._first_row = cut.local_batch * cut.rank
         self._infinite = infinite
         self._key = f"dp_rank_{cut.rank}"
+        self.start: dict[Any, Any] = {"world_size": cut.num_ranks, "row": 0}
+
+    def saved(self, state: Mapping[Any, Any], *, own: bool) -> dict[str, Any]:  # noqa: ARG002
+        """Return a state as it is saved, which is this rank's own.
+
+        Where rows are of one domain each, those that have begun, each after its number.
+        """
+        if self._only == (None,):
+            positions = [state.get(0, _START)]
+        else:
+            positions = [[i, *state[i]] for i in range(len(self._only)) if i in state]
         # Text, because Hugging Face's nested state has no fixed shape and a checkpoint entry must
         # have one.
-        self.start: dict[str, Any] = {
-            "world_size": cut.num_ranks,
-            "row": 0,
-            self._key: json.dumps([[0, None, 0]] * len(self._only)),
-        }
-
-    def saved(self, state: Mapping[str, Any], *, own: bool) -> dict[str, Any]:  # noqa: ARG002
-        """Return a state as it is saved, which is this rank's own."""
-        return dict(state)
+        told = {key: state[key] for key in ("world_size", "row")}
+        return told | {self._key: json.dumps(positions)}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Start from a saved state.
@@ -109,24 +119,36 @@ class StreamedRows(IterableDataset[Batch]):
                 "with the same number"
             )
             raise ValueError(msg)
-        positions: list[Any] = []
-        try:
-            positions = json.loads(state[self._key])
-            sound = len(positions) == len(self._only) and all(
-                is_count(epoch) and is_count(offset) and (source is None or type(source) is dict)
-                for epoch, source, offset in positions
-            )
-        except (KeyError, TypeError, ValueError):
-            sound = False
-        for key, fine in (("row", is_count(state.get("row"))), (self._key, sound)):
+        positions = self._loaded(state.get(self._key))
+        for key, fine in (("row", is_count(state.get("row"))), (self._key, positions is not None)):
             if not fine:
                 msg = f"data loader state: {key!r} is {state.get(key)!r}; the checkpoint is damaged"
                 raise ValueError(msg)
-        positions = [
-            [epoch, source and self._source.checked(epoch, source), offset]
-            for epoch, source, offset in positions
-        ]
-        self.start = {key: state[key] for key in self.start} | {self._key: json.dumps(positions)}
+        self.start = {key: state[key] for key in ("world_size", "row")}
+        for i, (epoch, position, offset) in (positions or {}).items():
+            at = position and self._source.checked(epoch, position)
+            self.start[i] = epoch, at, offset
+
+    def _loaded(self, saved: object) -> dict[int, Any] | None:
+        """Return where each domain goes on that has begun; None if that cannot be."""
+        mixed = self._only == (None,)
+        try:
+            entries = json.loads(cast("str", saved))
+            of_all = mixed or (entries and all(len(entry) == len(_START) for entry in entries))
+            if of_all:  # in their order, as version 0.1.0 saved it of many domains too
+                entries = [[i, *entry] for i, entry in enumerate(entries)]
+            sound = (not of_all or len(entries) == len(self._only)) and all(
+                is_count(i)
+                and i < len(self._only)
+                and is_count(epoch)
+                and is_count(offset)
+                and (position is None or type(position) is dict)
+                for i, epoch, position, offset in entries
+            )
+        except (TypeError, ValueError):
+            return None
+        found = {i: tuple(moved) for i, *moved in entries} if sound else {}
+        return found if sound and len(found) == len(entries) else None
 
     def check_first(self) -> None:
         """Read the records up to the first one with text.
@@ -141,30 +163,29 @@ class StreamedRows(IterableDataset[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield this rank's batches."""
-        positions = json.loads(self.start[self._key])
+        positions = [self.start.get(i, _START) for i in range(len(self._only))]
+        cursors = {only: at[:2] for only, at in zip(self._only, positions, strict=True) if only}
+        self._spots = None
+        if cursors and isinstance(self._source, LocalStream) and self._source.files(0) is not None:
+            self._spots = Spots(self._source, self._held, _measured, cursors)
         self._readings.clear()
-        self._starts.clear()
-        for only, (epoch, position, _) in zip(self._only, positions, strict=True):
-            self._starts.setdefault(epoch, {})[only or ""] = position
-        for epoch, starts in self._starts.items():  # those of earlier epochs come to it later
-            if None in starts.values():
-                late = [x for e, others in self._starts.items() if e < epoch for x in others]
-                starts.update(dict.fromkeys(late))
-        packed = [
-            self._rows(only, *position)
-            for only, position in zip(self._only, positions, strict=True)
-        ]
+        self._starts = _starts(cursors)
+        packed: dict[int, Iterator[tuple[list[Piece], tuple[int, Position | None, int]]]] = {}
         row = self.start["row"]
         while True:
             pools, _ = self.pools.of_batch(row, self._global_batch, self._seq_len)
             rows: list[list[Piece]] = []
+            moved: dict[Any, Any] = {}
             for pool in pools[self._first_row : self._first_row + self._local_batch]:
-                pieces, positions[pool] = next(packed[pool], (None, None))
+                if pool not in packed:
+                    packed[pool] = self._rows(self._only[pool], *positions[pool])
+                pieces, position = next(packed[pool], (None, None))
                 if pieces is None:
                     return
                 rows.append(pieces)
+                moved[pool] = position
             row += self._global_batch
-            moved = {"row": row, self._key: json.dumps(positions), BAD_RECORDS: self.bad.count}
+            moved |= {"row": row, BAD_RECORDS: self.bad.count}
             yield *batch_of(rows, self._columns.numbers), moved
 
     def _rows(
@@ -212,10 +233,19 @@ class StreamedRows(IterableDataset[Batch]):
                 found.add(item[1].domain)
                 yield item
             return
+        if (spots := self._spots) is not None:
+            for item in spots.of(only, epoch, position):
+                position = item[2]
+                yield item
+            found |= spots.found
+            if not spots.full:
+                return
+            if self._spots is not None:  # so that the others go on likewise
+                self._starts, self._spots = _starts(spots.cursors), None
         if epoch not in self._readings:
             self._readings[epoch] = OneReading(
                 functools.partial(self._read, epoch),
-                lambda held: (held.domain, len(held.content)),
+                _measured,
                 self._source.order,
                 self._starts.get(epoch) or dict.fromkeys(self.domains),
             )
@@ -268,3 +298,22 @@ class StreamedRows(IterableDataset[Batch]):
         except ValueError as error:
             self.bad.found(error)
             return None
+
+
+def _measured(held: _Held) -> tuple[str, int]:
+    """Return the domain of what a record holds, and its size."""
+    return held.domain, len(held.content)
+
+
+def _starts(
+    cursors: Mapping[str, tuple[int, Position | None]],
+) -> dict[int, dict[str, Position | None]]:
+    """Return by epoch where its reading begins for each domain that takes part."""
+    starts: dict[int, dict[str, Position | None]] = {}
+    for domain, (epoch, position) in cursors.items():
+        starts.setdefault(epoch, {})[domain] = position
+    for epoch, found in starts.items():  # domains of earlier epochs come to it later
+        if None in found.values():
+            late = [x for e, others in starts.items() if e < epoch for x in others]
+            found.update(dict.fromkeys(late))
+    return starts
