@@ -98,6 +98,7 @@ EXAMPLES = {
     "topics": "topics(key=topics, number=8, every=10)",
     "topk_entropy": "topk_entropy(20) -> token_scale",
     "uniform": "uniform",
+    "validation_bandit": "validation_bandit(reward=0.1)",
     "where": "entropy -> token_scale -> where(position, below=64)",
 }
 SMALLEST = 1e-30

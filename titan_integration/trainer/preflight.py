@@ -17,6 +17,11 @@ from titan_integration.data.loader import DomainTextDataLoader, keep_open
 from titan_integration.data.records import REF_LOSS
 from titan_integration.data.signals import comes_with_batch, data_columns, short_contexts
 from titan_integration.loss.reference_model import average_decay, find_checkpoint
+from titan_integration.observe.validation import (
+    DomainValidator,
+    refuse_other_domains,
+    tells_domains,
+)
 from titan_integration.state.checkpoint import ResumingCheckpointManager
 from weighting.build.compared import domains_compared
 from weighting.columns import column_of, signal_of
@@ -91,10 +96,8 @@ def refuse_unsupported(config: WeightedConfig, plan: Plan) -> None:
         raise ValueError(msg)
     if config.parallelism.context_parallel_degree > 1:
         _refuse_uneven_rows(config)
-    if "validation" in plan.listens_to and not config.validator.enable:
-        logger.warning(
-            f"{plan.spec.name} waits for validations; without --validator.enable it stays"
-        )
+    if "validation" in plan.listens_to:
+        _refuse_no_validation(config, plan)
     if plan.identity:
         return
     if hasattr(config.loss, "mtp_scale"):
@@ -200,6 +203,7 @@ def open_data(config: WeightedConfig, plan: Plan) -> dict[str, Any]:
     if validator.enable and isinstance(validator, Validator.Config):
         loaders["validation"] = validator.dataloader
     found: dict[str, Any] = {}
+    domains: dict[str, tuple[str, ...]] = {}
     for name, loader in loaders.items():
         if not isinstance(loader, DomainTextDataLoader.Config):
             continue
@@ -220,12 +224,14 @@ def open_data(config: WeightedConfig, plan: Plan) -> dict[str, Any]:
             raise ValueError(msg)
         if built.documents is not None:
             keep_open(loader, built.documents)
-        found[name] = built.identity
+        found[name], domains[name] = built.identity, built.domains
         if name == "training":
             refuse_one_domain(plan, built.domains)
             fn = wt.build(plan, domains=built.domains)
             if "gradients" in fn.plan.listens_to:
                 _refuse_global_batch(config, fn, dims)
+    if "validation" in plan.listens_to and len(domains) > 1:
+        refuse_other_domains(plan.spec.name, domains["validation"], domains["training"])
     return found
 
 
@@ -327,6 +333,26 @@ def _refuse_gradients(config: WeightedConfig, plan: Plan) -> None:
             f"{name} weighs the gradients of microbatches of one domain each, whose own weights "
             "must be mean one; leave out scope and normalize"
         )
+        raise ValueError(msg)
+
+
+def _refuse_no_validation(config: WeightedConfig, plan: Plan) -> None:
+    """Refuse a spec that validations move where none tells the losses of domains."""
+    validator, why = config.validator, ""
+    if not validator.enable:
+        why = "there is none; set --validator.enable"
+    elif not isinstance(validator, DomainValidator.Config):
+        why = (
+            f"{type(validator).__qualname__} tells none; make yours a subclass of "
+            "titan_integration.observe.validation.DomainValidator"
+        )
+    elif not tells_domains(config.parallelism):
+        why = (
+            "under full_dtensor and context parallelism none is told; "
+            "set --parallelism.context_parallel_degree 1"
+        )
+    if why:
+        msg = f"{plan.spec.name} is moved by the validation loss of every domain, and {why}"
         raise ValueError(msg)
 
 

@@ -64,4 +64,5 @@ from weighting.stages.topical import Topical as Topical
 from weighting.stages.topics import Topics as Topics
 from weighting.stages.topk_entropy import TopkEntropy as TopkEntropy
 from weighting.stages.uniform import Uniform as Uniform
+from weighting.stages.validation_bandit import ValidationBandit as ValidationBandit
 from weighting.stages.where import Where as Where
