@@ -15,7 +15,13 @@ from torchtitan.tools.logging import logger
 import weighting as wt
 from titan_integration.data.loader import DomainTextDataLoader, keep_open
 from titan_integration.data.records import REF_LOSS
-from titan_integration.data.signals import comes_with_batch, data_columns, short_contexts
+from titan_integration.data.signals import (
+    comes_with_batch,
+    data_columns,
+    references_of,
+    short_contexts,
+    told_by,
+)
 from titan_integration.loss.reference_model import average_decay, find_checkpoint
 from titan_integration.observe.validation import (
     DomainValidator,
@@ -24,7 +30,7 @@ from titan_integration.observe.validation import (
 )
 from titan_integration.state.checkpoint import ResumingCheckpointManager
 from weighting.build.compared import domains_compared
-from weighting.columns import column_of, signal_of
+from weighting.columns import column_of, plain_name, signal_of
 from weighting.errors import printable
 from weighting.language.plugins import imported
 from weighting.language.read import resolve
@@ -155,8 +161,9 @@ def vocabulary_of(config: Trainer.Config) -> int:
 
 def ask_for_columns(config: WeightedConfig, needs: frozenset[str]) -> None:
     """Have the loader read the columns that a spec needs, so that nobody has to name them twice."""
-    columns = data_columns(needs)
-    if "ref_loss" in needs and not config.weighting.reference:
+    told = {x for name in references_of(config.weighting.reference) for x in told_by(name).values()}
+    columns = data_columns(needs - told)
+    if "ref_loss" in needs - told:
         columns.append(REF_LOSS)
     loader = config.dataloader
     if columns and isinstance(loader, DomainTextDataLoader.Config):
@@ -398,19 +405,23 @@ def _refuse_uneven_rows(config: WeightedConfig) -> None:
 
 
 def _refuse_reference(config: WeightedConfig, plan: Plan) -> None:
-    """Refuse a reference that is not there, is of no use, or competes with a column."""
-    path = config.weighting.reference
-    if not path:
-        return
-    if "ref_loss" not in plan.needs:
-        msg = f"{plan.spec.name} reads no ref_loss; leave out --weighting.reference {path}"
-        raise ValueError(msg)
+    """Refuse references that are not there, are of no use, or compete with a column."""
     columns = getattr(config.dataloader, "columns", ())
-    if REF_LOSS in columns and signal_of(REF_LOSS) not in plan.needs:
-        msg = (
-            f"ref_loss comes from --weighting.reference {path}, or from the column {REF_LOSS!r} of "
-            "--dataloader.columns; leave out one of them"
-        )
-        raise ValueError(msg)
-    if average_decay(path) is None:
-        find_checkpoint(path)
+    for name, path in references_of(config.weighting.reference).items():
+        told = told_by(name)
+        given = f"--weighting.reference {f'{name}={path}' if name else path}"
+        if not plan.needs.intersection(told.values()):
+            msg = f"{plan.spec.name} reads no {plain_name(told['ref_loss'])}; leave out {given}"
+            raise ValueError(msg)
+        for what, signal in told.items():
+            column = plain_name(signal)
+            # The column of an only reference may be read beside it, under its own name.
+            apart = not name and what == "ref_loss" and signal_of(column) in plan.needs
+            if column in columns and signal in plan.needs and not apart:
+                msg = (
+                    f"{column} comes from {given}, or from the column {column!r} of "
+                    "--dataloader.columns; leave out one of them"
+                )
+                raise ValueError(msg)
+        if average_decay(path) is None:
+            find_checkpoint(path)
