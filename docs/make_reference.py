@@ -59,6 +59,7 @@ EXAMPLES = {
     "gate": "target_prob -> gate(0.1, 0.9) -> as_is",
     "indicator": "mean(sequence) -> indicator(mean) -> affine(0.5, 0.5) -> bernoulli(correct=true)",
     "interpolate": "normalize -> temperature(0.4) -> interpolate(0.5)",
+    "kl": "kl -> affine(-1) -> temperature(1)",
     "last": "mean(domain) -> last(1) -> over(mean(domain) -> last(2)) -> temperature(2)",
     "length": "length(sequence) -> pow(-0.5) -> mean_one",
     "linupper": "normalize -> linupper(alpha=0.5) -> temperature(0.4)",
@@ -77,6 +78,7 @@ EXAMPLES = {
     "quadratic": "normalize -> quadratic -> temperature(0.4)",
     "rank": "rank -> pow(2) -> mean_one",
     "remembered": "remembered(examples=100000) -> mean(sequence) -> rank -> temperature(0.217)",
+    "ref_entropy": "ref_entropy -> token_scale",
     "ref_loss": "ref_loss -> over(loss) -> mean_one",
     "running": "running(1, decay=0.9)",
     "select": "loss -> select(0.6)",
@@ -98,6 +100,7 @@ EXAMPLES = {
     "topics": "topics(key=topics, number=8, every=10)",
     "topk_entropy": "topk_entropy(20) -> token_scale",
     "uniform": "uniform",
+    "validation_bandit": "validation_bandit(reward=0.1)",
     "where": "entropy -> token_scale -> where(position, below=64)",
 }
 SMALLEST = 1e-30

@@ -32,6 +32,8 @@ COLUMNS = (
     "short_loss_4096",
     "position",
     "token_id",
+    "ref_entropy_old",
+    "kl",
 )
 """Columns of the batches, by the names the shipped specs read them under."""
 DOMAINS = ("code", "data", "docs", "tables", "tests")
@@ -65,6 +67,7 @@ STAGE_PIPELINES = {
     "gate": "error_norm -> mean(sequence) -> gate(0.95, decay=0.5) -> mean_one",
     "indicator": "loss -> indicator(mean-0.5*std) -> affine(1, 0.5) -> mean_one",
     "interpolate": "normalize -> temperature(0.4) -> interpolate(exponential(1, 0.1, over=4))",
+    "kl": "kl -> affine(step(0.5, 1, at=3)) -> mean_one",
     "last": "mean(domain) -> last(1) -> over(mean(domain) -> last(2)) -> temperature(2)",
     "length": "length(document) -> pow(-0.5) -> mean_one",
     "linupper": "normalize -> linupper(alpha=linear(1, 1.5, over=3)) -> temperature(0.4)",
@@ -79,6 +82,7 @@ STAGE_PIPELINES = {
     "position": "position -> affine(0.1) -> exp -> mean_one",
     "plus": "mean(domain) -> plus(ref_loss -> times(entropy) -> mean(domain)) -> temperature(1)",
     "remembered": "remembered(examples=7) -> mean(document) -> temperature(2)",
+    "ref_entropy": "ref_entropy(old) -> mean(document) -> temperature(2)",
     "ref_loss": "ref_loss -> affine(step(0.5, 1, at=3)) -> mean_one",
     "short_loss": "short_loss(1024) -> mean_one",
     "times": "mean(sequence) -> times(ref_loss -> mean(sequence)) -> temperature(2)",
@@ -104,6 +108,7 @@ STAGE_PIPELINES = {
     "token_id": "token_id -> indicator(1) -> affine(1, 0.5) -> mean_one",
     "token_scale": "entropy(gamma=1) -> token_scale",
     "uniform": "uniform",
+    "validation_bandit": "validation_bandit(linear(0.1, 0.3, over=4))",
     "where": "focal -> as_is -> where(position, at_least=step(0, 1, at=3), below=2)",
 }
 """For every stage of the language a small pipeline in which it stands legally."""

@@ -710,6 +710,7 @@ FORMULAS = {
     "longce": longce,
     "mile": mile,
     "odm": drawn_plainly,
+    "odm-validation": drawn_plainly,
     "profit": profit,
     "ohem": ohem,
     "prop1": prop1,

@@ -282,6 +282,9 @@ def _number(value: object) -> object:
     if isinstance(value, Percent):
         msg = f"{value} is a share of a run's steps, and not one of these; give a number"
         raise ValueError(msg)  # noqa: TRY004 - as below
+    if isinstance(value, tuple):
+        msg = "a list is not a value here"
+        raise ValueError(msg)  # noqa: TRY004 - as below
     if isinstance(value, bool) or not isinstance(value, int | float):
         msg = f"must be a number or a schedule, not {value!r}{_quotes_hint(value)}"
         raise ValueError(msg)  # noqa: TRY004 - pydantic turns only a ValueError into a message

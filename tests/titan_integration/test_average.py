@@ -1,4 +1,4 @@
-"""A moving average of the model as the reference: `--weighting.reference ema:DECAY`."""
+"""A moving average of the model as a reference, by name: `--weighting.reference lag=ema:DECAY`."""
 
 import shutil
 
@@ -8,12 +8,12 @@ from runs import drive
 
 from titan_integration.loss.reference_model import average_decay
 
-SPEC = "excess_loss -> abs -> affine(shift=0.01) -> mean_one"
+SPEC = "excess_loss(lag) -> abs -> affine(shift=0.01) -> mean_one"
 
 
 def run(out, decay, *flags, ranks=1):
     """Return what each rank saw in three steps with an average of this decay."""
-    more = [f"--weighting.spec={SPEC}", f"--weighting.reference=ema:{decay}", "--debug.seed=3"]
+    more = [f"--weighting.spec={SPEC}", f"--weighting.reference=lag=ema:{decay}", "--debug.seed=3"]
     size = f"--training.local_batch_size={4 // ranks}"
     more += [size, "--training.steps=4", *flags]
     return drive(out, ranks, "small", "debugmodel", *more)

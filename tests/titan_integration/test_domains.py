@@ -8,11 +8,17 @@ import small
 import torch
 from runs import drive, seed_checkpoint
 from torch.nn import functional
+from torchtitan.components.validate import Validator
 from whole import whole_model
 
 import weighting as wt
 from titan_integration import config_registry
-from titan_integration.trainer.preflight import ask_for_rows, refuse_one_domain, refuse_unsupported
+from titan_integration.trainer.preflight import (
+    ask_for_rows,
+    open_data,
+    refuse_one_domain,
+    refuse_unsupported,
+)
 from weighting.build import plan_of
 from weighting.build.domains import proportions
 from weighting.runs.layout import MIXTURE as FILE
@@ -291,6 +297,41 @@ def test_doge_is_refused_where_it_would_be_wrong():
         assert "leave out scope and normalize" in refusal(f"{option}\npipeline: doge")
     drawn = "factors: {draw: uniform, domain: doge}\napply: {draw: sampling}"
     assert "leave out the mixture" in refusal(drawn)
+
+
+def test_a_spec_moved_by_validations_is_refused_without_them():
+    """Its weights would stay as they begin; each is said with what to do."""
+    for spec in ("dynamic-loading", "odm-validation"):
+        config = config_registry.llama3_debugmodel()
+        plan = plan_of(wt.load(spec))
+        with pytest.raises(ValueError, match=r"there is none; set --validator\.enable"):
+            refuse_unsupported(config, plan)
+        config.validator.enable = True
+        refuse_unsupported(config, plan)
+        config.parallelism.context_parallel_degree = 2
+        config.parallelism.spmd_backend = "full_dtensor"
+        with pytest.raises(ValueError, match=r"set --parallelism\.context_parallel_degree 1"):
+            refuse_unsupported(config, plan)
+        config.validator = Validator.Config(enable=True)
+        with pytest.raises(ValueError, match="make yours a subclass of titan_integration"):
+            refuse_unsupported(config, plan)
+
+
+def test_validation_text_of_other_domains_is_refused_before_training(tmp_path):
+    """A spec that follows each domain's validation loss asks for the same domains."""
+    for split, domain in {"train": "web", "validation": "wiki"}.items():
+        (tmp_path / split).mkdir()
+        lines = [{"text": "x " * 99, "domain": d} for d in ("code", domain)]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / split / "data.jsonl").write_text(text)
+    config = small.debugmodel()
+    for loader in (config.dataloader, config.validator.dataloader):
+        loader.dataset_path = str(tmp_path)
+    config.training.seq_len, config.validator.enable = 64, True
+    plan = plan_of(wt.load("odm-validation"))
+    message = "the validation text has code, wiki, the training text code, web"
+    with pytest.raises(ValueError, match=message):
+        open_data(config, plan)
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,9 @@ from whole import whole_model
 
 import weighting as wt
 from titan_integration import config_registry
+from titan_integration.data.signals import reference_flag, references_of, references_read
 from titan_integration.loss.reference_model import find_checkpoint, load_model, short_context
-from titan_integration.trainer.preflight import refuse_unsupported
+from titan_integration.trainer.preflight import ask_for_columns, refuse_unsupported
 from weighting.build import plan_of
 from weighting.loss.cross_entropy import token_loss
 
@@ -24,15 +25,33 @@ SPEC = f"""
 version: 1
 name: further-signals
 factors:
-  reference: excess_loss -> temperature(1)
+  reference: excess_loss(old) -> temperature(1)
   context: column(short_loss_{WINDOW}) -> temperature(5)
+  sure: ref_entropy(old) -> temperature(5)
+  near: kl(old) -> minus(kl(start)) -> temperature(5)
 """
+TOLD = ("ref_loss_old", "ref_entropy_old", "kl_old", "kl_start", f"short_loss_{WINDOW}")
+"""Columns that the spec reads, all told by forward passes."""
 
 
 @pytest.fixture(scope="module")
 def seed(tmp_path_factory):
-    """Return the folder of a checkpoint of step 0: both where runs start and the reference."""
+    """Return the folder of a checkpoint of step 0, where runs start."""
     return seed_checkpoint(tmp_path_factory.mktemp("seed"), "--training.seq_len=64")
+
+
+@pytest.fixture(scope="module")
+def old(seed, model, tmp_path_factory):
+    """Return the folder of a checkpoint of another model: the seed's, with parameters changed."""
+    load_model(model, find_checkpoint(str(seed)), "the debug model")
+    rng = torch.Generator().manual_seed(0)
+    state = {
+        name: x * (1 + 0.3 * torch.randn(x.shape, generator=rng)) if x.is_floating_point() else x
+        for name, x in model.state_dict().items()
+    }
+    folder = tmp_path_factory.mktemp("old") / "step-1"
+    dcp.save(state, checkpoint_id=folder, no_dist=True)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -42,15 +61,15 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def run(seed, tmp_path_factory):
-    """Train three steps from the seed with the seed as reference; return runs and notes by rank."""
+def run(seed, old, tmp_path_factory):
+    """Train three steps from the seed with two references; return runs and notes by rank."""
     spec = tmp_path_factory.mktemp("spec") / "further-signals.yaml"
     spec.write_text(SPEC)
 
     def run(ranks, *flags):
         out = tmp_path_factory.mktemp("run")
         shutil.copytree(seed, out / "dump" / "checkpoint")
-        flags += (f"--weighting.spec={spec}", f"--weighting.reference={seed}")
+        flags += (f"--weighting.spec={spec}", f"--weighting.reference=old={old},start=ema:1")
         flags += ("--training.steps=3", "--checkpoint.enable", "--checkpoint.interval=1000")
         done = drive(out, ranks, "noting", "debugmodel", *flags)
         return done, [torch.load(out / "dump" / f"notes{rank}.pt") for rank in range(ranks)]
@@ -74,37 +93,55 @@ def windows(positions, length) -> Iterator[tuple[int, int]]:
             start = end
 
 
-@torch.no_grad()
 def slow_losses(model, batch, length):
     """Return every token's loss with the model run on each window by itself."""
-    losses = torch.zeros(batch["labels"].shape)
-    for row in range(len(losses)):
+    logits = slow_logits(model, batch, length)
+    return token_loss(logits, batch["labels"]).float()
+
+
+@torch.no_grad()
+def slow_logits(model, batch, length):
+    """Return every token's logits with the model run on each window by itself, float64."""
+    rows = []
+    for row, tokens in enumerate(batch["input"]):
+        parts = []
         for start, end in windows(batch["positions"][row].tolist(), length):
             positions = torch.arange(end - start)[None]
             masks = model.get_attention_masks(positions=positions)
-            logits = model(batch["input"][row : row + 1, start:end], positions, masks)
-            losses[row, start:end] = token_loss(logits[0], batch["labels"][row, start:end])
-    return losses
+            parts.append(model(tokens[None, start:end], positions, masks)[0].double())
+        rows.append(torch.cat(parts))
+    return torch.stack(rows)
 
 
 @pytest.mark.processes
-def test_signals_are_those_of_a_model_run_window_by_window(one_rank, seed, model):
-    """The seed's losses at every step; at the first also the model's own, short contexts or not."""
-    load_model(model, find_checkpoint(str(seed)), "the debug model")
+def test_signals_are_those_of_models_run_window_by_window(one_rank, seed, old, model):
+    """Loss and entropy of a reference at every step; at the first, all that the model is part of.
+
+    There it is the seed, and so is the average that never moves.
+    """
     _, notes = one_rank
     assert len(notes) == 3
-    for step, batch in enumerate(notes):
-        expected = slow_losses(model, batch, 64)
-        torch.testing.assert_close(batch["ref_loss"], expected, rtol=0, atol=1e-5)
-        excess = batch["loss"] - batch["ref_loss"]
-        if step == 0:
-            assert excess.abs().max() <= 2e-6  # two units of a float32 about 8
-            short = slow_losses(model, batch, WINDOW)
-            name = f"columns.short_loss_{WINDOW}"
-            torch.testing.assert_close(batch[name], short, rtol=0, atol=1e-5)
-            assert (batch[name] - batch["loss"]).abs().max() > 1e-2
-        else:
-            assert excess.abs().max() > 1e-2
+    load_model(model, old, "the debug model")
+    logs = [slow_logits(model, batch, 64).log_softmax(-1) for batch in notes]
+    for batch, log in zip(notes, logs, strict=True):
+        told = {name: batch[f"columns.{name}"] for name in TOLD}
+        losses = token_loss(log, batch["labels"]).float()
+        torch.testing.assert_close(told["ref_loss_old"], losses, rtol=0, atol=1e-5)
+        entropy = -(log.exp() * log).sum(-1).float()
+        torch.testing.assert_close(told["ref_entropy_old"], entropy, rtol=0, atol=1e-5)
+    assert entropy.max() - entropy.min() > 1e-2
+    load_model(model, find_checkpoint(str(seed)), "the debug model")
+    batch, told = notes[0], {name: notes[0][f"columns.{name}"] for name in TOLD}
+    torch.testing.assert_close(batch["loss"], slow_losses(model, batch, 64), rtol=0, atol=1e-5)
+    short = slow_losses(model, batch, WINDOW)
+    torch.testing.assert_close(told[f"short_loss_{WINDOW}"], short, rtol=0, atol=1e-5)
+    assert (short - batch["loss"]).abs().max() > 1e-2
+    own = slow_logits(model, batch, 64).log_softmax(-1)
+    expected = (own.exp() * (own - logs[0])).sum(-1).float()
+    torch.testing.assert_close(told["kl_old"], expected, rtol=1e-4, atol=1e-6)
+    assert expected.max() > 1e-2
+    assert told["kl_start"].max() < 1e-6
+    assert notes[2]["columns.kl_start"].max() > 1e-4
 
 
 @pytest.mark.processes
@@ -124,17 +161,16 @@ def test_two_ranks_take_the_signals_of_one(layout, run, one_rank):
     for step in range(3):
         both = torch.cat([rank["weights"][step] for rank in two[: 1 if is_tp else 2]])
         torch.testing.assert_close(both, one["weights"][step], rtol=1e-5, atol=1e-5)
-        for name in ("ref_loss", f"columns.short_loss_{WINDOW}"):
+        for name in (f"columns.{name}" for name in TOLD):
             both = torch.cat([rank[step][name] for rank in notes[: 1 if is_tp else 2]])
             torch.testing.assert_close(both, noted[step][name], rtol=0, atol=1e-4)
-    first = notes[0][0]
-    assert (first["loss"] - first["ref_loss"]).abs().max() <= 2e-6
+    assert notes[0][0]["columns.kl_start"].max() < 1e-6
     for (_, a), (_, b) in zip(one["losses"], two[0]["losses"], strict=True):
         assert a == pytest.approx(b, abs=1e-4)
 
 
 @pytest.mark.processes
-def test_further_forwards_leave_training_as_it_was(seed, tmp_path):
+def test_further_forwards_leave_training_as_it_was(seed, old, tmp_path):
     """A run with a reference and short contexts whose weights are one is the run without them."""
     spec = tmp_path / "ones.yaml"
     spec.write_text(SPEC.replace("temperature(1)", "temperature(1) -> interpolate(1)"))
@@ -142,7 +178,8 @@ def test_further_forwards_leave_training_as_it_was(seed, tmp_path):
     plain = tmp_path / "plain.yaml"
     plain.write_text("version: 1\npipeline: loss -> temperature(1) -> interpolate(1)\n")
     runs = []
-    for name, flags in {spec: [f"--weighting.reference={seed}"], plain: []}.items():
+    references = f"--weighting.reference=old={old},start=ema:1"
+    for name, flags in {spec: [references], plain: []}.items():
         out = tmp_path / name.stem
         shutil.copytree(seed, out / "dump" / "checkpoint")
         flags += [f"--weighting.spec={name}", "--training.steps=3", "--checkpoint.enable"]
@@ -243,3 +280,46 @@ def test_a_reference_that_is_of_no_use_is_refused(tmp_path):
     config.dataloader.columns = ["ref_loss"]
     with pytest.raises(ValueError, match=r"or from the column 'ref_loss' of --dataloader.columns"):
         refuse_unsupported(config, plan_of(wt.loads("excess_loss -> select(0.6)")))
+
+
+def test_named_references_are_those_that_the_spec_names(tmp_path):
+    """One that is not read, one without its name, and one beside its column are told apart."""
+    (tmp_path / ".metadata").touch()
+    config = config_registry.llama3_debugmodel()
+    plan = plan_of(wt.loads("excess_loss(a) -> minus(kl(b)) -> select(0.6)"))
+    config.weighting.reference = f"a={tmp_path},b={tmp_path}"
+    refuse_unsupported(config, plan)
+    ask_for_columns(config, plan.needs)
+    assert config.dataloader.columns == []
+    config.weighting.reference = f"a={tmp_path}"
+    ask_for_columns(config, plan.needs)
+    assert config.dataloader.columns == ["kl_b"]
+    for given, said in {
+        f"a={tmp_path},c={tmp_path}": "reads no ref_loss_c; leave out --weighting.reference c=",
+        f"{tmp_path}": "reads no ref_loss; leave out --weighting.reference /",
+        f"b={tmp_path}": "kl_b comes from --weighting.reference b=.* or from the column 'kl_b'",
+        "a=nowhere": "nowhere: no such folder",
+    }.items():
+        config.weighting.reference = given
+        with pytest.raises(ValueError, match=said):
+            refuse_unsupported(config, plan)
+
+
+def test_a_flag_names_one_reference_or_several(tmp_path, monkeypatch):
+    """A folder whose name has an equals sign is a folder; what cannot be told apart is refused."""
+    assert references_of("") == {}
+    assert references_of("runs/a,b/step-3") == {"": "runs/a,b/step-3"}
+    assert references_of("old=a,b/c,new=ema:0.9") == {"old": "a,b/c", "new": "ema:0.9"}
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lr=0.1" / "checkpoint").mkdir(parents=True)
+    assert references_of("lr=0.1/checkpoint") == {"": "lr=0.1/checkpoint"}
+    for text in ("a=x,a=y", "x,a=y", "a=", "a=,b=y"):
+        with pytest.raises(ValueError, match="several with a name each, as in old="):
+            references_of(text)
+    needs = frozenset({"columns.ref_loss_a", "columns.kl_c"})
+    assert references_read("a=x,b=y,c=z", needs) == "a=x,c=z"
+    assert references_read("x", needs) == ""
+    assert references_read("x", needs | {"columns.kl"}) == "x"
+    assert reference_flag("ref_loss") == "CHECKPOINT"
+    assert reference_flag("ref_entropy_old") == "old=CHECKPOINT"
+    assert reference_flag("quality") == ""

@@ -19,6 +19,7 @@ ONES = {
     "uniform",
     "uniform-domains",
     "odm",
+    "odm-validation",
     "dynamic-loading",
     "doge-proxy",
     "velocitune",

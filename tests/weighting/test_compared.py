@@ -165,6 +165,7 @@ def test_what_weighs_domains_is_found_wherever_it_stands():
         "uniform-domains": ["pipeline"],
         "doge-proxy": ["pipeline"],
         "odm": ["pipeline"],
+        "odm-validation": ["pipeline"],
         "linupper-x-mile": [],
     }
     assert {name: domains_compared(SHIPPED[name].plan) for name in found} == found

@@ -255,34 +255,53 @@ def test_doge_follows_its_formula(count, text, rate, share):
     assert 0 in clipped
 
 
-@pytest.mark.parametrize("count", [size for size in SIZES if size > 1])
-def test_doge_with_a_target_follows_its_formula(count):
-    """Alignment with the target alone; it weighs nothing, and lengths are those of the others."""
-    fn = built(f"doge(0.05, smoothing=0.02, target=d{count - 1})", count)
-    a = [1 / (count - 1)] * (count - 1)
-    assert told(fn) == close([*a, 0])
+@pytest.mark.parametrize(
+    ("count", "targets"), [(n, k) for n in SIZES for k in (1, 2) if n > k], ids=str
+)
+def test_doge_with_targets_follows_its_formula(count, targets):
+    """Alignment with the targets alone; they weigh nothing, and lengths are those of the others."""
+    names = [f"d{i}" for i in reversed(range(count - targets, count))]
+    written = names[0] if targets == 1 else f"[{', '.join(names)}]"
+    fn = built(f"doge(0.05, smoothing=0.02, target={written})", count)
+    a = [1 / (count - targets)] * (count - targets)
+    assert told(fn) == close([*a, *[0] * targets])
     past = []
     for step, found in enumerate(gradients(count), 1):
         g = torch.tensor(found, dtype=torch.float64)
         send_feedback(fn, "gradients", g @ g.T, step)
-        *others, target = found
+        others, aims = found[:-targets], found[-targets:]
         length = mean([math.sqrt(sum(x * x for x in one)) for one in others]) + 1e-6
-        along = [sum(x * y for x, y in zip(one, target, strict=True)) for one in others]
+        along = [
+            math.fsum(x * y for aim in aims for x, y in zip(one, aim, strict=True))
+            for one in others
+        ]
         helps = [min(max(x / length, 0), 5) for x in along]
         raised = [x * math.exp(0.05 * y) for x, y in zip(a, helps, strict=True)]
         a = [0.98 * x / sum(raised) + 0.02 / len(a) for x in raised]
-        past.append([*a, 0])
+        past.append([*a, *[0] * targets])
         assert told(fn) == close(past[-1]), step
     assert average(fn) == averaged(past)
-    assert count == 2 or max(a) - min(a) > 1e-3
+    assert len(a) == 1 or max(a) - min(a) > 1e-3
 
 
 def test_a_target_of_doge_is_a_domain_beside_others():
     """A name that is none is told with the nearest."""
     with pytest.raises(wt.SpecError, match="the data has no domain 'wikj'; did you mean 'wiki'"):
         wt.build(wt.loads("doge(target=wikj)"), domains=["web", "wiki"])
-    with pytest.raises(wt.SpecError, match="the target is the only domain; add another"):
-        wt.build(wt.loads("doge(target=wiki)"), domains=["wiki"])
+    for targets, domains in {"wiki": ["wiki"], "[web, wiki]": ["wiki", "web"]}.items():
+        with pytest.raises(wt.SpecError, match="every domain is a target; add another"):
+            wt.build(wt.loads(f"doge(target={targets})"), domains=domains)
+
+
+def test_one_target_of_doge_is_a_list_of_one():
+    """The spec is the same value with the same hash, in arrow text and YAML."""
+    one = wt.loads("doge(target=wiki)")
+    for text in ("doge(target=[wiki])", "version: 1\npipeline: [{doge: {target: [wiki]}}]\n"):
+        assert wt.loads(text).hash == one.hash
+    assert wt.dumps(one).endswith("pipeline: doge(target=wiki)\n")
+    two = wt.loads('doge(0.5, target=[wiki, "my books"])')
+    assert wt.dumps(two).endswith('pipeline: doge(step_size=0.5, target=[wiki, "my books"])\n')
+    assert wt.loads(wt.dumps(two)) == wt.loads(wt.dumps(two, "yaml")) == two
 
 
 def test_doge_outlives_a_gradient_that_is_not_finite():
@@ -315,6 +334,24 @@ def test_dynamic_loading_follows_its_formula(count, drop):
         send_feedback(fn, "validation", news, step)
         rule.move(losses, targets)
         away += None in losses
+        assert told(fn) == close(rule.a), step
+    assert away > MOVES / 20
+
+
+@pytest.mark.parametrize("count", SIZES)
+def test_the_validation_bandit_is_the_bandit_over_validations(count):
+    """EXP3 with a validation as a round, stopped or not; without text a reward stays as it is."""
+    fn = built("validation_bandit(reward=0.3)", count)
+    rule, rng, away = Bandit(count), random.Random(count), 0
+    for step in range(1, MOVES + 1):
+        losses = [None if rng.random() < 0.2 else rng.randint(0, 512) / 128 for _ in range(count)]
+        news = torch.tensor([math.nan if x is None else x for x in losses])
+        send_feedback(fn, "validation", news, step)
+        rule.move(losses, 0.3)
+        away += None in losses
+        if step == MOVES // 2:
+            state, fn = fn.state_dict(), built("validation_bandit(reward=0.3)", count)
+            fn.load_state_dict(state)
         assert told(fn) == close(rule.a), step
     assert away > MOVES / 20
 

@@ -23,6 +23,7 @@ from titan_integration.data.data_files import data_at, local_files, saved_datase
 from titan_integration.data.formats import read_records
 from titan_integration.data.records import domain_of, numbers_of
 from titan_integration.data.records import text_of as check_text
+from titan_integration.data.signals import references_read
 from titan_integration.host.quiet import quiet
 from titan_integration.host.run_dir import refuse_unwritable
 from weighting.build import plan_of
@@ -255,13 +256,13 @@ def _runs(args: Options) -> list[Run]:
     for text, spec in args.specs:
         name = _free(spec.name, [SEED, *_names(runs)])
         both = with_mixture(spec, mixture) if mixture else spec
-        reads = "ref_loss" in plan_of(both).needs
+        read = references_read(args.reference or "", plan_of(both).needs)
         twin = next((run for run in runs if run.spec.hash == both.hash), None)
         if twin is not None:
             msg = f"{text} and {twin.text} are the same weighting; give it once"
             raise ValueError(msg)
         flags = ["--weighting.mixture", args.mixture] if args.mixture else []
-        flags += ["--weighting.reference", args.reference] if args.reference and reads else []
+        flags += ["--weighting.reference", read] if read else []
         runs.append(Run(name, text, both, flags))
     if args.reference and not any("--weighting.reference" in run.flags for run in runs):
         msg = f"none of the specs reads ref_loss; leave out --reference {args.reference}"

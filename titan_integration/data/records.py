@@ -9,6 +9,7 @@ import numpy as np
 
 from titan_integration.data.bad_records import BadRecordError
 from titan_integration.data.data_files import DataFile, folder_columns, near
+from titan_integration.data.signals import reference_flag
 
 DEFAULT_TEXT_COLUMN = "text"
 DEFAULT_DOMAIN_COLUMN = "domain"
@@ -202,10 +203,11 @@ def _is_finite(value: object) -> bool:
 
 def number_wanted(name: str) -> str:
     """Say what to do about a missing column of numbers."""
-    instead = ", or give a model in its place: --weighting.reference CHECKPOINT"
+    model = reference_flag(name)
+    instead = f", or give a model in its place: --weighting.reference {model}" if model else ""
     return (
         f"The spec or --dataloader.columns asks for it: give every record a number "
-        f"{name!r}{instead if name == REF_LOSS else ''}"
+        f"{name!r}{instead}"
     )
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from weighting.columns import column_of, signal_of
+from weighting.columns import column_of, plain_name, signal_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,6 +19,56 @@ _SHORT_LOSS = re.compile(r"short_loss_([1-9]\d*)")
 """Columns that are the model's own loss on a short context."""
 _OF_THE_TEXT = ("position", "token_id")
 """Columns that a batch itself tells."""
+_TOLD = ("ref_loss", "ref_entropy", "kl")
+"""What a reference tells; a column of that name, and of one with a name `_NAME` behind it."""
+_NAMED = re.compile(r"([A-Za-z0-9_]+)=(.*)", re.DOTALL)
+
+
+def references_of(text: str) -> dict[str, str]:
+    """Return the references of `--weighting.reference`, by name: one without, or several.
+
+    Raises:
+        ValueError: A name is given twice, or one of several has none.
+    """
+    if Path(text).expanduser().exists():  # lr=0.1/checkpoint is a folder if there is one
+        return {"": text} if text else {}
+    parts = [part for part in re.split(r",(?=[A-Za-z0-9_]+=)", text) if part]
+    found: dict[str, str] = {}
+    for part in parts:
+        named = _NAMED.fullmatch(part)
+        name, source = (named[1], named[2]) if named else ("", part)
+        if name in found or not source or (not name and len(parts) > 1):
+            msg = (
+                f"--weighting.reference {text}: one checkpoint, or several with a name each, as in "
+                "old=outputs/a/checkpoint,base=outputs/b/checkpoint"
+            )
+            raise ValueError(msg)
+        found[name] = source
+    return found
+
+
+def told_by(name: str) -> dict[str, str]:
+    """Return the signals of the reference of a name, "" for an only one, by what they are of it."""
+    end = f"_{name}" if name else ""
+    told = {what: signal_of(what + end) for what in _TOLD}
+    return told if name else {**told, "ref_loss": "ref_loss"}
+
+
+def references_read(text: str, needs: frozenset[str]) -> str:
+    """Return those references of `--weighting.reference` of which something is needed, likewise."""
+    found = references_of(text)
+    read = [name for name in found if needs.intersection(told_by(name).values())]
+    return ",".join(f"{name}={found[name]}" if name else found[name] for name in read)
+
+
+def reference_flag(column: str) -> str:
+    """Return what follows `--weighting.reference` for a model to tell a column; "" if none can."""
+    for what in _TOLD:
+        if column == what:
+            return "CHECKPOINT"
+        if column.startswith(f"{what}_"):
+            return f"{column.removeprefix(f'{what}_')}=CHECKPOINT"
+    return ""
 
 
 def short_contexts(needs: frozenset[str]) -> dict[str, int]:
@@ -69,7 +120,8 @@ def missing(name: str) -> str:
         reads, key = "reads ref_loss", signal_of(name)
     else:
         reads, key = f"reads {name}", name
-    model = ", or give a model: --weighting.reference CHECKPOINT" if name == "ref_loss" else ""
+    model = reference_flag(plain_name(name))
+    model = f", or give a model: --weighting.reference {model}" if model else ""
     return (
         f"the spec {reads}, but the data loader yields no {key!r}; use "
         f"titan_integration.data.DomainTextDataLoader, or yield them beside 'input'{model}"

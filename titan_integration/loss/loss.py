@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from torchtitan.tools.logging import logger
 from typing_extensions import override
 
 from titan_integration.loss.vocab_parallel import (
+    divergence_of,
     losses_with_gradient,
     plain,
     signals,
@@ -49,6 +50,29 @@ if TYPE_CHECKING:
     from titan_integration.state.run import Run
 
 Outcome = tuple[Tensor, dict[str, Tensor]]
+Output = tuple[Tensor, nn.Module]
+"""What a model gives, hidden states or logits, and its output layer."""
+
+
+class TokenSignals(Protocol):
+    """A loss that tells signals of any model's output."""
+
+    def token_signals(
+        self,
+        of: Output,
+        labels: Tensor,
+        needs: frozenset[str] = frozenset(),
+        model: Output | None = None,
+    ) -> dict[str, Tensor]:
+        """Return `loss`, what else of `needs` the logits tell, and `kl`; [B, L], no gradient.
+
+        Args:
+            of: A model's.
+            labels: [B, L].
+            needs: Names of signals.
+            model: Another model's, whose divergence from the first is `kl`; none without it.
+        """
+        ...
 
 
 class _Bound:
@@ -89,8 +113,18 @@ class WeightedCrossEntropyLoss(_Bound, CrossEntropyLoss):
 
     def token_losses(self, pred: Tensor, labels: Tensor, lm_head: nn.Module) -> Tensor:
         """Return the loss of every token, [B, L], without gradient; `pred` is logits."""
-        del lm_head
-        return signals(pred, labels, self.global_vocab_size, frozenset())["loss"]
+        return self.token_signals((pred, lm_head), labels)["loss"]
+
+    def token_signals(
+        self,
+        of: Output,
+        labels: Tensor,
+        needs: frozenset[str] = frozenset(),
+        model: Output | None = None,
+    ) -> dict[str, Tensor]:
+        """Return what `TokenSignals` says, of logits."""
+        own = None if model is None else model[0]
+        return _told(of[0], own, labels, self.global_vocab_size, needs)
 
 
 class WeightedChunkedLoss(_Bound, ChunkedLossWrapper):
@@ -153,16 +187,26 @@ class WeightedChunkedLoss(_Bound, ChunkedLossWrapper):
 
     def token_losses(self, pred: Tensor, labels: Tensor, lm_head: nn.Module) -> Tensor:
         """Return the loss of every token, [B, L], without gradient; `pred` is hidden states."""
+        return self.token_signals((pred, lm_head), labels)["loss"]
+
+    def token_signals(
+        self,
+        of: Output,
+        labels: Tensor,
+        needs: frozenset[str] = frozenset(),
+        model: Output | None = None,
+    ) -> dict[str, Tensor]:
+        """Return what `TokenSignals` says, chunk by chunk, of hidden states."""
+        hidden, lm_head = of
         self._check(labels, lm_head)
-        chunks = (pred.chunk(self.num_chunks, dim=1), labels.chunk(self.num_chunks, dim=1))
+        found: list[dict[str, Tensor]] = []
+        chunks = (hidden.chunk(self.num_chunks, dim=1), labels.chunk(self.num_chunks, dim=1))
+        own = None if model is None else model[0].chunk(self.num_chunks, dim=1)
         with torch.no_grad():
-            return torch.cat(
-                [
-                    signals(lm_head(hidden), label, self._vocab_size, frozenset())["loss"]
-                    for hidden, label in zip(*chunks, strict=True)
-                ],
-                dim=1,
-            )
+            for index, (part, label) in enumerate(zip(*chunks, strict=True)):
+                logits = None if model is None or own is None else model[1](own[index])
+                found.append(_told(lm_head(part), logits, label, self._vocab_size, needs))
+        return {name: torch.cat([x[name] for x in found], dim=1) for name in found[0]}
 
     def _check(self, labels: Tensor, lm_head: nn.Module) -> None:
         """Refuse labels outside the vocabulary, before they are cut into chunks."""
@@ -279,6 +323,20 @@ class Call:
         if self.run.observer is not None:
             assert self.microbatch.number is not None, "set_batch numbers the calls"
             self.run.observer.add(self.microbatch.number, signals, token)
+
+
+def _told(
+    logits: Tensor,
+    model: Tensor | None,
+    labels: Tensor,
+    vocab_size: int | None,
+    needs: frozenset[str],
+) -> dict[str, Tensor]:
+    """Return the loss of logits, what else of `needs` they tell, and the model's `kl` to them."""
+    found = signals(logits, labels, vocab_size, needs)
+    if model is not None:
+        found["kl"] = divergence_of(model, logits, labels, vocab_size)
+    return found
 
 
 def call_of(

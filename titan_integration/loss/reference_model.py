@@ -1,18 +1,21 @@
-"""Losses that take one more forward pass: of a reference model, and of the model on short contexts.
+"""Signals that take one more forward pass: of references, and of the model itself.
 
-Both passes run eagerly, without gradient and in evaluation mode, before the training forward of the
+All passes run eagerly, without gradient and in evaluation mode, before the training forward of the
 same batch and outside what a CUDA graph captures.
 
-* **The reference model** has the architecture, the parallelism and the mixed precision of the one
+* **A reference model** has the architecture, the parallelism and the mixed precision of the one
   that trains.  Each rank holds its share of one more set of parameters (no gradients, no optimizer
   state: 4 bytes each at float32, against 16 for a parameter that Adam trains), and what a forward
   pass needs for a moment: one unsharded block, and the logits of one chunk.
+* **Divergence** from a reference takes the model's own forward pass as well, of which hidden states
+  are kept, and the logits of one chunk of both models beside each other.
 * **A short context** costs no parameters, but gathers the model's own once more.
-* **Time**: a forward pass is about a third of a training step without activation checkpointing.
+* **Time**: each forward pass is about a third of a training step without activation checkpointing.
 """
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -28,18 +31,22 @@ from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
 
 from titan_integration.data.data_files import near, siblings
+from titan_integration.data.signals import told_by
 from titan_integration.host.checkpoints import METADATA, flaw, is_export, step_folders
 from titan_integration.loss.loss import WeightedChunkedLoss, WeightedCrossEntropyLoss
 from titan_integration.state.checksums import IntactReader, why
 from weighting.errors import printable
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
     from torch import Tensor
     from torchtitan.distributed import ParallelDims
     from torchtitan.models.common.decoder import Decoder
     from torchtitan.protocols.state_dict_adapter import BaseStateDictAdapter
     from torchtitan.trainer import Trainer
 
+    from titan_integration.loss.loss import Output, TokenSignals
 
 SOURCE = "--weighting.reference"
 """What messages call the source of a reference, unless they are told."""
@@ -216,9 +223,51 @@ def token_losses(
         labels: [B, L].
         kwargs: Positions and masks, as the trainer gives them to the model.
     """
+    with left_alone(model):
+        return loss_fn.token_losses(model(inputs, **kwargs), labels, model.lm_head)
+
+
+@torch.no_grad()
+def told_by_references(
+    references: Mapping[str, Decoder],
+    model: Decoder,
+    loss_fn: TokenSignals,
+    batch: tuple[Tensor, Tensor, dict[str, Any]],
+    needs: frozenset[str],
+) -> dict[str, Tensor]:
+    """Return what of `needs` references tell of a batch, [B, L] by signal; all are left alone.
+
+    Args:
+        references: Frozen models, by name.
+        model: The one that trains, which goes forward too where `kl` to any of them is needed.
+        loss_fn: Knows how logits come from a model's output.
+        batch: Inputs and labels, [B, L], and what else the trainer gives the model.
+        needs: Names of signals.
+    """
+    inputs, labels, kwargs = batch
+    found: dict[str, Tensor] = {}
+    with contextlib.ExitStack() as stack:
+        own: Output | None = None
+        for name, reference in references.items():
+            told = {what: x for what, x in told_by(name).items() if x in needs}
+            if "kl" in told and own is None:
+                stack.enter_context(left_alone(model))
+                own = model(inputs, **kwargs), model.lm_head
+            with left_alone(reference):
+                of = reference(inputs, **kwargs), reference.lm_head
+                more = frozenset({"entropy"} if "ref_entropy" in told else ())
+                signals = loss_fn.token_signals(of, labels, more, own if "kl" in told else None)
+            kinds = {"ref_loss": "loss", "ref_entropy": "entropy", "kl": "kl"}
+            found |= {signal: signals[kinds[what]] for what, signal in told.items()}
+    return found
+
+
+@contextlib.contextmanager
+def left_alone(model: Decoder) -> Iterator[None]:
+    """Put a model into evaluation mode for forward passes, and leave it as it was."""
     training = model.training
     model.eval()
-    losses = loss_fn.token_losses(model(inputs, **kwargs), labels, model.lm_head)
+    yield
     model.train(training)
     if isinstance(model, FSDPModule) and next(model.parameters()).requires_grad:
         # Were the last parameters still gathered when a graph is captured, no replay would gather
@@ -228,7 +277,6 @@ def token_losses(
                 module.reshard()
     elif isinstance(model, FSDPModule):
         model.reset_iter_state()  # It keeps a record of forwards, which else only backward clears.
-    return losses
 
 
 def short_context(model: Decoder, kwargs: dict[str, Any], window: int) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from torchtitan.distributed.spmd_types import (
 )
 from typing_extensions import override
 
-from weighting.loss.logits import Slice, check_labels, gradient_, statistics
+from weighting.loss.logits import Slice, check_labels, divergence, gradient_, statistics
 from weighting.ranks import OverRanks
 
 if TYPE_CHECKING:
@@ -117,6 +117,15 @@ def signals(
 ) -> dict[str, Tensor]:
     """Return `loss` and what else of `needs` logits tell, each [B, L], without gradient."""
     return losses_with_gradient(logits, labels, vocab_size, needs)[1]
+
+
+@torch.no_grad()
+def divergence_of(logits: Tensor, others: Tensor, labels: Tensor, vocab_size: int | None) -> Tensor:
+    """Return how far a prediction is from that of other logits, [B, L]; both are cut alike."""
+    rows, other_rows = (plain(x).flatten(0, -2) for x in (logits, others))
+    local = plain(labels)
+    cut = slice_of(logits, vocab_size)
+    return divergence(rows, other_rows, local.long().flatten(), cut).view(local.shape)
 
 
 class _TokenLoss(torch.autograd.Function):

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
     from torchtitan.components.dataloader import BaseDataLoader
+    from torchtitan.config import ParallelismConfig
     from torchtitan.models.common.decoder import Decoder
 
     from titan_integration.loss.loss import WeightedChunkedLoss, WeightedCrossEntropyLoss
@@ -77,7 +78,7 @@ class DomainValidator(Validator):
         inputs = {name: x for name, x in input_dict.items() if column_of(name) is None}
         ids = inputs.pop("domain_ids", None)
         domains = getattr(self._loader.built, "domains", None)
-        if self.parallelism.spmd_backend == "full_dtensor" and self.parallel_dims.cp_enabled:
+        if not tells_domains(self.parallelism):
             warn_once(logger, "no validation per domain under full_dtensor and context parallelism")
             domains = None
         if ids is None or domains is None:
@@ -146,15 +147,34 @@ class DomainValidator(Validator):
         fn = None if self._run is None else self._run.fn
         if fn is None or "validation" not in fn.plan.listens_to:
             return
-        there, here = cast("Any", self._loader.built).domains, fn.domains
-        if there != here:
-            msg = (
-                f"{fn.spec.name} follows the validation loss of every domain; the "
-                f"validation text has {', '.join(there)}, the training text {', '.join(here)}. "
-                "Name them alike: --dataloader.domains and --validator.dataloader.domains"
-            )
-            raise ValueError(msg)
+        refuse_other_domains(fn.spec.name, cast("Any", self._loader.built).domains, fn.domains)
         send_feedback(fn, "validation", (sums[0] / sums[1]).float(), step)
+
+
+def tells_domains(parallelism: ParallelismConfig) -> bool:
+    """Tell whether domains can go with the labels, whose way one layout hides."""
+    cut = parallelism.context_parallel_degree > 1
+    return not (cut and parallelism.spmd_backend == "full_dtensor")
+
+
+def refuse_other_domains(name: str, there: Sequence[str], here: Sequence[str]) -> None:
+    """Refuse validation text of other domains than the training text, for a spec that follows them.
+
+    Args:
+        name: The spec's.
+        there: Domains of the validation text.
+        here: Of the training text.
+
+    Raises:
+        ValueError: They differ.
+    """
+    if tuple(there) != tuple(here):
+        msg = (
+            f"{name} is moved by the validation loss of every domain; the validation text has "
+            f"{', '.join(there)}, the training text {', '.join(here)}. "
+            "Name them alike: --dataloader.domains and --validator.dataloader.domains"
+        )
+        raise ValueError(msg)
 
 
 def add_tokens(sums: Tensor, losses: Tensor, labels: Tensor, domain_ids: Tensor) -> None:

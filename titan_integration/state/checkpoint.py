@@ -54,7 +54,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 WEIGHTING, REFERENCE = "weighting", "reference"
-"""Our entries of a checkpoint: the weighting's state, and a reference that is an average."""
+"""Our entries of a checkpoint: the weighting's state, and a reference that is an average; one of
+several has its name behind it."""
 
 _AFRESH = "--checkpoint.exclude_from_loading"
 _PATIENCE = 90.0
@@ -166,8 +167,9 @@ class ResumingCheckpointManager(CheckpointManager):
                 raise ValueError(msg) from error
             if MODEL in self.states:  # as the host does: what was loaded is a flat copy
                 self.states[MODEL].load_state_dict(wanted)
-        if REFERENCE in self.states and REFERENCE not in wanted:
-            self.states[REFERENCE].load_state_dict(self.states[MODEL].state_dict())
+        for key in _averages(self.states):
+            if key not in wanted:
+                self.states[key].load_state_dict(self.states[MODEL].state_dict())
 
     @override
     def dcp_save(
@@ -304,10 +306,17 @@ def _without_absent(
     wanted = dict(state_dict)
     if WEIGHTING in wanted and not _has_weighting(wanted[WEIGHTING], folder, saved):
         del wanted[WEIGHTING]
-    if REFERENCE in wanted and REFERENCE not in parts:
-        _warn(f"{folder} holds no moving average; it starts from the loaded model")
-        del wanted[REFERENCE]
+    for key in _averages(wanted):
+        if key not in parts:
+            name = key.removeprefix(REFERENCE).replace("_", " ", 1)
+            _warn(f"{folder} holds no moving average{name}; it starts from the loaded model")
+            del wanted[key]
     return wanted
+
+
+def _averages(states: Mapping[str, Any]) -> list[str]:
+    """Return which entries are references that are averages: of the only one, or named."""
+    return [key for key in states if key == REFERENCE or key.startswith(f"{REFERENCE}_")]
 
 
 def _check_data(loader: Stateful, folder: Path, saved: Mapping[str, Any]) -> None:

@@ -20,8 +20,9 @@ class WeightingConfig:
 
     reference: str = ""
     """Checkpoint whose loss is ref_loss: a folder step-N, or one of them, of which the latest is
-    taken. `ema:0.999`: a moving average of the model itself, saved with it. Empty: ref_loss comes
-    from a column of that name in the data, if a spec reads it."""
+    taken. `ema:0.999`: a moving average of the model itself, saved with it. Several have names, as
+    in `old=runs/a/checkpoint,base=runs/b/checkpoint`, for specs that read ref_loss(old). Empty:
+    ref_loss comes from a column of that name in the data, if a spec reads it."""
 
     allow_plugins: bool = False
     """Import the modules the spec names under plugins:, which runs their code."""

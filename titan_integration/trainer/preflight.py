@@ -15,11 +15,22 @@ from torchtitan.tools.logging import logger
 import weighting as wt
 from titan_integration.data.loader import DomainTextDataLoader, keep_open
 from titan_integration.data.records import REF_LOSS
-from titan_integration.data.signals import comes_with_batch, data_columns, short_contexts
+from titan_integration.data.signals import (
+    comes_with_batch,
+    data_columns,
+    references_of,
+    short_contexts,
+    told_by,
+)
 from titan_integration.loss.reference_model import average_decay, find_checkpoint
+from titan_integration.observe.validation import (
+    DomainValidator,
+    refuse_other_domains,
+    tells_domains,
+)
 from titan_integration.state.checkpoint import ResumingCheckpointManager
 from weighting.build.compared import domains_compared
-from weighting.columns import column_of, signal_of
+from weighting.columns import column_of, plain_name, signal_of
 from weighting.errors import printable
 from weighting.language.plugins import imported
 from weighting.language.read import resolve
@@ -91,10 +102,8 @@ def refuse_unsupported(config: WeightedConfig, plan: Plan) -> None:
         raise ValueError(msg)
     if config.parallelism.context_parallel_degree > 1:
         _refuse_uneven_rows(config)
-    if "validation" in plan.listens_to and not config.validator.enable:
-        logger.warning(
-            f"{plan.spec.name} waits for validations; without --validator.enable it stays"
-        )
+    if "validation" in plan.listens_to:
+        _refuse_no_validation(config, plan)
     if plan.identity:
         return
     if hasattr(config.loss, "mtp_scale"):
@@ -152,8 +161,9 @@ def vocabulary_of(config: Trainer.Config) -> int:
 
 def ask_for_columns(config: WeightedConfig, needs: frozenset[str]) -> None:
     """Have the loader read the columns that a spec needs, so that nobody has to name them twice."""
-    columns = data_columns(needs)
-    if "ref_loss" in needs and not config.weighting.reference:
+    told = {x for name in references_of(config.weighting.reference) for x in told_by(name).values()}
+    columns = data_columns(needs - told)
+    if "ref_loss" in needs - told:
         columns.append(REF_LOSS)
     loader = config.dataloader
     if columns and isinstance(loader, DomainTextDataLoader.Config):
@@ -200,6 +210,7 @@ def open_data(config: WeightedConfig, plan: Plan) -> dict[str, Any]:
     if validator.enable and isinstance(validator, Validator.Config):
         loaders["validation"] = validator.dataloader
     found: dict[str, Any] = {}
+    domains: dict[str, tuple[str, ...]] = {}
     for name, loader in loaders.items():
         if not isinstance(loader, DomainTextDataLoader.Config):
             continue
@@ -220,12 +231,14 @@ def open_data(config: WeightedConfig, plan: Plan) -> dict[str, Any]:
             raise ValueError(msg)
         if built.documents is not None:
             keep_open(loader, built.documents)
-        found[name] = built.identity
+        found[name], domains[name] = built.identity, built.domains
         if name == "training":
             refuse_one_domain(plan, built.domains)
             fn = wt.build(plan, domains=built.domains)
             if "gradients" in fn.plan.listens_to:
                 _refuse_global_batch(config, fn, dims)
+    if "validation" in plan.listens_to and len(domains) > 1:
+        refuse_other_domains(plan.spec.name, domains["validation"], domains["training"])
     return found
 
 
@@ -330,6 +343,26 @@ def _refuse_gradients(config: WeightedConfig, plan: Plan) -> None:
         raise ValueError(msg)
 
 
+def _refuse_no_validation(config: WeightedConfig, plan: Plan) -> None:
+    """Refuse a spec that validations move where none tells the losses of domains."""
+    validator, why = config.validator, ""
+    if not validator.enable:
+        why = "there is none; set --validator.enable"
+    elif not isinstance(validator, DomainValidator.Config):
+        why = (
+            f"{type(validator).__qualname__} tells none; make yours a subclass of "
+            "titan_integration.observe.validation.DomainValidator"
+        )
+    elif not tells_domains(config.parallelism):
+        why = (
+            "under full_dtensor and context parallelism none is told; "
+            "set --parallelism.context_parallel_degree 1"
+        )
+    if why:
+        msg = f"{plan.spec.name} is moved by the validation loss of every domain, and {why}"
+        raise ValueError(msg)
+
+
 def _refuse_context(config: WeightedConfig, plan: Plan) -> None:
     """Refuse what a rank with a part of each sequence cannot do."""
     whole = "set --parallelism.context_parallel_degree 1"
@@ -372,19 +405,23 @@ def _refuse_uneven_rows(config: WeightedConfig) -> None:
 
 
 def _refuse_reference(config: WeightedConfig, plan: Plan) -> None:
-    """Refuse a reference that is not there, is of no use, or competes with a column."""
-    path = config.weighting.reference
-    if not path:
-        return
-    if "ref_loss" not in plan.needs:
-        msg = f"{plan.spec.name} reads no ref_loss; leave out --weighting.reference {path}"
-        raise ValueError(msg)
+    """Refuse references that are not there, are of no use, or compete with a column."""
     columns = getattr(config.dataloader, "columns", ())
-    if REF_LOSS in columns and signal_of(REF_LOSS) not in plan.needs:
-        msg = (
-            f"ref_loss comes from --weighting.reference {path}, or from the column {REF_LOSS!r} of "
-            "--dataloader.columns; leave out one of them"
-        )
-        raise ValueError(msg)
-    if average_decay(path) is None:
-        find_checkpoint(path)
+    for name, path in references_of(config.weighting.reference).items():
+        told = told_by(name)
+        given = f"--weighting.reference {f'{name}={path}' if name else path}"
+        if not plan.needs.intersection(told.values()):
+            msg = f"{plan.spec.name} reads no {plain_name(told['ref_loss'])}; leave out {given}"
+            raise ValueError(msg)
+        for what, signal in told.items():
+            column = plain_name(signal)
+            # The column of an only reference may be read beside it, under its own name.
+            apart = not name and what == "ref_loss" and signal_of(column) in plan.needs
+            if column in columns and signal in plan.needs and not apart:
+                msg = (
+                    f"{column} comes from {given}, or from the column {column!r} of "
+                    "--dataloader.columns; leave out one of them"
+                )
+                raise ValueError(msg)
+        if average_decay(path) is None:
+            find_checkpoint(path)

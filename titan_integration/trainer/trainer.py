@@ -21,7 +21,12 @@ from typing_extensions import override
 
 from titan_integration.data.loader import DomainTextDataLoader
 from titan_integration.data.records import REF_LOSS
-from titan_integration.data.signals import is_signal, of_the_text, short_contexts
+from titan_integration.data.signals import (
+    is_signal,
+    of_the_text,
+    references_of,
+    short_contexts,
+)
 from titan_integration.host import cpu, versions
 from titan_integration.host.run_dir import claim, writing
 from titan_integration.host.together import fail_together, refuse_other_data
@@ -38,6 +43,7 @@ from titan_integration.loss.reference_model import (
     follow,
     short_context,
     token_losses,
+    told_by_references,
 )
 from titan_integration.observe.agreement import check_agreement
 from titan_integration.observe.metrics import WeightedMetricsProcessor
@@ -90,10 +96,10 @@ class WeightedTrainer(Trainer):
 
     run: Run
     """The weighting at work."""
-    reference: Decoder | None
-    """Gives ref_loss; without gradient, and in no checkpoint unless it is an average."""
-    decay: float | None
-    """Of the average the reference is; None when it is fixed."""
+    references: dict[str, Decoder]
+    """By name, "" for an only one; without gradient, and in no checkpoint unless an average."""
+    decays: dict[str, float]
+    """Of the references that are averages of the model."""
     gradients: DomainGradients | None = None
     """Of the domains, where the weighting compares them."""
     begun: bool = False
@@ -132,12 +138,16 @@ class WeightedTrainer(Trainer):
             # The host logs events to the dump folder: were that full, each would be a traceback.
             logging.raiseExceptions = False
             super().__init__(config)
-            self.reference = None
-            self.decay = average_decay(config.weighting.reference)
-            if path := config.weighting.reference:
-                folder = find_checkpoint(path) if self.decay is None else None
-                self.reference = build_reference(config, self.parallel_dims, folder)
-                logger.info(printable(f"Reference: {folder or path}"))
+            self.references = dict[str, "Decoder"]()
+            self.decays = dict[str, float]()
+            for name, path in references_of(config.weighting.reference).items():
+                folder = None
+                if (decay := average_decay(path)) is None:
+                    folder = find_checkpoint(path)
+                else:
+                    self.decays[name] = decay
+                self.references[name] = build_reference(config, self.parallel_dims, folder)
+                logger.info(printable(f"Reference{f' {name}' if name else ''}: {folder or path}"))
             if on_cpu:
                 cpu.fix_fsdp(self.model_parts)
                 cpu.fix_initial_weights(self.model_config, self.model_parts)
@@ -175,8 +185,9 @@ class WeightedTrainer(Trainer):
             states = self.checkpointer.states
             allow = config.weighting.allow_changed_spec
             states[WEIGHTING] = SavedWeighting(run, allow_changed_spec=allow)
-            if self.reference is not None and self.decay is not None:
-                states[REFERENCE] = ModelWrapper(self.reference)
+            for name in self.decays:
+                key = f"{REFERENCE}_{name}" if name else REFERENCE
+                states[key] = ModelWrapper(self.references[name])
         spec = plan.spec
         logger.info(printable(f"Weighting: {spec.name} ({spec.hash})\n{spec}", keep="\n"))
         if domains:
@@ -262,17 +273,15 @@ class WeightedTrainer(Trainer):
     ) -> dict[str, Tensor]:
         """Return the losses of this batch that take a forward pass of their own, by signal."""
         short = short_contexts(self.run.fn.needs)
-        found: dict[str, Tensor] = {}
-        if not short and self.reference is None:
-            return found
+        if not short and not self.references:
+            return {}
         assert isinstance(self.loss_fn, WeightedChunkedLoss | WeightedCrossEntropyLoss)
+        model, batch = cast("Decoder", self.model_parts[0]), (inputs, labels, kwargs)
         with self.train_context():
-            if self.reference is not None:
-                found["ref_loss"] = token_losses(
-                    self.reference, self.loss_fn, inputs, labels, kwargs
-                )
+            found = told_by_references(
+                self.references, model, self.loss_fn, batch, self.run.fn.needs
+            )
             for name, window in short.items():
-                model = cast("Decoder", self.model_parts[0])
                 changed = kwargs | short_context(model, kwargs, window)
                 found[name] = token_losses(model, self.loss_fn, inputs, labels, changed)
         return found
@@ -288,9 +297,8 @@ class WeightedTrainer(Trainer):
         self._draw()
         if self.gradients is not None:
             data_iterator = self.gradients.noting_turns(data_iterator)
-        average, (model, *_) = self.reference, self.model_parts
-        if average is not None and self.decay is not None and self.step == 1:
-            follow(average, model, 0)  # a fresh run starts from its own first weights
+        if self.step == 1:
+            self._follow(dict.fromkeys(self.decays, 0.0))  # from its own first weights
         if self.run.microbatches.when is When.LOOKAHEAD:
             batches = [next(data_iterator) for _ in range(self._calls_in_a_step)]
             look_ahead(self, self.run, batches)
@@ -299,8 +307,12 @@ class WeightedTrainer(Trainer):
         if self._agree_every and self.step % self._agree_every == 0:
             self._check_agreement(self.run.statistics.moments)
         self.run.end_step()
-        if average is not None and self.decay is not None:
-            follow(average, model, self.decay)
+        self._follow(self.decays)
+
+    def _follow(self, decays: dict[str, float]) -> None:
+        """Move the references that are averages of the model."""
+        for name, decay in decays.items():
+            follow(self.references[name], self.model_parts[0], decay)
 
     def _check_agreement(self, moments: Tensor | None = None) -> None:
         step = torch.tensor(self.step, device=self.device)

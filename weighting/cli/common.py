@@ -37,7 +37,8 @@ allow_plugins = click.option(
 data = click.option("--data", help="A .jsonl/.parquet file or folder, or a Hugging Face name.")
 mixture = click.option("--mixture", help="A spec by whose domain weights training data is drawn.")
 reference = click.option(
-    "--reference", help="Checkpoint whose loss is ref_loss, for specs that read it."
+    "--reference",
+    help="Checkpoint whose loss is ref_loss, for specs that read it. Several: NAME=PATH,NAME=PATH.",
 )
 ranks = click.option(
     "--ranks", type=click.IntRange(1), help="Processes; default one per accelerator."

@@ -25,6 +25,7 @@ from weighting.schedules import Constant
 from weighting.simulate import changing, turns
 from weighting.spec import arrow_text, dumps
 from weighting.stages import Table
+from weighting.stages.ref_loss import OfReference
 from weighting.testing.subject import as_subject
 
 if TYPE_CHECKING:
@@ -148,11 +149,30 @@ def _ending(spec: Spec, plan: Plan) -> Iterator[str]:
     }
     yield f"a non-finite signal is {action[spec.on_nonfinite]}"
     yield f"signals: {', '.join(sorted(plan.needs)) or 'none'}"
-    if "ref_loss" in plan.needs:
-        yield "  ref_loss by --weighting.reference: a second model goes forward, and a step"
-        yield "  took 1.24 of one without; as a column of the data it costs no time"
+    yield from _references(plan)
     if spec.plugins:
         yield f"plugins: {imported(spec)}"
+
+
+def _references(plan: Plan) -> Iterator[str]:
+    """Say what the models cost that are compared with, beside the one that trains."""
+    stages = [step.stage for steps in plan.factors.values() for step in steps]
+    told = {x.signal: x for x in stages if isinstance(x, OfReference) and x.signal in plan.needs}
+    names = {stage.of for stage in told.values()}
+    if not names:
+        return
+    yield f"  by --weighting.reference: {_models(len(names))} forward beside the one that trains,"
+    yield "  and a step with one took 1.24 of one without; each keeps its parameters,"
+    yield "  cut over ranks as the model's are, and no gradients or optimizer state"
+    if any(stage.tells == "kl" for stage in told.values()):
+        yield "  kl: the model itself goes forward once more, a third of a step, and keeps"
+        yield "  its hidden states; logits of both models are there for one chunk"
+    if any(stage.tells == "ref_loss" for stage in told.values()):
+        yield "  ref_loss as a column of the data, by weighting score, costs no time"
+
+
+def _models(number: int) -> str:
+    return "a second model goes" if number == 1 else f"{number} models go"
 
 
 def _domains(spec: Spec, plan: Plan) -> Iterator[str]:

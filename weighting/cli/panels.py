@@ -94,8 +94,8 @@ _SIGNALS = {
     "error_norm": _Signal("norm of prediction minus label", "", 0, 1.4),
     "domain_ids": _Signal(DOMAIN),
 }
-_IN_NATS = ("short_loss_", "topk_entropy_")
-"""How the columns begin that a model makes of its own losses and entropies."""
+_IN_NATS = ("short_loss_", "topk_entropy_", "ref_loss_", "ref_entropy", "kl")
+"""How the columns begin that models make of their losses and entropies."""
 _THIRDS = ("a", "b", "c")
 """Domains of the lower, middle and upper third of the units, where a spec names none."""
 

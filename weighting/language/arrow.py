@@ -4,7 +4,7 @@ pipeline = stage ( ("->" | "→") stage )*
 stage    = name [ "(" [ argument ("," argument)* ] ")" ]
 argument = [ name "=" ] value
 value    = number | number "/" "n" | number "%" | word | "text"
-         | name "(" ... ")" | "{" key ":" value ... "}"
+         | name "(" ... ")" | "{" key ":" value ... "}" | "[" value ... "]"
          | statistic, as in mean+3*std
          | pipeline, of a stage that takes another, as in over(ref_loss -> mean(sequence))
 """
@@ -63,6 +63,14 @@ class Pairs:
 
 
 @dataclass(frozen=True)
+class Items:
+    """A list written in brackets: [wiki, books]."""
+
+    values: tuple[Value, ...]
+    span: Span
+
+
+@dataclass(frozen=True)
 class Argument:
     """One argument of a call; `name` is None when it is positional."""
 
@@ -89,7 +97,7 @@ class Chain:
     span: Span
 
 
-Value = Literal | Share | OfRun | Pairs | Call | Chain
+Value = Literal | Share | OfRun | Pairs | Items | Call | Chain
 
 _TOKEN = re.compile(
     r"""(?P<space>\s+)
@@ -101,12 +109,12 @@ _TOKEN = re.compile(
       | (?P<name>[^\W\d]\w*(?:[-.](?=\w)\w+)*)
       | (?P<text>"(?:[^"\\\n]|\\.)*"|'[^'\n]*')
       | (?P<joint>=>|\|+|>)
-      | (?P<mark>[(){},=:/%])
+      | (?P<mark>[(){}\[\],=:/%])
       | (?P<other>[-+.\w]+|.)""",
     re.VERBOSE,
 )
 _NAME = re.compile(r"[^\W\d]\w*(?:[-.](?=\w)\w+)*")
-_OPENING, _CLOSING = {"(": ")", "{": "}"}, {")", "}"}
+_CLOSING = {")", "}", "]"}
 _WORDS: dict[str, bool | None] = {"true": True, "false": False, "null": None}
 
 
@@ -177,6 +185,8 @@ def _value_text(value: Value) -> str:
         return (
             "{" + ", ".join(f"{_value_text(k)}: {_value_text(v)}" for k, v in value.entries) + "}"
         )
+    if isinstance(value, Items):
+        return f"[{', '.join(map(_value_text, value.values))}]"
     return _word_text(value.value)
 
 
@@ -288,6 +298,8 @@ class _Parser:
             self._fail("a value is missing here", self._last_span())
         if token.text == "{":
             return self._pairs(token)
+        if token.text == "[":
+            return self._items(token)
         self.position += 1
         if token.kind == "number":
             return self._number(token)
@@ -349,6 +361,16 @@ class _Parser:
             self._separator(opening, "}")
         self.depth -= 1
         return Pairs(tuple(entries), (opening.span[0], self._end()))
+
+    def _items(self, opening: _Token) -> Items:
+        self._deeper(opening)
+        self.position += 1
+        values: list[Value] = []
+        while not self._accept("]"):
+            values.append(self._value())
+            self._separator(opening, "]")
+        self.depth -= 1
+        return Items(tuple(values), (opening.span[0], self._end()))
 
     def _separator(self, opening: _Token, closing: str) -> None:
         """Expect a comma, or leave the closing bracket for the caller's loop."""

@@ -15,6 +15,7 @@ from weighting.language.arrow import (
     Argument,
     Call,
     Chain,
+    Items,
     Literal,
     OfRun,
     Pairs,
@@ -218,6 +219,8 @@ def _reason(item: ErrorDetails) -> str:
     given, limits = item["input"], item.get("ctx", {})
     if "error" in limits:
         return str(limits["error"])
+    if isinstance(given, tuple):
+        return "a list is not a value here"
     must = {
         "int_type": "a whole number",
         "int_from_float": "a whole number",
@@ -284,6 +287,8 @@ def _plain(source: Source, value: Value, problems: list[Problem]) -> Any:  # noq
             )
             for key, item in value.entries
         }
+    if isinstance(value, Items):
+        return tuple(_plain(source, item, problems) for item in value.values)
     return value.value
 
 
@@ -325,6 +330,9 @@ def _written(value: object) -> Value:
             for key, item in ((key, _written(item)) for key, item in value.items())
         )
         return Pairs(tuple(entries), span)
+    if isinstance(value, tuple):
+        items = tuple(map(_written, value))
+        return items[0] if len(items) == 1 else Items(items, span)
     assert value is None or isinstance(value, str | int | float | bool)
     return Literal(value, span)
 
@@ -354,6 +362,8 @@ def _yaml_value(value: Value) -> object:
         return to_yaml(value)
     if isinstance(value, Chain):
         return [to_yaml(call) for call in value.calls if call]
+    if isinstance(value, Items):
+        return [_yaml_value(item) for item in value.values]
     number = value.value
     if isinstance(number, float) and number == int(number):
         return int(number)
@@ -425,8 +435,8 @@ def _yaml_argument(source: Source, node: Node, problems: list[Problem]) -> Value
             return call or Literal(None, node.span)
         return _yaml_pairs(source, node, problems, of_steps=False)
     if isinstance(node, Seq):
-        problems.append(source.problem("a list is not a value here", node.span))
-        return Literal(None, node.span)
+        items = (_yaml_argument(source, item, problems) for item in node.items)
+        return Items(tuple(items), node.span)
     if isinstance(node.value, str):
         if share := _SHARE.fullmatch(node.value.strip()):
             kind = OfRun if share[2] == "%" else Share

@@ -77,9 +77,11 @@ def schema() -> Schema:
 _OPTIONS = ("normalize", "reduction", "scope", "on_nonfinite", "apply", "start")
 _MODULE = {"type": "string", "pattern": r"^[^\W\d]\w*(\.[^\W\d]\w*)*$"}
 _VALUE = (
-    r"""(\{[^{}]*\}|"[^"]*"|'[^']*'|[^\s(),={}"']+(\s*\(([^()]|\(([^()]|\([^()]*\))*\))*\))?)"""
+    r"""(\{[^{}]*\}|\[[^\[\]]*\]|"[^"]*"|'[^']*'|[^\s(),={}"']+"""
+    r"""(\s*\(([^()]|\(([^()]|\([^()]*\))*\))*\))?)"""
 )
-"""A pattern for an argument's value: a map, a text, or a word or number with brackets after it."""
+"""A pattern for an argument's value: a map, a list, a text, or a word or number that may have
+brackets after it."""
 
 
 _DEPTH = 10

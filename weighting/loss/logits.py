@@ -184,6 +184,23 @@ def _summed(
 
 
 @torch.no_grad()
+def divergence(logits: Tensor, others: Tensor, labels: Tensor, cut: Slice | None = None) -> Tensor:
+    """Return how far the prediction p of logits is from q, that of others, nats, [T] float32.
+
+        KL(p || q) = sum_v p_v (log p_v - log q_v)
+
+    Args:
+        logits: [T, V], or this rank's part of the vocabulary.
+        others: The same of another model.
+        labels: [T] int; where they are ignored, the value means nothing.
+        cut: How both vocabularies are cut; None when they are whole.
+    """
+    lse, other = (statistics(x, labels, frozenset(), cut)["lse"] for x in (logits, others))
+    (part,) = _by_rows(_divergence, logits, others, lse, other)
+    return (part if cut is None else cut.ranks.sum(part)).clamp(min=0)
+
+
+@torch.no_grad()
 def gradient_(
     logits: Tensor, labels: Tensor, lse: Tensor, weight: Tensor, cut: Slice | None = None
 ) -> Tensor:
@@ -262,6 +279,19 @@ def _exponentials(
     if e is not logits:
         logits.copy_(e)
     return (shift,)
+
+
+def _divergence(
+    logits: Tensor,
+    others: Tensor,
+    lse: Tensor,
+    other: Tensor,
+    scratch: tuple[Tensor | None, Tensor | None],
+) -> tuple[Tensor, ...]:
+    """Return the sum over this part of the vocabulary, [T]; a probability of 0 adds nothing."""
+    d = _difference(logits, lse, scratch[0], in_place=False)
+    p, less = d.exp(), _difference(others, other, scratch[1], in_place=False)
+    return (torch.where(p == 0, 0, p * (d - less)).sum(-1),)
 
 
 def _difference(logits: Tensor, shift: Tensor, scratch: Tensor | None, *, in_place: bool) -> Tensor:

@@ -25,6 +25,7 @@ from weighting.stages.focal import Focal as Focal
 from weighting.stages.gate import Gate as Gate
 from weighting.stages.indicator import Indicator as Indicator
 from weighting.stages.interpolate import Interpolate as Interpolate
+from weighting.stages.kl import KL as KL
 from weighting.stages.last import Last as Last
 from weighting.stages.linupper import LinUpper as LinUpper
 from weighting.stages.log import Log as Log
@@ -45,6 +46,7 @@ from weighting.stages.position import Position as Position
 from weighting.stages.pow import Pow as Pow
 from weighting.stages.quadratic import Quadratic as Quadratic
 from weighting.stages.rank import Rank as Rank
+from weighting.stages.ref_entropy import RefEntropy as RefEntropy
 from weighting.stages.ref_loss import RefLoss as RefLoss
 from weighting.stages.remembered import Remembered as Remembered
 from weighting.stages.running import Running as Running
@@ -64,4 +66,5 @@ from weighting.stages.topical import Topical as Topical
 from weighting.stages.topics import Topics as Topics
 from weighting.stages.topk_entropy import TopkEntropy as TopkEntropy
 from weighting.stages.uniform import Uniform as Uniform
+from weighting.stages.validation_bandit import ValidationBandit as ValidationBandit
 from weighting.stages.where import Where as Where

@@ -52,17 +52,10 @@ class Bandit(Weigh):
     @override
     def advance(self, x: Tensor, scope: Scope) -> dict[str, Tensor]:
         """Reward the domains of the batch and take one step of the update."""
-        state, count = scope.state, len(x)
+        state, batches = scope.state, scope.state["batches"] + 1
         gains = torch.where(scope.valid, self.reward(scope.step) * x / state["weights"], 0)
         rewards = (state["rewards"] + gains).clamp(max=1e30)
-        before, batches = state["batches"], state["batches"] + 1
-        explored, last = (
-            (math.log(count) / (count * t.float().clamp(min=1e-9))).sqrt().clamp(max=1 / count)
-            for t in (batches, before)
-        )
-        exploited = (last * rewards).softmax(0)
-        weights = (1 - count * explored) * exploited + explored
-        return {"rewards": rewards, "weights": weights, "batches": batches}
+        return {"rewards": rewards, "weights": exp3(rewards, batches), "batches": batches}
 
     @override
     def apply(self, x: Tensor, scope: Scope) -> Tensor:
@@ -70,3 +63,13 @@ class Bandit(Weigh):
         del x
         weights = scope.state["weights"]
         return weights * weights.numel()
+
+
+def exp3(rewards: Tensor, rounds: Tensor) -> Tensor:
+    """Return the weights after so many rounds, of summed rewards, [K]; they sum to one."""
+    count = rewards.numel()
+    explored, last = (
+        (math.log(count) / (count * t.float().clamp(min=1e-9))).sqrt().clamp(max=1 / count)
+        for t in (rounds, rounds - 1)
+    )
+    return (1 - count * explored) * (last * rewards).softmax(0) + explored

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import torch
-from pydantic import Field
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 from typing_extensions import override
 
 from weighting import saved
@@ -20,6 +20,33 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def _several(given: object) -> object:
+    """Return one name as a list of one."""
+    return given if isinstance(given, tuple) else (given,)
+
+
+def _once(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Raise where a name is given twice, or none."""
+    if not names:
+        msg = "must be given at least one name"
+        raise ValueError(msg)
+    for name in names:
+        if names.count(name) > 1:
+            msg = f"{name!r} is given twice; keep one"
+            raise ValueError(msg)
+    return names
+
+
+_NAME = {"type": "string", "minLength": 1}
+Names = Annotated[
+    tuple[Annotated[str, Field(min_length=1)], ...],
+    BeforeValidator(_several),
+    AfterValidator(_once),
+    WithJsonSchema({"anyOf": [_NAME, {"type": "array", "items": _NAME, "minItems": 1}]}),
+]
+"""A name, or a list of names, each once."""
+
+
 @stage("doge")
 class DoGE(FeedbackSource):
     """Raise domains whose gradient points where those of all domains do, step by step.
@@ -27,17 +54,17 @@ class DoGE(FeedbackSource):
     x_d = min(max(g_d . sum_e g_e, 0) / mean_e |g_e|, most)
     a <- a * exp(step_size * x) / Z;   a <- (1 - smoothing) * a + smoothing / K;   w = K * a
 
-    g_d is the gradient of the mean loss of domain d.  With a target, e is that domain alone, which
-    itself weighs nothing: the mean, Z and K are of the others.  The weights move when the trainer
+    g_d is the gradient of the mean loss of domain d.  With a target, or several as in
+    doge(target=[wiki, books]), e are these domains alone, which themselves weigh nothing: the mean,
+    Z and K are of the others.  The weights move when the trainer
     tells the inner products of the gradients, which it takes domain by domain; until then, and in a
     loop that tells none, they are one.  The state also holds their average over all moves: the
     proportions DoGE exports.
 
-    Source: Fan et al. (2024), "DoGE", ICML, arXiv:2310.15393, algorithm 1 (with a target, its
+    Source: Fan et al. (2024), "DoGE", ICML, arXiv:2310.15393, algorithm 1 (with targets, its
     out-of-domain form), and the authors' code, which includes g_d . g_d in the sum.  step_size is
     their learning rate over mu: 5e-4 / 0.01, out of domain 5e-4 / 0.05.
-    Differs: the learning rate in it is constant unless step_size is a schedule; one target, of
-    which theirs may have several.
+    Differs: the learning rate in it is constant unless step_size is a schedule.
     """
 
     listens_to: ClassVar[Feedback | None] = "gradients"
@@ -49,16 +76,16 @@ class DoGE(FeedbackSource):
     step_size: NonNegativeNumber = Constant(value=0.05)
     most: NonNegativeNumber = Constant(value=5)
     smoothing: UnitNumber = Constant(value=0)
-    target: Annotated[str, Field(min_length=1)] | None = None
+    target: Names | None = None
 
     @override
     def problem_with(self, domains: tuple[str, ...]) -> str | None:
-        """Return that there is no such target, or nothing beside it, if so."""
-        if self.target is None:
-            return None
-        if self.target not in domains:
-            return f"doge: the data has no domain {self.target!r}{nearest(self.target, domains)}"
-        return None if len(domains) > 1 else "doge: the target is the only domain; add another"
+        """Return that there is no such target, or nothing beside the targets, if so."""
+        for name in self.target or ():
+            if name not in domains:
+                return f"doge: the data has no domain {name!r}{nearest(name, domains)}"
+        trained = self.target is None or len(domains) > len(self.target)
+        return None if trained else "doge: every domain is a target; add another"
 
     @override
     def initial_state(self, domains: tuple[str, ...]) -> dict[str, Tensor]:
@@ -90,5 +117,5 @@ class DoGE(FeedbackSource):
         }
 
     def _trained(self, domains: tuple[str, ...]) -> Tensor:
-        """Return one for each domain but the target, which is 0, [K]."""
-        return torch.tensor([float(name != self.target) for name in domains])
+        """Return one for each domain but the targets, which are 0, [K]."""
+        return torch.tensor([float(name not in (self.target or ())) for name in domains])

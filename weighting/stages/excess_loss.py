@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from typing_extensions import override
 
-from weighting.contract import Scope, Signals, Source
 from weighting.registry import stage
-from weighting.stages.ref_loss import Reference, reference_loss, reference_of
+from weighting.stages.ref_loss import OfReference
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from weighting.contract import Scope, Signals
+
 
 @stage("excess_loss")
-class ExcessLoss(Source):
+class ExcessLoss(OfReference):
     """Loss minus the reference loss, in nats: what is still to be learnt.
 
     score_t = loss_t - ref_loss_t
@@ -27,16 +28,12 @@ class ExcessLoss(Source):
     arXiv:2404.07965 ("excess loss").
     """
 
-    pointwise: ClassVar[bool] = True
-    of: Reference | None = None
-
     @override
     def reads(self) -> frozenset[str]:
         """Return the loss, and that of the reference."""
-        return frozenset({"loss", reference_of(self.of)})
+        return super().reads() | {"loss"}
 
     @override
     def read(self, signals: Signals, scope: Scope) -> Tensor:
         """Return the difference."""
-        del scope
-        return signals.loss - reference_loss(signals, self.of)
+        return signals.loss - super().read(signals, scope)
