@@ -1,6 +1,7 @@
 """Rows of a stream of records, for text that does not fit in memory."""
 
 import functools
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, NoReturn
@@ -155,7 +156,7 @@ class StreamedRows(IterableDataset[Batch]):
             for only, position in zip(self._only, positions, strict=True)
         ]
         row = self.start["row"]
-        while True:
+        for _batch in itertools.takewhile(self.pools.begin, itertools.count()):
             pools, _ = self.pools.of_batch(row, self._global_batch, self._seq_len)
             rows: list[list[Piece]] = []
             for pool in pools[self._first_row : self._first_row + self._local_batch]:
