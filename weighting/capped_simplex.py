@@ -85,9 +85,8 @@ def _bracket(
     for _ in range(_PASSES):
         points = low + (high - low) * grid
         below = (rising(points) < target).sum()  # points are sorted: this many lie below
-        edges = torch.cat([low[None], points, high[None]])
-        low, high = (
-            edges.gather(0, below[None]).squeeze(0),
-            edges.gather(0, below[None] + 1).squeeze(0),
-        )
+        last = (below - 1).clamp(min=0), below.clamp(max=_CANDIDATES - 1)
+        before, after = (points.gather(0, place[None]).squeeze(0) for place in last)
+        low = torch.where(below == 0, low, before)
+        high = torch.where(below == _CANDIDATES, high, after)
     return low, high

@@ -6,7 +6,9 @@ import shutil
 import pytest
 import small
 import torch
+import torch.distributed.checkpoint as dcp
 from runs import drive, seed_checkpoint
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.nn import functional
 from torchtitan.components.validate import Validator
 from whole import whole_model
@@ -161,12 +163,37 @@ def test_live_draws_are_the_same_on_two_ranks(train, live, drawn):
     assert max(shares[-1]) > 1.1 * min(shares[-1]), "the proportions must have moved"
 
 
+def test_live_draws_follow_a_step_late(drawn):
+    """The first two steps draw by the state before the first, step t by that after step t - 2."""
+    _, lines, _ = drawn
+    assert of_domains(lines[0], "drawn") == of_domains(lines[1], "drawn") == [0.2] * 5
+    for line, before in zip(lines[2:], lines, strict=False):
+        assert of_domains(line, "drawn") == pytest.approx(of_domains(before, "mixture"), rel=1e-6)
+
+
+def test_live_draws_of_0_1_0_go_on_as_they_were(train, live, drawn):
+    """A checkpoint without proportions: step t draws by the state after step t - 1."""
+    folder, lines, _ = drawn
+    start, saved = folder / "old", folder / "saved.pt"
+    dcp_to_torch_save(folder / "checkpoint" / "step-3", saved)
+    state = torch.load(saved, weights_only=False)
+    del state["weighting"]["proportions"]
+    dcp.save(state, checkpoint_id=start / "step-3", no_dist=True)
+    flags = ("--training.steps=5", "--training.local_batch_size=16")
+    _, resumed, _ = train(1, live, *flags, start=start)
+    for line, before in zip(resumed, [lines[2], resumed[0]], strict=True):
+        assert of_domains(line, "drawn") == pytest.approx(of_domains(before, "mixture"), rel=1e-6)
+
+
 def test_live_draws_go_on_after_a_resume(train, live, drawn):
-    """From the checkpoint in the middle come the very rows of the run that was not cut off."""
+    """From the checkpoint in the middle come the very rows of the run that was not cut off.
+
+    Also if a worker process draws them.
+    """
     folder, lines, (notes,) = drawn
     start = folder / "half"
     shutil.copytree(folder / "checkpoint" / "step-3", start / "step-3")
-    flags = ("--training.steps=6", "--training.local_batch_size=16")
+    flags = ("--training.steps=6", "--training.local_batch_size=16", "--dataloader.num_workers=1")
     _, resumed_lines, (resumed,) = train(1, live, *flags, start=start)
     assert len(resumed) == 3
     for batch, other in zip(resumed, notes[3:], strict=True):
@@ -192,21 +219,23 @@ def test_metrics_of_a_domain_are_those_of_its_tokens(drawn):
 
 
 def test_validations_move_what_is_drawn(train):
-    """Dynamic loading follows each domain's validation loss, by the formula, from the next step."""
+    """Dynamic loading follows each domain's validation loss, by the formula, a step late."""
     validator = ("--validator.enable", "--validator.freq=2", "--validator.steps=2")
-    folder, lines, _ = train(1, "dynamic-loading", "--training.steps=3", *validator)
+    folder, lines, _ = train(1, "dynamic-loading", "--training.steps=4", *validator)
     text = (folder / "weighting" / "validation.jsonl").read_text()
     told = {x["step"]: x for x in map(json.loads, text.splitlines())}
     start = torch.tensor([2.0, 1, 1, 1, 1]).double()
     targets = torch.tensor([2.5, 3, 2.8, 2, 2.6]).double()
-    share = torch.full((5,), 0.2).double()
+    shares = [torch.full((5,), 0.2).double()] * 2  # after each step, two that never were before
     for line in lines:
-        expected = (start * share / (start * share).sum()).tolist()
-        assert of_domains(line, "drawn") == pytest.approx(expected, rel=1e-5)
+        p = start * shares[-2]
+        assert of_domains(line, "drawn") == pytest.approx((p / p.sum()).tolist(), rel=1e-5)
+        shares.append(shares[-1])
         if (step := line["step"]) in told:
             losses = torch.tensor([told[step].get(f"{x}/loss", torch.nan) for x in DOMAINS])
             gains = torch.where(losses.isfinite(), losses.double() - targets, 0)
-            share = (1 - 1e-4) * (share.log() + gains).softmax(0) + 1e-4 / 5
+            shares[-1] = (1 - 1e-4) * (shares[-1].log() + gains).softmax(0) + 1e-4 / 5
+    assert of_domains(lines[3], "drawn") != of_domains(lines[2], "drawn")
     assert 2 in told
 
 

@@ -316,6 +316,25 @@ def test_worker_processes_change_nothing(build, mode):
         assert torch.equal(rows([resumed], 5, change=change), expected[19:])
 
 
+@pytest.mark.parametrize("num_workers", [0, 1, 2])
+def test_rows_of_a_step_are_drawn_in_what_is_told_of_it(build, num_workers):
+    """By the process itself or by workers, which wait for it; two batches a step."""
+    plain, told = build(), build(num_workers=num_workers)
+    told.draw_step_by_step(2)
+    both = [], []
+    batches = [iter(plain), iter(told)]
+    told.tell(EARLY)
+    for proportions in (EARLY, LATE, (0, 1, 0), EARLY):
+        plain.proportions = proportions
+        for found, loader in zip(both, batches, strict=True):
+            found += [next(loader), next(loader)]
+        told.tell({EARLY: LATE, LATE: (0, 1, 0)}.get(proportions, EARLY))
+    for (inputs, labels), (others, same) in zip(*both, strict=True):
+        assert torch.equal(labels, same)
+        assert torch.equal(inputs["domain_ids"], others["domain_ids"])
+    assert plain.state_dict() == told.state_dict()
+
+
 def test_new_proportions_count_from_the_next_batch_on(build):
     """Set before the first batch or between two."""
     loader = build()

@@ -269,6 +269,8 @@ domains: p_d, the share drawn, and w_d, a factor's weight
   start        sampling  draws by w
   catch_up     sampling  draws by w
   effective    w[start] x w[catch_up]
+  what is remembered draws a step late: step t by the state after step t - 2,
+  so that no step waits for the device
 """,
     "uniform-domains": """
 domains: p_d, the share drawn, and w_d, a factor's weight

@@ -41,6 +41,7 @@ from titan_integration.data.records import DEFAULT_DOMAIN_COLUMN, ONLY_DOMAIN, C
 from titan_integration.data.sources import Sources, is_sources, read_sources
 from titan_integration.data.stream_sources import HubStream, LocalStream, Source
 from titan_integration.data.streaming import BAD_RECORDS, StreamedRows
+from titan_integration.data.told import Told
 from titan_integration.data.urls import Url
 
 if TYPE_CHECKING:
@@ -251,6 +252,24 @@ class DomainTextDataLoader(ParallelAwareDataloader):
             raise ValueError(msg)
         self._rows.pools.proportions = scaled(proportions, self.domains)
 
+    def draw_step_by_step(self, batches: int) -> None:
+        """Draw the batches of each step, so many, in what `tell` gives for it.
+
+        Worker processes wait until it is told.  To be called before the first batch.
+        """
+        self._check_drawn()
+        self._rows.pools.told = Told(batches, self.num_workers)
+
+    def tell(self, proportions: Iterable[float]) -> None:
+        """Give the proportions of the next step that has none, the same on all ranks.
+
+        Raises:
+            ValueError: As of `proportions`.
+        """
+        told = self._rows.pools.told
+        assert told is not None, "draw_step_by_step comes first"
+        told.tell(scaled(proportions, self.domains))
+
     @property
     def row_domains(self) -> int:
         """How many domains the rows of a batch may be of; 0 where a row may be of several."""
@@ -285,11 +304,15 @@ class DomainTextDataLoader(ParallelAwareDataloader):
         """Yield batches from the loaded state on; iterating again starts there again."""
         self._iterated = True
         self._state, self._own = dict(self._rows.start), True
-        for inputs, labels, moved in super().__iter__():
-            if isinstance(self._rows, StreamedRows):  # a worker may have counted them
-                self._rows.bad.count = moved.pop(BAD_RECORDS)
-            self._state |= moved
-            yield inputs, labels
+        try:
+            for inputs, labels, moved in super().__iter__():
+                if isinstance(self._rows, StreamedRows):  # a worker may have counted them
+                    self._rows.bad.count = moved.pop(BAD_RECORDS)
+                self._state |= moved
+                yield inputs, labels
+        finally:
+            if self._rows.pools.told is not None:  # no worker waits for a step that never comes
+                self._rows.pools.told.tell(None)
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +26,9 @@ from titan_integration.data.contents import Encoded, encoded
 from titan_integration.data.documents import Documents
 from titan_integration.data.records import IGNORED, Values
 from weighting.columns import signal_of
+
+if TYPE_CHECKING:
+    from titan_integration.data.told import Told
 
 # The fewest shards of an endless stream. A rank tokenizes only its own shards when its rows always
 # fall on them: when the global batch divides the number of shards, so the number is a multiple of
@@ -81,6 +84,10 @@ class RowPools:
     ``i`` has rows of pool ``i mod K`` only. Drawn, row ``g`` is of the first pool whose cumulative
     proportion is above the ``g``-th number, uniform on [0, 1), of a generator that the seed alone
     determines, so that no draw depends on an earlier one.
+
+    Attributes:
+        proportions: Of the batches from the next on.
+        told: Gives those of each step, if they are told step by step.
     """
 
     def __init__(self, rows: RowMode, num_domains: int, seed: int) -> None:
@@ -88,8 +95,18 @@ class RowPools:
         self.count = 1 if rows == "mixed" else num_domains
         self.proportions = (1 / self.count,) * self.count
         self.stages: list[tuple[int, tuple[float, ...]]] = []
+        self.told: Told | None = None
         self._rows = rows
         self._seed = seed
+
+    def begin(self, batch: int) -> bool:
+        """Begin a batch of this iteration, from 0; False if there is none."""
+        if self.told is None or not self.told.begins(batch):
+            return True
+        proportions = self.told.of_next()
+        if proportions is not None:
+            self.proportions = proportions
+        return proportions is not None
 
     def of_batch(self, row: int, size: int, seq_len: int) -> tuple[list[int], int]:
         """Return each row's pool, and the number that deals the first row, ``row``, to a shard.
@@ -246,7 +263,7 @@ class PackedRows(IterableDataset[Batch]):
         order = functools.lru_cache(maxsize=8 * len(self._shards))(self._order)
         row = self.start["row"]
         moved: State = {}
-        for batch in itertools.count():
+        for batch in itertools.takewhile(self.pools.begin, itertools.count()):
             mine: list[list[Piece]] = []
             pools, number = self.pools.of_batch(row, self._global_batch, self._seq_len)
             for i, pool in enumerate(pools):

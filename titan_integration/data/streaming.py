@@ -1,6 +1,7 @@
 """Rows of a stream of records, for text that does not fit in memory."""
 
 import functools
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, NoReturn, cast
@@ -172,7 +173,7 @@ class StreamedRows(IterableDataset[Batch]):
         self._starts = _starts(cursors)
         packed: dict[int, Iterator[tuple[list[Piece], tuple[int, Position | None, int]]]] = {}
         row = self.start["row"]
-        while True:
+        for _batch in itertools.takewhile(self.pools.begin, itertools.count()):
             pools, _ = self.pools.of_batch(row, self._global_batch, self._seq_len)
             rows: list[list[Piece]] = []
             moved: dict[Any, Any] = {}

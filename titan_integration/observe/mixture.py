@@ -31,7 +31,7 @@ def mixtures(run: Run) -> dict[str, dict[str, float]]:
 
     Returns:
         `mixture`, where the weights of domains move: as they stand; `average`: their average over
-        the run, where it is kept; `drawn`: what data is drawn by, if by anything.
+        the run, where it is kept; `drawn`: what the step's data is drawn by, if by anything.
     """
     fn, found = run.fn, dict[str, Tensor]()
     if not fn.domains:
@@ -41,7 +41,7 @@ def mixtures(run: Run) -> dict[str, dict[str, float]]:
     if live and live.keys() == (averages := average_weights(fn)).keys():
         found["average"] = torch.stack([*averages.values()]).prod(0)
     if fn.plan.sampling:
-        found["drawn"] = proportions(fn, run.step)
+        found["drawn"] = proportions(fn, run.step) if run.draws is None else run.draws.used
     named: dict[str, dict[str, float]] = {}
     for kind, x in found.items():
         known = run.from_last(x)

@@ -38,6 +38,7 @@ from titan_integration.host.checkpoints import (
 )
 from titan_integration.host.run_dir import writing
 from titan_integration.state.checksums import IntactReader, cause_of, why
+from titan_integration.state.draws import PROPORTIONS
 from titan_integration.state.saved_weighting import RECORD, SavedWeighting
 from weighting.errors import printable
 
@@ -350,6 +351,8 @@ def _has_weighting(state: SavedWeighting, folder: Path, saved: Mapping[str, Any]
     if not state.accepts(record):
         _warn(f"{folder} is of another weighting spec; the weighting starts afresh")
         return False
+    if f"{WEIGHTING}.{PROPORTIONS}" not in saved:
+        state.draw_at_once()
     if lacks := misfits(WEIGHTING, state.state_dict(), saved):
         msg = (
             f"{folder} has another state of this very weighting: {lacks[0]}. It was written by "

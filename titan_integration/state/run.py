@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from titan_integration.state.draws import Draws
 from titan_integration.state.microbatches import WEIGHTS, Microbatches, When
 from weighting.build.step import StepStatistics
 from weighting.compiled import compiled
@@ -55,6 +56,7 @@ class Run:
         pipeline: The stages, where losses and state are known on the last one only.
         row_domains: How many domains the rows of a call may be of, each row of one; 0 where a row
             may have tokens of several.
+        draws: The proportions that data is drawn in, if they move.
     """
 
     fn: Weighting
@@ -66,6 +68,7 @@ class Run:
     pipeline: Pipeline | None
     _weigh: Callable[[Signals, Tensor], Weights]
     row_domains: int = 0
+    draws: Draws | None = None
 
     @property
     def reads_documents(self) -> bool:
@@ -172,6 +175,7 @@ def start(
         pipeline,
         weigh,
         row_domains,
+        Draws(fn, device) if fn.plan.draws_live else None,
     )
 
 

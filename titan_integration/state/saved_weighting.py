@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from torch.distributed.checkpoint.stateful import Stateful
 from typing_extensions import override
 
+from titan_integration.state.draws import PROPORTIONS
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -28,7 +30,15 @@ class SavedWeighting(Stateful):
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the stages, and what it belongs to; every rank must call it."""
         state = {name: self._run.from_last(x) for name, x in self._run.fn.state_dict().items()}
+        draws = self._run.draws
+        if draws is not None and draws.late:
+            state[PROPORTIONS] = draws.coming
         return {**self._record(), **state}
+
+    def draw_at_once(self) -> None:
+        """Draw data as version 0.1.0 did, which saved no proportions."""
+        if self._run.draws is not None:
+            self._run.draws.late = False
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -40,8 +50,11 @@ class SavedWeighting(Stateful):
         state = dict(state_dict)
         if not self.accepts({key: state.pop(key) for key in RECORD if key in state}):
             return
+        coming = state.pop(PROPORTIONS, None)
         try:
             self._run.fn.load_state_dict(state)
+            if coming is not None and self._run.draws is not None:
+                self._run.draws.load(coming)
         except ValueError as error:
             msg = (
                 f"{error}. An earlier checkpoint: --checkpoint.load_step N; the weighting afresh: "

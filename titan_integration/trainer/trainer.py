@@ -104,6 +104,8 @@ class WeightedTrainer(Trainer):
     """Of the domains, where the weighting compares them."""
     begun: bool = False
     """Whether a step was taken since this start."""
+    _drawing: bool = False
+    """Whether the loader knows the proportions to draw in, where they never move."""
     _claim: IO[str]
     """Keeps the dump folder to this run while it is open; the first rank's."""
     _read: str
@@ -169,10 +171,11 @@ class WeightedTrainer(Trainer):
         self.run = run = start_run(self, plan, when)
         self.gradients = self._domain_gradients(config) if takes_turns else None
         self._agree_every = config.weighting.agree_every
-        self._draws = bool(plan.sampling)
+        loader = cast("DomainTextDataLoader", self.dataloader)
+        if run.draws is not None:
+            loader.draw_step_by_step(self._calls_in_a_step)
         self.loss_fn.bind(run)
         skips = getattr(config.dataloader, "on_bad_record", "refuse") == "skip"
-        loader = cast("DomainTextDataLoader", self.dataloader)
         bad = (lambda: loader.bad_records) if skips else None
         self.metrics_processor.bind(run, config.dump_folder, bad)
         validator = getattr(self, "validator", None)
@@ -226,17 +229,26 @@ class WeightedTrainer(Trainer):
         return OverRanks(dims.get_mesh("batch").get_group()).sum(x) if dims.dp_enabled else x
 
     def _draw(self) -> None:
-        """Tell the loader in which proportions to draw the step that begins; alike on all ranks."""
-        fn = self.run.fn
-        if not self._draws:
-            return
-        shares = self.run.from_last(proportions(fn, self.run.step))
-        dist.broadcast(shares, src=0)
+        """Tell the loader in which proportions to draw; alike on all ranks."""
+        fn, draws = self.run.fn, self.run.draws
         loader = cast("DomainTextDataLoader", self.dataloader)
-        loader.proportions = shares.tolist()
+        if draws is not None:
+            draws.begin_step(self.run.step, self._agreed, loader.tell)
+            shares = draws.used
+        elif fn.plan.sampling and not self._drawing:  # they never move
+            shares = self._agreed(proportions(fn, self.run.step))
+            loader.proportions = shares.tolist()
+            self._drawing = True
+        else:
+            return
         if "both" in fn.plan.targets.values():
             fn.get_buffer("drawn").copy_(shares)
-        self._draws = fn.plan.draws_live
+
+    def _agreed(self, shares: Tensor) -> Tensor:
+        """Return proportions of domains as the first rank has them, on every rank."""
+        shares = self.run.from_last(shares)
+        dist.broadcast(shares, src=0)
+        return shares
 
     @override
     def batch_generator(
@@ -304,6 +316,8 @@ class WeightedTrainer(Trainer):
             look_ahead(self, self.run, batches)
             data_iterator = iter(batches)
         super().train_step(data_iterator)
+        if self.run.draws is not None:
+            self.run.draws.end_step(cast("DomainTextDataLoader", self.dataloader).tell)
         if self._agree_every and self.step % self._agree_every == 0:
             self._check_agreement(self.run.statistics.moments)
         self.run.end_step()

@@ -20,7 +20,7 @@ from weighting.errors import SpecError
 from weighting.language import arrow, calls
 from weighting.language.plugins import imported
 from weighting.loss.linear import LLAMA3_8B, matrix_products, path_of
-from weighting.pipeline import numbers, weighs_domains
+from weighting.pipeline import has_state, numbers, weighs_domains
 from weighting.schedules import Constant
 from weighting.simulate import changing, turns
 from weighting.spec import arrow_text, dumps
@@ -202,6 +202,9 @@ def _domains(spec: Spec, plan: Plan) -> Iterator[str]:
     if spec.reduction == "domain_mean":  # every domain counts alike, whatever there is of it
         drawn = ["1 / K"]
     yield f"  effective    {' x '.join([*drawn, *multiplied])}"
+    if any(has_state(plan.factors[name]) for name in plan.sampling):
+        yield "  what is remembered draws a step late: step t by the state after step t - 2,"
+        yield "  so that no step waits for the device"
     yield from _shares(spec, weighing)
 
 

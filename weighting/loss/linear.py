@@ -117,11 +117,11 @@ def linear_weighted_cross_entropy(
         logits = F.linear(hidden, weight, bias)
         return weighted_cross_entropy(logits, labels, fn, step=step, columns=columns, **given)
     hidden, weight, bias = as_autocast(hidden, weight, bias)
-    check_labels(labels, len(weight))
-    labels = labels.long()
+    read = compiled(_read) if _compiles(labels.device) else _read
+    labels, valid, scale = read(labels, len(weight))
     step = torch.as_tensor(step, device=labels.device)  # one graph for all steps
     columns = {signal_of(name): value for name, value in (columns or {}).items()}
-    given = {"valid": labels != IGNORE_INDEX, **given, **columns}
+    given = {"valid": valid, **given, **columns}
     known = {name: value for name, value in given.items() if value is not None}
 
     def weigh(found: dict[str, Tensor]) -> tuple[Tensor, ...]:
@@ -142,7 +142,7 @@ def linear_weighted_cross_entropy(
         fn.needs,
         local,
         known,
-        known["valid"].sum().clamp(min=1).reciprocal(),
+        scale,
     )
     loss, (token, moments, *rest) = late_bound(hidden, batch, weigh)
     factors, units = rest[: len(fn.plan.factors)], rest[len(fn.plan.factors) :]
@@ -154,6 +154,13 @@ def linear_weighted_cross_entropy(
     )
     fn.warn_of_one_unit(out, rows_are_sequences=sequence_ids is None)
     return loss, out
+
+
+def _read(labels: Tensor, vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return checked labels as int64, which of them count, and 1 / their number, 0-D."""
+    check_labels(labels, vocabulary)
+    valid = labels != IGNORE_INDEX
+    return labels.long(), valid, valid.sum().clamp(min=1).reciprocal()
 
 
 def as_autocast(
@@ -635,7 +642,7 @@ def _keep(
     def finish(token: Tensor) -> tuple[Tensor, Gradients]:
         weight = token.reshape(-1) * batch.scale
         loss = weighted_sum(found["loss"], weight)
-        sums = _Sums(head, hidden, wants, 1)
+        sums = _Sums(head, hidden, wants, 1, whole=path.most is None)
         if path.most is None:
             scale = _per_token(weight, total)
             sums.add(room, scale, slice(None))
@@ -670,7 +677,7 @@ def _twice(
     def finish(token: Tensor) -> tuple[Tensor, Gradients]:
         weight = token.reshape(-1) * batch.scale
         loss = weighted_sum(found["loss"], weight)
-        sums = _Sums(head, hidden, wants, 1)
+        sums = _Sums(head, hidden, wants, 1, whole=path.most is None)
         pieces: list[slice | Tensor] = [*reversed(spans)]
         if path.most is not None:
             weight, rows = _selected(weight, path.most)
@@ -720,7 +727,8 @@ class _Sums:
     """Sums of the output layer's gradients, one of the weight's for each late unit.
 
     Units are rows.  Where `of_rows` tells the unit of each row, all of them are in one tensor, so
-    that a captured graph finds that of a row wherever the row's unit is.
+    that a captured graph finds that of a row wherever the row's unit is.  Unless it is the `whole`
+    batch that is added, hidden states that are not have a gradient of 0.
     """
 
     def __init__(
@@ -730,11 +738,14 @@ class _Sums:
         wants: tuple[bool, bool],
         units: int,
         of_rows: Tensor | None = None,
+        *,
+        whole: bool = True,
     ) -> None:
         self._head, self._hidden, self._units, self._of_rows = head, hidden, units, of_rows
         self._rows = units if of_rows is None else len(of_rows)
         of_hidden, of_weight = wants
-        self._d_hidden = torch.zeros_like(hidden) if of_hidden else None
+        begun = torch.empty_like if whole else torch.zeros_like
+        self._d_hidden = begun(hidden) if of_hidden else None
         # Apart, so that the first can outlive the others as the parameter's gradient.
         apart = 1 if of_rows is not None else units
         self._d_weight = [torch.empty_like(head.weight) for _ in range(apart if of_weight else 0)]
