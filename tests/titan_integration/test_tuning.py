@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -96,12 +97,19 @@ def test_another_sweep_in_the_same_folder_is_refused(bowl):
 
 def test_a_list_is_trained_in_its_order_without_optuna(bowl, monkeypatch):
     """As is a spec whose number is a schedule, which has no value of its own."""
-    monkeypatch.setitem(__import__("sys").modules, "optuna", None)
+    monkeypatch.setitem(sys.modules, "optuna", None)
     folder, trained, _ = bowl
     assert swept(folder, "4,1,0.5") == 0
     assert trained == [0.5, 1, 4]
-    with pytest.raises(ValueError, match=r"needs Optuna: pip install 'weighting-dsl\[tune\]'"):
-        swept(folder.parent / "runs2", "1:4")
+
+
+def test_a_range_asks_for_optuna_before_anything_is_read(monkeypatch):
+    """And says that a list does without."""
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    words = ["tune", "no such spec", "tau=1:2", "--train"]
+    done = click.testing.CliRunner().invoke(main, words)
+    assert done.exit_code == 2
+    assert "needs Optuna: pip install 'weighting-dsl[tune]'" in " ".join(done.output.split())
 
 
 def test_whole_numbers_stay_whole():

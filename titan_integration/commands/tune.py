@@ -128,11 +128,8 @@ def _next(args: Options, losses: Mapping[float, float], trial: int) -> float | N
     """Return the value to train with next; None if there is no other."""
     if args.values.listed:
         return args.values.listed[trial]
-    try:
-        import optuna  # noqa: PLC0415 - lists do without
-    except ImportError:
-        msg = "choosing from a range needs Optuna: pip install 'weighting-dsl[tune]'"
-        raise ValueError(msg) from None
+    import optuna  # noqa: PLC0415 - lists do without; the command has looked for it
+
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     low, high, _ = args.values
     log = args.values.by_ratio
