@@ -110,6 +110,11 @@ class Hook:
         self._stock = self._attach(fused=fused)
 
     @property
+    def attached(self) -> bool:
+        """Whether the model's loss is still this one's, and not that of another spec set since."""
+        return getattr(self.model, _OWN, None) is self
+
+    @property
     def columns(self) -> tuple[str, ...]:
         """The columns of the data that it reads, beside that of the domains."""
         told = {name for name in self.fn.needs if name in _TOLD or name.startswith(TOPK)}
