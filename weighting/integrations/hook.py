@@ -490,7 +490,7 @@ class Hook:
         """Return what a sum over the labels of a batch is divided by, 0-D."""
         if num_items_in_batch is not None:  # none where all labels of a step are masked
             return torch.as_tensor(num_items_in_batch, device=valid.device).clamp(min=1)
-        over = self.fn.collectives
+        over = self.ranks()
         return over.sum(valid.sum().float()).clamp(min=1) / over.size
 
     def _watched(self, loss: Tensor) -> Tensor:
