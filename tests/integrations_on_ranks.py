@@ -70,8 +70,13 @@ def looped(spec, *, fused=False):
     accelerator = Accelerator(cpu=not SHARDED)
     inner = tiny.model()
     optimizer = torch.optim.SGD(inner.parameters(), lr=0.1)
-    weights = weigh_model(inner, spec, optimizer, domains=tiny.DOMAINS, fused=fused)
-    model, optimizer = accelerator.prepare(inner, optimizer)
+    given = {"domains": tiny.DOMAINS, "fused": fused}
+    if fused:  # the output layer is looked at, and so before it is sharded
+        weights = weigh_model(inner, spec, optimizer, **given)
+        model, optimizer = accelerator.prepare(inner, optimizer)
+    else:
+        model, optimizer = accelerator.prepare(inner, optimizer)
+        weights = weigh_model(accelerator.unwrap_model(model), spec, optimizer, **given)
     losses = []
     for step in range(STEPS):
         at = (RANKS * step + accelerator.process_index) * BATCH

@@ -6,6 +6,7 @@ Real processes and gloo, without the ten seconds that each of them takes to impo
 from __future__ import annotations
 
 import dataclasses
+import gc
 import importlib
 import multiprocessing
 import os
@@ -108,6 +109,7 @@ def _be_launcher(lines, files, environment, cwd):
     importlib.import_module("tiny_trainer")  # once, for all ranks
     importlib.import_module("weighting.integrations.transformers")
     agent = importlib.import_module("torch.distributed.run")
+    gc.freeze()  # a Trainer collects garbage at the start of each run
 
     def forking(config, entrypoint):
         assert entrypoint == sys.executable

@@ -110,6 +110,11 @@ class Hook:
         self._stock = self._attach(fused=fused)
 
     @property
+    def attached(self) -> bool:
+        """Whether the model's loss is still this one's, and not that of another spec set since."""
+        return getattr(self.model, _OWN, None) is self
+
+    @property
     def columns(self) -> tuple[str, ...]:
         """The columns of the data that it reads, beside that of the domains."""
         told = {name for name in self.fn.needs if name in _TOLD or name.startswith(TOPK)}
@@ -485,7 +490,7 @@ class Hook:
         """Return what a sum over the labels of a batch is divided by, 0-D."""
         if num_items_in_batch is not None:  # none where all labels of a step are masked
             return torch.as_tensor(num_items_in_batch, device=valid.device).clamp(min=1)
-        over = self.fn.collectives
+        over = self.ranks()
         return over.sum(valid.sum().float()).clamp(min=1) / over.size
 
     def _watched(self, loss: Tensor) -> Tensor:

@@ -219,8 +219,9 @@ class WeightingCallback(TrainerCallback, ExportableState):
         """Attach, go on from a checkpoint, and say that the run starts."""
         check_arguments(args, fused=self._options["fused"])
         model = kwargs["model"]
-        if self._hook is None or all(x is not self._hook.model for x in model.modules()):
-            self.attach(model)  # a model_init makes another one for each run
+        known = self._hook is not None and any(x is self._hook.model for x in model.modules())
+        if not known or not self.hook.attached:
+            self.attach(model)  # a model_init makes another one; another trainer may have taken it
         name, hook = type(self).__name__, self.hook
         states: Any = state.stateful_callbacks
         saved = states.setdefault(name, {})

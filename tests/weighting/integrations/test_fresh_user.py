@@ -2,6 +2,7 @@
 
 import pickle
 
+import peft
 import pytest
 import tiny_models as tiny
 import torch
@@ -17,6 +18,7 @@ from transformers import (
     Trainer,
 )
 
+import weighting as wt
 from weighting.errors import OneUnitWarning
 from weighting.integrations.collate import ColumnsCollator
 from weighting.integrations.transformers import (
@@ -71,7 +73,10 @@ WAYS = {
     "activations made again": {"activation_checkpointing": True},
     "rows grouped by their length": {"train_sampling_strategy": "group_by_length"},
     "padded on the left": {"collator": left},
-    "evaluated in between": {"eval_strategy": "steps", "eval_steps": 1},
+    "evaluated in between": {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True},
+    "read by a worker process": {"dataloader_num_workers": 1},
+    "compiled, but for the loss": {"torch_compile": True, "torch_compile_backend": "eager"},
+    "columns that the trainer leaves to the collator": {"remove_unused_columns": False},
     "a table with further columns": {"rows": more(tiny.rows(ROWS))},
     "rows that come as a stream": {
         "rows": Dataset.from_list(tiny.rows(ROWS)).to_iterable_dataset()
@@ -84,6 +89,7 @@ WAYS = {
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch.compile looks at it
 @for_each("way", list(WAYS))
 def test_the_step_is_the_same_however_the_batch_came_about(usual, tmp_path_factory, way):
     """The parameters are those of rows in their order, padded on the right."""
@@ -162,6 +168,69 @@ def test_a_model_that_is_made_for_each_run_is_weighed(usual, tmp_path):
         assert torch.equal(host.model.state_dict()[name], value)
 
 
+def test_two_trainers_of_one_model_weigh_each_by_its_own_spec(usual, tmp_path):
+    """The one that was weighed first trains as if there were no other, and so does the second."""
+    given = {"per_device_train_batch_size": ROWS, "gradient_accumulation_steps": 1, "max_steps": 1}
+    first, second = (trainer(tmp_path, rows=tiny.rows(ROWS), **given) for _ in "ab")
+    second.model = second.model_wrapped = first.model
+    start = {name: value.clone() for name, value in first.model.state_dict().items()}
+    weigh(first, SPEC, domains=tiny.DOMAINS)
+    weigh(second, "mile")
+    for host, spec in ((first, SPEC), (second, "mile"), (first, SPEC)):
+        host.model.load_state_dict(start)
+        host.train()
+        assert host.callback_handler.callbacks[0].spec.name == spec
+        same = [
+            torch.equal(usual.model.state_dict()[n], x) for n, x in host.model.state_dict().items()
+        ]
+        assert all(same) == (spec == SPEC)
+
+
+def test_a_second_run_of_a_trainer_forgets_the_first(tmp_path):
+    """What group-dro learned of the domains is gone, as are the optimizer's moments."""
+    start = tiny.model().state_dict()
+    host = weigh(trainer(tmp_path), "group-dro", domains=tiny.DOMAINS)
+    found = []
+    for _ in range(2):
+        host.model.load_state_dict(start)
+        host.train()
+        found.append({name: value.clone() for name, value in host.model.state_dict().items()})
+    assert all(torch.equal(found[0][name], value) for name, value in found[1].items())
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft asks for it
+def test_virtual_tokens_before_a_sample_weigh_nothing():
+    """With peft's prompt tuning the labels move along, and weights of rows with them."""
+    batch = tiny.padded(tiny.rows())
+    torch.manual_seed(0)
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = peft.get_peft_model(tiny.model(), config).train()
+    quality = torch.linspace(0, 2, len(batch["labels"]))
+    spec = wt.loads("version: 1\nnormalize: none\npipeline: column(quality) -> as_is\n")
+    weigh_model(model, spec).begin_step(1)
+    del batch["domain"]
+    output = model(**batch, quality=quality)
+    nll = torch.nn.functional.cross_entropy(
+        output.logits[:, 2:-1].transpose(1, 2), batch["labels"], reduction="none"
+    )
+    valid = batch["labels"] != -100
+    assert_close(output.loss, (quality[:, None] * nll).sum() / valid.sum())
+    with pytest.raises(ValueError, match="give one value for each row"):
+        model(**batch, quality=torch.ones(batch["labels"].shape))
+
+
+def test_parameters_in_bfloat16_have_a_loss_in_float32():
+    """The loss is that of the very logits, weighed in float64."""
+    batch = tiny.padded(tiny.rows())
+    model = tiny.model(dtype=torch.bfloat16)
+    weigh_model(model, SPEC, domains=tiny.DOMAINS).begin_step(1)
+    method = tiny.reference(SPEC, tiny.DOMAINS)
+    total, count = tiny.weighted_sum(tiny.model(dtype=torch.bfloat16), batch, method)
+    loss = model(**batch).loss
+    assert loss.dtype == torch.float32
+    assert_close(loss.double(), total / count, rtol=1e-5, atol=1e-6)
+
+
 def test_the_auxiliary_loss_of_experts_is_added_as_it_is():
     """The weighted loss of a model that balances its experts is larger by that loss."""
     batch = tiny.padded(tiny.rows())
@@ -184,6 +253,11 @@ def test_columns_that_the_data_lacks_are_named_before_training(tmp_path):
             weigh(trainer(tmp_path, rows=data), "group-dro", domains=tiny.DOMAINS)
     with pytest.raises(ValueError, match="reads the column 'quality'"):
         weigh(trainer(tmp_path, rows=rows), "column(quality) -> as_is")
+    stream = (
+        Dataset.from_list(rows).to_iterable_dataset().map(lambda row: row)
+    )  # of unknown columns
+    with pytest.raises(ValueError, match=r"group-dro reads 'domain', and the batch has no such"):
+        weigh(trainer(tmp_path, rows=stream), "group-dro", domains=tiny.DOMAINS).train()
     host = trainer(tmp_path, rows=[{**row, "domain": "prosa"} for row in rows])
     with pytest.raises(ValueError, match="did you mean 'prose'"):
         weigh(host, "group-dro", domains=tiny.DOMAINS).train()

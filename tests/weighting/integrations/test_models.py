@@ -170,11 +170,14 @@ def test_evaluation_is_never_weighted():
 
 
 def test_a_column_weighs_rows_or_single_tokens():
-    """A number for each row, or for each token, is the weight of the labels it belongs to."""
+    """A number for each row, or for each token, is the weight of the labels it belongs to.
+
+    One below zero is none.
+    """
     batch = tiny.padded(tiny.rows())
     spec = wt.loads("version: 1\nnormalize: none\npipeline: column(quality) -> as_is\n")
-    by_row = torch.tensor([0.0, 1, 2, 3, 4, 5, 6, 7])
-    by_token = torch.arange(batch["labels"].numel()).view_as(batch["labels"]).float()
+    by_row = torch.tensor([-1.0, 0, 1, 2, 3, 4, 5, 6])
+    by_token = torch.arange(batch["labels"].numel()).view_as(batch["labels"]) - 5.0
     for column in (by_row, by_token):
         model = tiny.model()
         weigh_model(model, spec).begin_step(1)
@@ -185,7 +188,28 @@ def test_a_column_weighs_rows_or_single_tokens():
         own = column[:, None].expand_as(labels) if column.dim() == 1 else column[:, 1:]
         nll = -logits.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
         valid = labels != -100
-        assert_close(loss, (own * nll)[valid].sum() / valid.sum())
+        assert_close(loss, (own.clamp(min=0) * nll)[valid].sum() / valid.sum())
+
+
+class Another:
+    """Another rank, whose batch has eleven labels."""
+
+    size, rank = 2, 0
+
+    def sum(self, x):
+        """Return the sum over both."""
+        return x + 11
+
+
+def test_a_loss_without_a_given_divisor_is_over_the_labels_of_all_ranks(monkeypatch):
+    """So it is where statistics are of each rank alone: hosts take the mean of ranks' gradients."""
+    batch = tiny.padded(tiny.rows())
+    spec = wt.loads("version: 1\nscope: rank\npipeline: linupper(alpha=1) -> temperature(1)\n")
+    own, _, _ = weighed(spec)
+    model, _, weights = weighed(spec)
+    monkeypatch.setattr(weights, "ranks", Another)
+    count = labels_of(batch)
+    assert_close(model(**batch).loss, own(**batch).loss * count / ((count + 11) / 2))
 
 
 OF_LOGITS = ("eaft", "error-norm", "focal", "beyond-ll", "eslm", "rho-1", "cvar", "term")
@@ -343,40 +367,3 @@ def test_accelerate_keeps_what_is_remembered(tmp_path):
     for name, value in back["state"].items():
         assert torch.equal(value, states[0]["state"][name])
     assert any(not torch.equal(x, states[1]["state"][name]) for name, x in back["state"].items())
-
-
-class Toy(torch.nn.Module):
-    """What the hook asks of a model, and little more, so that it compiles in no time."""
-
-    def __init__(self):
-        super().__init__()
-        self.table = torch.nn.Parameter(torch.randn(tiny.VOCABULARY, tiny.VOCABULARY))
-        self.own = tiny.model().loss_function
-
-    @property
-    def loss_function(self):
-        """The loss, which can be set."""
-        return self.own
-
-    @loss_function.setter
-    def loss_function(self, value):
-        self.own = value
-
-    def forward(self, input_ids, labels):
-        """Return the loss of the labels after each token."""
-        return self.loss_function(logits=self.table[input_ids], labels=labels)
-
-
-def test_a_compiled_model_has_the_same_loss():
-    """The graph breaks at the loss, which is weighted as in eager mode."""
-    batch = tiny.padded(tiny.rows())
-    found = []
-    for compiled in (False, True):
-        torch.manual_seed(0)
-        model = Toy().train()
-        weigh_model(model, "linupper-x-mile").begin_step(1)
-        call = torch.compile(model, backend="eager") if compiled else model
-        loss = call(input_ids=batch["input_ids"], labels=batch["labels"])
-        loss.backward()
-        found.append((loss.detach(), model.table.grad))
-    assert_close(found[0], found[1])

@@ -16,10 +16,13 @@ from weighting.cli import main
 from weighting.integrations.collate import ColumnsCollator
 from weighting.integrations.transformers import UnweightedError, WeightingCallback, weigh
 
+ROWS = STEPS * BATCH * ACCUMULATED + BATCH
+"""Of an epoch whose last step has one microbatch alone."""
+
 
 def batches(layout):
-    """Return for each step the microbatches of the rows that `trainer` trains on."""
-    rows = tiny.rows(STEPS * BATCH * ACCUMULATED)
+    """Return for each step the microbatches of an epoch."""
+    rows = tiny.rows(ROWS)
     every = [layout(rows[at : at + BATCH]) for at in range(0, len(rows), BATCH)]
     return [every[at : at + ACCUMULATED] for at in range(0, len(every), ACCUMULATED)]
 
@@ -37,13 +40,15 @@ CASES += [("linupper-x-mile", "padding-free")]
 @pytest.mark.slow
 @for_each("spec, layout", CASES, ids=", ".join)
 def test_accumulated_microbatches_of_unequal_length_are_one_step(tmp_path_factory, spec, layout):
-    """Losses as logged and parameters are those of float64, for rows and for padding-free ones."""
+    """Losses as logged and parameters are those of float64, for rows and for padding-free ones.
+
+    So are those of an epoch's last step, which has fewer microbatches.
+    """
     collator, collated = LAYOUTS[layout]
     losses, parameters = tiny.descended("llama", spec, batches(collated))
-    host = weigh(
-        trainer(tmp_path_factory.mktemp("out"), collator=collator), spec, domains=tiny.DOMAINS
-    )
-    host.train()
+    options = {"rows": tiny.rows(ROWS), "max_steps": -1, "num_train_epochs": 1}
+    host = trainer(tmp_path_factory.mktemp("out"), collator=collator, **options)
+    weigh(host, spec, domains=tiny.DOMAINS).train()
     logged = [line for line in host.state.log_history if "loss" in line]
     for line, loss in zip(logged, losses, strict=True):
         assert_close(line["loss"], loss, rtol=1e-5, atol=1e-6)
