@@ -35,14 +35,19 @@ def tiny():
     return config
 
 
-def small_qwen3_debugmodel():
+def small_qwen3():
     """Return the host's Qwen3 with two layers."""
     return _of_two_layers("qwen3_debugmodel")
 
 
-def small_deepseek_v3_debugmodel():
+def small_deepseek_v3():
     """Return the host's DeepSeek-V3 with two layers, the second a mixture of experts."""
     return _of_two_layers("deepseek_v3_debugmodel")
+
+
+def small_mtp():
+    """Return the same with a head that predicts two tokens ahead."""
+    return _of_two_layers("deepseek_v3_debugmodel_mtp")
 
 
 def _of_two_layers(name):
@@ -50,6 +55,7 @@ def _of_two_layers(name):
 
     config = getattr(config_registry, name)()
     del config.model_spec.model.layers[2:]
+    config.activation_checkpoint = None
     return config
 
 

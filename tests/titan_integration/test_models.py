@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812 - the usual name
-from faulty import Run
-from runs import environment
+from faulty import FLAGS as OF_FAULTY
+from runs import HERE, environment, torchrun
 from torch.testing import assert_close
 
 import titan_integration.host.cpu as on_cpu
@@ -410,24 +410,41 @@ def test_a_config_that_is_weighted_already_stays():
         weighted(3)
 
 
+FLAGS = [x for x in OF_FAULTY if not x.startswith("--config")]
+SMALL = ["small_qwen3", "small_deepseek_v3", "small_mtp"]
+
+
+@pytest.fixture(scope="module")
+def on_ranks(tmp_path_factory):
+    """Train three steps on one rank, and go on from the first on two; return metrics of both."""
+    out = tmp_path_factory.mktemp("ranks")
+    for ranks in (1, 2):
+        flags = [*FLAGS, "--training.steps=3", "--weighting.spec=linupper-x-mile"]
+        flags += ["--checkpoint.enable", "--checkpoint.interval=1", "--checkpoint.keep_latest_k=0"]
+        flags += [f"--training.local_batch_size={4 // ranks}"]
+        if ranks == 2:
+            for name in SMALL:
+                shutil.copytree(
+                    out / "1" / name / "checkpoint/step-1", out / "2" / name / "checkpoint/step-1"
+                )
+        script = [str(HERE / "one_by_one.py"), str(out / str(ranks)), ",".join(SMALL)]
+        done = torchrun(ranks, *script, *flags)
+        assert done.returncode == 0, done.stderr[-4000:]
+    return {
+        name: [
+            {x["step"]: x for x in read_lines(out / ranks / name / "weighting/metrics.jsonl")}
+            for ranks in ("1", "2")
+        ]
+        for name in SMALL
+    }
+
+
 @pytest.mark.processes
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["qwen3_debugmodel", "deepseek_v3_debugmodel"])
-def test_two_ranks_train_a_model_as_one_does(tmp_path, name):
-    """From one checkpoint on, the same losses and weights; of the model, two layers."""
-    steps, found = [], []
-    for ranks in (1, 2):
-        out = tmp_path / f"{ranks}"
-        if steps:
-            shutil.copytree(steps[0] / "step-1", out / "checkpoint" / "step-1")
-        steps.append(out / "checkpoint")
-        flags = [f"--config=small_{name}", f"--dump_folder={out}", "--training.steps=3"]
-        flags += ["--checkpoint.enable", "--checkpoint.interval=1", "--checkpoint.keep_latest_k=0"]
-        flags += ["--weighting.spec=linupper-x-mile", f"--training.local_batch_size={4 // ranks}"]
-        status, said = Run(tmp_path / "log", ranks, *flags).ended(300)
-        assert status == 0, said[-4000:]
-        found.append({x["step"]: x for x in read_lines(out / "weighting" / "metrics.jsonl")})
-    one, two = found
+@pytest.mark.parametrize("name", SMALL)
+def test_two_ranks_train_a_model_as_one_does(on_ranks, name):
+    """From one checkpoint on, the same losses and weights, also of a model with a further head."""
+    one, two = on_ranks[name]
     assert ([*one], [*two]) == ([1, 2, 3], [2, 3])
     for step, mine in two.items():
         for key in ("weighted_loss", "unweighted_loss", "weight/max"):
