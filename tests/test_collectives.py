@@ -120,7 +120,7 @@ CALLS = {
     "stage quadratic": (1, 0, 1, 24, 0, 1),
     "stage rank": (1, 0, 1, 24, 0, 1),
     "stage remembered": (0, 1, 4, 80, 0, 1),
-    "stage ref_entropy": (0, 0, 0, 0, 0, 0),
+    "stage ref_entropy": (0, 1, 3, 24, 0, 1),
     "stage ref_loss": (0, 0, 1, 16, 0, 0),
     "stage running": (1, 0, 1, 24, 0, 1),
     "stage select": (0, 0, 10, 1176, 0, 0),

@@ -39,11 +39,15 @@ def main() -> None:
     trainer = config.build()
     trainer.checkpointer.load(step=config.checkpoint.load_step)
     trainer.optimizers.step = lambda: None
+    references = None if trainer.parallel_dims.pp_enabled else two_references(trainer)
     microbatches = trainer._calls_in_a_step
     batches = [*islice(trainer.dataloader, MOST_STEPS * microbatches)]
     found = {}
     for name, text in json.loads(Path(specs).read_text()).items():
         try:
+            reads = "(a)" in text
+            config.weighting.reference = "a=ema:1,b=ema:1" if reads else ""
+            trainer.references = references if reads and references else {}
             found[name] = run(trainer, config, wt.loads(text), batches)
         except ValueError as error:
             found[name] = {"refused": str(error)}
@@ -52,6 +56,19 @@ def main() -> None:
     torch.save(found, Path(out) / f"rank{rank}.pt")
     trainer.close()
     torch.distributed.destroy_process_group()
+
+
+@torch.no_grad()
+def two_references(trainer: Any) -> dict[str, Any]:
+    """Return two models like the one that trains, each a little off."""
+    from titan_integration.loss.reference_model import build_reference, follow  # noqa: PLC0415
+
+    found = {name: build_reference(trainer.config, trainer.parallel_dims, None) for name in "ab"}
+    for model, off in zip(found.values(), (1.2, 0.7), strict=True):
+        follow(model, trainer.model_parts[0], 0)
+        for parameter in model.parameters():
+            parameter.mul_(off)
+    return found
 
 
 def run(trainer: Any, config: Any, spec: wt.Spec, batches: list[Any]) -> dict[str, Any]:
@@ -97,13 +114,15 @@ def run(trainer: Any, config: Any, spec: wt.Spec, batches: list[Any]) -> dict[st
 
 
 def with_columns(batches: list[Any]) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-    """Yield batches with a reference loss, and with where each token stands in the data."""
+    """Yield batches with a reference loss, examples, and where each token stands in the data."""
     for given, labels in batches:
         tokens, length = given["input"], labels.shape[1]
         rows = (tokens.double() * torch.arange(1, length + 1)).sum(1).long()  # tells rows apart
         where = rows[:, None] * length + torch.arange(length)
         reference = 7.6 + 0.3 * (labels % 7 - 3) / 3
-        yield {**given, WHERE: where, "columns.ref_loss": reference}, labels
+        example = (rows % 1000)[:, None].expand_as(labels).contiguous()
+        more = {WHERE: where, "columns.ref_loss": reference, "columns.example": example}
+        yield given | more, labels
 
 
 def whole(gradient: Tensor) -> Tensor:

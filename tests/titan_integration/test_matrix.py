@@ -13,7 +13,12 @@ SHIPPED = ("uniform", "linupper", "mile", "linupper-x-mile")
 DOMAINS = "version: 1\npipeline: doremi(step_size=1, smoothing=1e-3)\n"
 DOCUMENTS = "version: 1\npipeline: mean(document) -> normalize -> temperature(1) -> clamp(2/n)\n"
 TEXTS = {name: (SPECS / f"{name}.yaml").read_text() for name in SHIPPED}
+REMEMBERED = "version: 1\npipeline: remembered(examples=7) -> mean(sequence) -> temperature(1)\n"
+REFERENCES = (
+    "version: 1\npipeline: excess_loss(a) -> minus(kl(b)) -> mean(sequence) -> temperature(1)\n"
+)
 TEXTS |= {"domains": DOMAINS, "documents": DOCUMENTS}
+TEXTS |= {"remembered": REMEMBERED, "references": REFERENCES}
 ROWS = 4
 LARGEST = 1e-4
 """Losses differ by 1e-7 between layouts; a normalised spread of some 0.05 nats magnifies them."""
@@ -139,7 +144,9 @@ def test_a_layout_weighs_and_learns_as_one_rank(layout, seed, request, tmp_path,
         line[name] = difference(got, one[name])
     record_property("matrix", (layout, line))
     for name, cell in line.items():
-        if layout == "PP x 2, 1F1B" and name != "uniform":
+        if layout.startswith("PP") and name == "references":
+            assert "a forward pass of its own, which is not sent through the pipeline" in cell
+        elif layout == "PP x 2, 1F1B" and name != "uniform":
             assert "backward pass" in cell
             assert "scope: step" in cell
         else:

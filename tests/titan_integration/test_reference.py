@@ -305,11 +305,25 @@ def test_named_references_are_those_that_the_spec_names(tmp_path):
             refuse_unsupported(config, plan)
 
 
+def test_a_column_that_is_called_as_what_a_reference_tells_is_not_taken_for_it(tmp_path):
+    """Whoever reads a column by its name means the data's, which the reference would hide."""
+    (tmp_path / ".metadata").touch()
+    config = config_registry.llama3_debugmodel()
+    config.weighting.reference = str(tmp_path)
+    plan = plan_of(wt.loads("excess_loss -> plus(column(kl)) -> select(0.6)"))
+    with pytest.raises(ValueError, match=r"kl comes from --weighting\.reference .* column\(kl\)"):
+        refuse_unsupported(config, plan)
+    refuse_unsupported(config, plan_of(wt.loads("excess_loss -> plus(kl) -> select(0.6)")))
+    plan = plan_of(wt.loads("excess_loss -> plus(column(ref_loss)) -> select(0.6)"))
+    config.dataloader.columns = ["ref_loss"]
+    refuse_unsupported(config, plan)  # the column of that name is another signal
+
+
 def test_a_flag_names_one_reference_or_several(tmp_path, monkeypatch):
     """A folder whose name has an equals sign is a folder; what cannot be told apart is refused."""
     assert references_of("") == {}
     assert references_of("runs/a,b/step-3") == {"": "runs/a,b/step-3"}
-    assert references_of("old=a,b/c,new=ema:0.9") == {"old": "a,b/c", "new": "ema:0.9"}
+    assert references_of("old=a,b/c, new=ema:0.9") == {"old": "a,b/c", "new": "ema:0.9"}
     monkeypatch.chdir(tmp_path)
     (tmp_path / "lr=0.1" / "checkpoint").mkdir(parents=True)
     assert references_of("lr=0.1/checkpoint") == {"": "lr=0.1/checkpoint"}

@@ -160,6 +160,10 @@ def test_explain_says_what_further_forward_passes_cost():
     done = run("explain", text)
     assert "each goes forward twice" in done.output
     assert "a second model" not in done.output
+    assert "once more" not in done.output
+    several = run("explain", "excess_loss(a) -> plus(kl(b)) -> plus(kl(a)) -> mean_one")
+    assert "2 models go forward beside the one that trains" in several.output
+    assert "the model itself goes forward once more, a third of a step" in several.output
 
 
 LOSS_PATHS = {

@@ -23,11 +23,12 @@ from titan_integration.data.data_files import data_at, local_files, saved_datase
 from titan_integration.data.formats import read_records
 from titan_integration.data.records import domain_of, numbers_of
 from titan_integration.data.records import text_of as check_text
-from titan_integration.data.signals import references_read
+from titan_integration.data.signals import references_of, references_read, told_by
 from titan_integration.host.quiet import quiet
 from titan_integration.host.run_dir import refuse_unwritable
 from weighting.build import plan_of
 from weighting.cli.explanation import explanation
+from weighting.columns import plain_name
 from weighting.errors import printable
 from weighting.language.read import resolve
 from weighting.mixture import with_mixture
@@ -264,9 +265,15 @@ def _runs(args: Options) -> list[Run]:
         flags = ["--weighting.mixture", args.mixture] if args.mixture else []
         flags += ["--weighting.reference", read] if read else []
         runs.append(Run(name, text, both, flags))
-    if args.reference and not any("--weighting.reference" in run.flags for run in runs):
-        msg = f"none of the specs reads ref_loss; leave out --reference {args.reference}"
-        raise ValueError(msg)
+    needs = frozenset[str]().union(*(plan_of(run.spec).needs for run in runs))
+    for name, path in references_of(args.reference or "").items():
+        if not needs.intersection((told := told_by(name)).values()):
+            given = f"{name}={path}" if name else path
+            msg = (
+                f"none of the specs reads {plain_name(told['ref_loss'])}; leave out --reference "
+                f"{given}"
+            )
+            raise ValueError(msg)
     return runs
 
 

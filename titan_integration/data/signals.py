@@ -32,7 +32,7 @@ def references_of(text: str) -> dict[str, str]:
     """
     if Path(text).expanduser().exists():  # lr=0.1/checkpoint is a folder if there is one
         return {"": text} if text else {}
-    parts = [part for part in re.split(r",(?=[A-Za-z0-9_]+=)", text) if part]
+    parts = [part for part in re.split(r",\s*(?=[A-Za-z0-9_]+=)", text) if part]
     found: dict[str, str] = {}
     for part in parts:
         named = _NAMED.fullmatch(part)

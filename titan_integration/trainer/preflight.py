@@ -31,10 +31,12 @@ from titan_integration.observe.validation import (
 from titan_integration.state.checkpoint import ResumingCheckpointManager
 from weighting.build.compared import domains_compared
 from weighting.columns import column_of, plain_name, signal_of
+from weighting.contract import Source
 from weighting.errors import printable
 from weighting.language.plugins import imported
 from weighting.language.read import resolve
 from weighting.mixture import with_mixture
+from weighting.stages.ref_loss import OfReference
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -407,21 +409,24 @@ def _refuse_uneven_rows(config: WeightedConfig) -> None:
 def _refuse_reference(config: WeightedConfig, plan: Plan) -> None:
     """Refuse references that are not there, are of no use, or compete with a column."""
     columns = getattr(config.dataloader, "columns", ())
+    stages = [step.stage for steps in plan.factors.values() for step in steps]
+    others = (x for x in stages if isinstance(x, Source) and not isinstance(x, OfReference))
+    by_name = frozenset[str]().union(*(stage.reads() for stage in others))
     for name, path in references_of(config.weighting.reference).items():
         told = told_by(name)
         given = f"--weighting.reference {f'{name}={path}' if name else path}"
         if not plan.needs.intersection(told.values()):
             msg = f"{plan.spec.name} reads no {plain_name(told['ref_loss'])}; leave out {given}"
             raise ValueError(msg)
-        for what, signal in told.items():
+        for signal in sorted(plan.needs.intersection(told.values())):
             column = plain_name(signal)
-            # The column of an only reference may be read beside it, under its own name.
-            apart = not name and what == "ref_loss" and signal_of(column) in plan.needs
-            if column in columns and signal in plan.needs and not apart:
-                msg = (
-                    f"{column} comes from {given}, or from the column {column!r} of "
-                    "--dataloader.columns; leave out one of them"
-                )
+            where = ""
+            if signal in by_name:
+                where = f"column({column})"
+            elif column in columns and signal_of(column) not in by_name:
+                where = f"the column {column!r} of --dataloader.columns"
+            if where:
+                msg = f"{column} comes from {given}, or from {where}; leave out one of them"
                 raise ValueError(msg)
         if average_decay(path) is None:
             find_checkpoint(path)

@@ -164,7 +164,7 @@ def _references(plan: Plan) -> Iterator[str]:
     yield f"  by --weighting.reference: {_models(len(names))} forward beside the one that trains,"
     yield "  and a step with one took 1.24 of one without; each keeps its parameters,"
     yield "  cut over ranks as the model's are, and no gradients or optimizer state"
-    if any(stage.tells == "kl" for stage in told.values()):
+    if any(stage.takes_model for stage in told.values()):
         yield "  kl: the model itself goes forward once more, a third of a step, and keeps"
         yield "  its hidden states; logits of both models are there for one chunk"
     if any(stage.tells == "ref_loss" for stage in told.values()):

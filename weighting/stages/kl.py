@@ -22,3 +22,4 @@ class KL(OfReference):
     """
 
     tells: ClassVar[str] = "kl"
+    takes_model: ClassVar[bool] = True

@@ -25,6 +25,8 @@ class OfReference(Source):
     pointwise: ClassVar[bool] = True
     tells: ClassVar[str] = "ref_loss"
     """What is read of it."""
+    takes_model: ClassVar[bool] = False
+    """Whether the model's own prediction is read beside it, for which that goes forward too."""
     of: Reference | None = None
 
     @property
