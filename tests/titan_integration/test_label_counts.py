@@ -141,6 +141,30 @@ def test_another_table_is_noticed_on_resume_and_across_ranks(counts, data, token
         second.load_state_dict(state)
 
 
+def test_a_run_may_begin_without_counts_and_go_on_with_them(counts, data, tokenizer):
+    """As with columns: the rows are the same, so a changed spec may read counts after a resume."""
+    plain = build(data, tokenizer)
+    next(iter(plain))
+    given = {"columns": ["label_count"], "label_counts": str(counts[0])}
+    rich = build(data, tokenizer, **given)
+    rich.load_state_dict(plain.state_dict())
+    inputs, labels = next(iter(rich))
+    plain.load_state_dict(rich.state_dict())
+    assert inputs["columns.label_count"].shape == labels.shape
+
+
+def test_workers_and_masked_labels_get_counts_too(counts, tmp_path, tokenizer):
+    """Rows made in a worker process have their counts; labels that are not predicted, any."""
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps({"input_ids": [3, 5] * 40, "loss_mask": [0, 1] * 40}) + "\n")
+    given = {"columns": ["label_count"], "label_counts": str(counts[0]), "num_workers": 1}
+    numbers = torch.tensor(json.loads(counts[0].read_text())["counts"]).float()
+    inputs, labels = next(iter(build(path, tokenizer, **given)))
+    assert (labels == -100).any()
+    valid = labels != -100
+    assert (inputs["columns.label_count"][valid] == numbers[5]).all()
+
+
 def test_a_run_that_reads_no_counts_does_not_open_the_file(data, tokenizer):
     """In a comparison the flag is given to all runs; those that read no counts go without."""
     loader = build(data, tokenizer, label_counts="nowhere.json")
@@ -156,6 +180,7 @@ def test_a_run_that_reads_no_counts_does_not_open_the_file(data, tokenizer):
         ({"counts": [1, 2]}, "counts 2 tokens, and the tokenizer has 2048"),
         ({"counts": [-1] + [1] * 2047}, "its counts are not whole numbers from 0 on"),
         ({"counts": [0.5] + [1] * 2047}, "its counts are not whole numbers from 0 on"),
+        ({"counts": [10**400] + [1] * 2047}, "its counts are not whole numbers from 0 on"),
         ({"counts": [True] + [1] * 2047}, "its counts are not whole numbers from 0 on"),
         ({"counts": None}, "its counts are not whole numbers from 0 on"),
         ({"counts": [0] * 2048}, "every count is 0"),

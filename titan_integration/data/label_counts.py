@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from titan_integration.data.packing import Encode
 
 _KIND = "weighting label counts, 1"
+_MOST = 2**53
+"""Counts below this are exact in float64, and finite in float32."""
 _COUNT_AGAIN = "count again: weighting count --data DATA --out COUNTS"
 
 
@@ -95,7 +97,7 @@ def read_counts(path: str, tokenizer: BaseTokenizer) -> LabelCounts:
         msg = f"{name}: holds no counts of labels; {_COUNT_AGAIN}"
         raise ValueError(msg)
     counts, size = held.get("counts"), vocabulary(tokenizer)
-    if not isinstance(counts, list) or not all(type(x) is int and x >= 0 for x in counts):
+    if not isinstance(counts, list) or not all(type(x) is int and 0 <= x < _MOST for x in counts):
         msg = f"{name}: its counts are not whole numbers from 0 on; {_COUNT_AGAIN}"
         raise ValueError(msg)
     if len(counts) != size:
