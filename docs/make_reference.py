@@ -47,6 +47,9 @@ EXAMPLES = {
     "doge": "doge(step_size=0.05)",
     "doremi": "doremi(step_size=1, smoothing=1e-3)",
     "dynamic_loading": "dynamic_loading(a=1.9, b=0.7)",
+    "effective_number": (
+        "column(label_count) -> clip(min=1) -> effective_number(10000) -> pow(-1) -> mean_one"
+    ),
     "ema": "mean(domain) -> ema(0.9) -> temperature(1)",
     "entropy": "entropy(gamma=1) -> token_scale",
     "error_norm": "error_norm -> threshold(quantile=0.9, side=below)",

@@ -34,6 +34,9 @@ COLUMNS = (
     "token_id",
     "ref_entropy_old",
     "kl",
+    "label_count",
+    "ref_loss_base",
+    "ref_loss_better",
 )
 """Columns of the batches, by the names the shipped specs read them under."""
 DOMAINS = ("code", "data", "docs", "tables", "tests")
@@ -55,6 +58,7 @@ STAGE_PIPELINES = {
     "dynamic_loading": (
         "dynamic_loading(code=2, data=3, docs=linear(3, 2, over=4), tables=2, tests=2.6)"
     ),
+    "effective_number": "token_id -> effective_number(2) -> affine(1, 0.5) -> mean_one",
     "ema": "mean(domain) -> ema(linear(0.9, 0.5, over=4)) -> temperature(1)",
     "entropy": "entropy(gamma=linear(1, 2, over=4), sigma=0.5) -> mean_one",
     "error_norm": "error_norm -> mean(sequence) -> mean_one",
@@ -241,9 +245,10 @@ def batch(rows=4, length=6, *, seed=0, keep=0.7, domains=DOMAINS):
         domain_ids=torch.randint(0, len(domains), shape, generator=g),
         segment_ids=starts.long().cumsum(1),
         columns={
-            **{name: torch.rand(shape, generator=g) * 3 for name in COLUMNS},
+            **{name: torch.rand(shape, generator=g) * 3 for name in COLUMNS[:-3]},
             "topics": torch.randint(0, 256, shape, generator=g).float(),
             "example": torch.randint(0, 12, shape, generator=g).float(),
+            **{name: torch.rand(shape, generator=g) * 3 for name in COLUMNS[-3:]},
         },
     )
 

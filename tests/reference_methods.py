@@ -170,6 +170,36 @@ def longce(batch):
     return each(batch, lambda row, column: min(math.exp(gain[row][column]), 5))
 
 
+def inverse_frequency(batch):
+    """w_t = 1 / max(c_t, 1), c_t how often the label is one."""
+    counts = batch.columns["label_count"]
+    return mean_one([[1 / max(c, 1) for c in row] for row in counts], batch.valid)
+
+
+def class_balanced(batch):
+    """w_t = (1 - beta) / (1 - beta^c_t), beta = 0.9999, c_t at least 1."""
+    counts = batch.columns["label_count"]
+
+    def balanced(count):
+        return (1 - 0.9999) / (1 - 0.9999**count)
+
+    return mean_one([[balanced(max(c, 1)) for c in row] for row in counts], batch.valid)
+
+
+def token_cleaning(batch):
+    """w_t = 1 / 0.6 where base - better is among the highest 60 % of the batch, else 0."""
+    gain = minus(batch.columns["ref_loss_base"], batch.columns["ref_loss_better"])
+    return placed(batch, kept(flat(batch, gain), Fraction(6, 10)))
+
+
+def talr(batch):
+    """W = softmax(-l / median l) over the tokens of the batch."""
+    losses = flat(batch, batch.loss)
+    there = sorted(losses)
+    median = max(there[(len(there) - 1) // 2], 1e-30) if there else 1
+    return placed(batch, softmax([-x for x in losses], median))
+
+
 def iwsi_column(batch):
     """w_s = min(max(weight_s, 0), 2), not normalised."""
     return each(batch, lambda row, column: min(max(batch.columns["weight"][row][column], 0), 2))
@@ -680,6 +710,7 @@ MEMORIES = {
 
 FORMULAS = {
     "beyond-ll": beyond_ll,
+    "class-balanced": class_balanced,
     "cvar": cvar,
     "dft": dft,
     "doge-proxy": drawn_plainly,
@@ -699,6 +730,7 @@ FORMULAS = {
     "focal": focal,
     "ifd": ifd,
     "gce": gce,
+    "inverse-frequency": inverse_frequency,
     "irdro-rank": irdro_rank,
     "iw-sft": iw_sft,
     "iwsi-column": iwsi_column,
@@ -723,12 +755,14 @@ FORMULAS = {
     "self-paced": self_paced,
     "sce": sce,
     "sstoken": sstoken,
+    "talr": talr,
     "table-x-linupper": table_x_linupper,
     "term": term,
     "term-hierarchical": term_hierarchical,
     "ukpl": ukpl,
     "uniform": uniform,
     "uniform-domains": uniform,
+    "token-cleaning": token_cleaning,
     "upper": upper,
     "velocitune": drawn_plainly,
 }

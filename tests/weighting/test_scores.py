@@ -1,5 +1,6 @@
 """Words of the language worked out by hand: two scores, statistics, memory, some tokens only."""
 
+import decimal
 import statistics
 
 import pytest
@@ -14,7 +15,7 @@ LOSS = [1.0, 2.0, 3.0, 5.0]
 
 def weigh(text, domains=None, **signals):
     """Return the weights of one batch."""
-    given = {name: torch.as_tensor(x) for name, x in signals.items()}
+    given = {n: x if n == "columns" else torch.as_tensor(x) for n, x in signals.items()}
     return wt.build(wt.loads(text), domains=domains)(wt.Signals(**given), 1).token
 
 
@@ -137,6 +138,21 @@ def test_alpha_is_not_the_papers_delta(delta, gap):
     got = wt.simulate(f"{paper} -> temperature(0.4)", LOSS)
     other = wt.simulate(f"normalize -> linupper(alpha={delta}) -> temperature(0.4)", LOSS)
     assert (got - other).abs().max() > gap
+
+
+@pytest.mark.parametrize("volume", [2, 10, 1000, 10_000, 10**9])
+def test_the_effective_number_is_that_of_exact_arithmetic(volume):
+    """(1 - beta^n) / (1 - beta) with beta = 1 - 1 / volume, from one to ten billion of a word."""
+    counts = [0, 1, 2, 3, 7, 99, 12_345, 10**6, 10**10]
+    text = (
+        f"version: 1\nnormalize: none\npipeline: column(n) -> effective_number({volume}) -> as_is"
+    )
+    n = torch.tensor([counts], dtype=torch.float32)
+    got = weigh(text, loss=torch.ones(1, len(counts)), columns={"n": n})[0]
+    with decimal.localcontext(prec=60):
+        beta = 1 - decimal.Decimal(1) / volume
+        expected = [float((1 - beta ** decimal.Decimal(x)) / (1 - beta)) for x in n[0].tolist()]
+    assert got.tolist() == pytest.approx(expected, rel=1e-6)
 
 
 def test_only_tokens_in_range_are_weighed():

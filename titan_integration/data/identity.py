@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 
 _LATER = frozenset(
     {"tokenizer", "content", "files", "modified", "hf_name", "text_column", "domain_column"}
+    | {"label_counts"}
 )
-"""Facts that states of version 0.1.0 do not have."""
+"""Facts that states of version 0.1.0 do not have, or not all runs."""
 _MOST_FILES = 1000
 """Of more files than these only one digest is kept, so that a saved state stays small."""
 _BLOCK = 4096

@@ -36,13 +36,20 @@ from titan_integration.data.documents import (
     open_saved,
 )
 from titan_integration.data.identity import differences, files_of, name_in, tokenizer_digest, unsure
+from titan_integration.data.label_counts import LabelCounts, read_counts
 from titan_integration.data.packing import Cut, Encode, PackedRows, RowMode, is_count
-from titan_integration.data.records import DEFAULT_DOMAIN_COLUMN, ONLY_DOMAIN, Columns
+from titan_integration.data.records import (
+    DEFAULT_DOMAIN_COLUMN,
+    LABEL_COUNT,
+    ONLY_DOMAIN,
+    Columns,
+)
 from titan_integration.data.sources import Sources, is_sources, read_sources
 from titan_integration.data.stream_sources import HubStream, LocalStream, Source
 from titan_integration.data.streaming import BAD_RECORDS, StreamedRows
 from titan_integration.data.told import Told
 from titan_integration.data.urls import Url
+from weighting.columns import signal_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -102,6 +109,10 @@ class DomainTextDataLoader(ParallelAwareDataloader):
         each predicted token (each but the first, begin and end of text included). Dots reach into
         nested records. Those that the weighting's spec reads are added by the trainer; `example`
         numbers the documents, unless they are streamed."""
+
+        label_counts: str = ""
+        """File that ``weighting count`` wrote: the column ``label_count``, where a spec reads it,
+        has the count of each token's label."""
 
         on_bad_record: OnBadRecord = "refuse"
         """``refuse``: the first record that cannot be used ends the run. ``skip``: it is passed
@@ -207,6 +218,8 @@ class DomainTextDataLoader(ParallelAwareDataloader):
         self._state, self._own = dict(rows.start), False
         self._made_from = made_from | {"domains": list(rows.domains)}
         self._columns = list(config.columns)
+        self._counts = _counts_of(config, tokenizer)
+        self._made_from |= {} if self._counts is None else {"label_counts": self._counts.digest}
         with warnings.catch_warnings():
             # torchdata 0.11 calls a function that torch 2.15 has deprecated; there is nothing a
             # user could do.
@@ -309,6 +322,8 @@ class DomainTextDataLoader(ParallelAwareDataloader):
                 if isinstance(self._rows, StreamedRows):  # a worker may have counted them
                     self._rows.bad.count = moved.pop(BAD_RECORDS)
                 self._state |= moved
+                if self._counts is not None:
+                    inputs[signal_of(LABEL_COUNT)] = self._counts.of(labels)
                 yield inputs, labels
         finally:
             if self._rows.pools.told is not None:  # no worker waits for a step that never comes
@@ -550,8 +565,15 @@ def _source(
 
 def columns_read(config: DomainTextDataLoader.Config) -> Columns:
     """Return the columns that are read from the data; documents by index are numbered here."""
-    numbers = [name for name in config.columns if config.streaming or name != EXAMPLE]
+    made = set() if config.streaming else {EXAMPLE}
+    made |= {LABEL_COUNT} if counts_labels(config) else set()
+    numbers = [name for name in config.columns if name not in made]
     return Columns(config.text_column, config.domain_column, tuple(numbers))
+
+
+def counts_labels(config: DomainTextDataLoader.Config) -> bool:
+    """Tell whether batches carry the counts of a file of labels."""
+    return bool(config.label_counts) and LABEL_COUNT in config.columns
 
 
 def local_path(config: DomainTextDataLoader.Config) -> DataFile | None:
@@ -573,6 +595,10 @@ def local_path(config: DomainTextDataLoader.Config) -> DataFile | None:
     if looks_local or isinstance(path, Url) or is_sources(path) or is_pattern(path):
         return path
     return path if os.path.exists(path) else None  # noqa: PTH110
+
+
+def _counts_of(config: DomainTextDataLoader.Config, tokenizer: BaseTokenizer) -> LabelCounts | None:
+    return read_counts(config.label_counts, tokenizer) if counts_labels(config) else None
 
 
 def _fingerprint(documents: Documents) -> str:

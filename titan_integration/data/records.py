@@ -19,6 +19,7 @@ ONLY_DOMAIN = "all"
 
 # A column that a model can stand in for.
 REF_LOSS = "ref_loss"
+LABEL_COUNT = "label_count"
 
 # The label of a token that is not predicted.
 IGNORED = -100
@@ -205,6 +206,11 @@ def number_wanted(name: str) -> str:
     """Say what to do about a missing column of numbers."""
     model = reference_flag(name)
     instead = f", or give a model in its place: --weighting.reference {model}" if model else ""
+    if name == LABEL_COUNT:
+        instead = (
+            ", or count the labels of the data: weighting count --out COUNTS.json, then "
+            "--dataloader.label_counts COUNTS.json"
+        )
     return (
         f"The spec or --dataloader.columns asks for it: give every record a number "
         f"{name!r}{instead}"

@@ -6,13 +6,13 @@ import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
-from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.components.validate import Validator
 from torchtitan.distributed import ParallelDims
 from torchtitan.models.common.attention import FlexAttention, VarlenAttention
 from torchtitan.tools.logging import logger
 
 import weighting as wt
+from titan_integration.data.label_counts import vocabulary
 from titan_integration.data.loader import DomainTextDataLoader, keep_open
 from titan_integration.data.records import REF_LOSS
 from titan_integration.data.signals import (
@@ -142,9 +142,7 @@ def refuse_tokenizer(config: WeightedConfig, tokenizer: BaseTokenizer) -> None:
     Raises:
         ValueError: It has more than the model.
     """
-    size, places = tokenizer.get_vocab_size(), vocabulary_of(config)
-    if isinstance(tokenizer, HuggingFaceTokenizer):  # added tokens may leave numbers out
-        size = max(tokenizer.get_vocab().values(), default=-1) + 1
+    size, places = vocabulary(tokenizer), vocabulary_of(config)
     if size > places:
         assert config.model_spec is not None
         msg = (

@@ -8,6 +8,7 @@ from weighting import __version__
 from weighting.cli.check import check
 from weighting.cli.compare import compare
 from weighting.cli.completion import completion
+from weighting.cli.count import count
 from weighting.cli.doctor import doctor
 from weighting.cli.evaluate import evaluate
 from weighting.cli.explain import explain
@@ -56,6 +57,7 @@ main.add_command(train)
 main.add_command(compare)
 main.add_command(mix)
 main.add_command(score)
+main.add_command(count)
 main.add_command(export)
 main.add_command(evaluate)
 main.add_command(report)

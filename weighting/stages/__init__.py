@@ -13,6 +13,7 @@ from weighting.stages.context_gain import ContextGain as ContextGain
 from weighting.stages.doge import DoGE as DoGE
 from weighting.stages.doremi import DoReMi as DoReMi
 from weighting.stages.dynamic_loading import DynamicLoading as DynamicLoading
+from weighting.stages.effective_number import EffectiveNumber as EffectiveNumber
 from weighting.stages.ema import Ema as Ema
 from weighting.stages.entropy import Entropy as Entropy
 from weighting.stages.error_norm import ErrorNorm as ErrorNorm
