@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -37,5 +38,5 @@ class EffectiveNumber(Shape):
         """Return the effective numbers."""
         del scope
         # 1 - beta^x by expm1: beta^x is near one for small counts.
-        rate = torch.log1p(torch.tensor(-1 / self.volume, dtype=torch.float64)).item()
+        rate = math.log1p(-1 / self.volume)
         return -self.volume * torch.expm1(x.clamp(min=0) * rate)
