@@ -19,7 +19,7 @@ from faulty import check_resumed, whole_and_resumed
 from moto.server import ThreadedMotoServer
 from written import FORMATS, RECORDS, build, check, expected_rows, lines, taken, write
 
-from titan_integration.data import urls
+from titan_integration.data import spots, urls
 from titan_integration.data.loader import DomainTextDataLoader, load_documents
 from titan_integration.data.tokenizer import cache_dir
 
@@ -175,6 +175,19 @@ def test_addresses_are_read_as_files_are(memory, expected, name):
 def test_an_address_of_this_machine_is_read_as_its_file_is(tmp_path):
     """With `file://` before it."""
     check(f"file://{write(tmp_path, 'x.parquet', RECORDS)}")
+
+
+def test_a_stream_at_an_address_is_not_asked_for_each_record(memory, monkeypatch):
+    """Where text does not fit: of a store, once for each reading of a file."""
+    memory.pipe("/x.jsonl", lines(RECORDS))
+    config = {"streaming": True, "rows": "drawn"}
+    expected = taken(build("memory://x.jsonl", **config), 30)
+    monkeypatch.setattr(spots, "_MOST_TEXT", 3000)
+    asked = []
+    told = urls.Url.told
+    monkeypatch.setattr(urls.Url, "told", lambda self: asked.append(self) or told(self))
+    assert torch.equal(taken(build("memory://x.jsonl", **config), 30), expected)
+    assert len(asked) < 10
 
 
 def test_a_bad_record_at_an_address_is_named_by_it(memory):

@@ -455,11 +455,19 @@ def test_errors_of_a_hub_stream_are_said_with_the_record(monkeypatch):
 @pytest.mark.parametrize(
     ("files", "given", "reason"),
     [
-        (["a.bin", "a.idx"], "a.bin", "Megatron's .bin and .idx are not read: megatron-core"),
+        (
+            ["a.bin", "a.idx"],
+            "a.bin",
+            "Megatron's .bin and .idx are not read: their reader, megatron-core,",
+        ),
         (["a.bin", "a.idx"], "a", "Megatron's"),
         (["a.bin", "a.idx"], "", "Megatron's"),
         (["a.bin", "a.idx"], "a*", "Megatron's"),
-        (["index.json", "shard.00000.mds"], "", "MosaicML's MDS is not read: mosaicml-streaming"),
+        (
+            ["index.json", "shard.00000.mds"],
+            "",
+            "MosaicML's MDS is not read: its reader, mosaicml-streaming,",
+        ),
         (["shard.00000.mds.zstd"], "shard.00000.mds.zstd", "MosaicML's MDS"),
     ],
 )
@@ -475,5 +483,8 @@ def test_files_of_other_trainers_are_refused_by_their_kind(
     convert = r".*Convert it once, .* 'input_ids' or a 'text' a record: docs/data.md has the lines"
     for place in (f"{tmp_path}/{given}", f"memory://{tmp_path}/{given}"):
         if "://" not in place or given != "a":  # an address is not asked for its neighbours
+            kept = {"dataset_path": None, "dataset": place.rstrip("/")}
+            with pytest.raises(ValueError, match=re.escape(reason)):
+                load_documents(DomainTextDataLoader.Config(**kept))
             with pytest.raises(ValueError, match=re.escape(reason) + convert):
                 build(place.rstrip("/"), streaming=streaming, domains=["a"])

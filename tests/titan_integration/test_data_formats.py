@@ -111,8 +111,9 @@ def test_a_broken_file_is_named_with_its_record(tmp_path, name):
 
 
 def test_csv_has_its_own_faults(tmp_path):
-    """Two columns of one name, an open quote, and text that is not UTF-8."""
+    """Two columns of one name, other marks than commas, an open quote, text that is not UTF-8."""
     for content, message in [
+        (b"text;domain\na;b\n", r"x\.csv:1: fields are parted by ';'; save it with commas"),
         (b"text,text\na,b\n", r"x\.csv:1: two columns have one name"),
         (b'text\n"open\n', r"x\.csv:2: invalid CSV"),
         (b"text\nfine\n\xff\xfe\n", r"x\.csv:3: not UTF-8"),
@@ -233,6 +234,16 @@ def test_labels_and_masks_say_what_is_predicted(tmp_path, expected):
             ignored = rows[:, 3] == -100
             assert torch.equal(rows[:, 3][~ignored], expected[streaming][:, 3][~ignored])
             assert 0.4 < ignored.float().mean() < 0.6
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["index", "stream"])
+@pytest.mark.parametrize("mask", [{"loss_mask": 0}, {"labels": -100}], ids=["mask", "labels"])
+def test_data_of_which_nothing_is_predicted_is_refused(tmp_path, mask, streaming):
+    """Before training, which would change nothing at every step."""
+    records = [r | {k: [x] * len(r["input_ids"]) for k, x in mask.items()} for r in TOKENISED]
+    path = write(tmp_path, "x.jsonl", records)
+    with pytest.raises(ValueError, match=r"too little text: 0 tokens|no text to predict"):
+        build(path, streaming=streaming)
 
 
 @pytest.mark.parametrize(

@@ -454,6 +454,17 @@ def test_a_domain_missing_from_a_stream_is_refused_when_drawn(build, folder):
         rows([loader], 5)
 
 
+def test_a_domain_that_one_ranks_files_lack_says_what_to_do(ranks, folder, tmp_path):
+    """Each of two ranks reads one file, of one domain."""
+    for i, name in enumerate("ab"):
+        record = {"text": "some words " * 9, "domain": name}
+        (tmp_path / f"of/{i}.jsonl").parent.mkdir(exist_ok=True)
+        (tmp_path / f"of/{i}.jsonl").write_text(json.dumps(record) + "\n")
+    given = folder | {"dataset": str(tmp_path / "of"), "domains": ["a", "b"]}
+    with pytest.raises(ValueError, match=r"no text of domain '.*give every rank's files some of"):
+        rows(ranks(2, 8, **given), 5)
+
+
 def test_a_domain_that_was_not_declared_is_refused(build, folder):
     """Is an error, also in the stream of another domain."""
     folder["domains"].remove("c")

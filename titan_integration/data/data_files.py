@@ -30,11 +30,11 @@ READABLE = f"{', '.join(_LINES)} (also .gz, .zst), {ARROW}, {PARQUET}"
 _PACKED = (
     (
         (".bin", ".idx"),
-        "Megatron's .bin and .idx are not read: megatron-core has the whole of Megatron imported",
+        "Megatron's .bin and .idx are not read: their reader, megatron-core, imports all else",
     ),
     (
         (".mds", ".mds.zstd", ".mds.zst", ".mds.gz"),
-        "MosaicML's MDS is not read: mosaicml-streaming asks for older numpy and transformers",
+        "MosaicML's MDS is not read: its reader, mosaicml-streaming, asks for an older numpy",
     ),
 )
 

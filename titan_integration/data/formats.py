@@ -203,6 +203,9 @@ def _csv(file: DataFile, columns: Columns, start: Spot) -> Generator[Scanned]:
             began = rows.line_num
             if names is None:
                 names = row
+                if len(names) == 1 and (marks := [x for x in (";", "\t", "|") if x in names[0]]):
+                    msg = f"{place}: fields are parted by {marks[0]!r}; save it with commas"
+                    raise ValueError(msg)
                 if len(set(names)) < len(names):
                     msg = f"{place}: two columns have one name; there are: {', '.join(names)}"
                     raise ValueError(msg)

@@ -594,7 +594,9 @@ def local_path(config: DomainTextDataLoader.Config) -> DataFile | None:
     looks_local = config.dataset.startswith((".", "/", "~")) or suffix_of(path) != ""
     if looks_local or isinstance(path, Url) or is_sources(path) or is_pattern(path):
         return path
-    return path if os.path.exists(path) else None  # noqa: PTH110
+    # Megatron's files are named without what they end in.
+    is_here = any(os.path.exists(f"{path}{end}") for end in ("", ".idx"))  # noqa: PTH110
+    return path if is_here else None
 
 
 def _counts_of(config: DomainTextDataLoader.Config, tokenizer: BaseTokenizer) -> LabelCounts | None:

@@ -294,7 +294,7 @@ class PackedRows(IterableDataset[Batch]):
         rows = 1 if self._infinite else self._global_batch
         need, have = rows * self._seq_len, 0
         for i in range(len(self._documents)):
-            have += _predicted(self._whole(i))
+            have += predicted(self._whole(i))
             if have >= need:
                 break
         if have < need:
@@ -307,7 +307,7 @@ class PackedRows(IterableDataset[Batch]):
         if self._rows == "mixed":
             return
         for name, members in zip(self.domains, self._members, strict=True):
-            if not any(_predicted(self._whole(int(i))) for i in members):
+            if not any(predicted(self._whole(int(i))) for i in members):
                 msg = (
                     f"{where}: domain {name!r} has no token to predict, so no row can be packed "
                     "from it; add text to it, or set --dataloader.rows mixed"
@@ -425,7 +425,8 @@ def batch_of(
     return inputs, stack(_labels)
 
 
-def _predicted(piece: Piece) -> int:
+def predicted(piece: Piece) -> int:
+    """Return how many of a piece's labels are predicted."""
     if piece.predicted is not None:
         return int(piece.predicted.sum())
     return max(len(piece.tokens) - 1, 0)

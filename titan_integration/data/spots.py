@@ -24,9 +24,9 @@ class Spots(Generic[_T]):
     """Reads each file once for all domains and epochs, so that a short domain costs no pass.
 
     What is found stays in memory. Of too much text the oldest is let go, and read again at its
-    place in the file. Files that cannot be read from their middle (packed ones,
-    Parquet) are held whole; of too much, and of too many places, ``full`` becomes true and
-    every reading ends.
+    place in the file. Files that cannot be read from their middle (packed ones, Parquet), or are at
+    an address, are held whole; of too much, and of too many places, ``full`` becomes true and every
+    reading ends.
 
     Args:
         source: The files.
@@ -103,7 +103,8 @@ class Spots(Generic[_T]):
         byte = -1 if before.byte is None else before.byte
         self._spots[key, domain].extend((before.record, byte, before.line))
         self._count += 1
-        texts = self._held if after.byte is None else self._kept
+        again = after.byte is not None and self._source.is_here(file)
+        texts = self._kept if again else self._held
         if (file, before.record) not in texts:
             texts[file, before.record] = place, held, after
             self._size += size

@@ -7,6 +7,7 @@ and with the position after it, a dict from which reading goes on.
 import copy
 from collections.abc import Iterator, Mapping
 from itertools import islice
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import datasets
@@ -105,6 +106,10 @@ class LocalStream:
         bad = BadRecords("skip", quiet=True) if again else self._bad
         found = scan(self._files[number], self._columns, bad, start)
         return _dealt(((x.place, x.record, x.after) for x in found), step, offset)
+
+    def is_here(self, number: int) -> bool:
+        """Tell whether a file can be opened without asking where it comes from."""
+        return isinstance(self._files[number], Path)
 
     def position(self, epoch: int, number: int, spot: Spot) -> Position:
         """Return a spot of an epoch's file of this number as a position."""

@@ -21,6 +21,7 @@ from titan_integration.data.packing import (
     batch_of,
     cut_piece,
     is_count,
+    predicted,
     whole_piece,
 )
 from titan_integration.data.records import (
@@ -152,13 +153,15 @@ class StreamedRows(IterableDataset[Batch]):
         return found if sound and len(found) == len(entries) else None
 
     def check_first(self) -> None:
-        """Read the records up to the first one with text.
+        """Read the records up to the first one with something to predict.
 
         Raises:
             ValueError: If there is none, or one cannot be read, or has not the columns or a domain.
         """
         for place, record, _ in self._source.read(0, None):
-            if (held := self._held(record, place)) and self._whole(held, place):
+            held = self._held(record, place)
+            whole = None if held is None else self._whole(held, place)
+            if whole is not None and predicted(whole):
                 return
         self._raise_empty(None, ())
 
@@ -207,7 +210,7 @@ class StreamedRows(IterableDataset[Batch]):
                 offset, skip = skip, 0
                 while (take := min(len(whole.tokens) - 1 - offset, room)) > 0:
                     pieces.append(cut_piece(whole, offset, take))
-                    empty = False
+                    empty = empty and not predicted(pieces[-1])
                     offset += take
                     room -= take
                     if not room:
@@ -255,9 +258,14 @@ class StreamedRows(IterableDataset[Batch]):
 
     def _raise_empty(self, only: str | None, found: Iterable[str]) -> NoReturn:
         there = f" of domain {only!r}" if only else ""
+        instead = (
+            "; give every rank's files some of each domain, or leave out --dataloader.streaming"
+            if only and self.start["world_size"] > 1
+            else ""
+        )
         msg = (
             f"{self._source.where}: this rank's part of the stream has no text{there} to predict "
-            f"(domains found: {', '.join(sorted(found)) or 'none'})"
+            f"(domains found: {', '.join(sorted(found)) or 'none'}){instead}"
         )
         raise ValueError(msg)
 
