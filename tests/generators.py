@@ -245,10 +245,10 @@ def batch(rows=4, length=6, *, seed=0, keep=0.7, domains=DOMAINS):
         domain_ids=torch.randint(0, len(domains), shape, generator=g),
         segment_ids=starts.long().cumsum(1),
         columns={
-            **{name: torch.rand(shape, generator=g) * 3 for name in COLUMNS[:-3]},
+            **{name: torch.rand(shape, generator=g) * 3 for name in COLUMNS[:7]},
             "topics": torch.randint(0, 256, shape, generator=g).float(),
             "example": torch.randint(0, 12, shape, generator=g).float(),
-            **{name: torch.rand(shape, generator=g) * 3 for name in COLUMNS[-3:]},
+            **{name: torch.rand(shape, generator=g) * 3 for name in COLUMNS[7:]},
         },
     )
 

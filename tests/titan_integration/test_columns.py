@@ -27,6 +27,7 @@ from titan_integration.data.tokenizer import ensure_tokenizer
 from titan_integration.state.run import start
 from titan_integration.trainer.preflight import ask_for_columns, refuse_unsupported
 from weighting.build import plan_of
+from weighting.contract.levels import documents
 
 COUNT = 60
 NAMES = ["score", "meta.quality", "ref_loss"]
@@ -359,6 +360,25 @@ def test_a_loader_without_the_signals_is_named():
     run = start(fn, torch.device("cpu"))
     with pytest.raises(ValueError, match=r"no 'columns.ref_loss'; .*or give a model: --weighting"):
         run.microbatches.set_batch({})
+
+
+def test_documents_of_packed_rows_count_alike(build, file):
+    """With reduction: document_mean each piece of a document in a row of the loader has one say."""
+    inputs, labels = next(iter(build(file, seq_len=256)))
+    assert (inputs["positions"] == 0).sum() > len(labels)  # several documents in a row
+    loss = torch.rand(labels.shape, generator=torch.Generator().manual_seed(0)) * 5
+    fn = wt.build(wt.loads("version: 1\nreduction: document_mean\npipeline: uniform\n"))
+    segments = documents(inputs["positions"])
+    weights = fn(wt.Signals(loss=loss, segment_ids=segments), 1).token
+
+    pieces = []
+    for places, losses in zip(inputs["positions"].tolist(), loss.tolist(), strict=True):
+        for place, x in zip(places, losses, strict=True):
+            if place == 0:
+                pieces.append([])
+            pieces[-1].append(x)
+    expected = sum(sum(piece) / len(piece) for piece in pieces) / len(pieces)
+    assert ((weights * loss).sum() / loss.numel()).item() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.processes
