@@ -33,11 +33,12 @@ def cap(weight: Tensor, largest: Tensor, scope: Scope) -> Tensor:
         scope: The units that count.
     """
     total = scope.sum(weight)
-    w = weight.clamp(min=TINY)
+    w = torch.where(scope.valid, weight.clamp(min=TINY), 0)  # what does not count adds nothing
     top = 70 + torch.log(largest)  # e^70 > 1 / TINY: at this scale every unit is capped
 
     def capped_sum(log_scale: Tensor) -> Tensor:
-        return scope.sum(torch.minimum(largest, log_scale.exp()[:, None] * w))
+        found = torch.minimum(largest, log_scale.exp()[:, None] * w).sum(-1)
+        return found if scope.collectives is None else scope.collectives.sum(found)
 
     low, _ = _bracket(capped_sum, total, torch.zeros_like(top), top)
     scale = low.exp()

@@ -5,8 +5,8 @@
 SPECS is a JSON file of spec texts by name.  For each spec the real trainer takes a step, and a
 second one if the spec remembers, but for the optimizer's, so that every layout and every spec sees
 the same model.  OUT gets one file per rank, `rank<r>.pt`: for each spec, of the last step, where
-each of the rank's tokens stands in the data, its weight, and the gradients of the rank's
-parameters, whole.
+each of the rank's tokens stands in the data, its weight, the way through the output layer, and the
+gradients of the rank's parameters, whole.
 """
 
 import json
@@ -72,7 +72,7 @@ def two_references(trainer: Any) -> dict[str, Any]:
 
 
 def run(trainer: Any, config: Any, spec: wt.Spec, batches: list[Any]) -> dict[str, Any]:
-    """Return where the tokens of the last step stand, their weights, and the gradients."""
+    """Return where the tokens of the last step stand, their weights, the path, the gradients."""
     from titan_integration.trainer.preflight import refuse_unsupported  # noqa: PLC0415 - after the device
     from weighting.build import plan_of  # noqa: PLC0415
 
@@ -104,6 +104,7 @@ def run(trainer: Any, config: Any, spec: wt.Spec, batches: list[Any]) -> dict[st
     return {
         "where": torch.cat(where),
         "token": torch.cat(token),
+        "path": (path := trainer.loss_fn._path) and path._asdict(),
         "gradients": {
             name.replace("_checkpoint_wrapped_module.", ""): whole(p.grad)
             for model in trainer.model_parts

@@ -12,6 +12,7 @@ SPECS = Path(__file__).resolve().parents[2] / "specs"
 SHIPPED = ("uniform", "linupper", "mile", "linupper-x-mile")
 DOMAINS = "version: 1\npipeline: doremi(step_size=1, smoothing=1e-3)\n"
 DOCUMENTS = "version: 1\npipeline: mean(document) -> normalize -> temperature(1) -> clamp(2/n)\n"
+DOMAIN, TOKEN = "doremi(step_size=1, smoothing=1e-3)", "entropy(gamma=1) -> token_scale"
 TEXTS = {name: (SPECS / f"{name}.yaml").read_text() for name in SHIPPED}
 REMEMBERED = "version: 1\npipeline: remembered(examples=7) -> mean(sequence) -> temperature(1)\n"
 REFERENCES = (
@@ -82,7 +83,14 @@ def one_in_bfloat16(seed, tmp_path_factory):
 
 def weighed(seed, out, ranks, rows, flags, texts):
     """Return for each spec the weights in the order of the data and the gradients, or a refusal."""
+    found = noted(seed, out, ranks, rows, flags, texts)
+    return {name: gathered([rank[name] for rank in found]) for name in texts}
+
+
+def noted(seed, out, ranks, rows, flags, texts):
+    """Return what each rank wrote down of each spec."""
     specs = out / "specs.json"
+    out.mkdir(exist_ok=True)
     specs.write_text(json.dumps(texts))
     common = [
         "--module=small",
@@ -98,7 +106,7 @@ def weighed(seed, out, ranks, rows, flags, texts):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     found = [torch.load(out / f"rank{rank}.pt") for rank in range(ranks)]
     shutil.rmtree(out)
-    return {name: gathered([rank[name] for rank in found]) for name in texts}
+    return found
 
 
 def gathered(ranks):
@@ -160,3 +168,23 @@ def test_the_specs_of_the_matrix_weigh_tokens_apart(one):
     assert one["uniform"][1].eq(1).all()
     spreads = {name: weights.max() - weights.min() for name, (_, weights, _) in one.items()}
     assert all(spread > 0.01 for name, spread in spreads.items() if name != "uniform"), spreads
+
+
+@pytest.mark.processes
+def test_domains_of_drawn_rows_are_weighed_late_as_twice(seed, tmp_path):
+    """A gradient of the layer for each domain gives those of logits computed twice, in float32."""
+    texts = {
+        "doremi": DOMAINS,
+        "product": f"version: 1\nfactors:\n  domain: {DOMAIN}\n  token: {TOKEN}\n",
+    }
+    drawn = "--dataloader.rows=drawn"
+    late, twice = (
+        noted(seed, tmp_path / memory, 1, 8, [drawn, f"--loss.memory={memory}"], texts)[0]
+        for memory in ("late", "recompute")
+    )
+    for name in texts:
+        path = late[name]["path"]
+        assert (path["memory"], path["units"], path["by_domain"]) == ("late", 5, 8)
+        assert twice[name]["path"]["memory"] == "recompute"
+        assert late[name]["token"].unique().numel() > 1
+        assert max(difference(gathered([late[name]]), gathered([twice[name]]))) < 2e-6

@@ -8,6 +8,8 @@ their number.  Only the mean over a domain is that of its units, alike however l
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import os
 from dataclasses import dataclass
@@ -38,7 +40,7 @@ from weighting.stages import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     import pyarrow as pa
@@ -141,10 +143,15 @@ class Record:
     @property
     def signals(self) -> frozenset[str]:
         """The signals that were recorded, at every step."""
-        found = (
-            {name for name, x in step.signals.items() if not x.isnan().all()} for step in self.steps
-        )
-        return frozenset.intersection(*map(frozenset, found))
+        names = frozenset.intersection(*(frozenset(step.signals) for step in self.steps))
+        sizes = torch.tensor([len(step.row) for step in self.steps])
+        of_step = torch.arange(len(sizes)).repeat_interleave(sizes)
+        found = {name: torch.cat([step.signals[name] for step in self.steps]) for name in names}
+        known = {
+            name: torch.zeros_like(sizes).index_add(0, of_step, (~x.isnan()).long())
+            for name, x in found.items()
+        }
+        return frozenset(name for name, count in known.items() if (count > 0).all())
 
     def flat(self, name: str) -> Tensor:
         """Return an attribute of all steps' units, one after the other."""
@@ -168,6 +175,24 @@ def read_record(run: Path, level: Level = "sequence") -> Record:
             what = f"no record in {FOLDER}" if run.is_dir() else "is a file"
         msg = f"{run}: {what}; give the --dump_folder of a run with --weighting.record every=10"
         raise ValueError(msg)
+    with _no_collections():
+        return _recorded(files, level)
+
+
+@contextlib.contextmanager
+def _no_collections() -> Iterator[None]:
+    """Look for no garbage: among hundreds of thousands of tensors it takes as long as reading."""
+    works = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if works:
+            gc.enable()
+
+
+def _recorded(files: Sequence[Path], level: Level) -> Record:
+    """Return what some files hold, in the order of their names."""
     parts = [_read(file) for file in files]
     about = parts[-1].about
     named = (name for part in [parts[-1], *parts] for name in part.about["domains"])
@@ -250,82 +275,97 @@ def replay(spec: Spec, record: Record) -> Replayed:
         SpecError: The spec does not fit the domains.
     """
     fn = build(spec, domains=record.domains or None)
-    known = record.signals
     capping = [[*fn.plan.factors].index(name) for name in capped_factors(fn.plan)]
     moments = torch.zeros(len(fn.plan.factors) + 1, len(MOMENTS))
-    found = [torch.zeros_like(step.weight) for step in record.steps]
-    for batches in _together(fn.plan, record):
+    flat = _Flat(record)
+    found = torch.zeros_like(flat.tokens)
+    for places, steps in _together(fn.plan, record):
         if "both" in fn.plan.targets.values():
-            fn.get_buffer("drawn").copy_(proportions(fn, batches[0].step.step))
-        weights, own = _weighed(fn, batches, known)
-        for batch, weight in zip(batches, _scaled(spec, weights, batches), strict=True):
-            found[batch.place][batch.chosen] = weight
+            fn.get_buffer("drawn").copy_(proportions(fn, steps[0]))
+        weights, own = _weighed(fn, flat.signals(places), steps)
+        found[places] = _scaled(spec, weights, flat, places)
         moments += own
     count, at_cap = (moments[capping, MOMENTS.index(name)] for name in ("count", "capped"))
     capped = (at_cap / count.clamp(min=1)).max().item() if capping else None
-    return Replayed(torch.cat(found), capped)
+    return Replayed(found, capped)
 
 
-class _Batch(NamedTuple):
-    """Units that are weighed together: of which step, its place in the record, and which units."""
+class _Flat:
+    """What is known of all units of a record, one after the other."""
 
-    place: int
-    step: Step
-    chosen: Tensor
+    def __init__(self, record: Record) -> None:
+        self.tokens, self.row, self.domain = map(record.flat, ("tokens", "row", "domain"))
+        steps = record.steps
+        self._signals = {
+            name: torch.cat([step.signals[name] for step in steps]) for name in record.signals
+        }
 
-    def of(self, x: Tensor) -> Tensor:
-        """Return what belongs to its units, of something of all units of the step."""
-        return x if self.chosen.numel() == x.numel() else x[self.chosen]
+    def signals(self, places: Tensor) -> dict[str, Tensor]:
+        """Return the signals of the units at some places, by name, each of the places' shape."""
+        signals = {name: x[places] for name, x in self._signals.items()}
+        signals.setdefault("loss", torch.zeros(places.shape))
+        signals["valid"] = self.tokens[places] > 0
+        signals["domain_ids"] = self.domain[places]
+        return {**signals, "segment_ids": torch.zeros_like(signals["domain_ids"])}
 
 
-def _together(plan: Plan, record: Record) -> Iterator[list[_Batch]]:
-    """Yield batches of as many units each, several at once where no batch changes the next."""
+def _together(plan: Plan, record: Record) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the places of units that are weighed together, [k, n], and their steps, [k].
+
+    Batches of as many units come several at once where no batch changes the next.
+    """
+    scope, steps = plan.spec.scope, record.steps
+    sizes = torch.tensor([len(step.row) for step in steps])
+    starts, numbers = sizes.cumsum(0) - sizes, torch.tensor([step.step for step in steps])
     alone = plan.has_state or "both" in plan.targets.values()
-    alike: dict[int, list[_Batch]] = {}
-    for place, step in enumerate(record.steps):
-        for chosen in step.batches(plan.spec.scope):
-            waiting = alike.setdefault(len(chosen), [])
-            waiting.append(_Batch(place, step, chosen))
-            if alone or len(waiting) == _AT_ONCE:
-                yield alike.pop(len(chosen))
-    yield from alike.values()
+    if not alone and _one_call_each(record, scope, sizes):
+        for count in sizes.unique().tolist():
+            alike = sizes == count
+            places = starts[alike, None] + torch.arange(count)
+            yield from zip(places.split(_AT_ONCE), numbers[alike].split(_AT_ONCE), strict=True)
+        return
+    waiting: dict[int, list[tuple[Tensor, int]]] = {}
+    for start, step in zip(starts.tolist(), steps, strict=True):
+        for chosen in step.batches(scope):
+            some = waiting.setdefault(len(chosen), [])
+            some.append((start + chosen, step.step))
+            if alone or len(some) == _AT_ONCE:
+                yield _stacked(waiting.pop(len(chosen)))
+    yield from map(_stacked, waiting.values())
 
 
-def _weighed(
-    fn: Weighting, batches: Sequence[_Batch], known: Collection[str]
-) -> tuple[Tensor, Tensor]:
+def _stacked(batches: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
+    places, steps = zip(*batches, strict=True)
+    return torch.stack(places), torch.tensor(steps)
+
+
+def _one_call_each(record: Record, scope: str, sizes: Tensor) -> bool:
+    """Tell whether the units of each step were weighed together, as `Step.batches` finds."""
+    if scope == "step":
+        return True
+    if scope == "rank" and any(step.about["ranks"] > 1 for step in record.steps):
+        return False
+    room = torch.tensor([step.about["batch_rows"] for step in record.steps])
+    return bool((record.flat("row") < room.repeat_interleave(sizes)).all())
+
+
+def _weighed(fn: Weighting, signals: dict[str, Tensor], steps: Tensor) -> tuple[Tensor, Tensor]:
     """Return the weights of some batches of as many units, [k, n], and the sum of their moments."""
 
     def weigh(signals: dict[str, Tensor], step: Tensor) -> tuple[Tensor, Tensor]:
         out = fn(signals_of({name: x[:, None] for name, x in signals.items()}), step)
         return out.token[:, 0], out.moments
 
-    signals = _signals(batches, known)
-    steps = torch.tensor([batch.step.step for batch in batches])
-    if len(batches) > 1:
+    if len(steps) > 1:
         try:
             weights, moments = torch.vmap(weigh)(signals, steps)
         except RuntimeError:  # a stage asks for a number in Python
             pass
         else:
             return weights, moments.sum(0)
-    each = [{name: x[i] for name, x in signals.items()} for i in range(len(batches))]
+    each = [{name: x[i] for name, x in signals.items()} for i in range(len(steps))]
     apart = [weigh(own, step) for own, step in zip(each, steps, strict=True)]
     return torch.stack([x for x, _ in apart]), torch.stack([x for _, x in apart]).sum(0)
-
-
-def _signals(batches: Sequence[_Batch], known: Collection[str]) -> dict[str, Tensor]:
-    """Return the signals of some batches of as many units, by name, [k, n] each."""
-    signals = {name: torch.stack([x.of(x.step.signals[name]) for x in batches]) for name in known}
-    domains = torch.stack([x.of(x.step.domain) for x in batches])
-    signals.setdefault("loss", torch.zeros(domains.shape))
-    signals["valid"] = _tokens(batches) > 0
-    signals["domain_ids"], signals["segment_ids"] = domains, torch.zeros_like(domains)
-    return signals
-
-
-def _tokens(batches: Sequence[_Batch]) -> Tensor:
-    return torch.stack([x.of(x.step.tokens) for x in batches])
 
 
 class Summary(NamedTuple):
@@ -392,11 +432,12 @@ def _too_fine(steps: Sequence[PlannedStage], unit: Level) -> str | None:
     return None
 
 
-def _scaled(spec: Spec, weights: Tensor, batches: Sequence[_Batch]) -> Tensor:
+def _scaled(spec: Spec, weights: Tensor, flat: _Flat, places: Tensor) -> Tensor:
     """Return what weights of units of one token become where they have more, [k, n]."""
-    tokens = _tokens(batches)
+    tokens = flat.tokens[places]
     if spec.reduction != "token_mean":
-        weights = torch.stack([_reduced(spec, *of) for of in zip(weights, batches, strict=True)])
+        each = zip(weights, tokens, flat.row[places], flat.domain[places], strict=True)
+        weights = torch.stack([_reduced(spec, *of) for of in each])
     if spec.normalize == "mean_one" and spec.scope != "running":
         total = (weights * tokens).sum(1, keepdim=True)
         scaled = weights * tokens.sum(1, keepdim=True) / total
@@ -404,13 +445,11 @@ def _scaled(spec: Spec, weights: Tensor, batches: Sequence[_Batch]) -> Tensor:
     return weights
 
 
-def _reduced(spec: Spec, weight: Tensor, batch: _Batch) -> Tensor:
+def _reduced(spec: Spec, weight: Tensor, tokens: Tensor, row: Tensor, domain: Tensor) -> Tensor:
     """Return the weights of a batch, [n], by whose tokens the reduction counts its units alike."""
-    step, chosen = batch.step, batch.chosen
-    tokens, domain = step.tokens[chosen], step.domain[chosen]
     all_tokens, there = tokens.sum(), (tokens > 0).float()
     if spec.reduction == "sequence_mean":
-        of = step.row[chosen].unique(return_inverse=True)[1]
+        of = row.unique(return_inverse=True)[1]
         counted = weight.new_zeros(len(of)).index_add(0, of, tokens)
         weight = weight * all_tokens / (counted > 0).sum() / counted[of].clamp(min=1)
     elif spec.reduction == "document_mean":
@@ -459,14 +498,14 @@ def _read(file: Path, *further: str) -> _Part:
         msg = "records are Parquet files, which need pyarrow: pip install pyarrow"
         raise ValueError(msg) from None
     try:
-        with pq.ParquetFile(file) as parquet:
+        with pq.ParquetFile(file, read_dictionary=[DOMAIN]) as parquet:
             about = json.loads((parquet.metadata.metadata or {}).get(ABOUT.encode(), "null"))
             table = parquet.read()
     except (pa.ArrowException, OSError, ValueError, RecursionError) as error:
         raise _damaged(file, str(error).partition("\n")[0].partition(". ")[0]) from error
     if wrong := _wrong_about(about) or _wrong_columns(table, about["domains"], further):
         raise _damaged(file, wrong)
-    domain = table[DOMAIN].combine_chunks().dictionary_encode()
+    domain = table[DOMAIN].unify_dictionaries().combine_chunks().dictionary_encode()
     columns = {name: table[name] for name in table.column_names if name != DOMAIN}
     columns[DOMAIN] = pa.chunked_array([domain.indices])
     tensors = {
