@@ -1,5 +1,7 @@
 """The `py` blocks of the pages on other trainers and on fine-tuning run, in their order."""
 
+import importlib
+import re
 import sys
 import textwrap
 import types
@@ -109,6 +111,18 @@ def test_the_page_names_the_versions():
     lock = (ROOT / ".ci" / "requirements.txt").read_text(encoding="utf-8").splitlines()
     for package, tested in versions.TESTED.items():
         assert f"{package}=={tested} \\" in lock
+
+
+def test_the_table_of_costs_has_each_way_to_train(monkeypatch):
+    """The page was made by the script as it is, with the versions that are tested."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    script = importlib.import_module("integrations")
+    page = (ROOT / "benchmarks" / "integrations.md").read_text(encoding="utf-8")
+    found = re.findall(r"^\| (\w.*?) \| [\dn]", page, re.MULTILINE)
+    assert found == list(script.WAYS)
+    for package, tested in versions.TESTED.items():
+        assert f"{package} {tested}" in page
+    assert re.search(r"^\d+ cores, no GPU; process-CPU time", page, re.MULTILINE)
 
 
 def test_what_is_said_of_each_host_fits_a_screen():
