@@ -653,3 +653,18 @@ def test_a_state_with_another_number_of_shards_goes_on_with_it(build):
     assert resumed.state_dict().keys() != first.state_dict().keys()
     resumed.load_state_dict(first.state_dict())
     assert torch.equal(rows([resumed], 9), rows([batches], 9))
+
+
+def test_a_short_text_that_two_rows_share_is_tokenized_once():
+    """However many texts a row has; a shard goes on 24 batches later, in the middle of a text."""
+    texts = Documents([f"{i:020}" for i in range(4000)], [0] * 4000, ("all",))
+    tokenized = []
+
+    def encode(text):
+        tokenized.append(text)
+        return [*text.encode()]
+
+    loader = PackedRows(texts, encode, Cut(64, 8, 0, 1), rows="mixed", seed=1, infinite=True)
+    for _ in itertools.islice(loader, 72):
+        pass
+    assert len(tokenized) == len(set(tokenized))
