@@ -191,6 +191,11 @@ def ratios(path: Path, domains: int, runs: int) -> tuple[Cost, dict[str, Cost]]:
     return Cost(*map(statistics.median, zip(*base, strict=True))), shown
 
 
+def two(number: float) -> str:
+    """Return a number with two digits that count."""
+    return f"{float(f'{number:.2g}'):,g}"
+
+
 def page(measured: dict[int, tuple[Cost, dict[str, Cost]]], runs: int, took: float) -> str:
     """Return the page."""
     hosts = [cost for cost, _ in measured.values()]
@@ -200,8 +205,8 @@ def page(measured: dict[int, tuple[Cost, dict[str, Cost]]], runs: int, took: flo
         for name, what in [("opening", "to open"), ("batch", "a batch"), ("resume", "to resume")]
     )
     table = "\n".join(
-        f"| {domains:,} | {name} | {1 / cost.batch:.2g} | {cost.opening:.2g} | {cost.resume:.2g} "
-        f"| {cost.state:.2g} | {cost.texts:.2g} |"
+        f"| {domains:,} | {name} | {two(1 / cost.batch)} | {two(cost.opening)} "
+        f"| {two(cost.resume)} | {two(cost.state)} | {two(cost.texts)} |"
         for domains, (_, rows) in measured.items()
         for name, cost in rows.items()
         if name != HOSTS
