@@ -70,6 +70,17 @@ def test_a_saved_dataset_gives_the_same_rows_and_resumes(tmp_path):
     check(tmp_path / "saved")
 
 
+@pytest.mark.parametrize("streaming", [False, True], ids=["index", "stream"])
+def test_a_broken_saved_dataset_is_named(tmp_path, streaming):
+    """Its folder, and the reason, in one message."""
+    datasets.Dataset.from_list(RECORDS).save_to_disk(tmp_path / "saved")
+    file = next((tmp_path / "saved").glob("*.arrow"))
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(ValueError, match=r"/saved: .*cannot be opened: .*; save it again") as error:
+        build(tmp_path / "saved", streaming=streaming)
+    assert "\n" not in str(error.value)
+
+
 def unquoted(content):
     """Return JSON of which the first name has no end."""
     return content.replace(b'"text"', b'"text', 1)

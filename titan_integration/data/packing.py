@@ -258,8 +258,8 @@ class PackedRows(IterableDataset[Batch]):
         turn, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         own = {shards: set(self._own(shards)) for shards in set(self._shards)}
         cursors = {key: cursor for key, cursor in self.start.items() if isinstance(key, tuple)}
-        # A document that goes on in the shard's next row is found here, not tokenized again.
-        encode = [functools.lru_cache(maxsize=2 * n)(self._whole) for n in self._shards]
+        # The document each shard is in, so that it is not tokenized again for the next row.
+        opened: dict[tuple[int, int], tuple[int, Piece]] = {}
         order = functools.lru_cache(maxsize=8 * len(self._shards))(self._order)
         row = self.start["row"]
         moved: State = {}
@@ -271,7 +271,7 @@ class PackedRows(IterableDataset[Batch]):
                 if shard not in own[self._shards[pool]]:
                     continue
                 packed, cursor = self._pack(
-                    pool, shard, cursors.get((pool, shard), Cursor()), encode[pool], order
+                    pool, shard, cursors.get((pool, shard), Cursor()), opened, order
                 )
                 cursors[pool, shard] = moved[pool, shard] = cursor
                 if packed is None:  # for whichever rank: all of them stop here
@@ -343,7 +343,7 @@ class PackedRows(IterableDataset[Batch]):
         pool: int,
         shard: int,
         cursor: Cursor,
-        encode: Callable[[int], Piece],
+        opened: dict[tuple[int, int], tuple[int, Piece]],
         order: Callable[[int, int], np.ndarray],
     ) -> tuple[list[Piece] | None, Cursor]:
         """Return a shard's next row (None if a finite stream ends in it) and the next cursor."""
@@ -357,7 +357,11 @@ class PackedRows(IterableDataset[Batch]):
                     return None, cursor
                 epoch, document, offset = epoch + 1, 0, 0
                 continue
-            whole = encode(int(mine[document]))
+            index = int(mine[document])
+            before, whole = opened.get((pool, shard), (-1, None))
+            if whole is None or before != index:
+                whole = self._whole(index)
+                opened[pool, shard] = index, whole
             left = len(whole.tokens) - 1 - offset
             take = min(left, room)
             if take > 0:
