@@ -104,6 +104,7 @@ EXAMPLES = {
     "topk_entropy": "topk_entropy(20) -> token_scale",
     "uniform": "uniform",
     "validation_bandit": "validation_bandit(reward=0.1)",
+    "variability": "variability(examples=100000) -> mean(sequence) -> affine(1, 0.2) -> mean_one",
     "where": "entropy -> token_scale -> where(position, below=64)",
 }
 SMALLEST = 1e-30

@@ -113,6 +113,7 @@ STAGE_PIPELINES = {
     "token_scale": "entropy(gamma=1) -> token_scale",
     "uniform": "uniform",
     "validation_bandit": "validation_bandit(linear(0.1, 0.3, over=4))",
+    "variability": "variability(examples=7) -> affine(1, 0.2) -> mean_one",
     "where": "focal -> as_is -> where(position, at_least=step(0, 1, at=3), below=2)",
 }
 """For every stage of the language a small pipeline in which it stands legally."""

@@ -148,6 +148,7 @@ CALLS = {
     "stage token_scale": (0, 0, 1, 16, 0, 0),
     "stage uniform": (0, 0, 0, 0, 0, 0),
     "stage validation_bandit": (0, 0, 1, 8, 0, 0),
+    "stage variability": (0, 0, 3, 72, 0, 0),
     "stage where": (0, 0, 1, 8, 0, 0),
     "extra sequence-mean": (1, 0, 1, 24, 0, 2),
     "extra uniform-by-sequence": (0, 0, 1, 8, 0, 1),

@@ -6,13 +6,10 @@ import torch
 
 import weighting as wt
 
-SCORES = "remembered(examples={}) -> as_is"
-"""The scores themselves, as weights."""
 
-
-def built(examples, **given):
-    """Return a spec whose weights are the remembered losses."""
-    text = f"version: 1\nnormalize: none\npipeline: {SCORES.format(examples)}\n"
+def built(examples, word="remembered", **given):
+    """Return a spec whose weights are the scores of a word that remembers, losses by default."""
+    text = f"version: 1\nnormalize: none\npipeline: {word}(examples={examples}) -> as_is\n"
     return wt.build(wt.loads(text), **given)
 
 
@@ -47,15 +44,19 @@ def test_more_examples_than_places_share_them():
     assert sum(x.numel() for x in fn.state_dict().values()) == 4 * 3
 
 
+WORDS = ["remembered", "variability"]
+
+
+@pytest.mark.parametrize("word", WORDS)
 @pytest.mark.parametrize("parts", [1, 2])
-def test_every_rank_remembers_what_any_has_seen(parts):
+def test_every_rank_remembers_what_any_has_seen(parts, word):
     """State and scores over several batches are those of one rank, rows cut over ranks or not."""
     batches = [tables.batch(4, 6, seed=seed) for seed in range(4)]
-    whole = built(9)
+    whole = built(9, word)
     expected = [whole(signals, step).token for step, signals in enumerate(batches)]
 
     def one(rank, collectives):
-        fn = built(9, collectives=collectives)
+        fn = built(9, word, collectives=collectives)
         dim = 1 if parts == 2 else 0
         mine = (tables.changed(signals, lambda _, x: x.chunk(2, dim)[rank]) for signals in batches)
         return [fn(signals, step).token for step, signals in enumerate(mine)], fn.state_dict()
@@ -68,13 +69,14 @@ def test_every_rank_remembers_what_any_has_seen(parts):
             assert torch.allclose(state[name], x, atol=1e-6), name
 
 
-def test_a_resumed_memory_goes_on():
+@pytest.mark.parametrize("word", WORDS)
+def test_a_resumed_memory_goes_on(word):
     """After a state dict the next scores are those of the memory that never stopped."""
     batches = [tables.batch(4, 6, seed=seed) for seed in range(4)]
-    fn = built(9)
+    fn = built(9, word)
     for step, signals in enumerate(batches[:2]):
         fn(signals, step)
-    other = built(9)
+    other = built(9, word)
     other.load_state_dict({name: x.clone() for name, x in fn.state_dict().items()})
     for step, signals in enumerate(batches[2:], 2):
         assert torch.equal(other(signals, step).token, fn(signals, step).token)

@@ -68,4 +68,5 @@ from weighting.stages.topics import Topics as Topics
 from weighting.stages.topk_entropy import TopkEntropy as TopkEntropy
 from weighting.stages.uniform import Uniform as Uniform
 from weighting.stages.validation_bandit import ValidationBandit as ValidationBandit
+from weighting.stages.variability import Variability as Variability
 from weighting.stages.where import Where as Where

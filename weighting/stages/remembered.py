@@ -59,13 +59,10 @@ class Remembered(Source):
     def advance(self, signals: Signals, scope: Scope) -> dict[str, Tensor]:
         """Remember the mean losses of the batch's examples."""
         state = scope.state
-        both = torch.stack([signals.loss, torch.ones_like(signals.loss)])
-        both = torch.where(scope.valid, both, 0)
-        sums = sum_by(self._places(signals, scope), self.examples, both)
-        total, count = sums if scope.collectives is None else scope.collectives.sum(sums)
-        there = count > 0
+        at = places(signals.columns[self.key], scope, self.examples)
+        there, means = means_by(at, signals.loss, scope, self.examples)
         return {
-            "losses": torch.where(there, total / count.clamp(min=1), state["losses"]),
+            "losses": torch.where(there, means, state["losses"]),
             "known": torch.where(there, 1, state["known"]),
             # Copies, as the state is written where it is, one tensor after the other.
             "earlier_losses": state["losses"].clone(),
@@ -77,9 +74,24 @@ class Remembered(Source):
         """Return what was known of each token's example."""
         state = scope.state
         found = torch.where(state["earlier_known"] > 0, state["earlier_losses"], state["losses"])
-        return found.index_select(0, self._places(signals, scope))
+        return found[places(signals.columns[self.key], scope, self.examples)]
 
-    def _places(self, signals: Signals, scope: Scope) -> Tensor:
-        """Return where each token's example is remembered, [T]; 0 at tokens that do not count."""
-        numbers = torch.where(scope.valid, signals.columns[self.key], 0)
-        return numbers.long() % self.examples
+
+def places(numbers: Tensor, scope: Scope, examples: int) -> Tensor:
+    """Return where each token's example is remembered, [T]; 0 at tokens that do not count."""
+    return torch.where(scope.valid, numbers, 0).long() % examples
+
+
+def means_by(at: Tensor, x: Tensor, scope: Scope, examples: int) -> tuple[Tensor, Tensor]:
+    """Return which places have a token in the batch of all ranks, and the means of x there, [E].
+
+    Args:
+        at: Place of each token's example, [T].
+        x: A number of each token, [T].
+        scope: Which tokens count, and the ranks.
+        examples: How many places there are.
+    """
+    both = torch.where(scope.valid, torch.stack([x, torch.ones_like(x)]), 0)
+    sums = sum_by(at, examples, both)
+    total, count = sums if scope.collectives is None else scope.collectives.sum(sums)
+    return count > 0, total / count.clamp(min=1)
