@@ -16,9 +16,11 @@ gradients included, in a process of its own on CPU; U counts matrix products, in
 product of the output layer.
 
 `--package` names a checkout of another version, whose ways stand beside ours in the same rounds.
+`--only` takes rows by name, those of the other version as "before: linupper late".
 """
 
 import argparse
+import contextlib
 import ctypes
 import gc
 import importlib.metadata
@@ -26,11 +28,13 @@ import math
 import multiprocessing
 import os
 import platform
+import shlex
+import signal
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -38,7 +42,17 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the usual name
-from loss_ways import IGNORED, STOCK, Batch, Setting, Variant, batch_of, variants, with_other
+from loss_ways import (
+    BEFORE,
+    IGNORED,
+    STOCK,
+    Batch,
+    Setting,
+    Variant,
+    batch_of,
+    variants,
+    with_other,
+)
 from torch import Tensor
 
 from weighting.loss.linear import CHUNKS
@@ -91,7 +105,9 @@ def main(arguments: list[str] | None = None) -> int:
     default = QUICK if args.quick else ON_CUDA if args.device.startswith("cuda") else ON_CPU
     asked = {name: getattr(args, name) for name in Setting._fields}
     setting = default._replace(**{name: x for name, x in asked.items() if x is not None})
-    head = "\n".join(heading(setting))
+    said = shlex.join(sys.argv[1:] if arguments is None else arguments)
+    title = f"# The loss path in {setting.dtype}\n\n`python benchmarks/loss_path.py {said}`\n\n"
+    head = title + "  \n".join(heading(setting))
     print(head, flush=True)
     batch = batch_of(setting)
     candidates = variants(batch)
@@ -122,7 +138,8 @@ def measured(
     right = [row.variant for row in rows if not row.reason]
     times = timed(right, batch, setting.rounds)
     peaks = {}
-    for variant in right if memory else ():
+    # Another version's modules cannot be handed to another process.
+    for variant in [x for x in right if memory and not x.name.startswith(BEFORE)]:
         _say(f"memory of {variant.name}")
         peaks[variant.name] = peak_on_device(variant, batch, setting)
     _say("")
@@ -195,6 +212,8 @@ def checked(variant: Variant, batch: Batch, exact: Exact, tolerance: float) -> R
     """Run a variant once; return its error and products, or the reason why it gets no number."""
     # Whatever goes wrong in one of the many ways is the reason it has no number.
     try:
+        with limited(FIRST_CALL):  # compiled here, as under a profiler that takes ten times as long
+            gradients(variant, batch)
         with torch.profiler.profile(
             activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True
         ) as profile:
@@ -209,6 +228,31 @@ def checked(variant: Variant, batch: Batch, exact: Exact, tolerance: float) -> R
         return Row(variant, error, reason=f"WRONG: error {error:.1e}, more than {tolerance:.0e}")
     one = 2 * batch.hidden.numel() * batch.weight.shape[0]
     return Row(variant, error, products(profile) / one)
+
+
+FIRST_CALL = 120
+"""Seconds that the first call of a way may take, compiling included."""
+
+
+@contextlib.contextmanager
+def limited(seconds: int) -> Iterator[None]:
+    """End what takes longer.
+
+    Raises:
+        TimeoutError: It did.
+    """
+
+    def end(*_: object) -> None:
+        msg = f"did not compile and run in {seconds} s"
+        raise TimeoutError(msg)
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def worst(found: Outcome, exact: Outcome) -> float:

@@ -19,6 +19,8 @@ from weighting.loss.linear import CHUNKS, Memory, Sizes, path_of
 
 IGNORED = -100
 STOCK = "torchtitan chunked"
+BEFORE = "before: "
+"""What the names of another version's rows begin with."""
 MODES = ("late", "keep", "recompute", "full")
 SPECS = {
     "uniform": "uniform",
@@ -99,12 +101,14 @@ def variants(batch: Batch) -> list[Variant]:
             found.append(Variant(f"{name}, {kind}", way, "linear_cross_entropy"))
     compiled = functools.partial(cut, filtered=None, how="torch_compile")
     found.append(Variant("CCE compiled, given weights", compiled, "logits are kept"))
+    found += [
+        Variant("Liger, unweighted", functools.partial(ligers, weighted=False)),
+        Variant("Liger, given weights", functools.partial(ligers, weighted=True)),
+        Variant("Liger scaled, given weights", functools.partial(ligers_scaled, mile=False)),
+        Variant("Liger scaled, MiLe", functools.partial(ligers_scaled, mile=True)),
+    ]
     if batch.hidden.is_cuda:
         found += [
-            Variant("Liger, unweighted", functools.partial(ligers, weighted=False)),
-            Variant("Liger, given weights", functools.partial(ligers, weighted=True)),
-            Variant("Liger scaled, given weights", functools.partial(ligers_scaled, mile=False)),
-            Variant("Liger scaled, MiLe", functools.partial(ligers_scaled, mile=True)),
             Variant("CCE exact, given weights", functools.partial(cut, filtered=None)),
             Variant("CCE default, given weights", functools.partial(cut, filtered="high")),
         ]
@@ -137,7 +141,7 @@ def with_other(candidates: list[Variant], package: Path) -> list[Variant]:
         spec, _, memory = variant.name.rpartition(" ")
         if spec in SPECS and memory in MODES:
             way = functools.partial(ours, spec=spec, memory=memory, module=other, fn=theirs[spec])
-            found.append(Variant(f"before: {variant.name}", way))
+            found.append(Variant(f"{BEFORE}{variant.name}", way))
     return found
 
 

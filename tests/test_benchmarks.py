@@ -52,7 +52,7 @@ def test_every_row_has_numbers_or_a_reason(tmp_path):
         assert 0 <= float(time.split()[0]) < 100
         assert all(float(x) >= 0 for x in others), name  # so little may round to 0 MiB
     missing = {name for name, reason in reasons.items() if "not installed" in reason}
-    assert missing <= {"CCE compiled, given weights (logits are kept)"}
+    assert all(name.startswith(("CCE", "Liger")) for name in missing)
     assert reasons.keys() - missing == {"rho-1 late"}
     assert "weighs every token late" in reasons["rho-1 late"]
     goals = [line for line in done.stdout.splitlines() if line.startswith("- ")]
