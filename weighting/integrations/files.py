@@ -120,7 +120,7 @@ class RunFiles:
 
 def _signals(hook: Hook) -> tuple[str, ...]:
     """Return the signals that are recorded."""
-    return ("loss", *sorted(x for x in hook.fn.needs if not x.endswith("_ids") and x != "loss"))
+    return ("loss", *sorted(x for x in hook.reads if not x.endswith("_ids") and x != "loss"))
 
 
 def _means(hook: Hook, signals: Signals, out: Weights, call: int) -> Tensor:

@@ -69,6 +69,7 @@ class Hook:
     Attributes:
         fn: The built spec.
         domains: Names of the domains, in the order of their ids.
+        reads: Signals: those that the spec needs, and further columns of the data.
         step: The optimizer step at hand, from 1; None until it is known.
         model: What was called to be weighed, as the host calls it.
         active: Whether training passes are weighed; otherwise the model's own loss is all there is.
@@ -82,6 +83,7 @@ class Hook:
         *,
         domains: Sequence[str] | None = None,
         domain_column: str = "domain",
+        columns: Sequence[str] = (),
         fused: bool = False,
     ) -> None:
         """Build the spec and set the model's loss.
@@ -95,6 +97,8 @@ class Hook:
         _check(plan)
         self.fn = build(plan, domains=domains)
         self.domains = self.fn.domains
+        more = {name if name == "ref_loss" else signal_of(name) for name in columns}
+        self.reads = self.fn.needs | more
         self.step: int | None = None
         self.model, self.active = model, True
         self.within: Callable[[], bool] = always
@@ -117,8 +121,8 @@ class Hook:
     @property
     def columns(self) -> tuple[str, ...]:
         """The columns of the data that it reads, beside that of the domains."""
-        told = {name for name in self.fn.needs if name in _TOLD or name.startswith(TOPK)}
-        found = {column_of(name) or name for name in self.fn.needs - told}
+        told = {name for name in self.reads if name in _TOLD or name.startswith(TOPK)}
+        found = {column_of(name) or name for name in self.reads - told}
         return tuple(sorted(found))
 
     @property

@@ -41,6 +41,7 @@ def weigh(
     *,
     domains: Sequence[str] | None = None,
     domain_column: str = "domain",
+    columns: Sequence[str] = (),
     record: int = 0,
     fused: bool = False,
 ) -> AnyTrainer:
@@ -62,6 +63,7 @@ def weigh(
         domains: Names of the domains.  Then each row of the training data must say its own.
         domain_column: The column that does: a name, or an id in the order of `domains`; of the
             row, or a list for its tokens.
+        columns: Further columns of the data, which are recorded for specs that are tried later.
         record: Every so many steps means of each sequence are recorded; 0 for never.
         fused: Make the loss from hidden states, a chunk of logits at a time, for memory.  The
             model's output layer must be a plain one: no soft cap, no scale, no adapter on it.  Of
@@ -76,7 +78,12 @@ def weigh(
         ImportError: The library is too old.
     """
     callback = WeightingCallback(
-        spec, domains=domains, domain_column=domain_column, record=record, fused=fused
+        spec,
+        domains=domains,
+        domain_column=domain_column,
+        columns=columns,
+        record=record,
+        fused=fused,
     )
     _check_trainer(trainer, fused=fused)
     assert trainer.model is not None
@@ -169,6 +176,7 @@ class WeightingCallback(TrainerCallback, ExportableState):
         *,
         domains: Sequence[str] | None = None,
         domain_column: str = "domain",
+        columns: Sequence[str] = (),
         record: int = 0,
         fused: bool = False,
     ) -> None:
@@ -183,6 +191,7 @@ class WeightingCallback(TrainerCallback, ExportableState):
         self._options: dict[str, Any] = {
             "domains": domains,
             "domain_column": domain_column,
+            "columns": [*columns],
             "fused": fused,
         }
         self._record = record

@@ -143,6 +143,25 @@ def test_report_and_replay_read_such_a_run(whole, tmp_path):
     assert about["starts"][0]["versions"]["transformers"]
 
 
+def test_further_columns_are_recorded_for_specs_that_are_tried_later(tmp_path):
+    """Training is as without them, and a replay weighs by them."""
+    rows = [{**row, "difficulty": i / 4} for i, row in enumerate(tiny.rows(ROWS))]
+    plain = weigh(trainer(tmp_path / "plain"), "linupper")
+    host = trainer(tmp_path / "more", rows=rows)
+    weigh(host, "linupper", columns=["difficulty"], record=1)
+    plain.train()
+    host.train()
+    for name, value in plain.model.state_dict().items():
+        assert torch.equal(host.model.state_dict()[name], value)
+    spec = "column(difficulty) -> mean(sequence) -> pow(1) -> mean_one"
+    run = CliRunner().invoke(main, ["replay", str(tmp_path / "more"), spec])
+    assert run.exit_code == 0, run.output
+    refused = CliRunner().invoke(
+        main, ["replay", host.args.output_dir, "column(other) -> mean_one"]
+    )
+    assert refused.exit_code == 2
+
+
 def test_a_callback_alone_weighs_as_well(tmp_path):
     """A framework that takes callbacks trains the same parameters."""
     one = weigh(trainer(tmp_path / "one"), "linupper-x-mile")
