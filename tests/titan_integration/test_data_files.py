@@ -458,11 +458,11 @@ def test_errors_of_a_hub_stream_are_said_with_the_record(monkeypatch):
         (
             ["a.bin", "a.idx"],
             "a.bin",
-            "Megatron's .bin and .idx are not read: their reader, megatron-core,",
+            ".bin and .idx, as Megatron writes them, are not read: their",
         ),
-        (["a.bin", "a.idx"], "a", "Megatron's"),
-        (["a.bin", "a.idx"], "", "Megatron's"),
-        (["a.bin", "a.idx"], "a*", "Megatron's"),
+        (["a.bin", "a.idx"], "a", "as Megatron writes them"),
+        (["a.bin", "a.idx"], "", "as Megatron writes them"),
+        (["a.bin", "a.idx"], "a*", "as Megatron writes them"),
         (
             ["index.json", "shard.00000.mds"],
             "",

@@ -30,7 +30,7 @@ READABLE = f"{', '.join(_LINES)} (also .gz, .zst), {ARROW}, {PARQUET}"
 _PACKED = (
     (
         (".bin", ".idx"),
-        "Megatron's .bin and .idx are not read: their reader, megatron-core, imports all else",
+        ".bin and .idx, as Megatron writes them, are not read: their reader is megatron-core's",
     ),
     (
         (".mds", ".mds.zstd", ".mds.zst", ".mds.gz"),
