@@ -245,6 +245,7 @@ def test_the_table_holds_every_case():
     assert CALLS.keys() == tables.CASES.keys()
 
 
+@pytest.mark.slow
 @for_each("case", tables.CASES)
 def test_a_batch_takes_the_calls_of_the_table(case):
     """Number and size of the collectives of every case are those of the table, batch by batch."""

@@ -40,6 +40,7 @@ def test_quick_runs_repeat_bit_for_bit(benchmark, monkeypatch, tmp_path, name):
     assert module.report(found).encode() == written[0][f"{name}.md"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["regression", "theory"])
 def test_report_is_made_of_the_stored_numbers(benchmark, name):
     """The report in the repository, byte for byte; a number changed by hand would show."""
@@ -113,6 +114,7 @@ def terms(benchmark):
     return theory, chance, found
 
 
+@pytest.mark.slow
 def test_bound_holds_at_every_step(terms):
     """(a) With the smoothness of the worst sample, and with that of the weighted loss."""
     theory, _, found = terms

@@ -158,6 +158,7 @@ def test_the_default_folder_is_told_to_the_host_whole(evidence, monkeypatch, tmp
     assert evidence.seeded(folders[0], 0).is_absolute()
 
 
+@pytest.mark.slow
 def test_the_stored_page_is_that_of_the_stored_numbers(page, tmp_path):
     """The committed report is what the committed numbers give."""
     copy = tmp_path / STORED.name
@@ -168,6 +169,7 @@ def test_the_stored_page_is_that_of_the_stored_numbers(page, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_the_page_of_results_says_what_the_stored_numbers_say(monkeypatch):
     """Its section on evidence is made anew from what the benchmarks have stored."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")

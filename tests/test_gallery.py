@@ -43,6 +43,7 @@ def test_every_spec_has_its_entry_as_it_is_now(path):
     assert (ROOT / "specs" / "curves" / f"{spec.name}.svg").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", SPECS, ids=lambda path: path.stem)
 def test_every_picture_shows_something(path):
     """A curve has finite weights, some of them positive."""

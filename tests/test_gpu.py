@@ -181,6 +181,7 @@ def test_runs_learn_from_the_same_start(runs):
     assert lines["rho-1-seed1"][-1]["ess_frac"] == pytest.approx(614 / 1024, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_an_evaluation_is_what_its_parts_are(runs, tokens):
     """Means over tokens, domains and bytes, against logits of the whole."""
     data = gpu.Data.read(tokens)
@@ -217,6 +218,7 @@ def test_a_token_sees_only_the_tokens_before_it():
     assert (a[:, 8] - swapped[:, 8]).abs().max() > 1e-6
 
 
+@pytest.mark.slow
 def test_interrupted_after_every_step_it_ends_with_the_same_bits(runs, tokens, tmp_path, capsys):
     """`--minutes 0` takes one step; six such and the rest are one run."""
     more = ("--reference", runs / "uniform-seed1")
@@ -231,6 +233,7 @@ def test_interrupted_after_every_step_it_ends_with_the_same_bits(runs, tokens, t
 STATEFUL = "loss -> mean(domain) -> exponentiated(0.5)"
 
 
+@pytest.mark.slow
 def test_killed_between_checkpoints_it_ends_with_the_same_bits(tokens, tmp_path, monkeypatch):
     """Lines after the checkpoint are made again, and a weighting that remembers goes on."""
     cut, whole = tmp_path / "cut", tmp_path / "whole"

@@ -59,6 +59,7 @@ def on_ranks(text, signals, ranks=2, step=2):
     return tables.Lockstep(ranks).run(part)
 
 
+@pytest.mark.slow
 @each_poison
 @each_case
 def test_a_bad_number_is_counted_or_does_no_harm(case, poison):
@@ -84,6 +85,7 @@ def dropping(case):
     return plan_of(wt.loads(CASES[case]).model_copy(update={"on_nonfinite": "drop"}))
 
 
+@pytest.mark.slow
 @each_poison
 @each_case
 def test_dropped_units_leave_finite_weights(case, poison):
@@ -105,6 +107,7 @@ def test_dropped_units_leave_finite_weights(case, poison):
             )
 
 
+@pytest.mark.slow
 @for_each("poison", ["NaN", "infinite", "1e30"])
 @for_each("case", WITHOUT_LUCK)
 def test_ranks_agree_on_what_one_of_them_saw(case, poison):
@@ -133,6 +136,7 @@ STARVED = {
 }
 
 
+@pytest.mark.slow
 @for_each("starved", STARVED)
 @for_each("case", WITHOUT_LUCK)
 def test_ranks_agree_when_one_has_nothing(case, starved):

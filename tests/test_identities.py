@@ -49,6 +49,7 @@ def _tempered(spec, tau):
 # Special cases ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @given(tables.losses(1, 24), positive)
 def test_tilting_by_t_is_dro_kl_at_one_over_t(loss, t):
     """TERM's weights, the gradient of log(mean(exp(t l))) / t, are DRO-KL's at lambda = 1 / t."""
@@ -60,6 +61,7 @@ def test_tilting_by_t_is_dro_kl_at_one_over_t(loss, t):
         assert_close(got, len(loss) * x.grad, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @given(tables.losses(1, 24))
 def test_the_spec_term_is_dro_kl_at_half(loss):
     """The shipped TERM, t = 2, weighs as the shipped DRO-KL does twice the losses."""
@@ -94,6 +96,7 @@ def test_the_power_of_the_probability_is_the_gradient_of_its_own_loss(q):
         assert torch.equal(shipped(given_).token[:, 0], weight)
 
 
+@pytest.mark.slow
 @given(tables.losses(1, 24), positive)
 def test_upper_is_linupper_out_of_reach_at_twice_the_temperature(loss, r):
     """The shipped `upper` at r is linupper(alpha=2) at 2r, under the cap too."""
@@ -103,6 +106,7 @@ def test_upper_is_linupper_out_of_reach_at_twice_the_temperature(loss, r):
     assert_close(wt.simulate(line, loss), wt.simulate(upper, loss), rtol=2e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @given(tables.losses(1, 24))
 def test_keeping_all_is_uniform(loss):
     """select(1), threshold(quantile=0) and the whole of a row weigh every unit one."""
@@ -112,6 +116,7 @@ def test_keeping_all_is_uniform(loss):
     assert torch.equal(wt.simulate("threshold(quantile=1, side=below)", loss), one)
 
 
+@pytest.mark.slow
 @given(st.integers(0, 2**16))
 def test_hierarchical_term_in_one_domain_is_its_inner_factor(seed):
     """With a single domain the outer factor is one, the inner one TERM at t = -2 on tokens."""
@@ -219,6 +224,7 @@ def test_a_tilted_mean_lies_between_minimum_and_maximum():
     assert (means.diff(dim=0) > 0).all()
 
 
+@pytest.mark.slow
 @settings(max_examples=8)
 @given(tables.losses(2, 12, high=8.0), st.lists(tables.float32s(0.0, 8.0), min_size=1, max_size=6))
 def test_absgd_settles_at_mean_one(loss, first):
@@ -237,6 +243,7 @@ def test_absgd_settles_at_mean_one(loss, first):
 # Against sorting ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @given(tables.losses(1, 40), shares)
 def test_select_keeps_the_first_of_the_sorted(loss, keep):
     """Sequences at least as high as the k-th of the sorted weigh n over their number."""
@@ -248,6 +255,7 @@ def test_select_keeps_the_first_of_the_sorted(loss, keep):
     assert_close(weight, torch.tensor(expected) * len(loss) / sum(expected), rtol=1e-6, atol=0)
 
 
+@pytest.mark.slow
 @given(st.integers(1, 40), st.sampled_from([2, 3, 4, 5, 8]), st.randoms(use_true_random=False))
 def test_slices_share_out_the_sorted(n, parts, random):
     """The slices of a share of distinct losses take k each, from the highest down."""
@@ -259,6 +267,7 @@ def test_slices_share_out_the_sorted(n, parts, random):
         assert here == {*ordered[index * k : (index + 1) * k]}
 
 
+@pytest.mark.slow
 @given(tables.losses(1, 40), st.integers(0, 16).map(lambda s: s / 16))
 def test_threshold_keeps_one_side_of_the_sorted(loss, q):
     """A quantile keeps the highest floor((1 - q) n), or the lowest floor(q n), at least one."""
@@ -320,6 +329,7 @@ def test_of_nothing_nothing_is_selected():
     assert not (x >= scope.kth_largest(x, torch.tensor(1.0))).any()
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.lists(st.integers(0, 12), min_size=1, max_size=9), min_size=1, max_size=6),
     st.integers(1, 14),
@@ -387,6 +397,7 @@ def test_the_rate_of_keeping_is_the_probability(seed):
     assert torch.equal(weights > 0, rates > 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("correct", [True, False])
 def test_units_are_drawn_in_proportion(correct):
     """Over many batches a unit weighs n p on average, or, with `correct`, one."""
@@ -406,6 +417,7 @@ def test_units_are_drawn_in_proportion(correct):
         assert abs(got - expected) <= 4 * error, (got, expected)
 
 
+@pytest.mark.slow
 def test_importance_weights_are_unbiased():
     """Over many batches the drawn weights of the shipped importance sampling have mean one."""
     spec = wt.loads(tables.SPEC_TEXTS["importance"])

@@ -87,6 +87,7 @@ def test_the_same_bytes_wherever_they_are_built(built):
     assert [path.read_bytes() for path in other] == [path.read_bytes() for path in one]
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_every_file_and_tells_of_itself(trees, built):
     """Both packages, typed, with templates, specs and schema; licence and entry points."""
     tree, wheel = trees[0], zipfile.ZipFile(built[0][0])
@@ -122,6 +123,7 @@ def test_the_sdist_holds_what_its_own_tests_need(trees, built):
     assert names == there | {"PKG-INFO"}
 
 
+@pytest.mark.slow
 def test_an_index_would_take_both(built):
     """The long description renders, and nothing is missing."""
     told = ran("-m", "twine", "--no-color", "check", "--strict", *built[0])

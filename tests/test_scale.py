@@ -32,11 +32,13 @@ def loss_path(monkeypatch):
     return importlib.import_module("loss_path")
 
 
+@pytest.mark.slow
 def test_the_page_is_current(scale):
     """What the script writes is what lies there."""
     assert scale.page() == (BENCHMARKS / "scale.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["1B", "8B", "70B", "405B"])
 def test_parameters_and_flops_are_torchtitans(scale, name):
     """They are those that torchtitan counts of the whole model, on a device without memory."""

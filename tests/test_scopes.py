@@ -58,6 +58,7 @@ def on_ranks(text, signals, ranks):
 # Ranks --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @for_each("case", [case for case, text in tables.CASES.items() if "scope:" not in text])
 def test_scope_rank_weighs_as_one_rank_alone_does(case):
     """With scope: rank every rank gives, bit by bit, what it gives without the others."""

@@ -71,6 +71,7 @@ def test_yaml_blocks_are_specs_that_build(block):
     assert wt.loads(wt.dumps(spec, "yaml")) == spec
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", sorted({block.page for block in of("python")}))
 def test_python_blocks_run(page, monkeypatch):
     """The Python blocks of a page run one after the other, and the tests they define pass."""

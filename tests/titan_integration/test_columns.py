@@ -97,6 +97,7 @@ def taken(loader, steps):
     return list(itertools.islice(loader, steps))
 
 
+@pytest.mark.slow
 def test_every_token_has_its_documents_numbers(build, file):
     """On one rank and on three, over two epochs, with a worker, and from a resumed state."""
     whole = agrees(taken(build(file, columns=NAMES, local_batch=6), 30))
@@ -233,6 +234,7 @@ def follows_the_labels(batches):
     return batches
 
 
+@pytest.mark.slow
 def test_a_number_for_each_token_stays_with_its_label(build, scored, tmp_path):
     """Across cuts, epochs, ranks, workers and resumed states, and in rows of one domain."""
     path = tmp_path / "x.jsonl"
@@ -251,6 +253,7 @@ def test_a_number_for_each_token_stays_with_its_label(build, scored, tmp_path):
     follows_the_labels(taken(build(path, **common, rows="turns"), 60))
 
 
+@pytest.mark.slow
 def test_every_kind_of_source_has_numbers_for_each_token(build, scored, tokenizer, tmp_path):
     """Parquet, streamed files, and data sets of Hugging Face."""
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(record) + "\n" for record in scored))

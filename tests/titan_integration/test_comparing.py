@@ -278,6 +278,7 @@ def test_wrong_comparisons_are_refused(tmp_path, monkeypatch):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_what_a_later_run_would_refuse_is_said_first(tmp_path, monkeypatch):
     """Data, columns, references and flags are looked at before the first run."""
     monkeypatch.chdir(tmp_path)
@@ -300,6 +301,7 @@ def test_what_a_later_run_would_refuse_is_said_first(tmp_path, monkeypatch):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_changed_orders_are_refused_and_more_specs_are_not(tmp_path):
     """Runs that have begun keep to what they were asked for; says what is another now."""
     folder = tmp_path / "runs"
@@ -413,6 +415,7 @@ def test_a_torn_checkpoint_is_not_the_last_one_saved(tmp_path):
     assert series.last_saved(tmp_path) == 2
 
 
+@pytest.mark.slow
 def test_a_trainer_that_outlives_its_command_keeps_the_folder(tmp_path):
     """Killed for good, a command leaves what it started; until that ends, others are refused."""
     script = (

@@ -207,6 +207,7 @@ def test_lora_keeps_its_frozen_layers_and_gets_dense_attention():
         assert "LoRA" in type(layer.attention.wo)._owner.__name__
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [None, 0.3])
 @pytest.mark.parametrize("key_heads", [4, 2])
 def test_attention_equals_a_loop_over_documents(key_heads, scale):

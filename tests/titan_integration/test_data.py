@@ -141,6 +141,7 @@ def reference(documents, encode, count, seq_len=SEQ_LEN, seed=0):
         yield torch.tensor([inputs, positions, domain_ids, labels])
 
 
+@pytest.mark.slow
 def test_rows_agree_with_a_slow_reference(build, tokenizer):
     """Inputs, positions, domain ids and labels are those of the definition, over two turns."""
     loader = build(local_batch=8)
@@ -151,6 +152,7 @@ def test_rows_agree_with_a_slow_reference(build, tokenizer):
     assert torch.equal(torch.cat(list(rows([loader], steps)), dim=1), expected)
 
 
+@pytest.mark.slow
 def test_small_data_repeats_and_agrees_with_the_reference(files, build, tokenizer):
     """Two epochs and more of local files, each in another order, are those of the definition."""
     small = files / "b.parquet"
@@ -170,6 +172,7 @@ def test_a_batch_has_the_shapes_and_types_of_the_trainer(build):
         assert tensor.dtype == torch.int64
 
 
+@pytest.mark.slow
 def test_segments_never_mix_documents(build, tokenizer):
     """In a segment labels are the next inputs, the domain is one, and ends are only at the end."""
     for inputs, positions, domain_ids, labels in rows([build()], 50).transpose(1, 2).flatten(0, 1):
@@ -312,6 +315,7 @@ def test_a_distributed_checkpoint_carries_the_state(ranks, num_ranks, checkpoint
     assert sum(f.stat().st_size for f in checkpoint_of_two.iterdir()) < 1_000_000
 
 
+@pytest.mark.slow
 def test_finite_ranks_stop_together(ranks):
     """All ranks yield equally many batches, and leave out less than one global batch."""
     expected = list(ranks(1, 12, infinite=False)[0])
@@ -334,6 +338,7 @@ def test_finite_rows_hold_every_document_once(files, build, tokenizer):
     assert (labels == tokenizer.eos_id).sum() >= len(documents) - SEQ_LEN
 
 
+@pytest.mark.slow
 def test_a_finite_stream_resumes(build):
     """The end of a pass is reached from a state in the middle of it."""
     config = {"split": "validation", "infinite": False}
@@ -351,6 +356,7 @@ def test_seeds_and_epochs_reorder(build):
     assert not torch.equal(rows([build(seed=1)], 2), rows([build(seed=2)], 2))
 
 
+@pytest.mark.slow
 def test_the_validator_can_change_infinite(tokenizer):
     """The host replaces one field of the configuration and builds it."""
     config = replace(DomainTextDataLoader.Config(split="validation"), infinite=False)

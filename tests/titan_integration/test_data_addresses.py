@@ -70,6 +70,7 @@ def s3():
         s3fs.S3FileSystem.clear_instance_cache()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["x.jsonl", "x.csv.gz", "x.parquet", "x.arrow"])
 def test_a_store_of_s3_is_read_as_files_are(s3, expected, name):
     """One file, a folder of a split, or a pattern, by index and as a stream, and resumed."""

@@ -136,6 +136,7 @@ def slow_rows(file, tokenizer, domain_and_turn, seed=0):
         yield torch.tensor([inputs, positions, [DOMAINS.index(domain)] * SEQ_LEN, labels])
 
 
+@pytest.mark.slow
 def test_drawn_rows_agree_with_a_slow_packer(file, tokenizer, build):
     """Inputs, positions, domains and labels are those of the definition, over several epochs."""
     steps, change, size = 385, 117, 6  # Philox makes four numbers at once; batches begin in between
@@ -156,6 +157,7 @@ def test_drawn_rows_agree_with_a_slow_packer(file, tokenizer, build):
         assert max(epoch for v in entries for of, epoch, *_ in v if of == pool) >= least
 
 
+@pytest.mark.slow
 def test_turns_agree_with_a_slow_packer(file, tokenizer, build):
     """Batch i is of domain i mod 3, whose rows are dealt to its shards one by one."""
     turns = [(DOMAINS[i % 3], i // 3 * 8 + j) for i in range(300) for j in range(8)]
@@ -193,6 +195,7 @@ def p_value(counts, proportions):
     ).pvalue
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wanted", [(0.5, 0.3, 0.2), (1, 8, 3)])
 def test_domains_are_drawn_as_often_as_asked(build, wanted):
     """10,000 rows fit the proportions, and do not fit ones that are 10 % off."""
@@ -234,6 +237,7 @@ def test_every_row_is_of_one_domain(build, mode):
         assert (ids != ids[:, :1, :1]).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["drawn", "turns"])
 def test_a_domains_text_is_read_once_before_it_is_read_again(file, tokenizer, build, mode):
     """When every shard is through its first epoch, each token of each document has been seen.
@@ -261,6 +265,7 @@ def test_a_domains_text_is_read_once_before_it_is_read_again(file, tokenizer, bu
 # --- however they are cut ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["drawn", "turns"])
 @pytest.mark.parametrize("global_batch", [12, 60])
 def test_the_global_batch_does_not_depend_on_the_ranks(ranks, global_batch, mode):
@@ -306,6 +311,7 @@ def test_a_distributed_checkpoint_carries_the_state(build, tmp_path):
     assert torch.equal(rows([second], 5), expected[10:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["mixed", "drawn", "turns"])
 def test_worker_processes_change_nothing(build, mode):
     """None, one and two yield the same batches, and their state resumes without them."""

@@ -91,6 +91,7 @@ def saved(config, folder):
     return model.eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [tiny_llama, tiny_tied, tiny_qwen3, *OF_EXPERTS])
 def test_logits_in_transformers_are_ours(make, tmp_path):
     """Of every token, to 1e-5, and of experts, which the host multiplies in bfloat16, to that."""
@@ -111,6 +112,7 @@ def test_logits_in_transformers_are_ours(make, tmp_path):
         assert_close(there, ours, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [tiny_llama, tiny_qwen3])
 def test_a_folder_for_hugging_face_is_a_checkpoint_too(make, tmp_path):
     """What was exported is loaded again, bit for bit, and misfits are told."""
@@ -129,6 +131,7 @@ def test_a_folder_for_hugging_face_is_a_checkpoint_too(make, tmp_path):
         load_model(wrong.model_spec.model.build(), tmp_path / "hf", "it", "CHECKPOINT", adapter)
 
 
+@pytest.mark.slow
 def test_a_text_begins_in_transformers_as_in_training(tmp_path):
     """With the token that begins documents, once; the model's files know it, too."""
     config = tiny_llama()
@@ -153,6 +156,7 @@ def test_experts_scored_by_softmax_are_refused(tmp_path):
         hf_config(spec, str(tmp_path), 32)
 
 
+@pytest.mark.slow
 def test_experts_chosen_with_a_bias_are_refused(tmp_path):
     """Transformers' Qwen3 has no place for it."""
     config = tiny_qwen3_moe()

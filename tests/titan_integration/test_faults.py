@@ -209,6 +209,7 @@ def test_a_full_disk_is_said_once_and_the_same_command_goes_on(start, mounted):
     assert (dump / "weighting" / "mixture.yaml").exists()
 
 
+@pytest.mark.slow
 def test_a_torn_line_of_metrics_is_taken_away(tmp_path):
     """What a full disk has cut off is not in the middle of the file after the next line."""
     path = tmp_path / "metrics.jsonl"
@@ -249,6 +250,7 @@ def test_what_is_no_folder_is_refused(tmp_path):
 # Damaged files ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_no_flipped_bit_is_loaded(tmp_path):
     """Of 200 places in a checkpoint's data, each is refused or changes nothing."""

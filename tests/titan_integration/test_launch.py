@@ -123,6 +123,7 @@ def in_folder(folder, *arguments):
     )
 
 
+@pytest.mark.slow
 def test_files_called_like_modules_are_not_run_by_quick_commands(hostile):
     """A plugin in the working folder is found, though it is searched last."""
     for words in (["check"], ["simulate", "--losses", "1,2,3"], ["explain"]):
@@ -368,6 +369,7 @@ def test_a_misspelt_option_is_one_line_at_once(words, near, monkeypatch):
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize(
     ("flag", "message"),

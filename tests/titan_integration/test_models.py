@@ -179,6 +179,7 @@ def model_of(config):
 TRAINABLE = [x for x in DEBUG if not reason_of(x) and not any(o in x for o in OVER_RANKS)]
 
 
+@pytest.mark.slow
 # The host's routers ask for a precision that a CPU has anyway.
 @pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")
 @pytest.mark.parametrize("name", TRAINABLE)
@@ -296,6 +297,7 @@ def parts_of(config):
     return found
 
 
+@pytest.mark.slow
 def test_every_other_config_is_made_of_parts_that_were_compared():
     """Large ones differ in sizes alone; those over ranks in what sends tokens or sums parts."""
     compared = [config_of(name) for name in TRAINABLE]

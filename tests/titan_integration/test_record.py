@@ -242,6 +242,7 @@ def test_without_token_losses_the_loss_is_nan_and_the_weight_one(tmp_path):
     assert step.tokens.tolist() == signals["valid"].sum(1).tolist()
 
 
+@pytest.mark.slow
 def test_a_captured_step_records_like_any_other(tmp_path):
     """Whether and where a call is noted is a matter of tensors: one graph serves all steps."""
     noting = recorder(tmp_path, "every=2,tokens=8,documents=2")
@@ -301,6 +302,7 @@ def test_what_cannot_be_written_ends_the_run(tmp_path):
         noting.flush()
 
 
+@pytest.mark.slow
 def test_twenty_thousand_steps_of_128_sequences_take_less_than_20_megabytes(tmp_path):
     """Recorded at every step, with a second signal, and ten domains without any order."""
     layout = Layout(1, 128, 2048, 1)

@@ -455,6 +455,7 @@ def test_a_step_that_is_not_there_is_said(made, tmp_path):
         manager.load(2)
 
 
+@pytest.mark.slow
 def test_where_to_start_from_is_checked_by_its_own_name(made, tmp_path):
     """Nobody is told to leave out --checkpoint.load_step who has not given it."""
     before = tmp_path / "before"

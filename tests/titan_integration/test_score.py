@@ -175,6 +175,7 @@ def test_references_of_several_names_stand_side_by_side(tmp_path):
     assert "'a b' is no name" in done.output
 
 
+@pytest.mark.slow
 def test_a_file_says_how_it_was_made(scored, seed, data):
     """Which checkpoint, at which step, and with what row length; what else it takes to redo it."""
     made = score_data.provenance(scored(2, "document"))

@@ -43,6 +43,7 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
+@pytest.mark.slow
 def test_the_host_loads_it_with_the_exact_vocabulary():
     """The host's tokenizer class finds 2048 tokens, of which 0 and 1 are the special ones."""
     tokenizer = HuggingFaceTokenizer(tokenizer_path=str(ensure_tokenizer()))
@@ -51,6 +52,7 @@ def test_the_host_loads_it_with_the_exact_vocabulary():
     assert (tokenizer.bos_token, tokenizer.eos_token) == (BOS, EOS)
 
 
+@pytest.mark.slow
 def test_any_text_comes_back_from_its_tokens():
     """Any text comes back from its tokens, and only asked-for special tokens are added."""
     tokenizer = HuggingFaceTokenizer(tokenizer_path=str(ensure_tokenizer()))

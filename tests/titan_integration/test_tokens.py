@@ -166,6 +166,7 @@ def test_a_checkpoint_of_another_model_is_one_message_and_status_2(folder, model
     assert not list(folder.glob("*not.html*"))
 
 
+@pytest.mark.slow
 @given(st.text(st.characters(exclude_categories=["Cs"])))
 @example("<|begin_of_text|><|begin_of_text|>a<|end_of_text|>")
 @example("é日🦜👩‍👩‍👧 \r\n\0\ufffd")

@@ -143,6 +143,7 @@ def test_the_check_that_waits_anyway_counts_units():
         fn.check(out)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error")
 def test_a_compiled_loss_is_whole_and_says_nothing():
     """Looking would break the graph."""

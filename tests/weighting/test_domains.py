@@ -474,6 +474,7 @@ def doge_finds(chains, rng):
     return told(fn), average(fn)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("finds", [doremi_finds, doge_finds])
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_noisy_domain_is_drawn_less(finds, seed):
@@ -490,6 +491,7 @@ def test_a_noisy_domain_is_drawn_less(finds, seed):
     assert final[noise] < 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("finds", [doremi_finds, doge_finds])
 @pytest.mark.parametrize("seed", [0])
 def test_domains_as_easy_as_each_other_are_drawn_alike(finds, seed):

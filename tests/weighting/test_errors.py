@@ -227,6 +227,7 @@ def mutated(text, mutations):
     return text
 
 
+@pytest.mark.slow
 @settings(max_examples=300)
 @given(st.sampled_from(_BASES), _mutations)
 def test_broken_text_raises_nothing_but_a_spec_error(base, mutations):

@@ -122,6 +122,7 @@ def test_the_last_line_of_a_step_counts(tmp_path, reader):
         reader(path)
 
 
+@pytest.mark.slow
 def test_lines_take_less_memory_than_their_text(tmp_path, reader):
     """Of each number eight bytes are kept, and while a file is read no more than its text."""
     path, small = tmp_path / "metrics.jsonl", tmp_path / "small.jsonl"

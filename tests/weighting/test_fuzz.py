@@ -21,6 +21,7 @@ def fuzz(monkeypatch):
     return importlib.import_module("fuzz")
 
 
+@pytest.mark.slow
 def test_some_texts_are_refused_or_whole(fuzz):
     """A share of the right and the hostile ones first, then what is made from them."""
     right, hostile = fuzz.right()[::6], fuzz.hostile()[::20]

@@ -269,6 +269,7 @@ def test_there_are_many():
         assert len([*family()]) >= 10, family.__name__
 
 
+@pytest.mark.slow
 @for_each("case", CASES)
 def test_a_hostile_text_is_refused_with_a_place(case):
     """A SpecError with line and column, in words that a terminal can show."""

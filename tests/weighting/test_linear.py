@@ -65,6 +65,7 @@ def must_agree(got, expected):
         assert_close(mine, other, rtol=2e-4, atol=2e-5)
 
 
+@pytest.mark.slow
 @for_each("memory", ["auto", "keep", "recompute", "full"])
 @for_each("case", tables.CASES)
 def test_hidden_states_give_what_logits_give(case, memory):
@@ -287,6 +288,7 @@ def one_row(batch):
     return (leaves, flattened(labels), {**new, "columns": columns}), places
 
 
+@pytest.mark.slow
 @for_each("memory", ["auto", "keep", "recompute", "full"])
 @for_each("name", tables.SPEC_TEXTS)
 def test_a_padding_free_row_with_sequence_ids_trains_like_padded_rows(name, memory):

@@ -438,6 +438,7 @@ def test_what_was_drawn_is_no_state():
     assert not hasattr(shipped("odm"), "drawn"), "what draws alone has nothing to undo"
 
 
+@pytest.mark.slow
 def test_one_graph_serves_every_draw():
     """Shares drawn and states told between the calls change the weights, not the graph."""
     lines = (

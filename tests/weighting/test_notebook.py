@@ -61,6 +61,7 @@ def test_every_cell_runs(executed):
         assert not {"error", "stderr"} & {*kinds}, (source, outputs)
 
 
+@pytest.mark.slow
 def test_specs_and_weights_are_tables(executed):
     """A spec with its pipeline; weights with what they come to, twice."""
     spec, *weights = shown(executed, "text/html")

@@ -102,6 +102,7 @@ def test_steps_are_lines_of_their_own(tmp_path):
     assert "Weights of 129 evenly spread units against loss, step 1001" in last
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".png", ".svg", ".PNG"])
 def test_a_picture_is_whole_and_the_same_at_every_run(suffix, tmp_path):
     """Both formats parse, have lines on them, and differ in no byte from one run to the next."""
@@ -123,6 +124,7 @@ def test_a_picture_is_whole_and_the_same_at_every_run(suffix, tmp_path):
     assert bool((pixels[0, 0] == 1).all()), "the ground is white"
 
 
+@pytest.mark.slow
 def test_the_users_own_style_changes_nothing(tmp_path):
     """A picture has this style whatever matplotlib was told before, and leaves that alone."""
     before = drawn(tmp_path / "a.svg", "linupper")
@@ -148,6 +150,7 @@ def test_no_two_lines_look_alike():
     assert len({*looks}) == 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", shipped())
 def test_every_shipped_spec_is_drawn_or_says_why_not(name, tmp_path):
     """Weights of every spec are drawn, but of those that only draw data, which say so."""

@@ -123,6 +123,7 @@ def test_every_public_name_is_there_when_asked_for():
         _ = wt.biuld
 
 
+@pytest.mark.slow
 def test_importing_the_package_imports_no_torch_and_submodules_hide_no_function():
     """`import weighting` is light, and `weighting.build` is a function after its room is loaded."""
     code = (

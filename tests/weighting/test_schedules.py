@@ -82,6 +82,7 @@ def test_ramps_follow_their_formula(kind, start, end, over, begin, step):
     assert got == pytest.approx(expected, rel=1e-5, abs=1e-6 * max(start, end))
 
 
+@pytest.mark.slow
 @given(st.dictionaries(st.integers(0, 50), st.floats(-9, 9, width=32), min_size=1))
 def test_piecewise_holds_the_last_value_reached(values):
     """Whatever the order the steps are given in, the last one reached counts."""

@@ -162,6 +162,7 @@ def test_specs_side_by_side_as_people_see_them(tmp_path, monkeypatch):
     assert run("linupper-gpt2", *arguments, *each).output == BESIDE
 
 
+@pytest.mark.slow
 @given(
     loss=st.lists(st.floats(0, 30, width=32), min_size=1, max_size=20),
     spec=st.sampled_from(["linupper", "prop1", "focal", "dro-kl", "rgd", "cvar", "uniform"]),

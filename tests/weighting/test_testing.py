@@ -330,6 +330,7 @@ def _nothing_seen():
     _SEEN.clear()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", WRONG)
 def test_a_fault_is_named_by_its_check(fault):
     """The check made for a fault fails, and its first line names both."""
@@ -352,6 +353,7 @@ def test_every_check_is_shown_to_catch_something():
     assert len(CHECKS) >= 20
 
 
+@pytest.mark.slow
 def test_all_failures_are_named_at_once():
     """`check_stage` words the first failure and lists the others."""
     with pytest.raises(AssertionError) as caught:
@@ -361,6 +363,7 @@ def test_all_failures_are_named_at_once():
     assert re.search(r"^  also failed: .*mean_one", text, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_what_a_stage_raises_is_told():
     """An exception in a stage fails the check with its type and words, and is its cause."""
 
@@ -451,6 +454,7 @@ def test_unexpected_weights_are_shown_in_a_table():
 # Generated batches ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @given(generators.signals(domains=tables.DOMAINS))
 def test_any_generated_batch_is_weighed(signals):
     """Every generated batch is legal, and a spec of all levels gives it sound weights."""

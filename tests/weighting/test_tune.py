@@ -73,6 +73,7 @@ def test_the_edge_is_where_the_effective_sample_size_is_what_was_asked_for(run):
         assert point.found.ess == pytest.approx(slow_ess(run, point.value), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_several_wishes_are_met_together(run):
     """Each alone keeps a stretch; both keep what these have in common."""
     ess, mass = Wish("ess", 0.5, 1), Wish("code", 0.6, 1, "code")
@@ -185,6 +186,7 @@ def command(*arguments):
     return click.testing.CliRunner().invoke(main, ["tune", *map(str, arguments)])
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_line_for_each_value_and_draws_them(run, tmp_path):
     """Those that keep what is asked for are marked, and told in a sentence."""
     out = tmp_path / "t.svg"

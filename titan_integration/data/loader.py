@@ -264,6 +264,7 @@ class DomainTextDataLoader(ParallelAwareDataloader):
             )
             raise ValueError(msg)
         self._rows.pools.proportions = scaled(proportions, self.domains)
+        self._rows.pools.told = None
 
     def draw_step_by_step(self, batches: int) -> None:
         """Draw the batches of each step, so many, in what `tell` gives for it.

@@ -104,7 +104,7 @@ class WeightedTrainer(Trainer):
     """Of the domains, where the weighting compares them."""
     begun: bool = False
     """Whether a step was taken since this start."""
-    _drawing: bool = False
+    _drawing: bool
     """Whether the loader knows the proportions to draw in, where they never move."""
     _claim: IO[str]
     """Keeps the dump folder to this run while it is open; the first rank's."""
@@ -169,6 +169,7 @@ class WeightedTrainer(Trainer):
             self.gradient_accumulation_steps = len(domains or ())
             logger.info(f"A step takes {len(domains or ())} microbatches, one of every domain")
         self.run = run = start_run(self, plan, when)
+        self._drawing = False
         self.gradients = self._domain_gradients(config) if takes_turns else None
         self._agree_every = config.weighting.agree_every
         loader = cast("DomainTextDataLoader", self.dataloader)

@@ -98,6 +98,7 @@ def test_the_step_is_the_same_however_the_batch_came_about(usual, tmp_path_facto
         assert_close(host.model.get_parameter(name), value, rtol=1e-4, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_a_step_whose_labels_are_all_masked_changes_nothing(tmp_path):
     """The parameters stay; without weights they would be no numbers."""
     rows = [{**row, "labels": [-100] * len(row["labels"])} for row in tiny.rows(ROWS)]
@@ -106,12 +107,14 @@ def test_a_step_whose_labels_are_all_masked_changes_nothing(tmp_path):
         assert torch.equal(host.model.get_parameter(name), value)
 
 
+@pytest.mark.slow
 def test_a_batch_of_one_row_is_said_to_compare_nothing(tmp_path):
     """A warning names the factor, and what to do."""
     with pytest.warns(OneUnitWarning, match="compares sequences"):
         one_step(tmp_path, per_device_train_batch_size=1)
 
 
+@pytest.mark.slow
 def test_predictions_are_the_models_own_before_and_after_training(usual, tmp_path):
     """Their loss has no weights, and their logits are there."""
     rows = [{k: x for k, x in row.items() if k != "domain"} for row in tiny.rows(4)]
@@ -122,6 +125,7 @@ def test_predictions_are_the_models_own_before_and_after_training(usual, tmp_pat
     assert (ours.predictions == theirs.predictions).all()
 
 
+@pytest.mark.slow
 def test_a_model_that_was_trained_has_its_own_loss_again(tmp_path):
     """A plain trainer of the same model trains without weights, to the bit."""
     model = weigh(trainer(tmp_path / "first"), SPEC)
@@ -136,6 +140,7 @@ def test_a_model_that_was_trained_has_its_own_loss_again(tmp_path):
         assert torch.equal(again.model.state_dict()[name], value)
 
 
+@pytest.mark.slow
 def test_a_framework_that_makes_its_callbacks_by_name_weighs_too(tmp_path):
     """A Seq2SeqTrainer with a callback made of arguments and trainer trains as `weigh` does."""
     made = {"weighting": lambda _args, _trainer: WeightingCallback(SPEC)}
@@ -152,6 +157,7 @@ def test_a_framework_that_makes_its_callbacks_by_name_weighs_too(tmp_path):
         assert torch.equal(other.model.state_dict()[name], value)
 
 
+@pytest.mark.slow
 def test_a_model_that_is_made_for_each_run_is_weighed(usual, tmp_path):
     """With model_init the trainer drops the model that `weigh` saw."""
     given = {"per_device_train_batch_size": ROWS, "gradient_accumulation_steps": 1, "max_steps": 1}
@@ -245,6 +251,7 @@ def test_the_auxiliary_loss_of_experts_is_added_as_it_is():
 # Told what to do ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_columns_that_the_data_lacks_are_named_before_training(tmp_path):
     """The message has those that there are; so is a domain that nobody knows."""
     rows = [{"input_ids": [5, 6], "labels": [5, 6], "source": "code"} for _ in range(ROWS)]
@@ -314,6 +321,7 @@ class Smoothed(Trainer):
         return model(**inputs).logits.float().mean() * labels.numel()
 
 
+@pytest.mark.slow
 @for_each(
     "setting, message",
     [

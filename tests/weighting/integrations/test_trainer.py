@@ -60,6 +60,7 @@ def test_accumulated_microbatches_of_unequal_length_are_one_step(tmp_path_factor
         assert_close(value.double(), parameters[name], rtol=1e-4, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_uniform_trains_the_parameters_of_the_plain_trainer_bit_for_bit(tmp_path):
     """A weight of one by construction changes nothing, and is reported as one."""
     plain = trainer(tmp_path / "plain")
@@ -92,6 +93,7 @@ def whole(tmp_path_factory):
     return host
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_as_the_one_that_was_not_interrupted(whole):
     """Parameters and what the stages remember agree bit for bit; the state is in checkpoint-N."""
     folder = whole.args.output_dir
@@ -162,6 +164,7 @@ def test_further_columns_are_recorded_for_specs_that_are_tried_later(tmp_path):
     assert refused.exit_code == 2
 
 
+@pytest.mark.slow
 def test_a_callback_alone_weighs_as_well(tmp_path):
     """A framework that takes callbacks trains the same parameters."""
     one = weigh(trainer(tmp_path / "one"), "linupper-x-mile")
@@ -174,6 +177,7 @@ def test_a_callback_alone_weighs_as_well(tmp_path):
     assert "weighting/weight/max" in other.state.log_history[0]
 
 
+@pytest.mark.slow
 def test_a_callback_that_the_trainer_makes_again_goes_on(whole):
     """With restore_callback_states_from_checkpoint the callback is a new one, of the old state."""
     folder = whole.args.output_dir
@@ -209,6 +213,7 @@ class OwnLoss(Trainer):
         return model(**inputs).logits.square().mean()
 
 
+@pytest.mark.slow
 def test_a_trainer_with_a_loss_of_its_own_is_stopped_at_the_first_step(tmp_path):
     """Though it calls the model with labels, the gradient does not come of the weighted loss."""
     host = weigh(trainer(tmp_path, OwnLoss), "linupper")
@@ -228,6 +233,7 @@ class Interrupts(TrainerCallback):
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 @for_each("alone", (False, True), ids=lambda alone: "callback" if alone else "weigh")
 def test_a_model_is_not_weighted_after_a_run_that_was_interrupted(tmp_path_factory, alone):
     """A plain Trainer or loop that goes on with it has the plain loss, and the run itself not."""
@@ -256,6 +262,7 @@ def test_a_model_is_not_weighted_after_a_run_that_was_interrupted(tmp_path_facto
         assert torch.equal(hosts[0].model.state_dict()[name], value)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_spec_or_of_none_is_not_gone_on_from_in_silence(tmp_path):
     """Another spec's state is refused; a run that had none starts afresh, and says so."""
     plain = trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1)

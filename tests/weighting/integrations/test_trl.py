@@ -81,6 +81,7 @@ def test_a_step_of_tokenized_rows_is_the_step_of_the_formula(tmp_path_factory, m
         assert_close(value.double(), parameters[name], rtol=1e-4, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_samples_laid_end_to_end_are_sequences(tmp_path):
     """Padding-free with domains, and packed rows without, weigh each sample by itself."""
     rows = tiny.rows(BATCH)
@@ -95,6 +96,7 @@ def test_samples_laid_end_to_end_are_sequences(tmp_path):
     assert_close(found["loss"], loss, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_dft_is_trls_own(tmp_path):
     """The spec trains the parameters of loss_type="dft", on completions alone, with a column."""
     rows = [
@@ -115,6 +117,7 @@ TEMPLATE = (
 )
 
 
+@pytest.mark.slow
 def test_chats_of_several_turns_count_where_trl_has_labels(tmp_path):
     """With assistant_only_loss the loss is that of the labels that TRL makes, in float64."""
     said = ["3 4 5", "6 7", "8 9", "10 11 12"]
@@ -145,6 +148,7 @@ def test_settings_of_trl_that_take_the_loss_away_are_refused(tmp_path):
         weigh(host, "linupper")
 
 
+@pytest.mark.slow
 def test_what_the_fused_head_does_not_tell_is_refused(tmp_path):
     """Columns that packing dropped, signals it lacks, and a loss that would be weighed twice."""
     rows = tiny.rows(BATCH)
@@ -159,6 +163,7 @@ def test_what_the_fused_head_does_not_tell_is_refused(tmp_path):
         weigh(trainer(tmp_path / "dft", rows, loss_type="dft"), "linupper")
 
 
+@pytest.mark.slow
 def test_uniform_and_evaluation_are_trls_own(tmp_path):
     """Parameters agree bit for bit, and what is evaluated is not weighted."""
     rows = tiny.rows(BATCH)
