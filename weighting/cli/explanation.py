@@ -161,12 +161,14 @@ def _references(plan: Plan) -> Iterator[str]:
     names = {stage.of for stage in told.values()}
     if not names:
         return
-    yield f"  by --weighting.reference: {_models(len(names))} forward beside the one that trains,"
-    yield "  and a step with one took 1.24 of one without; each keeps its parameters,"
-    yield "  cut over ranks as the model's are, and no gradients or optimizer state"
+    yield f"  by --weighting.reference: {_models(len(names))} forward beside the one"
+    yield "  that trains, and a step with one took 1.24 of one without; each keeps its"
+    yield "  parameters, cut over ranks as the model's are, and no gradients or optimizer"
+    yield "  state"
     if any(stage.takes_model for stage in told.values()):
-        yield "  kl: the model itself goes forward once more, and the logits of both meet, a chunk"
-        yield "  at a time: a step of a small model took 1.5 of one with the reference alone"
+        yield "  kl: the model itself goes forward once more, and the logits of both meet,"
+        yield "  a chunk at a time: a step of a small model took 1.5 of one with the reference"
+        yield "  alone"
     if any(stage.tells == "ref_loss" for stage in told.values()):
         yield "  ref_loss as a column of the data, by weighting score, costs no time"
 

@@ -498,7 +498,7 @@ def _read(file: Path, *further: str) -> _Part:
         msg = "records are Parquet files, which need pyarrow: pip install pyarrow"
         raise ValueError(msg) from None
     try:
-        with pq.ParquetFile(file, read_dictionary=[DOMAIN]) as parquet:
+        with pq.ParquetFile(file) as parquet:
             about = json.loads((parquet.metadata.metadata or {}).get(ABOUT.encode(), "null"))
             table = parquet.read()
     except (pa.ArrowException, OSError, ValueError, RecursionError) as error:
