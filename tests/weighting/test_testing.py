@@ -171,7 +171,7 @@ _SHARED = torch.zeros(())
 class Unprintable(wt.Shape):
     """Hold what the language has no word for."""
 
-    names: tuple[str, ...] = ()
+    names: frozenset[str] = frozenset()
 
     def apply(self, x, scope):
         """Return the scores."""
@@ -319,7 +319,7 @@ WRONG = {
         "has no docstring",
         shape(lambda _, x, _s: x, __doc__=None),
     ),
-    "cannot be printed": ("round_trip", "raised", Unprintable(names=("a", "b"))),
+    "cannot be printed": ("round_trip", "raised", Unprintable(names=frozenset("ab"))),
 }
 """Stages with one fault each: the check that must name it, and its words."""
 
