@@ -1,6 +1,6 @@
 # make train      install what it takes, then train a small Llama with LinUpper on this machine
 # make test       install what it takes, then run every test
-# make quick      the tests that neither compile nor start a process for long: 4 minutes
+# make quick      the tests that start no process and take less than half a second: 3 minutes
 # make mutants    break one line at a time and see which test notices
 # make lint       ruff and pyrefly, both quiet
 # make evidence   does it help? two experiments with regression, and a language model in ten minutes
