@@ -92,17 +92,18 @@ def _matrix(lines):
     """Return a table of layouts and specs: the larger of two differences to one rank."""
     if not lines:
         return
-    specs = list(lines[0][1])
+    specs = list(dict.fromkeys(name for _, line in lines for name in line))
     yield "largest relative difference of weights and gradients to one rank:"
     yield " ".join([f"{'':31}", *(f"{name:>15}" for name in specs)])
     reasons = []
     for layout, line in lines:
         cells = []
         for name in specs:
-            refused = isinstance(line[name], str)
-            if refused and line[name] not in reasons:
-                reasons.append(line[name])
-            cells.append("refused" if refused else f"{max(line[name]):.1e}")
+            found = line.get(name, "")
+            refused = found and isinstance(found, str)
+            if refused and found not in reasons:
+                reasons.append(found)
+            cells.append("refused" if refused else f"{max(found):.1e}" if found else "-")
         yield " ".join([f"{layout:31}", *(f"{cell:>15}" for cell in cells)])
     yield from reasons
 
