@@ -86,6 +86,12 @@ class _Bound:
         """Weigh the calls that train by a run's weighting from now on."""
         self._run, self._path = run, None
 
+    def token_losses(
+        self: TokenSignals, pred: Tensor, labels: Tensor, lm_head: nn.Module
+    ) -> Tensor:
+        """Return the loss of every token, [B, L], without gradient; `pred`: a model's output."""
+        return self.token_signals((pred, lm_head), labels)["loss"]
+
 
 class WeightedCrossEntropyLoss(_Bound, CrossEntropyLoss):
     """Weighted cross entropy over full logits, [B, L, V]."""
@@ -110,10 +116,6 @@ class WeightedCrossEntropyLoss(_Bound, CrossEntropyLoss):
         check_labels(plain(labels), size_of(pred, self.global_vocab_size))
         outcome = super().__call__(pred, labels.long(), global_valid_tokens)
         return outcome if call is None else call.record_plain(*outcome)
-
-    def token_losses(self, pred: Tensor, labels: Tensor, lm_head: nn.Module) -> Tensor:
-        """Return the loss of every token, [B, L], without gradient; `pred` is logits."""
-        return self.token_signals((pred, lm_head), labels)["loss"]
 
     def token_signals(
         self,
@@ -184,10 +186,6 @@ class WeightedChunkedLoss(_Bound, ChunkedLossWrapper):
                 return pred.new_zeros(()), {}
             note = call.note if call.waits else None
             return late_bound(hidden, batch, lambda found: (call.weigh(found),), note=note)[0], {}
-
-    def token_losses(self, pred: Tensor, labels: Tensor, lm_head: nn.Module) -> Tensor:
-        """Return the loss of every token, [B, L], without gradient; `pred` is hidden states."""
-        return self.token_signals((pred, lm_head), labels)["loss"]
 
     def token_signals(
         self,

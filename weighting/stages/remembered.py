@@ -18,8 +18,24 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+class OfExamples(Source):
+    """Remembers numbers of each example, which the column `key` numbers."""
+
+    examples: int = Field(ge=1, le=2**24)  # numbers that a float32 column holds exactly
+    key: Annotated[str, Field(min_length=1)] = "example"
+
+    @override
+    def reads(self) -> frozenset[str]:
+        """Return the loss and the column, by name."""
+        return frozenset({"loss", signal_of(self.key)})
+
+    def places(self, signals: Signals, scope: Scope) -> Tensor:
+        """Return where each token's example is remembered, [T]; 0 at tokens that do not count."""
+        return torch.where(scope.valid, signals.columns[self.key], 0).long() % self.examples
+
+
 @stage("remembered")
-class Remembered(Source):
+class Remembered(OfExamples):
     """Mean loss of a token's example in the last batch before this one that it was in, in nats.
 
     score_t = m_e of the batches before, or m_e of this batch for an example never seen
@@ -40,13 +56,6 @@ class Remembered(Source):
         "known": saved.between(0, 1),
         "earlier_known": saved.between(0, 1),
     }
-    examples: int = Field(ge=1, le=2**24)  # numbers that a float32 column holds exactly
-    key: Annotated[str, Field(min_length=1)] = "example"
-
-    @override
-    def reads(self) -> frozenset[str]:
-        """Return the loss and the column, by name."""
-        return frozenset({"loss", signal_of(self.key)})
 
     @override
     def initial_state(self, domains: tuple[str, ...]) -> dict[str, Tensor]:
@@ -59,7 +68,7 @@ class Remembered(Source):
     def advance(self, signals: Signals, scope: Scope) -> dict[str, Tensor]:
         """Remember the mean losses of the batch's examples."""
         state = scope.state
-        at = places(signals.columns[self.key], scope, self.examples)
+        at = self.places(signals, scope)
         there, means = means_by(at, signals.loss, scope, self.examples)
         return {
             "losses": torch.where(there, means, state["losses"]),
@@ -74,12 +83,7 @@ class Remembered(Source):
         """Return what was known of each token's example."""
         state = scope.state
         found = torch.where(state["earlier_known"] > 0, state["earlier_losses"], state["losses"])
-        return found[places(signals.columns[self.key], scope, self.examples)]
-
-
-def places(numbers: Tensor, scope: Scope, examples: int) -> Tensor:
-    """Return where each token's example is remembered, [T]; 0 at tokens that do not count."""
-    return torch.where(scope.valid, numbers, 0).long() % examples
+        return found[self.places(signals, scope)]
 
 
 def means_by(at: Tensor, x: Tensor, scope: Scope, examples: int) -> tuple[Tensor, Tensor]:

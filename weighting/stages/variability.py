@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from pydantic import Field
 from typing_extensions import override
 
 from weighting import saved
-from weighting.columns import signal_of
-from weighting.contract import Scope, Signals, Source
 from weighting.registry import stage
-from weighting.stages.remembered import means_by, places
+from weighting.stages.remembered import OfExamples, means_by
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from weighting.contract import Scope, Signals
+
 
 @stage("variability")
-class Variability(Source):
+class Variability(OfExamples):
     """Spread of the probability that a token's example had in the batches it was in, with this one.
 
     score_t = sqrt(v_e + v_e^2 / (n_e - 1)),   0 before the second visit
@@ -39,13 +38,6 @@ class Variability(Source):
         "means": saved.between(0, 1),
         "squares": saved.between(0),
     }
-    examples: int = Field(ge=1, le=2**24)  # numbers that a float32 column holds exactly
-    key: Annotated[str, Field(min_length=1)] = "example"
-
-    @override
-    def reads(self) -> frozenset[str]:
-        """Return the loss and the column, by name."""
-        return frozenset({"loss", signal_of(self.key)})
 
     @override
     def initial_state(self, domains: tuple[str, ...]) -> dict[str, Tensor]:
@@ -56,7 +48,7 @@ class Variability(Source):
     @override
     def advance(self, signals: Signals, scope: Scope) -> dict[str, Tensor]:
         """Add a visit of the batch's examples."""
-        at = places(signals.columns[self.key], scope, self.examples)
+        at = self.places(signals, scope)
         there, now = means_by(at, (-signals.loss).exp().clamp(max=1), scope, self.examples)
         visits, means = scope.state["visits"] + there, scope.state["means"]
         # Welford's way, which loses no digits where the probability hardly moves.
@@ -74,4 +66,4 @@ class Variability(Source):
         visits = scope.state["visits"]
         variance = scope.state["squares"] / visits.clamp(min=1)
         spread = (variance + variance**2 / (visits - 1).clamp(min=1)).sqrt()
-        return spread[places(signals.columns[self.key], scope, self.examples)]
+        return spread[self.places(signals, scope)]
