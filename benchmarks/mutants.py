@@ -169,8 +169,8 @@ MUTANTS = (
     Mutant(
         "the gradient that arrives from above",
         "weighting/loss/linear.py",
-        "(_times_(x, grads[0].view(1)) for x in gradients)",
-        "gradients",
+        "_fold_([gradient], grads[0].view(1))",
+        "pass",
         LINEAR,
     ),
     Mutant(

@@ -479,7 +479,10 @@ class _LateBound(torch.autograd.Function):
             msg = "the gradient is made once and can be had once; call the loss again"
             raise RuntimeError(msg)
         gradients, ctx.gradients = ctx.gradients(), None
-        of_hidden, of_weight, of_bias = (_times_(x, grads[0].view(1)) for x in gradients)
+        of_hidden, of_weight, of_bias = gradients
+        for gradient in gradients:
+            if gradient is not None:
+                _fold_([gradient], grads[0].view(1))
         of_hidden = None if of_hidden is None else of_hidden.view(ctx.shape)
         return of_hidden, of_weight, of_bias, None, None, None
 
@@ -820,7 +823,8 @@ class _Sums:
             late: [units], the late part of each unit's weights; None if there is none.
         """
         if self._d_hidden is not None and scale is not None:
-            _times_(self._d_hidden, scale[:, None])
+            # In float32, as the factor has a dimension.
+            torch.mul(self._d_hidden, scale[:, None], out=self._d_hidden)
         if self._d_weight and late is not None:
             if self._of_units is None:
                 _fold_(self._d_weight, late)
@@ -835,33 +839,39 @@ class _Sums:
         return Gradients(self._d_hidden, d_weight, d_bias)
 
 
-def _times_(x: Tensor | None, factor: Tensor) -> Tensor | None:
-    """Multiply in place, in float32 whatever the dtype of x: a factor of one dimension or more."""
-    return None if x is None else torch.mul(x, factor, out=x)
-
-
 def _fold_(of_units: list[Tensor], late: Tensor) -> None:
-    """Replace the first of some [V, D] by sum_u late_u * x_u, summed in float32."""
-    if len(of_units) == 1:
-        _times_(of_units[0], late)
-        return
-    # Compiled code makes no such pieces in memory: there the loop would be unrolled for nothing.
-    folds = 1 if torch.compiler.is_compiling() else _FOLDS
-    size = -(-len(of_units[0]) // folds)
-    fold = compiled(_fold_pieces_) if _compiles(late.device) else _fold_pieces_
-    if fold is not _fold_pieces_:
-        size = len(of_units[0])
-    for pieces in zip(*(x.split(size) for x in of_units), strict=True):
-        fold([*pieces], late)
+    """Replace the first of some tensors of a shape by sum_u late_u * x_u, summed in float32."""
+    first, compiling = of_units[0], torch.compiler.is_compiling()
+    if not compiling and not _compiles(late.device):
+        # Piece by piece, in memory that stays in the cache.
+        rows = max(1, _PIECE * len(first) // max(1, first.numel()))
+        scratch = tuple(first.new_empty(rows, *first.shape[1:], dtype=torch.float32) for _ in "tx")
+        for pieces in zip(*(x.split(rows) for x in of_units), strict=True):
+            _fold_pieces_([*pieces], late, scratch)
+    elif len(of_units) == 1:
+        torch.mul(first, late, out=first)  # in float32, as the factor has a dimension
+    else:
+        fold = _fold_pieces_ if compiling else compiled(_fold_pieces_)
+        fold(of_units, late, (None, None))
 
 
-def _fold_pieces_(of_units: list[Tensor], late: Tensor) -> None:
+def _fold_pieces_(
+    of_units: list[Tensor], late: Tensor, scratch: tuple[Tensor | None, Tensor | None]
+) -> None:
     first, *others = of_units
-    total = first.float() * late[0]
+    total = _wide(first, scratch[0]).mul_(late[0])
     for other, factor in zip(others, late[1:], strict=True):
-        total = total.addcmul_(other.float(), factor)
-    first.copy_(total)
+        total.addcmul_(_wide(other, scratch[1]), factor)
+    if total is not first:
+        first.copy_(total)
 
 
-_FOLDS = 16
-"""Pieces in which gradients are folded: what is float32 for a moment is one of them."""
+def _wide(x: Tensor, scratch: Tensor | None) -> Tensor:
+    """Return x in float32, or as it is if it is no narrower."""
+    if x.element_size() >= 4:  # noqa: PLR2004 - float32
+        return x
+    return x.float() if scratch is None else scratch[: len(x)].copy_(x)
+
+
+_PIECE = 2**16
+"""Elements in a piece in which gradients are folded on CPU: 256 KiB of float32."""

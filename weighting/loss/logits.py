@@ -155,16 +155,17 @@ def _summed(
         for name in needs
         if name.startswith(TOPK)
     }
-    own_top = logits.amax(-1).float()
-    top = own_top if cut is None else cut.ranks.max(own_top)
-    own = logits.gather(-1, place[:, None]).squeeze(-1).float() - top
-    parts = _by_rows(_sums, logits, top, with_entropy, with_squares, store)
+    own_top = None if cut is None else logits.amax(-1).float()
+    shift = None if cut is None else cut.ranks.max(own_top)
+    own = logits.gather(-1, place[:, None]).squeeze(-1).float()
+    top, *parts = _by_rows(_sums, logits, shift, with_entropy, with_squares, store)
+    own = own - top
     if cut is None:
         hit, (total, *rest) = own, parts
     else:
         # A maximum over ranks may pass over a NaN, and so would the sums of this part.
         lost = own_top.isnan() | (own_top == torch.inf)
-        parts = (parts[0].masked_fill(lost, torch.nan), *parts[1:])
+        parts[0] = parts[0].masked_fill(lost, torch.nan)
         hit, total, *rest = cut.ranks.sum(torch.stack([own.masked_fill(~here, 0), *parts]))
     log_total = total.log()
     found["loss"] = (log_total - hit).masked_fill(labels == IGNORE_INDEX, 0)
@@ -240,19 +241,20 @@ def _put_(logits: Tensor, place: Tensor, value: Tensor) -> Tensor:
 
 def _sums(
     logits: Tensor,
-    top: Tensor,
+    top: Tensor | None,
     with_entropy: bool,
     with_squares: bool,
     store: bool,
     scratch: tuple[Tensor | None, Tensor | None],
 ) -> tuple[Tensor, ...]:
-    """Return sum exp d, and if wanted sum d exp d and sum (exp d)^2, each [T]; may store exp d.
+    """Return the shift, sum exp d, and if wanted sum d exp d and sum (exp d)^2, each [T].
 
+    Without a shift it is the largest logit.  With `store`, logits are overwritten by exp d.
     What is not finite, as d of a logit of -inf or all of a row with a NaN, counts as exp d = 0.
     """
     in_place = store and logits.dtype == torch.float32
     with_two = with_entropy or with_squares  # of d and exp d
-    d = _difference(logits, top, scratch[0], in_place=in_place and not with_two)
+    d, top = _difference(logits, top, scratch[0], in_place=in_place and not with_two)
     d.nan_to_num_(nan=-1e4, neginf=-1e4)
     if not with_two:
         e = d.exp_()
@@ -260,7 +262,7 @@ def _sums(
         e = d.exp()
     else:
         e = torch.exp(d, out=logits if in_place else scratch[1][: len(logits)])
-    sums = [e.sum(-1)]
+    sums = [top, e.sum(-1)]
     if with_entropy:
         sums.append(d.mul_(e).sum(-1))
     if store and e is not logits:
@@ -274,7 +276,7 @@ def _exponentials(
     logits: Tensor, shift: Tensor, scratch: tuple[Tensor | None, Tensor | None]
 ) -> tuple[Tensor, ...]:
     """Overwrite logits by exp(logits - shift), and by 0 what is not finite."""
-    d = _difference(logits, shift, scratch[0], in_place=logits.dtype == torch.float32)
+    d, _ = _difference(logits, shift, scratch[0], in_place=logits.dtype == torch.float32)
     e = d.nan_to_num_(nan=-torch.inf, neginf=-torch.inf).exp_()
     if e is not logits:
         logits.copy_(e)
@@ -289,18 +291,27 @@ def _divergence(
     scratch: tuple[Tensor | None, Tensor | None],
 ) -> tuple[Tensor, ...]:
     """Return the sum over this part of the vocabulary, [T]; a probability of 0 adds nothing."""
-    d = _difference(logits, lse, scratch[0], in_place=False)
-    p, less = d.exp(), _difference(others, other, scratch[1], in_place=False)
+    d, _ = _difference(logits, lse, scratch[0], in_place=False)
+    less, _ = _difference(others, other, scratch[1], in_place=False)
+    p = d.exp()
     return (torch.where(p == 0, 0, p * (d - less)).sum(-1),)
 
 
-def _difference(logits: Tensor, shift: Tensor, scratch: Tensor | None, *, in_place: bool) -> Tensor:
-    """Return logits - shift, float32: in their place, in the scratch given, or anew."""
+def _difference(
+    logits: Tensor, shift: Tensor | None, scratch: Tensor | None, *, in_place: bool
+) -> tuple[Tensor, Tensor]:
+    """Return logits - shift, float32: in their place, in the scratch given, or anew; and the shift.
+
+    Without one it is the largest logit of each row.
+    """
     if scratch is None:
-        return logits.float() - shift[:, None]
-    # One after the other: a difference of two dtypes takes three times as long.
-    d = logits if in_place else scratch[: len(logits)].copy_(logits)
-    return d.sub_(shift[:, None])
+        wide = logits.float()
+    else:
+        # One after the other: a difference of two dtypes takes three times as long, and so does
+        # the largest of 16 bits.
+        wide = logits if in_place else scratch[: len(logits)].copy_(logits)
+    shift = wide.amax(-1) if shift is None else shift
+    return (wide - shift[:, None] if scratch is None else wide.sub_(shift[:, None])), shift
 
 
 def _by_rows(
