@@ -19,6 +19,8 @@ from weighting.loss.linear import CHUNKS, Memory, Sizes, path_of
 
 IGNORED = -100
 STOCK = "torchtitan chunked"
+CCE = "CCE compiled, given weights"
+FLOOR = "the three products alone"
 BEFORE = "before: "
 """What the names of another version's rows begin with."""
 MODES = ("late", "keep", "recompute", "full")
@@ -100,7 +102,7 @@ def variants(batch: Batch) -> list[Variant]:
             way = functools.partial(torchs, weighted=weighted, rows=rows)
             found.append(Variant(f"{name}, {kind}", way, "linear_cross_entropy"))
     compiled = functools.partial(cut, filtered=None, how="torch_compile")
-    found.append(Variant("CCE compiled, given weights", compiled, "logits are kept"))
+    found.append(Variant(CCE, compiled, "logits are kept"))
     found += [
         Variant("Liger, unweighted", functools.partial(ligers, weighted=False)),
         Variant("Liger, given weights", functools.partial(ligers, weighted=True)),
@@ -244,6 +246,19 @@ def ours(
 def built(spec: str, device: torch.device) -> wt.Weighting:
     """Return a built spec; none of those here remembers anything."""
     return wt.build(resolve(SPECS[spec])).to(device)
+
+
+def products_alone(batch: Batch, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The products of logits, of hidden states' gradient and of the weight's, and nothing else."""
+    rows, head = hidden.detach().flatten(0, 1), weight.detach()
+    of_hidden, of_weight = torch.empty_like(rows), torch.zeros_like(head)
+    size = -(-len(rows) // CHUNKS)
+    room = rows.new_empty(size, len(head))
+    for x, into in zip(rows.split(size), of_hidden.split(size), strict=True):
+        logits = torch.mm(x, head.t(), out=room[: len(x)])
+        torch.mm(logits, head, out=into)
+        of_weight.addmm_(logits.t(), x)
+    return torch.zeros((), requires_grad=True), batch.given
 
 
 def whole(batch: Batch, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

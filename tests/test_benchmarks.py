@@ -50,14 +50,17 @@ def test_every_row_has_numbers_or_a_reason(tmp_path):
         assert float(first) > 1  # products
         # In hundredths of a baseline of milliseconds, which a busy machine may make long.
         assert 0 <= float(time.split()[0]) < 100
-        assert all(float(x) >= 0 for x in others), name  # so little may round to 0 MiB
+        if name != "the three products alone (no loss)":
+            assert all(float(x) >= 0 for x in others), name  # so little may round to 0 MiB
     missing = {name for name, reason in reasons.items() if "not installed" in reason}
     assert all(name.startswith(("CCE", "Liger")) for name in missing)
     assert reasons.keys() - missing == {"rho-1 late"}
     assert "weighs every token late" in reasons["rho-1 late"]
     goals = [line for line in done.stdout.splitlines() if line.startswith("- ")]
-    assert len(goals) == 10
-    assert all(line.startswith(("- PASS: ", "- MISS: ")) for line in goals)
+    assert len(goals) == 13
+    for line in goals:  # not measured where another's package is missing
+        measured = "relative to CCE" not in line or not missing
+        assert line.startswith(("- PASS: ", "- MISS: ") if measured else "- not measured: "), line
 
 
 @pytest.mark.slow
@@ -123,7 +126,8 @@ def test_wrong_ways_get_no_number(loss_path):
     batch = loss_path.batch_of(setting)
     right, *_ = loss_path.variants(batch)
     ways = [right, *(loss_path.Variant(way.__name__, way) for way in WRONG)]
-    row, *wrong = loss_path.measured(setting, batch, ways)
+    row, *wrong, products = loss_path.measured(setting, batch, ways)
+    assert products.wall
     assert len(row.wall) == setting.rounds
     assert row.peak > 0
     assert not any(x.wall or x.peak for x in wrong)

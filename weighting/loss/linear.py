@@ -845,9 +845,10 @@ def _fold_(of_units: list[Tensor], late: Tensor) -> None:
     if not compiling and not _compiles(late.device):
         # Piece by piece, in memory that stays in the cache.
         rows = max(1, _PIECE * len(first) // max(1, first.numel()))
-        scratch = tuple(first.new_empty(rows, *first.shape[1:], dtype=torch.float32) for _ in "tx")
+        shape = 2, rows, *first.shape[1:]
+        total, other = first.new_empty(shape, dtype=torch.float32)
         for pieces in zip(*(x.split(rows) for x in of_units), strict=True):
-            _fold_pieces_([*pieces], late, scratch)
+            _fold_pieces_([*pieces], late, (total, other))
     elif len(of_units) == 1:
         torch.mul(first, late, out=first)  # in float32, as the factor has a dimension
     else:

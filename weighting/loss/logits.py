@@ -155,8 +155,10 @@ def _summed(
         for name in needs
         if name.startswith(TOPK)
     }
-    own_top = None if cut is None else logits.amax(-1).float()
-    shift = None if cut is None else cut.ranks.max(own_top)
+    shift = own_top = None
+    if cut is not None:
+        own_top = logits.amax(-1).float()
+        shift = cut.ranks.max(own_top)
     own = logits.gather(-1, place[:, None]).squeeze(-1).float()
     top, *parts = _by_rows(_sums, logits, shift, with_entropy, with_squares, store)
     own = own - top
@@ -164,6 +166,7 @@ def _summed(
         hit, (total, *rest) = own, parts
     else:
         # A maximum over ranks may pass over a NaN, and so would the sums of this part.
+        assert own_top is not None
         lost = own_top.isnan() | (own_top == torch.inf)
         parts[0] = parts[0].masked_fill(lost, torch.nan)
         hit, total, *rest = cut.ranks.sum(torch.stack([own.masked_fill(~here, 0), *parts]))
@@ -315,7 +318,7 @@ def _difference(
 
 
 def _by_rows(
-    kernel: Callable[..., tuple[Tensor, ...]], logits: Tensor, *rest: Tensor | bool
+    kernel: Callable[..., tuple[Tensor, ...]], logits: Tensor, *rest: Tensor | bool | None
 ) -> tuple[Tensor, ...]:
     """Run a kernel over rows of logits: block by block on CPU, compiled elsewhere."""
     if torch.compiler.is_compiling():
