@@ -36,7 +36,7 @@ def compare(rank, ranks, vocab, address):
         atol = 1e-3 if name == "error_norm" else 1e-5
         torch.testing.assert_close(found[name][valid], value[valid], rtol=1e-5, atol=atol)
 
-    weight = torch.rand(15, generator=generator).where(valid, 0)
+    weight = (torch.rand(15, generator=generator) * 2 - 0.5).where(valid, 0)
     weight[3] = 0
     whole, part = logits.clone().requires_grad_(), logits[:, mine].clone().requires_grad_()
     (F.cross_entropy(whole, labels, reduction="none") * weight).sum().backward()

@@ -404,7 +404,7 @@ class Hook:
         if output.entropy is not None:
             found["entropy"] = output.entropy.detach().float()
         out = self._weigh(found, self._told(valid))
-        weighted = torch.where(out.token > 0, log_probs * out.token, 0)
+        weighted = torch.where(out.token != 0, log_probs * out.token, 0)
         if self.fn.plan.identity:
             weighted = log_probs.view_as(log_probs)  # the same numbers, and a place to watch
         self._note(valid, found["loss"].sum(), -weighted.sum())

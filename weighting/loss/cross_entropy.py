@@ -116,4 +116,4 @@ def signals_from(logits: Tensor, labels: Tensor, needs: frozenset[str]) -> dict[
 
 def weighted_sum(nll: Tensor, weight: Tensor) -> Tensor:
     """Return sum(weight * nll); a weight of 0 hides even a non-finite loss."""
-    return torch.where(weight > 0, weight * nll, 0).sum()
+    return torch.where(weight != 0, weight * nll, 0).sum()

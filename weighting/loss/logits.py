@@ -213,16 +213,16 @@ def gradient_(
         logits: [T, V], or this rank's part of the vocabulary.
         labels: [T] int.
         lse: [T], from `statistics`.
-        weight: [T], non-negative; must be 0 where the label is ignored.
+        weight: [T], of any sign; must be 0 where the label is ignored.
         cut: How the vocabulary is cut; None when it is whole.
     """
     place, here = _place(labels, logits, cut)
     # p - 1 from the logit itself: in bfloat16, 1 less p would be lost to rounding.
     own = logits.gather(-1, place[:, None]).squeeze(-1).float()
     miss = torch.expm1(own - lse) * weight
-    shift = lse - weight.log()
-    _by_rows(_exponentials, logits, shift)
-    miss = torch.where(here & (weight > 0), miss, (own - shift).exp().nan_to_num(0))
+    shift, sign = lse - weight.abs().log(), weight.sign()
+    _by_rows(_exponentials, logits, shift, sign)
+    miss = torch.where(here & (weight != 0), miss, (own - shift).exp().nan_to_num(0) * sign)
     return _put_(logits, place, miss)
 
 
@@ -273,11 +273,11 @@ def _sums(
 
 
 def _exponentials(
-    logits: Tensor, shift: Tensor, scratch: tuple[Tensor | None, Tensor | None]
+    logits: Tensor, shift: Tensor, sign: Tensor, scratch: tuple[Tensor | None, Tensor | None]
 ) -> tuple[Tensor, ...]:
-    """Overwrite logits by exp(logits - shift), and by 0 what is not finite."""
+    """Overwrite logits by sign * exp(logits - shift), and by 0 what is not finite."""
     d, _ = _difference(logits, shift, scratch[0], in_place=logits.dtype == torch.float32)
-    e = d.nan_to_num_(nan=-torch.inf, neginf=-torch.inf).exp_()
+    e = d.nan_to_num_(nan=-torch.inf, neginf=-torch.inf).exp_().mul_(sign[:, None])
     if e is not logits:
         logits.copy_(e)
     return (shift,)
