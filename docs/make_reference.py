@@ -86,6 +86,7 @@ EXAMPLES = {
     "running": "running(1, decay=0.9)",
     "select": "loss -> select(0.6)",
     "short_loss": "short_loss(1024) -> over(loss) -> mean_one",
+    "signed": "column(keep) -> signed",
     "sigmoid": "mean(sequence) -> center -> sigmoid -> mean_one",
     "slope": "mean(domain) -> slope(100) -> affine(-1000) -> temperature(1)",
     "standardize": "mean(sequence) -> standardize -> clip(min=-1, max=1) -> temperature(1)",

@@ -53,7 +53,7 @@ class Weights:
         token: Final weight of each token: the product of the factors, mean one over valid
             tokens unless the spec says otherwise, 0 at ignored ones.
         factors: Each factor's weight of each token, before the product.
-        moments: [factors + 1, 7] statistics of the weights of this rank's units, one row per
+        moments: [factors + 1, 8] statistics of the weights of this rank's units, one row per
             factor and last the tokens; see `MOMENTS`.  Sum or extremise over ranks, then
             `summarize`.
         compared: For each entry of `Weighting.compares` the number of units in its scope, over all
@@ -141,7 +141,12 @@ class Weighting(nn.Module):
             else:
                 runs = {x: self._weigh(x, signals, flat, step) for x in self.plan.factors}
                 compared = {n: run.units for n, run in runs.items() if run.units is not None}
-                token, runs, units = self._combine(signals, flat, runs)
+                signed = {name: runs[name] for name in self.plan.signed}
+                sizes = {x: run._replace(token=run.token.abs()) for x, run in signed.items()}
+                token, runs, units = self._combine(signals, flat, runs | sizes)
+                for run in signed.values():
+                    token = token * run.token.sign()
+                runs |= signed
                 compared |= {name: units for name in self.compares if name not in runs}
             ok = torch.stack([run.ok for run in runs.values()]).all(0)
             token = self._from_start(token, ok, step)

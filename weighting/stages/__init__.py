@@ -54,6 +54,7 @@ from weighting.stages.running import Running as Running
 from weighting.stages.select import Select as Select
 from weighting.stages.short_loss import ShortLoss as ShortLoss
 from weighting.stages.sigmoid import Sigmoid as Sigmoid
+from weighting.stages.signed import Signed as Signed
 from weighting.stages.slope import Slope as Slope
 from weighting.stages.standardize import Standardize as Standardize
 from weighting.stages.table import Table as Table
