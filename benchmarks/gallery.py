@@ -180,6 +180,7 @@ def curve(spec: wt.Spec) -> tuple[torch.Tensor, torch.Tensor]:
     columns = {n.removeprefix("columns."): loss - 1 for n in fn.needs if n.startswith("columns.")}
     columns |= {n: 0.5 * loss + 0.5 for n in columns if n.startswith("short_loss")}
     columns |= {n: loss - 3 for n in columns if n == "keep"}
+    columns |= {n: (loss < 2.5).float() for n in columns if n == "label_is_top"}  # noqa: PLR2004
     columns |= {n: (loss * 50).floor() for n in columns if n in {"topics", "example"}}
     columns |= {n: loss * 0.6 for n in columns if n.startswith("topk_entropy")}
     signals = wt.Signals(

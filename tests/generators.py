@@ -38,6 +38,7 @@ COLUMNS = (
     "ref_loss_base",
     "ref_loss_better",
     "keep",
+    "label_is_top",
 )
 """Columns of the batches, by the names the shipped specs read them under."""
 DOMAINS = ("code", "data", "docs", "tables", "tests")
@@ -54,6 +55,7 @@ STAGE_PIPELINES = {
     "clip": "normalize -> clip(min=-0.5, max=linear(0.1, 0.6, over=5)) -> temperature(0.5)",
     "column": "column(quality) -> mean_one",
     "context_gain": "context_gain(1024) -> abs -> mean_one(within=document)",
+    "correct": "correct -> affine(-1, step(1.5, 2, at=3)) -> mean_one",
     "doge": "doge(step_size=0.5)",
     "doremi": "doremi(step_size=linear(1, 0.5, over=4), smoothing=1e-2)",
     "dynamic_loading": (
@@ -69,6 +71,7 @@ STAGE_PIPELINES = {
     "extremes": "normalize -> extremes -> temperature(0.4)",
     "floor": "normalize -> temperature(0.3) -> floor(linear(0.5, 0.1, over=4))",
     "focal": "focal(gamma=cosine(0.5, 2, over=5)) -> mean_one",
+    "forgotten": "forgotten(examples=7) -> affine(1, 0.2) -> mean_one",
     "gate": "error_norm -> mean(sequence) -> gate(0.95, decay=0.5) -> mean_one",
     "indicator": "loss -> indicator(mean-0.5*std) -> affine(1, 0.5) -> mean_one",
     "interpolate": "normalize -> temperature(0.4) -> interpolate(exponential(1, 0.1, over=4))",
@@ -272,8 +275,9 @@ def batch(rows=4, length=6, *, seed=0, keep=0.7, domains=DOMAINS):
             **{name: torch.rand(shape, generator=g) * 3 for name in COLUMNS[:7]},
             "topics": torch.randint(0, 256, shape, generator=g).float(),
             "example": torch.randint(0, 12, shape, generator=g).float(),
-            **{name: torch.rand(shape, generator=g) * 3 for name in COLUMNS[7:-1]},
+            **{name: torch.rand(shape, generator=g) * 3 for name in COLUMNS[7:-2]},
             "keep": torch.rand(shape, generator=g) * 3 - 1.5,
+            "label_is_top": (torch.rand(shape, generator=g) < 0.5).float(),
         },
     )
 

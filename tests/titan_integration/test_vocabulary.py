@@ -10,7 +10,7 @@ from forked import process
 from titan_integration.loss.vocab_parallel import part_of, token_losses_of
 from weighting.loss.logits import IGNORE_INDEX, Slice, statistics
 
-NEEDS = frozenset({"entropy", "error_norm", "columns.topk_entropy_3"})
+NEEDS = frozenset({"entropy", "error_norm", "columns.topk_entropy_3", "columns.label_is_top"})
 
 
 def compare(rank, ranks, vocab, address):

@@ -16,7 +16,8 @@ from weighting.loss.logits import Slice, check_labels, gradient_, statistics
 IGNORED = -100
 TOKENS, VOCABULARY = 7, 11
 TOPK = tuple(f"columns.topk_entropy_{k}" for k in (2, 5, 50))
-NEEDS = frozenset({"loss", "entropy", "error_norm", *TOPK})
+TOP = "columns.label_is_top"
+NEEDS = frozenset({"loss", "entropy", "error_norm", TOP, *TOPK})
 
 
 def example(spread=3.0, *, dtype=torch.float32, rows=TOKENS):
@@ -37,6 +38,7 @@ def formulas(z, labels):
         "lse": lse,
         "entropy": torch.special.entr(p).sum(-1),
         "error_norm": (p - onehot).norm(dim=-1),
+        TOP: (z.gather(-1, place).squeeze(-1) >= z.amax(-1)).double(),
     }
     for name in TOPK:
         top = z.topk(min(int(name.rpartition("_")[2]), z.shape[-1])).values

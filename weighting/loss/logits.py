@@ -38,6 +38,10 @@ if TYPE_CHECKING:
 IGNORE_INDEX = -100
 TOPK = signal_of("topk_entropy_")
 """How the name of a top-k entropy begins; its k follows."""
+TOP = signal_of("label_is_top")
+"""1 where no other word is more probable than the label, else 0."""
+OF_LOGITS = (TOPK, TOP)
+"""How the names of columns begin that logits tell."""
 _BLOCK = 2**18
 """Logits in a block on CPU: 1 MiB of float32."""
 
@@ -170,6 +174,8 @@ def _summed(
     log_total = total.log()
     found["loss"] = (log_total - hit).masked_fill(labels == IGNORE_INDEX, 0)
     found["lse"] = top + log_total
+    if TOP in needs:
+        found[TOP] = (hit >= 0).float()
     if with_entropy:
         found["entropy"] = (log_total - rest[0] / total).clamp(min=0)
     if with_squares:
