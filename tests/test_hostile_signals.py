@@ -63,7 +63,7 @@ def on_ranks(text, signals, ranks=2, step=2):
 @each_poison
 @each_case
 def test_a_bad_number_is_counted_or_does_no_harm(case, poison):
-    """Either `check` raises at the next log step, or every weight is finite, and not negative unless signed."""
+    """Either `check` raises at the next log step, or all weights are finite and none below 0."""
     fn = tables.built(CASES[case])
     out = fn(poisoned(tables.batch(seed=60), POISONS[poison]), 2)
     reads = fn.needs & {"loss", "entropy", "ref_loss", *tables.COLUMNS}

@@ -41,8 +41,9 @@ if TYPE_CHECKING:
     from weighting.contract.stage import DeferredScale
     from weighting.spec import Spec
 
-_SMALLEST = 1e-30
-"""What a product of local weights counts as at least until it is known that not all are 0."""
+_SMALLEST, _LARGEST = 1e-30, 1e30
+"""What a product of local weights counts as at least until it is known that not all are 0, and what
+a product of weights counts as at most, so that its sum is finite."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,8 @@ class Weighting(nn.Module):
         with torch.no_grad(), torch.autocast(loss.device.type, enabled=False):
             for name in self.plan.token_local:
                 run = self._run_local(name, flat, step)
-                product, sound = product * self._floored(name, run), sound & run.ok
+                product = (product * self._floored(name, run)).clamp(-_LARGEST, _LARGEST)
+                sound = sound & run.ok
             for name in late:  # a token that does not count in its domain weighs nothing
                 for part in on_tokens(self.plan.factors[name]):
                     sound = sound & self._run_local(name, flat, step, part).ok
@@ -469,7 +471,7 @@ class Weighting(nn.Module):
         if flat.domain_ids is not None:
             share = share * self._correction(flat.domain_ids)
         rough = torch.stack([self._floored(name, run) for name, run in runs.items()]).prod(0)
-        rough = rough * share
+        rough = (rough * share).clamp(max=_LARGEST)
         deferred = [(name, self._deferred_scale(name)) for name in runs]
         scales = {name: how for name, how in deferred if how is not None}
         sums = [rough.sum(), valid.sum().float()]
@@ -486,6 +488,7 @@ class Weighting(nn.Module):
             token = torch.where(run.ok, how.scale(run.token, total, count), 0)
             runs = {**runs, name: run._replace(unit=token, token=token)}
         product = torch.stack([run.token for run in runs.values()]).prod(0) * share
+        product = product.clamp(max=_LARGEST)
         if self.spec.normalize == "none":
             return product, runs, units
         total, count = sums[:2]

@@ -18,7 +18,7 @@ RIGHT = signal_of("label_is_top")
 
 @stage("correct")
 class Correct(Source):
-    """1 where no other word is more probable than the label, else 0.
+    """Whether the label is the model's own guess: 1 where no other word is more probable, else 0.
 
     score_t = 1 if p_label >= p_v for all v, else 0
 
