@@ -48,9 +48,9 @@ Written by `python benchmarks/gallery.py specs`; edit the spec files, not this p
 Each picture shows the weight (mean one, grey line at 1, dashed at 2) over a batch of 129 sequences
 of one token whose loss runs from 1 to 5 nats; the entropy runs with the loss, the label's
 probability is exp(-loss), the reference loss is 3 nats throughout, the short-context loss half a
-nat more than half the loss, a data column runs from 0 to 4 (one of topics through sets of them),
-and the domains follow one another from low losses to high ones.  Where a spec works inside each
-sequence, the 129 tokens are one.
+nat more than half the loss, a data column runs from 0 to 4 (one of topics through sets of them,
+`keep` from -2 to 2), and the domains follow one another from low losses to high ones.  Where a spec
+works inside each sequence, the 129 tokens are one.
 Costs are those of one sequence of 8,192 tokens through the output layer of Llama 3 8B, beside plain
 training, whose loss takes 3 products of the output layer: of hidden states, of their gradient and
 of the layer's.  `late` keeps nothing; `keep` the logits; `recompute` makes them twice.
@@ -143,11 +143,16 @@ def picture(spec: wt.Spec) -> str:
     """Return a small SVG of weight against loss."""
     loss, weight = curve(spec)
     high = max(2.2, min(TOP, weight.max().item() * 1.05))
+    low = min(0, max(-TOP, weight.min().item() * 1.05))
     x = (loss - 1) / 4 * (WIDTH - 40) + 30
-    y = HEIGHT - 24 - weight.clamp(max=high) / high * (HEIGHT - 36)
+    y = HEIGHT - 24 - (weight.clamp(low, high) - low) / (high - low) * (HEIGHT - 36)
     order = loss.argsort(stable=True)
     points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x[order], y[order], strict=True))
-    line = (HEIGHT - 24 - torch.tensor([1.0, 2.0]) / high * (HEIGHT - 36)).tolist()
+    marks = torch.tensor([1.0, 2.0, 0.0]) - low
+    line = (HEIGHT - 24 - marks / (high - low) * (HEIGHT - 36)).tolist()
+    zero = f'<path d="M30 {line[2]:.1f}H{WIDTH - 10}" stroke="#555"/>\n' if low < 0 else ""
+    if zero:
+        zero += f'<text x="26" y="{line[2] + 3:.1f}" text-anchor="end">0</text>\n'
     return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img"
  width="{WIDTH}" height="{HEIGHT}" font-family="sans-serif" font-size="9" fill="#555">
 <title>{spec.name}: weight against loss</title>
@@ -161,7 +166,7 @@ def picture(spec: wt.Spec) -> str:
 <text x="30" y="{HEIGHT - 13}">1</text>
 <text x="{WIDTH - 10}" y="{HEIGHT - 13}" text-anchor="end">5</text>
 <text x="{WIDTH // 2 + 10}" y="{HEIGHT - 4}" text-anchor="middle">loss (nats)</text>
-<text x="4" y="9">weight</text>
+{zero}<text x="4" y="9">weight</text>
 </svg>
 """
 
@@ -174,6 +179,8 @@ def curve(spec: wt.Spec) -> tuple[torch.Tensor, torch.Tensor]:
     p = (-loss).exp()
     columns = {n.removeprefix("columns."): loss - 1 for n in fn.needs if n.startswith("columns.")}
     columns |= {n: 0.5 * loss + 0.5 for n in columns if n.startswith("short_loss")}
+    columns |= {n: loss - 3 for n in columns if n == "keep"}
+    columns |= {n: (loss < 2.5).float() for n in columns if n == "label_is_top"}  # noqa: PLR2004
     columns |= {n: (loss * 50).floor() for n in columns if n in {"topics", "example"}}
     columns |= {n: loss * 0.6 for n in columns if n.startswith("topk_entropy")}
     signals = wt.Signals(

@@ -37,6 +37,8 @@ COLUMNS = (
     "label_count",
     "ref_loss_base",
     "ref_loss_better",
+    "keep",
+    "label_is_top",
 )
 """Columns of the batches, by the names the shipped specs read them under."""
 DOMAINS = ("code", "data", "docs", "tables", "tests")
@@ -53,6 +55,7 @@ STAGE_PIPELINES = {
     "clip": "normalize -> clip(min=-0.5, max=linear(0.1, 0.6, over=5)) -> temperature(0.5)",
     "column": "column(quality) -> mean_one",
     "context_gain": "context_gain(1024) -> abs -> mean_one(within=document)",
+    "correct": "correct -> affine(-1, step(1.5, 2, at=3)) -> mean_one",
     "doge": "doge(step_size=0.5)",
     "doremi": "doremi(step_size=linear(1, 0.5, over=4), smoothing=1e-2)",
     "dynamic_loading": (
@@ -68,6 +71,7 @@ STAGE_PIPELINES = {
     "extremes": "normalize -> extremes -> temperature(0.4)",
     "floor": "normalize -> temperature(0.3) -> floor(linear(0.5, 0.1, over=4))",
     "focal": "focal(gamma=cosine(0.5, 2, over=5)) -> mean_one",
+    "forgotten": "forgotten(examples=7) -> affine(1, 0.2) -> mean_one",
     "gate": "error_norm -> mean(sequence) -> gate(0.95, decay=0.5) -> mean_one",
     "indicator": "loss -> indicator(mean-0.5*std) -> affine(1, 0.5) -> mean_one",
     "interpolate": "normalize -> temperature(0.4) -> interpolate(exponential(1, 0.1, over=4))",
@@ -96,6 +100,7 @@ STAGE_PIPELINES = {
     "rank": "rank(history=6) -> affine(1, shift=0.1) -> mean_one",
     "running": "running(tau=2, decay=0.8)",
     "select": "excess_loss -> select(linear(0.3, 0.8, over=4))",
+    "signed": "column(quality) -> affine(1, step(-1.5, -1, at=3)) -> signed",
     "sigmoid": "entropy -> center(within=document) -> sigmoid -> mean_one",
     "slope": "mean(domain) -> slope(3) -> temperature(1)",
     "standardize": "standardize -> temperature(linear(1, 2, over=4))",
@@ -177,6 +182,27 @@ EXTRA_SPECS = {
         "  domain: mean(domain) -> last -> over(mean(domain) -> ema(0.5)) -> temperature(1)\n"
         "  token: entropy -> mean_one"
     ),
+    "signed with sizes of every level": (
+        "factors:\n"
+        "  sign: column(quality) -> affine(1, -1.5) -> signed\n"
+        "  domain: mean(domain) -> temperature(1)\n"
+        "  instance: normalize -> temperature(0.5) -> clamp(2/n)\n"
+        "  token: entropy(1) -> token_scale"
+    ),
+    "signed sequences": (
+        "reduction: sequence_mean\nfactors:\n"
+        "  sign: entropy -> affine(1, -2) -> signed\n"
+        "  instance: normalize -> temperature(0.5)"
+    ),
+    "signed selection": (
+        "normalize: none\nfactors:\n"
+        "  sign: column(quality) -> affine(-1, 1.5) -> signed\n"
+        "  token: loss -> select(0.5)"
+    ),
+    "signed domains": (
+        "reduction: domain_mean\npipeline: table(code=1, data=-0.5, docs=1, tables=0, tests=-1) -> "
+        "signed"
+    ),
     "drop": "on_nonfinite: drop\npipeline: normalize -> temperature(0.5)",
 }
 """What neither the shipped specs nor `STAGE_PIPELINES` reach."""
@@ -249,7 +275,9 @@ def batch(rows=4, length=6, *, seed=0, keep=0.7, domains=DOMAINS):
             **{name: torch.rand(shape, generator=g) * 3 for name in COLUMNS[:7]},
             "topics": torch.randint(0, 256, shape, generator=g).float(),
             "example": torch.randint(0, 12, shape, generator=g).float(),
-            **{name: torch.rand(shape, generator=g) * 3 for name in COLUMNS[7:]},
+            **{name: torch.rand(shape, generator=g) * 3 for name in COLUMNS[7:-2]},
+            "keep": torch.rand(shape, generator=g) * 3 - 1.5,
+            "label_is_top": (torch.rand(shape, generator=g) < 0.5).float(),
         },
     )
 

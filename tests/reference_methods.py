@@ -200,6 +200,25 @@ def talr(batch):
     return placed(batch, softmax([-x for x in losses], median))
 
 
+def unlearning(batch):
+    """w_t = keep of its document, not normalised."""
+    return each(batch, lambda row, column: batch.columns["keep"][row][column])
+
+
+def npo(batch):
+    """w_t = keep_t, times 2 / (1 + exp(0.1 (L - R))) in rows whose mean keep is below 0."""
+    keep = batch.columns["keep"]
+    gaps, means = row_means(batch, minus(batch.loss, batch.ref_loss)), row_means(batch, keep)
+
+    def weight(row, column):
+        if means[row] >= 0:
+            return keep[row][column]
+        summed = gaps[row] * sum(batch.valid[row])
+        return keep[row][column] * 2 * math.exp(-math.log1p(math.exp(0.1 * summed)))
+
+    return each(batch, weight)
+
+
 def iwsi_column(batch):
     """w_s = min(max(weight_s, 0), 2), not normalised."""
     return each(batch, lambda row, column: min(max(batch.columns["weight"][row][column], 0), 2))
@@ -741,6 +760,7 @@ FORMULAS = {
     "linupper-x-mile": linupper_x_mile,
     "longce": longce,
     "mile": mile,
+    "npo": npo,
     "odm": drawn_plainly,
     "odm-validation": drawn_plainly,
     "profit": profit,
@@ -763,6 +783,7 @@ FORMULAS = {
     "uniform": uniform,
     "uniform-domains": uniform,
     "token-cleaning": token_cleaning,
+    "unlearning": unlearning,
     "upper": upper,
     "velocitune": drawn_plainly,
 }

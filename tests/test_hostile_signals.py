@@ -63,7 +63,7 @@ def on_ranks(text, signals, ranks=2, step=2):
 @each_poison
 @each_case
 def test_a_bad_number_is_counted_or_does_no_harm(case, poison):
-    """Either `check` raises at the next log step, or every weight is finite and not negative."""
+    """Either `check` raises at the next log step, or all weights are finite and none below 0."""
     fn = tables.built(CASES[case])
     out = fn(poisoned(tables.batch(seed=60), POISONS[poison]), 2)
     reads = fn.needs & {"loss", "entropy", "ref_loss", *tables.COLUMNS}
@@ -76,7 +76,7 @@ def test_a_bad_number_is_counted_or_does_no_harm(case, poison):
     fn.check(out)
     for weight in (out.token, *out.factors.values()):
         assert weight.isfinite().all()
-        assert (weight >= 0).all()
+        assert (weight >= 0).all() or fn.plan.signed
 
 
 @functools.cache
@@ -97,7 +97,7 @@ def test_dropped_units_leave_finite_weights(case, poison):
     out = fn(poisoned(tables.batch(seed=61), POISONS[poison]), 2)
     fn.check(out)
     assert out.token.isfinite().all()
-    assert (out.token >= 0).all()
+    assert (out.token >= 0).all() or plan.signed
     for step in (3, 4) if plan.has_state else ():  # nothing of it stays in the state
         out = fn(tables.batch(seed=60 + step), step)
         assert out.token.isfinite().all()

@@ -117,7 +117,7 @@ def weighs_domains(steps: Sequence[Step]) -> bool:
         return False
     if steps[-1].level == "domain":
         return _known_between_batches(steps)
-    if any(isinstance(stage, Combine) for stage in rest):
+    if any(isinstance(stage, Combine) or stage.signed for stage in rest):
         return False
     of_domain = source.known_between_batches or source.reads() <= {"domain_ids"}
     all_on_tokens = all(step.level == "token" for step in steps)

@@ -52,6 +52,7 @@ def write_data(path, domains):
             domain = domains[i % len(domains)]
             text = " ".join(rng.choices(words, k=60 + 10 * (i % 7)))
             more = {"ref_loss": 6 + rng.random() * 2, "weight": rng.random() * 3, "topics": i % 4}
+            more |= {"keep": 1 if i % 8 else -1}
             more |= {"label_count": 1 + i % 9, "ref_loss_base": 6 + i % 5, "ref_loss_better": 6}
             file.write(json.dumps({"text": text, "domain": domain, **more}) + "\n")
 

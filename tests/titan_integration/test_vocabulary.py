@@ -10,7 +10,7 @@ from forked import process
 from titan_integration.loss.vocab_parallel import part_of, token_losses_of
 from weighting.loss.logits import IGNORE_INDEX, Slice, statistics
 
-NEEDS = frozenset({"entropy", "error_norm", "columns.topk_entropy_3"})
+NEEDS = frozenset({"entropy", "error_norm", "columns.topk_entropy_3", "columns.label_is_top"})
 
 
 def compare(rank, ranks, vocab, address):
@@ -36,7 +36,7 @@ def compare(rank, ranks, vocab, address):
         atol = 1e-3 if name == "error_norm" else 1e-5
         torch.testing.assert_close(found[name][valid], value[valid], rtol=1e-5, atol=atol)
 
-    weight = torch.rand(15, generator=generator).where(valid, 0)
+    weight = (torch.rand(15, generator=generator) * 2 - 0.5).where(valid, 0)
     weight[3] = 0
     whole, part = logits.clone().requires_grad_(), logits[:, mine].clone().requires_grad_()
     (F.cross_entropy(whole, labels, reduction="none") * weight).sum().backward()

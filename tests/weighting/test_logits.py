@@ -16,7 +16,8 @@ from weighting.loss.logits import Slice, check_labels, gradient_, statistics
 IGNORED = -100
 TOKENS, VOCABULARY = 7, 11
 TOPK = tuple(f"columns.topk_entropy_{k}" for k in (2, 5, 50))
-NEEDS = frozenset({"loss", "entropy", "error_norm", *TOPK})
+TOP = "columns.label_is_top"
+NEEDS = frozenset({"loss", "entropy", "error_norm", TOP, *TOPK})
 
 
 def example(spread=3.0, *, dtype=torch.float32, rows=TOKENS):
@@ -37,6 +38,7 @@ def formulas(z, labels):
         "lse": lse,
         "entropy": torch.special.entr(p).sum(-1),
         "error_norm": (p - onehot).norm(dim=-1),
+        TOP: (z.gather(-1, place).squeeze(-1) >= z.amax(-1)).double(),
     }
     for name in TOPK:
         top = z.topk(min(int(name.rpartition("_")[2]), z.shape[-1])).values
@@ -60,7 +62,7 @@ def gradient(z, labels, weight):
     """Return sum(weight * loss) differentiated in float64 by autograd."""
     z = z.double().requires_grad_()
     loss = torch.nn.functional.cross_entropy(z, labels, ignore_index=IGNORED, reduction="none")
-    counts = weight > 0
+    counts = weight != 0
     return torch.autograd.grad((weight.double()[counts] * loss[counts]).sum(), z)[0]
 
 
@@ -90,7 +92,7 @@ def test_only_what_is_needed_is_returned():
 def test_the_gradient_is_the_formula(spread, dtype):
     """It overwrites the logits by weight * (p - onehot), 0 where the weight is 0."""
     z, labels = example(spread, dtype=dtype)
-    weight = torch.linspace(0, 2, TOKENS).where(labels >= 0, 0)
+    weight = torch.linspace(-1, 2, TOKENS).where(labels >= 0, 0)
     expected = gradient(z, labels, weight)
     lse = statistics(z, labels, frozenset())["lse"]
     got = gradient_(z, labels, lse, weight)
@@ -235,7 +237,7 @@ def test_a_cut_vocabulary_says_what_the_whole_one_says(widths, dtype):
     z -= 80  # far below 0, with which nothing must be filled up
     z[1, :6] = -torch.inf  # a rank without one possible word
     labels[1] = 8
-    weight = torch.linspace(0, 2, TOKENS).where(labels >= 0, 0)
+    weight = torch.linspace(-1, 2, TOKENS).where(labels >= 0, 0)
     lse = statistics(z, labels, frozenset())["lse"]
     expected = gradient_(z.clone(), labels, lse, weight)
     starts = [sum(widths[:rank]) for rank in range(len(widths))]

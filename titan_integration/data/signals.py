@@ -13,7 +13,7 @@ from weighting.columns import column_of, plain_name, signal_of
 if TYPE_CHECKING:
     from torch import Tensor
 
-_FROM_LOGITS = re.compile(r"topk_entropy_[1-9]\d*")
+_FROM_LOGITS = re.compile(r"topk_entropy_[1-9]\d*|label_is_top")
 """Columns that the loss finds in the logits it has at hand."""
 _SHORT_LOSS = re.compile(r"short_loss_([1-9]\d*)")
 """Columns that are the model's own loss on a short context."""

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from weighting.build.targets import drawing, target_problems, targets_of
 from weighting.contract import Combine, Pool, Source, Stage
 from weighting.errors import Problem
-from weighting.pipeline import expand, signals_read
+from weighting.pipeline import expand, is_token_local, signals_read
+from weighting.stages import Table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -107,7 +108,12 @@ def _misfits(pipeline: tuple[Stage, ...], *, inside: str = "") -> Iterator[tuple
     if inside:
         return
     for step in expand(pipeline):
-        if step.level not in step.stage.levels:
+        alone = pipeline[-1].signed and is_token_local(expand(pipeline))
+        if step.stage.signed and step.stage is pipeline[step.index] and not alone:
+            yield step.index, _SIGNED.format(step.stage.name)
+        elif isinstance(step.stage, Table) and step.stage.below_zero() and not pipeline[-1].signed:
+            yield step.index, _BELOW_ZERO.format(", ".join(sorted(step.stage.below_zero())))
+        elif step.level not in step.stage.levels:
             fits = " or ".join(f"mean({level})" for level in step.stage.levels if level != "token")
             message = f"{step.stage.name} cannot weigh units of level {step.level}"
             yield step.index, f"{message}; put {fits} before it"
@@ -157,4 +163,6 @@ _TWO_LEVELS = (
     "{0} takes two scores of one level, and the first is per {1}, the one in its brackets per {2}; "
     "pool both alike, as in mean(sequence) -> over(ref_loss -> mean(sequence))"
 )
+_SIGNED = "{0} ends a factor whose score each token decides alone; weigh and cap in another factor"
+_BELOW_ZERO = "table: {0} must be at least 0, unless signed ends the factor, to unlearn"
 _TO_WEIGHT = "put temperature(...) or mean_one"

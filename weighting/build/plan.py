@@ -69,6 +69,11 @@ class Plan:
         return self.spec.scope == "running" or any(map(has_state, self.factors.values()))
 
     @property
+    def signed(self) -> tuple[str, ...]:
+        """Factors whose weights may be negative."""
+        return tuple(name for name, steps in self.factors.items() if steps[-1].stage.signed)
+
+    @property
     def weighing_domains(self) -> tuple[str, ...]:
         """Factors with a weight for each domain that is known between batches."""
         return tuple(name for name, steps in self.factors.items() if weighs_domains(steps))

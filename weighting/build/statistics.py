@@ -15,23 +15,24 @@ if TYPE_CHECKING:
 
     from weighting.spec import Spec
 
-MOMENTS = ("count", "sum", "square_sum", "capped", "nonfinite", "min", "max")
-"""Columns of `Weights.moments`: the first five add up over ranks and batches."""
+MOMENTS = ("count", "sum", "square_sum", "negative", "capped", "nonfinite", "min", "max")
+"""Columns of `Weights.moments`: the first six add up over ranks and batches; sums are of sizes."""
 
 
 def summarize(moments: Tensor, factors: Sequence[str]) -> dict[str, Tensor]:
     """Return named statistics of `Weights.moments`, one set per factor and one for the tokens.
 
-        ess_frac = (sum w)^2 / (n * sum w^2), from 1/n (one unit has it all) to 1 (equal weights)
+        ess_frac = (sum |w|)^2 / (n * sum w^2), from 1/n (one unit has it all) to 1 (equal sizes)
 
     Returns:
         For each factor and "weight" (the final token weights): `/min`, `/max`, `/ess_frac` and
         `/capped_frac` (the share of units at their cap); `weight/nonfinite_frac` is the share of
-        tokens dropped for a non-finite signal.
+        tokens dropped for a non-finite signal, `weight/negative_frac` the share of the sum of all
+        |w| that is of w < 0.
     """
     metrics: dict[str, Tensor] = {}
     for name, row in zip([*factors, "weight"], moments, strict=True):
-        count, total, squares, capped, nonfinite, low, high = row.unbind()
+        count, total, squares, negative, capped, nonfinite, low, high = row.unbind()
         none = count == 0
         n = torch.where(none, 1, count)
         metrics[f"{name}/min"] = torch.where(none, 0, low)
@@ -41,6 +42,7 @@ def summarize(moments: Tensor, factors: Sequence[str]) -> dict[str, Tensor]:
         metrics[f"{name}/capped_frac"] = capped / n
         if name == "weight":
             metrics["weight/nonfinite_frac"] = nonfinite / (n + nonfinite)
+            metrics["weight/negative_frac"] = negative / torch.where(total > 0, total, 1)
     return metrics
 
 
@@ -50,8 +52,9 @@ def moments(weight: Tensor, valid: Tensor, dropped: Tensor, largest: Tensor | No
     return torch.stack(
         [
             valid.sum().float(),
-            torch.where(valid, weight, 0).sum(),
+            torch.where(valid, weight.abs(), 0).sum(),
             torch.where(valid, weight * weight, 0).sum(),
+            torch.where(valid, -weight, 0).clamp(min=0).sum(),
             (valid & at_cap).sum().float(),
             dropped.sum().float(),
             torch.where(valid, weight, torch.inf).amin(),

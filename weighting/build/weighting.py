@@ -41,8 +41,9 @@ if TYPE_CHECKING:
     from weighting.contract.stage import DeferredScale
     from weighting.spec import Spec
 
-_SMALLEST = 1e-30
-"""What a product of local weights counts as at least until it is known that not all are 0."""
+_SMALLEST, _LARGEST = 1e-30, 1e30
+"""What a product of local weights counts as at least until it is known that not all are 0, and what
+a product of weights counts as at most, so that its sum is finite."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Weights:
         token: Final weight of each token: the product of the factors, mean one over valid
             tokens unless the spec says otherwise, 0 at ignored ones.
         factors: Each factor's weight of each token, before the product.
-        moments: [factors + 1, 7] statistics of the weights of this rank's units, one row per
+        moments: [factors + 1, 8] statistics of the weights of this rank's units, one row per
             factor and last the tokens; see `MOMENTS`.  Sum or extremise over ranks, then
             `summarize`.
         compared: For each entry of `Weighting.compares` the number of units in its scope, over all
@@ -141,7 +142,12 @@ class Weighting(nn.Module):
             else:
                 runs = {x: self._weigh(x, signals, flat, step) for x in self.plan.factors}
                 compared = {n: run.units for n, run in runs.items() if run.units is not None}
-                token, runs, units = self._combine(signals, flat, runs)
+                signed = {name: runs[name] for name in self.plan.signed}
+                sizes = {x: run._replace(token=run.token.abs()) for x, run in signed.items()}
+                token, runs, units = self._combine(signals, flat, runs | sizes)
+                for run in signed.values():
+                    token = token * run.token.sign()
+                runs |= signed
                 compared |= {name: units for name in self.compares if name not in runs}
             ok = torch.stack([run.ok for run in runs.values()]).all(0)
             token = self._from_start(token, ok, step)
@@ -177,7 +183,8 @@ class Weighting(nn.Module):
         with torch.no_grad(), torch.autocast(loss.device.type, enabled=False):
             for name in self.plan.token_local:
                 run = self._run_local(name, flat, step)
-                product, sound = product * self._floored(name, run), sound & run.ok
+                product = (product * self._floored(name, run)).clamp(-_LARGEST, _LARGEST)
+                sound = sound & run.ok
             for name in late:  # a token that does not count in its domain weighs nothing
                 for part in on_tokens(self.plan.factors[name]):
                     sound = sound & self._run_local(name, flat, step, part).ok
@@ -464,7 +471,7 @@ class Weighting(nn.Module):
         if flat.domain_ids is not None:
             share = share * self._correction(flat.domain_ids)
         rough = torch.stack([self._floored(name, run) for name, run in runs.items()]).prod(0)
-        rough = rough * share
+        rough = (rough * share).clamp(max=_LARGEST)
         deferred = [(name, self._deferred_scale(name)) for name in runs]
         scales = {name: how for name, how in deferred if how is not None}
         sums = [rough.sum(), valid.sum().float()]
@@ -481,6 +488,7 @@ class Weighting(nn.Module):
             token = torch.where(run.ok, how.scale(run.token, total, count), 0)
             runs = {**runs, name: run._replace(unit=token, token=token)}
         product = torch.stack([run.token for run in runs.values()]).prod(0) * share
+        product = product.clamp(max=_LARGEST)
         if self.spec.normalize == "none":
             return product, runs, units
         total, count = sums[:2]

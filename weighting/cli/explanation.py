@@ -139,6 +139,9 @@ def _ending(spec: Spec, plan: Plan) -> Iterator[str]:
     else:
         yield f"final: {product},"
         yield "  scaled to mean one over the valid tokens of the scope"
+    if plan.signed:
+        yield f"  in size; the sign is that of {' x '.join(plan.signed)},"
+        yield "  and the loss of tokens of negative weight is climbed"
     if spec.start > 1:
         yield f"before step {spec.start:,} every token weighs one (start)"
     unit = spec.reduction.removesuffix("_mean")

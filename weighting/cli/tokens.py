@@ -75,9 +75,9 @@ def refusal(spec: Spec, plan: Plan) -> str | None:
     """Return why a text and a model alone do not tell the weights of a spec, or None."""
     from weighting.build import build  # noqa: PLC0415 - imports torch
     from weighting.build.shares import share_problems  # noqa: PLC0415
-    from weighting.loss.logits import TOPK  # noqa: PLC0415
+    from weighting.loss.logits import OF_LOGITS  # noqa: PLC0415
 
-    lacking = sorted(x for x in plan.needs - _FROM_LOGITS if not x.startswith(TOPK))
+    lacking = sorted(x for x in plan.needs - _FROM_LOGITS if not x.startswith(OF_LOGITS))
     if {*plan.targets.values()} == {"sampling"}:
         return "it draws data and leaves the loss alone: every token of a text weighs one"
     if "ref_loss" in lacking:

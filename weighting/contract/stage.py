@@ -72,6 +72,8 @@ class Stage(BaseModel):
     """True promises that a unit's value depends on that unit and the step alone: no statistics, no
     state that batches move, no position.  Token weights made of such stages are known at once,
     chunk by chunk."""
+    signed: ClassVar[bool] = False
+    """True lets its weights be negative: it ends a factor in which each token decides alone."""
     known_between_batches: ClassVar[bool] = False
     """True promises that the weight of each domain is in its state and the step alone, and so is
     known between batches: training data can be drawn by it."""

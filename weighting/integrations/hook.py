@@ -27,7 +27,7 @@ from weighting.integrations.head import KeptHead
 from weighting.language.read import load, resolve
 from weighting.loss.cross_entropy import signals_from, signals_of, token_loss, weighted_sum
 from weighting.loss.linear import Batch, Head, Sizes, as_autocast, late_bound, path_of
-from weighting.loss.logits import IGNORE_INDEX, TOPK, check_labels
+from weighting.loss.logits import IGNORE_INDEX, OF_LOGITS, check_labels
 from weighting.ranks import OverRanks
 from weighting.spec import Spec
 
@@ -121,7 +121,7 @@ class Hook:
     @property
     def columns(self) -> tuple[str, ...]:
         """The columns of the data that it reads, beside that of the domains."""
-        told = {name for name in self.reads if name in _TOLD or name.startswith(TOPK)}
+        told = {name for name in self.reads if name in _TOLD or name.startswith(OF_LOGITS)}
         found = {column_of(name) or name for name in self.reads - told}
         return tuple(sorted(found))
 
@@ -404,7 +404,7 @@ class Hook:
         if output.entropy is not None:
             found["entropy"] = output.entropy.detach().float()
         out = self._weigh(found, self._told(valid))
-        weighted = torch.where(out.token > 0, log_probs * out.token, 0)
+        weighted = torch.where(out.token != 0, log_probs * out.token, 0)
         if self.fn.plan.identity:
             weighted = log_probs.view_as(log_probs)  # the same numbers, and a place to watch
         self._note(valid, found["loss"].sum(), -weighted.sum())
@@ -464,7 +464,7 @@ class Hook:
         """
         assert self.step is not None
         assert self._statistics is not None
-        of_logits = {name for name in self.fn.needs if name in _OF_LOGITS or name.startswith(TOPK)}
+        of_logits = {x for x in self.fn.needs if x in _OF_LOGITS or x.startswith(OF_LOGITS)}
         if lacking := sorted(of_logits - found.keys()):
             name = plain_name(lacking[0])
             msg = (

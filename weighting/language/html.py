@@ -61,17 +61,17 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def _histogram(token: Tensor) -> str:
     """Return bars of how many of the tokens that count have which weight."""
     weights = token.detach().float().cpu().flatten()
-    weights = weights[weights > 0]
+    weights = weights[weights != 0]
     if not len(weights):
         return ""
-    top = float(weights.max())
-    counts = weights.histc(_BARS, 0, top)
+    low, top = min(0.0, float(weights.min())), max(0.0, float(weights.max()))
+    counts = weights.histc(_BARS, low, top)
     step, tallest = _WIDTH / _BARS, float(counts.max())
     bars = "".join(
         f"<rect x='{i * step:.1f}' y='{_HEIGHT - h:.1f}' width='{step - 1:.1f}' height='{h:.1f}'/>"
         for i, h in enumerate((counts / tallest * _HEIGHT).tolist())
     )
-    title = f"{len(weights):,} tokens by weight, from 0 to {top:.3g}"
+    title = f"{len(weights):,} tokens by weight, from {low:.3g} to {top:.3g}"
     return (
         f"<svg width='{_WIDTH}' height='{_HEIGHT}' fill='#0072B2' role='img'>"
         f"<title>{title}</title>{bars}</svg><div>{title}</div>"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from weighting.columns import column_of, plain_name, signal_of
 from weighting.contract import Signals
-from weighting.loss.logits import IGNORE_INDEX, TOPK, check_labels, statistics
+from weighting.loss.logits import IGNORE_INDEX, OF_LOGITS, check_labels, statistics
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -105,7 +105,7 @@ def signals_from(logits: Tensor, labels: Tensor, needs: frozenset[str]) -> dict[
     """Return what else than the loss of `needs` logits [..., V] tell, in the shape of labels."""
     rows = logits.detach().flatten(0, -2)
     found: dict[str, Tensor] = {}
-    if needs.intersection({"entropy", "error_norm"}) or any(x.startswith(TOPK) for x in needs):
+    if needs.intersection({"entropy", "error_norm"}) or any(x.startswith(OF_LOGITS) for x in needs):
         found = statistics(rows, labels.flatten(), needs)
     return {
         name: value.reshape(labels.shape)
@@ -116,4 +116,4 @@ def signals_from(logits: Tensor, labels: Tensor, needs: frozenset[str]) -> dict[
 
 def weighted_sum(nll: Tensor, weight: Tensor) -> Tensor:
     """Return sum(weight * nll); a weight of 0 hides even a non-finite loss."""
-    return torch.where(weight > 0, weight * nll, 0).sum()
+    return torch.where(weight != 0, weight * nll, 0).sum()

@@ -562,7 +562,7 @@ def _bound(
     """Return the loss, 0-D, the factor of each token's gradient, [T], and of each unit's, [U]."""
     token = token * factor
     rows = units if of_rows is None else len(of_rows)
-    both = torch.stack([token, part]).view(2, rows, -1).sum(-1)
+    both = torch.stack([token, part]).abs().view(2, rows, -1).sum(-1)  # signs are the part's
     whole, local = both if of_rows is None else sum_by(of_rows, units, both)
     late = torch.where(local > 0, whole / local, whole)
     of_row = late if of_rows is None else late[of_rows]
@@ -621,7 +621,7 @@ _compiled_chunk = cast("Any", torch.compiler.nested_compile_region(_chunk))
 
 def _per_token(weight: Tensor, total: Tensor) -> Tensor:
     """Return the factors that turn unscaled gradients of logits into those of weight * loss."""
-    return torch.where(weight > 0, weight / total, weight)
+    return torch.where(weight != 0, weight / total, weight)
 
 
 def _keep(
@@ -710,8 +710,8 @@ def _selected(weight: Tensor, most: int) -> tuple[Tensor, Tensor]:
     the weight of the others.
     """
     rows = (weight == 0).to(torch.int8).argsort(stable=True)[:most]
-    carried, total = weight[rows].sum(), weight.sum()
-    crowded = (weight > 0).sum() > most
+    carried, total = weight[rows].abs().sum(), weight.abs().sum()
+    crowded = (weight != 0).sum() > most
     return weight * torch.where(crowded, total / torch.where(crowded, carried, 1), 1), rows
 
 

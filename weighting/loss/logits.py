@@ -38,6 +38,10 @@ if TYPE_CHECKING:
 IGNORE_INDEX = -100
 TOPK = signal_of("topk_entropy_")
 """How the name of a top-k entropy begins; its k follows."""
+TOP = signal_of("label_is_top")
+"""1 where no other word is more probable than the label, else 0."""
+OF_LOGITS = (TOPK, TOP)
+"""How the names of columns begin that logits tell."""
 _BLOCK = 2**18
 """Logits in a block on CPU: 1 MiB of float32."""
 
@@ -173,6 +177,8 @@ def _summed(
     log_total = total.log()
     found["loss"] = (log_total - hit).masked_fill(labels == IGNORE_INDEX, 0)
     found["lse"] = top + log_total
+    if TOP in needs:
+        found[TOP] = (hit >= 0).float()
     if with_entropy:
         found["entropy"] = (log_total - rest[0] / total).clamp(min=0)
     if with_squares:
@@ -216,16 +222,16 @@ def gradient_(
         logits: [T, V], or this rank's part of the vocabulary.
         labels: [T] int.
         lse: [T], from `statistics`.
-        weight: [T], non-negative; must be 0 where the label is ignored.
+        weight: [T], of any sign; must be 0 where the label is ignored.
         cut: How the vocabulary is cut; None when it is whole.
     """
     place, here = _place(labels, logits, cut)
     # p - 1 from the logit itself: in bfloat16, 1 less p would be lost to rounding.
     own = logits.gather(-1, place[:, None]).squeeze(-1).float()
     miss = torch.expm1(own - lse) * weight
-    shift = lse - weight.log()
-    _by_rows(_exponentials, logits, shift)
-    miss = torch.where(here & (weight > 0), miss, (own - shift).exp().nan_to_num(0))
+    shift, sign = lse - weight.abs().log(), weight.sign()
+    _by_rows(_exponentials, logits, shift, sign)
+    miss = torch.where(here & (weight != 0), miss, (own - shift).exp().nan_to_num(0) * sign)
     return _put_(logits, place, miss)
 
 
@@ -276,11 +282,11 @@ def _sums(
 
 
 def _exponentials(
-    logits: Tensor, shift: Tensor, scratch: tuple[Tensor | None, Tensor | None]
+    logits: Tensor, shift: Tensor, sign: Tensor, scratch: tuple[Tensor | None, Tensor | None]
 ) -> tuple[Tensor, ...]:
-    """Overwrite logits by exp(logits - shift), and by 0 what is not finite."""
+    """Overwrite logits by sign * exp(logits - shift), and by 0 what is not finite."""
     d, _ = _difference(logits, shift, scratch[0], in_place=logits.dtype == torch.float32)
-    e = d.nan_to_num_(nan=-torch.inf, neginf=-torch.inf).exp_()
+    e = d.nan_to_num_(nan=-torch.inf, neginf=-torch.inf).exp_().mul_(sign[:, None])
     if e is not logits:
         logits.copy_(e)
     return (shift,)

@@ -369,7 +369,7 @@ def _weighed(fn: Weighting, signals: dict[str, Tensor], steps: Tensor) -> tuple[
 
 
 class Summary(NamedTuple):
-    """What weights come to.
+    """What the sizes of weights come to.
 
     Attributes:
         ess: Effective sample size over n, (sum w)^2 / (n * sum w^2), the mean over steps.
@@ -393,7 +393,7 @@ def summary(record: Record, weight: Tensor) -> Summary:
     of_step = torch.arange(len(sizes)).repeat_interleave(sizes)
     counts = torch.zeros_like(sizes).index_add(0, of_step, there.long())
     starts = counts.cumsum(0) - counts
-    both = torch.stack([weight, record.flat("weight")])[:, there]
+    both = torch.stack([weight, record.flat("weight")]).abs()[:, there]
     for count in counts.unique().tolist():  # steps of as many units at once
         places = starts[counts == count, None] + torch.arange(count)
         own, recorded = both[:, places]
@@ -401,7 +401,7 @@ def summary(record: Record, weight: Tensor) -> Summary:
         ess.append(torch.where(squares > 0, own.sum(1) ** 2 / squares.clamp(min=1e-30), 0))
         top.append(torch.minimum(_in_top(own), _in_top(recorded)).sum(1) / _tenth(count))
     mass = torch.zeros(max(len(record.domains), 1)).double()
-    mass.index_add_(0, record.flat("domain"), (weight * record.flat("tokens")).double())
+    mass.index_add_(0, record.flat("domain"), (weight.abs() * record.flat("tokens")).double())
     shares = mass / mass.sum().clamp(min=1e-30)
     means = (torch.cat(x).mean().item() for x in (ess, top))
     return Summary(next(means), weight.max().item(), next(means), shares.tolist())
@@ -439,7 +439,7 @@ def _scaled(spec: Spec, weights: Tensor, flat: _Flat, places: Tensor) -> Tensor:
         each = zip(weights, tokens, flat.row[places], flat.domain[places], strict=True)
         weights = torch.stack([_reduced(spec, *of) for of in each])
     if spec.normalize == "mean_one" and spec.scope != "running":
-        total = (weights * tokens).sum(1, keepdim=True)
+        total = (weights.abs() * tokens).sum(1, keepdim=True)
         scaled = weights * tokens.sum(1, keepdim=True) / total
         weights = torch.where(total > 0, scaled, weights)
     return weights

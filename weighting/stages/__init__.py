@@ -10,6 +10,7 @@ from weighting.stages.clamp import Clamp as Clamp
 from weighting.stages.clip import Clip as Clip
 from weighting.stages.column import Column as Column
 from weighting.stages.context_gain import ContextGain as ContextGain
+from weighting.stages.correct import Correct as Correct
 from weighting.stages.doge import DoGE as DoGE
 from weighting.stages.doremi import DoReMi as DoReMi
 from weighting.stages.dynamic_loading import DynamicLoading as DynamicLoading
@@ -23,6 +24,7 @@ from weighting.stages.exponentiated import Exponentiated as Exponentiated
 from weighting.stages.extremes import Extremes as Extremes
 from weighting.stages.floor import Floor as Floor
 from weighting.stages.focal import Focal as Focal
+from weighting.stages.forgotten import Forgotten as Forgotten
 from weighting.stages.gate import Gate as Gate
 from weighting.stages.indicator import Indicator as Indicator
 from weighting.stages.interpolate import Interpolate as Interpolate
@@ -54,6 +56,7 @@ from weighting.stages.running import Running as Running
 from weighting.stages.select import Select as Select
 from weighting.stages.short_loss import ShortLoss as ShortLoss
 from weighting.stages.sigmoid import Sigmoid as Sigmoid
+from weighting.stages.signed import Signed as Signed
 from weighting.stages.slope import Slope as Slope
 from weighting.stages.standardize import Standardize as Standardize
 from weighting.stages.table import Table as Table

@@ -11,7 +11,7 @@ from typing_extensions import override
 from weighting.contract import Scope, Signals, Source
 from weighting.errors import nearest
 from weighting.registry import stage
-from weighting.schedules import Constant, NonNegativeNumber
+from weighting.schedules import Constant, Number
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class Table(Source):
     """The table's entry for the token's domain: table(web=1, code=2).
 
-    score_t = weights[domain_t]
+    score_t = weights[domain_t],   at least 0, or of any sign where the factor ends in signed
 
     Every domain of the data needs an entry and every entry a domain, so that neither a new
     domain nor a misspelt one goes unnoticed.
@@ -32,12 +32,16 @@ class Table(Source):
     pointwise: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"domain_ids"})
     collects: ClassVar[str | None] = "weights"
-    weights: Annotated[dict[str, NonNegativeNumber], Field(min_length=1)]
+    weights: Annotated[dict[str, Number], Field(min_length=1)]
 
     @override
     def always_zero(self) -> frozenset[str]:
         """Return the domains with a constant 0."""
         return frozenset(name for name, x in self.weights.items() if x == Constant(value=0))
+
+    def below_zero(self) -> frozenset[str]:
+        """Return the domains whose entry is negative at some step."""
+        return frozenset(name for name, x in self.weights.items() if min(x.extremes()) < 0)
 
     @override
     def problem_with(self, domains: tuple[str, ...]) -> str | None:

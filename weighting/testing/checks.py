@@ -207,18 +207,19 @@ def check_finite(subject: Subject) -> None:
 
 @_law(_gives_weights)
 def check_non_negative(subject: Subject) -> None:
-    """No weight is negative: a negative one would teach the opposite."""
+    """No weight is negative, as that unlearns, unless `signed = True` says that it may be."""
     for name, call in _final_calls(subject):
-        _must(not bool((call.of_counting < 0).any()), f"gives negative weights for {name}")
+        negative = bool((call.of_counting < 0).any()) and not call.stage.signed
+        _must(not negative, f"gives negative weights for {name}")
 
 
 @_law(_scales)
 def check_mean_one(subject: Subject) -> None:
-    """Weights have mean one over the units that count, unless `scaled = False` says otherwise."""
+    """Sizes of weights have mean one over what counts, unless `scaled = False` says otherwise."""
     if subject.stage is None:
         for name, signals, out in _hard_weights(subject):
             if out.token.any():
-                _must_mean_one(out.token[valid_of(signals)], name)
+                _must_mean_one(out.token[valid_of(signals)].abs(), name)
         return
     for name, call in _final_calls(subject):
         if call.counts.any():
