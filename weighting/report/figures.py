@@ -233,7 +233,7 @@ def _caps(run: Run) -> list[tuple[str, Points]]:
     found: list[tuple[str, Points]] = []
     for name, steps in plans.items():
         for stage in (step.stage for step in steps if isinstance(step.stage, Constrain)):
-            points = _cap(stage, torch.tensor(run.lines.steps))
+            points = _cap(stage, torch.frombuffer(run.lines.steps, dtype=torch.int64))
             if (points.values != _BOUND[0]).any():
                 found.append((f"{run.name}: cap of {name}", points))
     return found
