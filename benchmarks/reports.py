@@ -31,7 +31,7 @@ from weighting.runs.replay import ABOUT
 HERE = Path(__file__).resolve().parents[1]
 DOMAINS = ("code", "prose", "math")
 MEASURED = """
-import resource, sys, time
+import sys, time
 from pathlib import Path
 from weighting.cli.explanation import explanation
 from weighting.report.page import page
@@ -39,7 +39,8 @@ from weighting.report.read import read_runs
 from weighting.runs.replay import read_record, replay, summary
 import weighting as wt
 import pyarrow.json, pyarrow.parquet
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+# Not getrusage's, which begins at the peak of the process that started this one.
+peak = lambda: int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) / 1024
 what, *folders = sys.argv[1:]
 before, start = peak(), time.process_time()
 if what == "report":
