@@ -1,24 +1,32 @@
-"""How time grows with tokens, sequences, domains and draws: a table of seconds and exponents.
+"""How time grows with tokens, sequences, documents, domains and ranks: seconds and exponents.
 
     python benchmarks/growth.py [--quick]
 
 Each row is one kind of work over sizes up to three decades apart; a time is the median of a few
 calls, in CPU seconds of one thread.  The exponent is the slope of log time over log size, fitted by
-least squares to the larger half of the sizes, where fixed costs no longer count.
+least squares to the larger half of the sizes, where fixed costs no longer count.  Of the ranks one
+exists, which works as if the others had what it has; what they take to answer is not there.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 
 import torch
+from torch import Tensor
+from typing_extensions import override
 
 import weighting as wt
+from weighting.contract import Alone
 
 CALLS = 3
 Work = Callable[[], object]
@@ -62,6 +70,62 @@ def weighing_domains(domains: int) -> Work:
     return lambda: fn(signals, 1)
 
 
+PER_DOCUMENT = wt.loads("mean(document) -> normalize -> temperature(0.5)")
+
+
+def weighing_documents(documents: int) -> Work:
+    """Return a weighting by document over 65,536 tokens of so many documents."""
+    fn = wt.build(PER_DOCUMENT)
+    segments = torch.arange(1024).expand(64, -1) // max(65_536 // documents, 1)
+    signals = wt.Signals(loss=torch.rand(64, 1024), segment_ids=segments)
+    return lambda: fn(signals, 1)
+
+
+class Alike(Alone):
+    """Ranks that all have what this one has."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    @property
+    @override
+    def parts(self) -> Alone:
+        return Alone()
+
+    @override
+    def gather(self, x: Tensor) -> Tensor:
+        return x.expand(self.size, *x.shape)
+
+    @override
+    def sum(self, x: Tensor) -> Tensor:
+        return x * self.size
+
+
+def over_ranks(spec: wt.Spec, ranks: int) -> Work:
+    """Return the weighting of a rank's eight sequences of 1,024 tokens among so many ranks."""
+    fn = wt.build(spec, collectives=Alike(ranks))
+    segments = torch.arange(1024).expand(8, -1) // 64
+    signals = wt.Signals(loss=torch.rand(8, 1024), segment_ids=segments)
+    return lambda: fn(signals, 1)
+
+
+def opening(documents: int) -> Work:
+    """Return the opening of a JSONL file of so many short documents."""
+    from titan_integration.data.documents import local_documents  # noqa: PLC0415 - needs torchtitan
+    from titan_integration.data.records import Columns  # noqa: PLC0415
+
+    folder = tempfile.TemporaryDirectory()
+    file = Path(folder.name) / "data.jsonl"
+    lines = (json.dumps({"text": f"{i} " * 20, "domain": f"d{i % 7}"}) for i in range(documents))
+    file.write_text("\n".join(lines), encoding="utf-8")
+
+    def work(kept: object = folder) -> object:
+        del kept  # the folder goes with the work
+        return local_documents(file, "train", Columns())
+
+    return work
+
+
 def building(stages: int) -> Work:
     """Return the building of so many stages, 100 a factor at most."""
     parts = [min(stages - start, 100) for start in range(0, stages, 100)]
@@ -91,6 +155,10 @@ ROWS: dict[str, tuple[Callable[[int], Work], tuple[int, ...]]] = {
     "select within sequences, tokens": (selecting_within, (2**10, 2**12, 2**14, 2**16, 2**18)),
     "rank, sequences": (ranking, (32, 128, 512, 2048, 8192, 32_768)),
     "linupper, sequences": (capping, (32, 128, 512, 2048, 8192, 32_768)),
+    "weights per document, documents": (weighing_documents, (64, 512, 4096, 32_768)),
+    "linupper, ranks": (partial(over_ranks, wt.load("linupper")), (8, 64, 512, 4096)),
+    "weights per document, ranks": (partial(over_ranks, PER_DOCUMENT), (8, 64, 512, 4096)),
+    "opening a file, documents": (opening, (100, 1000, 10_000, 100_000)),
     "domain weights, domains": (weighing_domains, (10, 100, 1000, 10_000)),
     "a drawn batch, domains": (drawing, (10, 100, 1000, 5000)),
     "parse and build, stages": (building, (10, 100, 1000, 5000)),

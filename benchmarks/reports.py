@@ -31,7 +31,7 @@ from weighting.runs.replay import ABOUT
 HERE = Path(__file__).resolve().parents[1]
 DOMAINS = ("code", "prose", "math")
 MEASURED = """
-import resource, sys, time
+import sys, time
 from pathlib import Path
 from weighting.cli.explanation import explanation
 from weighting.report.page import page
@@ -39,7 +39,8 @@ from weighting.report.read import read_runs
 from weighting.runs.replay import read_record, replay, summary
 import weighting as wt
 import pyarrow.json, pyarrow.parquet
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+# Not getrusage's, which begins at the peak of the process that started this one.
+peak = lambda: int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) / 1024
 what, *folders = sys.argv[1:]
 before, start = peak(), time.process_time()
 if what == "report":
@@ -76,13 +77,14 @@ def write_run(folder: Path, seed: int, steps: int, rows: int = 0) -> None:
     if not rows:
         return
     count = steps * rows
+    whole, floats = pa.int32(), pa.float32()
     columns = {
-        "step": [step for step in range(1, steps + 1) for _ in range(rows)],
-        "row": [*range(rows)] * steps,
+        "step": pa.array([step for step in range(1, steps + 1) for _ in range(rows)], whole),
+        "row": pa.array([*range(rows)] * steps, whole),
         "domain": chance.choices(DOMAINS, k=count),
-        "tokens": [512] * count,
-        "mean_weight": [2 * chance.random() for _ in range(count)],
-        "loss": [4 * chance.random() for _ in range(count)],
+        "tokens": pa.array([512] * count, whole),
+        "mean_weight": pa.array([2 * chance.random() for _ in range(count)], floats),
+        "loss": pa.array([4 * chance.random() for _ in range(count)], floats),
     }
     counts = {"ranks": 1, "rank_rows": rows, "batch_rows": rows}
     said = {**named, "spec": str(spec), "domains": [*DOMAINS], **counts}
@@ -113,7 +115,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny: does it run at all?")
     parser.add_argument("--package", type=Path, help="a checkout of another version")
     args = parser.parse_args()
-    runs, steps, recorded, times = (2, 50, 10, 1) if args.quick else (20, 20_000, 2_000, 3)
+    runs, steps, recorded, times = (2, 50, 10, 1) if args.quick else (20, 20_000, 20_000, 3)
     print(f"{platform.machine()}, one thread, Python {platform.python_version()}\n")
     print("| what | s | MiB | before: s | MiB | times as fast |")
     print("|---|---|---|---|---|---|")

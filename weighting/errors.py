@@ -150,7 +150,8 @@ def printable(text: str, keep: str = "") -> str:
         text: Any text of a user's: a name, a value, a message with such in it.
         keep: Characters that stay, such as the end of a line.
     """
-    return "".join(c if c.isprintable() or c in keep else "?" for c in text)
+    wrong = {ord(c): "?" for c in {*text} if not c.isprintable() and c not in keep}
+    return text.translate(wrong) if wrong else text
 
 
 def _reading_order(problem: Problem) -> tuple[int, int, str]:

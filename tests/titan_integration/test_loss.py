@@ -14,9 +14,11 @@ import titan_integration.host.cpu as on_cpu
 
 on_cpu.use_cpu()
 
+from titan_integration.loss import vocab_parallel  # noqa: E402
 from titan_integration.loss.loss import WeightedChunkedLoss, WeightedCrossEntropyLoss  # noqa: E402
 from titan_integration.state.run import start  # noqa: E402
 from weighting.loss.cross_entropy import weighted_cross_entropy  # noqa: E402
+from weighting.loss.logits import statistics  # noqa: E402
 
 ROWS, LENGTH, WIDTH, VOCABULARY, IGNORED = 4, 6, 5, 11, -100
 WAITS = {"_local_scalar_dense", "nonzero", "_unique2", "bincount", "masked_select"}
@@ -280,3 +282,30 @@ def test_int32_labels_train_alike(memory, name):
     for each, pred in ((loss, hidden), (loss, hidden.detach()), (whole, logits)):
         assert torch.equal(each(pred, labels.int(), count)[0], each(pred, labels, count)[0])
     assert loss.token_losses(hidden, labels.int(), head).shape == labels.shape
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["chunks", "logits"])
+def test_the_divergence_from_two_references_sums_the_logits_of_each_model_once(whole, monkeypatch):
+    """The log sums of the model serve both; the values are those of the formula."""
+    run, _, hidden, head, labels = example(tables.SPEC_TEXTS["mile"])
+    own, *others = (hidden.detach() * x for x in (1, 2, -1))
+    loss = chunked(run, head, "auto")
+    if whole:
+        loss = WeightedCrossEntropyLoss.Config().build(compile_config=None)
+        own, *others = (head(x).detach() for x in (own, *others))
+    rows = []
+
+    def counted(logits, *rest):
+        rows.append(len(logits))
+        return statistics(logits, *rest)
+
+    monkeypatch.setattr(vocab_parallel, "statistics", counted)
+    lse = None
+    for other in others:
+        found = loss.token_signals((other, head), labels, frozenset(), (own, head), lse)
+        lse = found["model_lse"]
+        p, q = (x if whole else head(x) for x in (own, other))
+        p, q = p.double().log_softmax(-1), q.double().log_softmax(-1)
+        expected = (p.exp() * (p - q)).sum(-1).float()
+        assert_close(found["kl"], expected.detach(), rtol=1e-5, atol=1e-6)
+    assert sum(rows) == 3 * labels.numel()

@@ -110,7 +110,7 @@ def test_a_sequence_is_the_mean_over_its_valid_tokens(tmp_path):
     noting.flush()
     record = read_record(tmp_path)
     assert [step.step for step in record.steps] == [2, 4], "the last one was not taken"
-    assert record.signals == {"loss", "entropy"}
+    assert record.known == {"loss", "entropy"}
     assert record.about["name"] == "linupper-x-mile"
     for found in record.steps:
         assert found.row.tolist() == [*range(6)]

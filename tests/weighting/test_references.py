@@ -8,7 +8,7 @@ import torch
 
 import weighting as wt
 from weighting.contract import Alone
-from weighting.loss.logits import Slice, divergence
+from weighting.loss.logits import Slice, divergence, statistics
 from weighting.pipeline import signals_read
 
 CLOSE = 1e-6
@@ -36,17 +36,23 @@ def two_models(tokens=6, words=50):
     return ours, near * ours + (1 - near) * other, labels
 
 
+def distance(ours, theirs, labels, cut=None):
+    """Return the divergence by the log sums that statistics of both tell."""
+    sums = (statistics(x, labels, frozenset(), cut)["lse"] for x in (ours, theirs))
+    return divergence(ours, theirs, *sums, cut)
+
+
 def test_the_divergence_is_that_of_the_formula():
     """Of float32 logits and of 16 bits; 0 where the models agree, and never below."""
     ours, theirs, labels = two_models()
     for x, y in ((ours, theirs), (ours.bfloat16(), theirs.bfloat16())):
         expected = [slow_divergence(*pair) for pair in zip(x.tolist(), y.tolist(), strict=True)]
-        found = divergence(x, y, labels)
+        found = distance(x, y, labels)
         assert found.dtype == torch.float32
         assert found.tolist() == pytest.approx(expected, abs=1e-5, rel=CLOSE)
         assert found.min() >= 0
-    assert divergence(ours, theirs + 7, labels)[-1] < 1e-6
-    assert divergence(ours, theirs, labels)[0] > 1
+    assert distance(ours, theirs + 7, labels)[-1] < 1e-6
+    assert distance(ours, theirs, labels)[0] > 1
 
 
 def test_a_cut_vocabulary_gives_the_divergence_of_a_whole_one():
@@ -56,10 +62,10 @@ def test_a_cut_vocabulary_gives_the_divergence_of_a_whole_one():
     def one(rank, ranks):
         start = (0, 30)[rank]
         mine = [x[:, start : start + 30] for x in (ours, theirs)]
-        return divergence(*mine, labels, Slice(start, ranks, 50))
+        return distance(*mine, labels, Slice(start, ranks, 50))
 
     for found in tables.Lockstep(2).run(one):
-        torch.testing.assert_close(found, divergence(ours, theirs, labels), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found, distance(ours, theirs, labels), rtol=1e-5, atol=1e-6)
 
 
 def test_words_that_cannot_come_add_nothing_and_a_broken_logit_is_seen():
@@ -67,11 +73,11 @@ def test_words_that_cannot_come_add_nothing_and_a_broken_logit_is_seen():
     ours, theirs = torch.tensor([[1.0, -math.inf, 2]]), torch.tensor([[1.0, 5, 2]])
     label = torch.tensor([0])
     expected = slow_divergence(ours[0].tolist(), theirs[0].tolist())
-    assert divergence(ours, theirs, label).item() == pytest.approx(expected, rel=1e-6)
-    assert divergence(theirs, ours, label).item() == math.inf
-    assert divergence(torch.full_like(ours, math.nan), theirs, label).isnan()
-    assert divergence(ours, torch.full_like(ours, math.nan), label).isnan()
-    assert divergence(ours, theirs, label, Slice(0, Alone(), 3)).item() > 0
+    assert distance(ours, theirs, label).item() == pytest.approx(expected, rel=1e-6)
+    assert distance(theirs, ours, label).item() == math.inf
+    assert distance(torch.full_like(ours, math.nan), theirs, label).isnan()
+    assert distance(ours, torch.full_like(ours, math.nan), label).isnan()
+    assert distance(ours, theirs, label, Slice(0, Alone(), 3)).item() > 0
 
 
 @pytest.mark.parametrize(

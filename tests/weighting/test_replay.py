@@ -220,8 +220,11 @@ def test_a_scope_weighs_together_what_the_run_did(scope, together, tmp_path):
 def test_rows_tell_apart_the_microbatches_of_a_pipeline(tmp_path):
     """Calls of two microbatches that are weighed together alternate between ranks."""
     record = read_record(write(tmp_path, DATA, about(batch=24, rank=6, ranks=2)))
-    own = [found.tolist() for found in record.steps[0].batches("rank")]
-    assert own == [[*range(6), *range(12, 18)], [*range(6, 12), *range(18, 24)]]
+    places, sizes, steps = record.batches("rank")
+    own = [found.tolist() for found in places.split(sizes.tolist())]
+    assert own[:2] == [[*range(6), *range(12, 18)], [*range(6, 12), *range(18, 24)]]
+    assert own[2:4] == [[N + i for i in found] for found in own[:2]]
+    assert steps.tolist() == [1, 1, 2, 2, 5, 5]
 
 
 def test_a_memory_moves_with_the_recorded_steps(run):
@@ -250,7 +253,7 @@ def test_what_weights_come_to(tmp_path):
     assert found.top == pytest.approx(2 / 3)
     level = [1.0] * 24
     assert summary(record, torch.tensor(level)).top == pytest.approx(3 * (3 / 24) / 3)
-    assert summary(record, record.flat("weight")).top == 1
+    assert summary(record, record.weight).top == 1
 
 
 def test_the_share_at_the_cap_is_that_of_units(run):
@@ -367,7 +370,7 @@ def test_the_report_says_what_the_numbers_are(run):
     record = read_record(run)
     found = summary(record, replay(resolve("prop1"), record).weight)
     lines = {line[:26].strip(): line[26:].split() for line in text.splitlines()}
-    recorded = summary(record, record.flat("weight"))
+    recorded = summary(record, record.weight)
     assert lines["largest weight"][:2] == [f"{recorded.largest:.4f}", f"{found.largest:.4f}"]
     assert lines["ESS / n, mean over steps"][1] == f"{found.ess:.4f}"
     assert lines["top tenth in common"][0] == "1.0000"
@@ -381,7 +384,7 @@ def test_the_report_says_what_the_numbers_are(run):
 def test_the_sequences_most_moved_are_shown(run):
     """They are those of all steps whose weight a spec raises, or lowers, by the most."""
     record = read_record(run)
-    change = replay(resolve("prop1"), record).weight - record.flat("weight")
+    change = replay(resolve("prop1"), record).weight - record.weight
     text = printed(run, "--spec", "prop1")
     raised, lowered = text.partition("most raised by prop1")[2].split("most lowered by prop1")
     for part, order in ((raised, change.argsort(descending=True)), (lowered, change.argsort())):
@@ -420,7 +423,7 @@ def test_documents_have_numbers_and_texts_of_their_own(tmp_path, capsys):
     assert "prop1" in sequences
     assert "prop1" not in documents
     record = read_record(tmp_path, "document")
-    weight, own = replay(wt.loads(PER_DOCUMENT), record).weight, record.flat("weight")
+    weight, own = replay(wt.loads(PER_DOCUMENT), record).weight, record.weight
     assert f"{summary(record, weight).ess:.4f}" in documents.split("largest weight")[0]
     at = [torch.stack([step.row, step.document], 1).tolist() for step in record.steps]
     places = [(s.step, *place) for s, own in zip(record.steps, at, strict=True) for place in own]

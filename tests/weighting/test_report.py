@@ -26,7 +26,7 @@ from weighting.report.points import Points
 from weighting.report.read import read_runs
 from weighting.report.tables import as_text, by_seed, interval, most_moved, over_seeds, settings
 from weighting.runs import run_json
-from weighting.runs.replay import Record, Step
+from weighting.runs.replay import Record
 
 DOMAINS = ("code", "prose")
 CHARTS = {
@@ -311,18 +311,29 @@ def test_sequences_most_raised_and_lowered_are_listed_where_they_were_recorded(t
     [run] = read_runs([write_run(tmp_path / "a", [line(1)])])
     assert most_moved(run) == []
     weight = torch.tensor([1.0, 1.5, 0.25, 3.0, 9.0])
-    columns = (torch.arange(5), *([torch.zeros(5).long()] * 2), torch.ones(5).long())
-    tokens, signals = torch.tensor([8.0, 8, 8, 8, 0]), {"loss": torch.arange(5) / 2}
-    step = Step(1200, columns[0], *columns[1:], tokens, weight, signals, {})
-    record = Record({}, ("prose", "verse"), (step,))
+    zeros, ones = torch.zeros(5).long(), torch.ones(5).long()
+    record = Record(
+        about={},
+        domains=("prose", "verse"),
+        numbers=torch.tensor([1200]),
+        sizes=torch.tensor([5]),
+        told=[{}],
+        row=torch.arange(5),
+        document=zeros,
+        documents=ones,
+        domain=ones,
+        tokens=torch.tensor([8.0, 8, 8, 8, 0]),
+        weight=weight,
+        signals={"loss": torch.arange(5) / 2},
+    )
     raised, lowered = most_moved(dataclasses.replace(run, record=record))
     assert raised.rows == [
         ("verse", "1,200", "3", "8", "1.5000", "3.0000"),
         ("verse", "1,200", "1", "8", "0.5000", "1.5000"),
     ]
     assert lowered.rows == [("verse", "1,200", "2", "8", "1.0000", "0.2500")]
-    bare = dataclasses.replace(step, signals={})
-    raised, _ = most_moved(dataclasses.replace(run, record=Record({}, (), (bare,))))
+    bare = dataclasses.replace(record, domains=(), signals={})
+    raised, _ = most_moved(dataclasses.replace(run, record=bare))
     assert raised.rows[0] == ("–", "1,200", "3", "8", "–", "3.0000")
 
 

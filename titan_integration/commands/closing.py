@@ -119,6 +119,6 @@ def _weighs_tokens(given: Given) -> bool:
 def _has_losses(folder: Path) -> bool:
     """Tell whether the record of a run can be read, and has the loss of its sequences."""
     try:
-        return "loss" in read_record(folder).signals
+        return "loss" in read_record(folder).known
     except ValueError:
         return False

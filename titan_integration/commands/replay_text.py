@@ -171,7 +171,7 @@ def _told(run: Path) -> _Told:
 
 
 def _rows_of_a_step(run: Path, record: Record) -> int:
-    sizes = sorted({len(step.row) for step in record.steps})
+    sizes = record.sizes.unique().tolist()
     if len(sizes) > 1:
         msg = (
             f"{run}: its steps have from {sizes[0]} to {sizes[-1]} sequences, so steps do not tell "
@@ -187,7 +187,7 @@ def _check_starts(run: Path, starts: Sequence[_Start], record: Record, rows: int
     Raises:
         ValueError: One did not.
     """
-    if not {step.about["hash"] for step in record.steps} <= {start.spec for start in starts}:
+    if not {told["hash"] for told in record.told} <= {start.spec for start in starts}:
         msg = f"{run}: {ABOUT} is of a later run than the record, of another spec; {_LEAVE[3:]}"
         raise ValueError(msg)
     for start in starts:

@@ -211,7 +211,7 @@ class FrozenModel(Trainer):
             found = signals(logits, labels, None, needs)
         if isinstance(self.model, FSDPModule):
             self.model.reset_iter_state()  # as `token_losses` does
-        return {name: x.float().cpu() for name, x in found.items()}
+        return {name: x.float().cpu() for name, x in found.items() if name != "lse"}
 
     def _batch(
         self, inputs: Tensor, positions: Tensor, labels: Tensor

@@ -63,6 +63,7 @@ class TokenSignals(Protocol):
         labels: Tensor,
         needs: frozenset[str] = frozenset(),
         model: Output | None = None,
+        model_lse: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Return `loss`, what else of `needs` the logits tell, and `kl`; [B, L], no gradient.
 
@@ -71,6 +72,7 @@ class TokenSignals(Protocol):
             labels: [B, L].
             needs: Names of signals.
             model: Another model's, whose divergence from the first is `kl`; none without it.
+            model_lse: What was returned with an earlier `kl` of the same model, [B, L].
         """
         ...
 
@@ -123,10 +125,11 @@ class WeightedCrossEntropyLoss(_Bound, CrossEntropyLoss):
         labels: Tensor,
         needs: frozenset[str] = frozenset(),
         model: Output | None = None,
+        model_lse: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Return what `TokenSignals` says, of logits."""
         own = None if model is None else model[0]
-        return _told(of[0], own, labels, self.global_vocab_size, needs)
+        return _told(of[0], own, model_lse, labels, self.global_vocab_size, needs)
 
 
 class WeightedChunkedLoss(_Bound, ChunkedLossWrapper):
@@ -193,6 +196,7 @@ class WeightedChunkedLoss(_Bound, ChunkedLossWrapper):
         labels: Tensor,
         needs: frozenset[str] = frozenset(),
         model: Output | None = None,
+        model_lse: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Return what `TokenSignals` says, chunk by chunk, of hidden states."""
         hidden, lm_head = of
@@ -200,10 +204,12 @@ class WeightedChunkedLoss(_Bound, ChunkedLossWrapper):
         found: list[dict[str, Tensor]] = []
         chunks = (hidden.chunk(self.num_chunks, dim=1), labels.chunk(self.num_chunks, dim=1))
         own = None if model is None else model[0].chunk(self.num_chunks, dim=1)
+        sums = None if model_lse is None else model_lse.chunk(self.num_chunks, dim=1)
         with torch.no_grad():
-            for index, (part, label) in enumerate(zip(*chunks, strict=True)):
-                logits = None if model is None or own is None else model[1](own[index])
-                found.append(_told(lm_head(part), logits, label, self._vocab_size, needs))
+            for i, (part, label) in enumerate(zip(*chunks, strict=True)):
+                logits = None if model is None or own is None else model[1](own[i])
+                lse = None if sums is None else sums[i]
+                found.append(_told(lm_head(part), logits, lse, label, self._vocab_size, needs))
         return {name: torch.cat([x[name] for x in found], dim=1) for name in found[0]}
 
     def _check(self, labels: Tensor, lm_head: nn.Module) -> None:
@@ -326,14 +332,17 @@ class Call:
 def _told(
     logits: Tensor,
     model: Tensor | None,
+    lse: Tensor | None,
     labels: Tensor,
     vocab_size: int | None,
     needs: frozenset[str],
 ) -> dict[str, Tensor]:
-    """Return the loss of logits, what else of `needs` they tell, and the model's `kl` to them."""
+    """Return what logits tell; with a model's logits, its `kl` to them and its log sums too."""
     found = signals(logits, labels, vocab_size, needs)
     if model is not None:
-        found["kl"] = divergence_of(model, logits, labels, vocab_size)
+        lse = signals(model, labels, vocab_size, frozenset())["lse"] if lse is None else lse
+        found["kl"] = divergence_of(model, logits, lse, found["lse"], vocab_size)
+        found["model_lse"] = lse
     return found
 
 

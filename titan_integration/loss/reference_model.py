@@ -248,6 +248,7 @@ def told_by_references(
     found: dict[str, Tensor] = {}
     with contextlib.ExitStack() as stack:
         own: Output | None = None
+        lse: Tensor | None = None
         for name, reference in references.items():
             told = {what: x for what, x in told_by(name).items() if x in needs}
             if "kl" in told and own is None:
@@ -256,7 +257,9 @@ def told_by_references(
             with left_alone(reference):
                 of = reference(inputs, **kwargs), reference.lm_head
                 more = frozenset({"entropy"} if "ref_entropy" in told else ())
-                signals = loss_fn.token_signals(of, labels, more, own if "kl" in told else None)
+                beside = own if "kl" in told else None
+                signals = loss_fn.token_signals(of, labels, more, beside, lse)
+            lse = signals.get("model_lse", lse)
             kinds = {"ref_loss": "loss", "ref_entropy": "entropy", "kl": "kl"}
             found |= {signal: signals[kinds[what]] for what, signal in told.items()}
     return found

@@ -115,17 +115,25 @@ def token_losses_of(
 def signals(
     logits: Tensor, labels: Tensor, vocab_size: int | None, needs: frozenset[str]
 ) -> dict[str, Tensor]:
-    """Return `loss` and what else of `needs` logits tell, each [B, L], without gradient."""
-    return losses_with_gradient(logits, labels, vocab_size, needs)[1]
+    """Return `loss`, `lse` and what else of `needs` logits tell, each [B, L], without gradient.
+
+    Raises:
+        IndexError: A label is outside the vocabulary.
+    """
+    rows, local, cut = plain(logits).flatten(0, -2), plain(labels), slice_of(logits, vocab_size)
+    check_labels(local, size_of(logits, vocab_size))
+    found = statistics(rows, local.long().flatten(), needs, cut)
+    return {name: x.view(local.shape) for name, x in found.items()}
 
 
 @torch.no_grad()
-def divergence_of(logits: Tensor, others: Tensor, labels: Tensor, vocab_size: int | None) -> Tensor:
+def divergence_of(
+    logits: Tensor, others: Tensor, lse: Tensor, other_lse: Tensor, vocab_size: int | None
+) -> Tensor:
     """Return how far a prediction is from that of other logits, [B, L]; both are cut alike."""
     rows, other_rows = (plain(x).flatten(0, -2) for x in (logits, others))
-    local = plain(labels)
-    cut = slice_of(logits, vocab_size)
-    return divergence(rows, other_rows, local.long().flatten(), cut).view(local.shape)
+    sums = lse.flatten(), other_lse.flatten()
+    return divergence(rows, other_rows, *sums, slice_of(logits, vocab_size)).view(lse.shape)
 
 
 class _TokenLoss(torch.autograd.Function):

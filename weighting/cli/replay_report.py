@@ -74,7 +74,7 @@ def report(run: Path, specs: Sequence[str], *, plugins: bool, texts: Texts | Non
         documents = read_record(run, "document") if per_document else record
     except ValueError as error:
         give_up(str(error))
-    records = {"sequence": record, "document": documents if documents.steps else record}
+    records = {"sequence": record, "document": documents if len(documents.row) else record}
     done = [(spec, _column(spec, records[unit_of(spec.plan)])) for spec in named]
     refused = [_refusal(spec, found) for spec, found in done if isinstance(found, str)]
     if refused and len(refused) == len(done):
@@ -130,8 +130,8 @@ def _report(
 
 
 def _extent(record: Record) -> str:
-    steps = [step.step for step in record.steps]
-    low, *_, high = sorted(2 * [len(step.row) for step in record.steps])
+    steps = record.numbers.tolist()
+    low, high = (int(x) for x in record.sizes.aminmax())
     each = f"{low}" if low == high else f"{low} to {high}"
     return f"{len(steps)} steps from {steps[0]} to {steps[-1]}, {each} {record.level}s each"
 
@@ -140,7 +140,7 @@ def _replays(
     record: Record, specs: list[_Column], *, plugins: bool, texts: Texts | None
 ) -> Iterator[str]:
     """Yield the numbers of what specs make of a record, and what they move most."""
-    own = Replayed(record.flat("weight"), _own_cap(record, plugins=plugins))
+    own = Replayed(record.weight, _own_cap(record, plugins=plugins))
     recorded = _Column("recorded", record, own, summary(record, own.weight))
     for block in _blocks([recorded, *specs]):
         yield ""
@@ -211,7 +211,7 @@ def _numbers(block: list[_Column]) -> Iterator[str]:
 
 def _domains(record: Record, block: list[_Column]) -> Iterator[str]:
     tokens = torch.zeros(len(record.domains)).double()
-    tokens.index_add_(0, record.flat("domain"), record.flat("tokens").double())
+    tokens.index_add_(0, record.domain, record.tokens.double())
     shares = (tokens / tokens.sum().clamp(min=1)).tolist()
     yield _line(f"{'share of weight':16} {'of tokens':>9}", block, ["" for _ in block]).rstrip()
     for i, name in enumerate(record.domains):
@@ -231,9 +231,7 @@ def _most_moved(recorded: Tensor, column: _Column) -> dict[str, list[int]]:
 
 def _places(record: Record) -> Tensor:
     """Return step, row and document of every unit, [n, 3]."""
-    sizes = torch.tensor([len(step.row) for step in record.steps])
-    steps = torch.tensor([step.step for step in record.steps]).repeat_interleave(sizes)
-    return torch.stack([steps, record.flat("row"), record.flat("document")], dim=1)
+    return torch.stack([record.each(record.numbers), record.row, record.document], dim=1)
 
 
 def _moved(
@@ -245,8 +243,8 @@ def _moved(
 ) -> Iterator[str]:
     """Yield the units that a spec moves most, and below each how it begins, where known."""
     record = column.record
-    losses = torch.cat([step.signals["loss"] for step in record.steps])
-    domains, of_documents = record.flat("domain"), record.level == "document"
+    losses = record.signals["loss"]
+    domains, of_documents = record.domain, record.level == "document"
     heading = f"{'step':>8} {'row':>7} {'document' if of_documents else ''} {'domain':16}"
     heading += f" {'loss':>9} {'recorded':>9} {'now':>9}"
     for what, found in most.items():

@@ -93,7 +93,7 @@ def _measure(
     record = read_record(source)
     if unit_of(plan) == "document":
         documents = read_record(source, "document")
-        record = documents if documents.steps else record
+        record = documents if len(documents.row) else record
     if why := obstacle(plan, record):
         msg = f"{spec.name} cannot be tuned over {source}: {why}"
         raise ValueError(msg + (_TOKENS if "token" in why else ""))

@@ -194,7 +194,9 @@ def _summed(
 
 
 @torch.no_grad()
-def divergence(logits: Tensor, others: Tensor, labels: Tensor, cut: Slice | None = None) -> Tensor:
+def divergence(
+    logits: Tensor, others: Tensor, lse: Tensor, other_lse: Tensor, cut: Slice | None = None
+) -> Tensor:
     """Return how far the prediction p of logits is from q, that of others, nats, [T] float32.
 
         KL(p || q) = sum_v p_v (log p_v - log q_v)
@@ -202,11 +204,11 @@ def divergence(logits: Tensor, others: Tensor, labels: Tensor, cut: Slice | None
     Args:
         logits: [T, V], or this rank's part of the vocabulary.
         others: The same of another model.
-        labels: [T] int; where they are ignored, the value means nothing.
+        lse: [T], from `statistics` of these logits.
+        other_lse: [T], from that of the others.
         cut: How both vocabularies are cut; None when they are whole.
     """
-    lse, other = (statistics(x, labels, frozenset(), cut)["lse"] for x in (logits, others))
-    (part,) = _by_rows(_divergence, logits, others, lse, other)
+    (part,) = _by_rows(_divergence, logits, others, lse, other_lse)
     return (part if cut is None else cut.ranks.sum(part)).clamp(min=0)
 
 

@@ -129,18 +129,20 @@ def weights(runs: Sequence[Run]) -> list[Chart]:
 
 def _spread(run: Run) -> Chart | None:
     """Return how the weights of recorded sequences are spread, step by step."""
-    alike: dict[int, list[tuple[int, Tensor]]] = {}
-    for step in run.record.steps if run.record else ():
-        weight = step.weight[step.tokens > 0]
-        alike.setdefault(len(weight), []).append((step.step, weight))
-    alike.pop(0, None)
+    if run.record is None:
+        return None
+    there = run.record.tokens > 0
+    steps, counts = run.record.each(run.record.numbers)[there].unique_consecutive(
+        return_counts=True
+    )
+    starts, weight = counts.cumsum(0) - counts, run.record.weight[there]
     asked = torch.tensor([*_QUANTILES.values()])
-    steps = torch.tensor([step for found in alike.values() for step, _ in found]).double()
-    each = [torch.stack([x for _, x in found]).quantile(asked, dim=1) for found in alike.values()]
-    order = steps.argsort()
-    spread = torch.cat(each, dim=1).double()[:, order] if each else torch.empty(len(asked), 0)
+    spread = torch.empty(len(asked), len(steps))
+    for count in counts.unique().tolist():  # steps of as many sequences at once
+        alike = counts == count
+        spread[:, alike] = weight[starts[alike, None] + torch.arange(count)].quantile(asked, dim=1)
     lines = [
-        Line(label, Points(steps[order], values), i)
+        Line(label, Points(steps.double(), values.double()), i)
         for i, (label, values) in enumerate(zip(_QUANTILES, spread, strict=True))
     ]
     return line_chart(
@@ -233,7 +235,7 @@ def _caps(run: Run) -> list[tuple[str, Points]]:
     found: list[tuple[str, Points]] = []
     for name, steps in plans.items():
         for stage in (step.stage for step in steps if isinstance(step.stage, Constrain)):
-            points = _cap(stage, torch.tensor(run.lines.steps))
+            points = _cap(stage, torch.frombuffer(run.lines.steps, dtype=torch.int64))
             if (points.values != _BOUND[0]).any():
                 found.append((f"{run.name}: cap of {name}", points))
     return found

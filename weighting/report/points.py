@@ -37,7 +37,7 @@ class Points:
         steps = torch.frombuffer(lines.steps, dtype=torch.int64).double()
         values = torch.frombuffer(lines.columns[name], dtype=torch.float64)
         finite = values.isfinite()
-        return cls(steps[finite], values[finite])
+        return cls(steps, values) if finite.all() else cls(steps, values)[finite]
 
     @classmethod
     def pairs(cls, pairs: Sequence[Point]) -> Points:
@@ -58,6 +58,8 @@ class Points:
         """Return the values at some steps, ascending, and which of these are there, [m] each."""
         if not len(self):
             return torch.zeros_like(steps), torch.zeros_like(steps, dtype=torch.bool)
+        if torch.equal(self.steps, steps):  # runs that log alike
+            return self.values, torch.ones_like(steps, dtype=torch.bool)
         places = torch.searchsorted(self.steps, steps).clamp(max=len(self) - 1)
         return self.values[places], self.steps[places] == steps
 

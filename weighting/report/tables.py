@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from statistics import fmean, quantiles, stdev
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from weighting.report.figures import domain_mass, paired, speed
 from weighting.runs import evaluated
 
@@ -100,14 +98,10 @@ def masses(run: Run) -> Table | None:
 def most_moved(run: Run) -> list[Table]:
     """Return the recorded sequences whose mean weights were largest, and smallest."""
     record = run.record
-    if record is None or not record.steps:
+    if record is None:
         return []
-    weight, losses = record.flat("weight"), [x.signals.get("loss") for x in record.steps]
-    sizes = torch.tensor([len(step.row) for step in record.steps])
-    steps = torch.tensor([step.step for step in record.steps]).repeat_interleave(sizes)
-    rows, tokens, domains = (record.flat(x) for x in ("row", "tokens", "domain"))
-    known = [x for x in losses if x is not None]
-    loss = torch.cat(known) if len(known) == len(losses) else None
+    weight, loss, steps = record.weight, record.signals.get("loss"), record.each(record.numbers)
+    rows, tokens, domains = record.row, record.tokens, record.domain
     found = list[Table]()
     for what, sign in (("raised", 1), ("lowered", -1)):
         moved = (sign * (weight - 1)).where(tokens > 0, -math.inf)

@@ -220,8 +220,10 @@ def _read_plain(path: Path) -> Lines | None:
     if not plain or (gaps and b"null" in path.read_bytes()):
         return None
     steps, _ = numbers_of(at, pa.int64())
-    order = steps.argsort(kind="stable")
-    order = order[np.append(np.diff(steps[order]) != 0, True)]
+    order: np.ndarray | slice = slice(None)
+    if not (np.diff(steps) > 0).all():
+        order = steps.argsort(kind="stable")
+        order = order[np.append(np.diff(steps[order]) != 0, True)]
     return Lines(
         array("q", steps[order].tobytes()),
         {name: array("d", x[order].tobytes()) for name, (x, _) in numbers.items()},

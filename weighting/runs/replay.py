@@ -8,11 +8,10 @@ their number.  Only the mean over a domain is that of its units, alike however l
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import json
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -67,7 +66,7 @@ A column named as the files says how many its sequence has, recorded or not.
 ABOUT = "weighting.record"
 """Key in a file's metadata of what is said of the run, as JSON."""
 
-_AT_ONCE = 256
+_AT_ONCE = 512
 """Batches that are weighed in one call."""
 _MEANS = (
     Column,
@@ -82,21 +81,8 @@ _MEANS = (
 """Sources whose mean over tokens is what they make of the signals' means."""
 
 
-@dataclass(frozen=True)
-class Step:
-    """The sequences, or documents, of one step, in the order of the data.
-
-    Attributes:
-        step: The optimizer step.
-        row: Place in the step's batch of each, or of its sequence, [n].
-        document: Its place in its sequence, [n]; 0 for sequences.
-        documents: How many its sequence has, [n]; 1 for sequences.
-        domain: Index of the domain of most of its tokens, [n].
-        tokens: Its valid tokens, float, [n].
-        weight: Mean weight of these, [n].
-        signals: Their mean signals by name, nats or as the signal is, [n] each.
-        about: What is said of the run that recorded the step.
-    """
+class Step(NamedTuple):
+    """What `Record` says of the units of one step."""
 
     step: int
     row: Tensor
@@ -106,56 +92,89 @@ class Step:
     tokens: Tensor
     weight: Tensor
     signals: dict[str, Tensor]
-    about: dict[str, Any]
-
-    def batches(self, scope: str) -> Iterator[Tensor]:
-        """Yield the places of the units that a scope weighs together."""
-        one_call = self.about["ranks"] == 1 or scope != "rank"
-        one_call = one_call and int(self.row.max()) < self.about["batch_rows"]
-        if scope == "step" or one_call:
-            yield torch.arange(len(self.row))
-            return
-        of = self.row // self.about["batch_rows"]
-        if scope == "rank":
-            ranks = self.about["ranks"]
-            of = of * ranks + self.row // self.about["rank_rows"] % ranks
-        for one in of.unique():
-            yield (of == one).nonzero().flatten()
 
 
 @dataclass(frozen=True)
 class Record:
-    """What a run recorded.
+    """What a run recorded: its sequences, or documents, step after step, in the order of the data.
 
     Attributes:
         about: What is said of the run by its last file: `name` and `spec` of its weighting, and
             its `domains`.
         domains: Names of the domains, in the order of their indices.
-        steps: Its recorded steps, ascending.
+        numbers: Its recorded steps, ascending, [s].
+        sizes: How many units each of them has, [s].
+        told: What is said of the run by the file of each of them.
+        row: Place in the step's batch of each unit, or of its sequence, [n].
+        document: Its place in its sequence, [n]; 0 for sequences.
+        documents: How many its sequence has, [n]; 1 for sequences.
+        domain: Index of the domain of most of its tokens, [n].
+        tokens: Its valid tokens, float, [n].
+        weight: Mean weight of these, [n].
+        signals: Their mean signals by name, nats or as the signal is, [n] each; those that the
+            files of all steps have.
         level: What a unit is, "sequence" or "document".
     """
 
     about: dict[str, Any]
     domains: tuple[str, ...]
-    steps: tuple[Step, ...]
+    numbers: Tensor
+    sizes: Tensor
+    told: Sequence[dict[str, Any]]
+    row: Tensor
+    document: Tensor
+    documents: Tensor
+    domain: Tensor
+    tokens: Tensor
+    weight: Tensor
+    signals: dict[str, Tensor]
     level: Level = "sequence"
 
-    @property
-    def signals(self) -> frozenset[str]:
+    @cached_property
+    def known(self) -> frozenset[str]:
         """The signals that were recorded, at every step."""
-        names = frozenset.intersection(*(frozenset(step.signals) for step in self.steps))
-        sizes = torch.tensor([len(step.row) for step in self.steps])
-        of_step = torch.arange(len(sizes)).repeat_interleave(sizes)
-        found = {name: torch.cat([step.signals[name] for step in self.steps]) for name in names}
-        known = {
-            name: torch.zeros_like(sizes).index_add(0, of_step, (~x.isnan()).long())
-            for name, x in found.items()
+        of = self.each(torch.arange(len(self.sizes)))
+        counts = {
+            name: torch.zeros_like(self.sizes).index_add(0, of, (~x.isnan()).long())
+            for name, x in self.signals.items()
         }
-        return frozenset(name for name, count in known.items() if (count > 0).all())
+        return frozenset(name for name, count in counts.items() if (count > 0).all())
 
-    def flat(self, name: str) -> Tensor:
-        """Return an attribute of all steps' units, one after the other."""
-        return torch.cat([getattr(step, name) for step in self.steps])
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """Its steps one by one, which takes long where there are many."""
+        sizes = self.sizes.tolist()
+        own = {name: getattr(self, name).split(sizes) for name in Step._fields[1:-1]}
+        told = {name: x.split(sizes) for name, x in self.signals.items()}
+        found = list[Step]()
+        for i, number in enumerate(self.numbers.tolist()):
+            columns, signals = ({name: x[i] for name, x in of.items()} for of in (own, told))
+            found.append(Step(step=number, signals=signals, **columns))
+        return tuple(found)
+
+    def each(self, of_steps: Tensor) -> Tensor:
+        """Return of each unit what its step has, [n]."""
+        return of_steps.repeat_interleave(self.sizes)
+
+    def batches(self, scope: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Return which units a scope weighs together.
+
+        Returns:
+            Places of units, batch by batch, [n]; how many units each batch has, and its step, [b].
+        """
+        batch = of = self.each(torch.arange(len(self.sizes)))
+        if scope != "step":
+            keys = "ranks", "rank_rows", "batch_rows"
+            counts = torch.tensor([[told[key] for key in keys] for told in self.told])
+            ranks, rank_rows, batch_rows = map(self.each, counts.T)
+            call = self.row // batch_rows
+            if scope == "rank":
+                call = call * ranks + self.row // rank_rows % ranks
+            batch = of * (call.max() + 1) + call
+        in_order = bool((batch.diff() >= 0).all())  # rows of ranks may alternate
+        places = torch.arange(len(batch)) if in_order else batch.argsort(stable=True)
+        sizes = batch[places].unique_consecutive(return_counts=True)[1]
+        return places, sizes, self.numbers[of[places[sizes.cumsum(0) - sizes]]]
 
 
 def read_record(run: Path, level: Level = "sequence") -> Record:
@@ -175,20 +194,7 @@ def read_record(run: Path, level: Level = "sequence") -> Record:
             what = f"no record in {FOLDER}" if run.is_dir() else "is a file"
         msg = f"{run}: {what}; give the --dump_folder of a run with --weighting.record every=10"
         raise ValueError(msg)
-    with _no_collections():
-        return _recorded(files, level)
-
-
-@contextlib.contextmanager
-def _no_collections() -> Iterator[None]:
-    """Look for no garbage: among hundreds of thousands of tensors it takes as long as reading."""
-    works = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if works:
-            gc.enable()
+    return _recorded(files, level)
 
 
 def _recorded(files: Sequence[Path], level: Level) -> Record:
@@ -197,18 +203,55 @@ def _recorded(files: Sequence[Path], level: Level) -> Record:
     about = parts[-1].about
     named = (name for part in [parts[-1], *parts] for name in part.about["domains"])
     domains = tuple(dict.fromkeys(named))
-    found: dict[int, Step | None] = {}
-    for file, part in zip(files, parts, strict=True):
-        own: _Part | None = part
-        if level == "document":
-            # Those count that were written beside the step's sequences.
-            found |= dict.fromkeys(part.columns[STEP].tolist())
-            beside = file.with_name(file.name.replace(SEQUENCES, DOCUMENTS))
-            own = _read(beside, DOCUMENT, DOCUMENTS) if beside.exists() else None
-        if own is not None:
-            found |= {step.step: step for step in _steps(own, domains)}
-    there = (found[at] for at in sorted(found))
-    return Record(about, domains, tuple(step for step in there if step), level)
+    if level == "document":
+        each = zip(files, parts, strict=True)
+        parts = [own for file, part in each for own in _of_documents(file, part)]
+    for part in parts:
+        if domains and part.names:
+            index = torch.tensor([domains.index(name) for name in part.names])
+            part.columns[DOMAIN] = index[part.columns[DOMAIN]]
+    steps, sizes = (torch.cat(x) for x in zip(*((x.steps, x.sizes) for x in parts), strict=True))
+    order = steps.argsort(stable=True)
+    kept = order[steps[order].diff(append=torch.tensor([-1])) != 0]  # the last of each step
+    kept = kept[sizes[kept] > 0]
+    starts, counts = (sizes.cumsum(0) - sizes)[kept], sizes[kept]
+    places: Tensor | slice = slice(None)
+    if not torch.equal(kept, torch.arange(len(sizes))):
+        shift = (starts - counts.cumsum(0) + counts).repeat_interleave(counts)
+        places = shift + torch.arange(len(shift))
+    of = [part for part in parts for _ in range(len(part.steps))]
+    told = [of[i] for i in kept.tolist()]
+    names = dict.fromkeys(name for part in parts for name in part.columns)
+    lacking = {name for name in names for part in told if name not in part.columns}
+    columns = {
+        name: torch.cat([part.column(name) for part in parts])[places]
+        for name in names
+        if name not in lacking
+    }
+    return Record(
+        about=about,
+        domains=domains,
+        numbers=steps[kept],
+        sizes=counts,
+        told=[part.about for part in told],
+        row=columns.pop(ROW),
+        document=columns.pop(DOCUMENT),
+        documents=columns.pop(DOCUMENTS),
+        domain=columns.pop(DOMAIN),
+        tokens=columns.pop(VALID),
+        weight=columns.pop(WEIGHT),
+        signals=columns,
+        level=level,
+    )
+
+
+def _of_documents(file: Path, part: _Part) -> Iterator[_Part]:
+    """Yield that sequences of a file are no documents, and the documents written beside them."""
+    nothing = {name: x[:0] for name, x in part.columns.items()}
+    yield part._replace(sizes=torch.zeros_like(part.sizes), columns=nothing)
+    beside = file.with_name(file.name.replace(SEQUENCES, DOCUMENTS))
+    if beside.exists():
+        yield _read(beside, DOCUMENT, DOCUMENTS)
 
 
 def unit_of(plan: Plan) -> Level:
@@ -222,11 +265,10 @@ def unit_of(plan: Plan) -> Level:
 
 def left_out(record: Record) -> tuple[int, int]:
     """Return how many documents were not recorded, and of how many."""
-    there = 0
-    for step in record.steps:
-        begins = step.row.diff(prepend=torch.tensor([-1])) != 0
-        there += int(step.documents[begins].sum())
-    return there - sum(len(step.row) for step in record.steps), there
+    step, start = record.each(record.numbers), torch.tensor([-1])
+    begins = (record.row.diff(prepend=start) != 0) | (step.diff(prepend=start) != 0)
+    there = int(record.documents[begins].sum())
+    return there - len(record.row), there
 
 
 def obstacle(plan: Plan, record: Record) -> str | None:
@@ -246,7 +288,7 @@ def obstacle(plan: Plan, record: Record) -> str | None:
         if reason := _too_fine(steps, record.level):
             return f"{who} {reason}"
     needed = {name for name in plan.needs if not name.endswith("_ids")}
-    lacking = sorted(plain_name(name) for name in needed - record.signals)
+    lacking = sorted(plain_name(name) for name in needed - record.known)
     if lacking:
         if lacking[0] == "loss":
             return "it reads loss, which uniform records only with --loss.memory late"
@@ -277,36 +319,25 @@ def replay(spec: Spec, record: Record) -> Replayed:
     fn = build(spec, domains=record.domains or None)
     capping = [[*fn.plan.factors].index(name) for name in capped_factors(fn.plan)]
     moments = torch.zeros(len(fn.plan.factors) + 1, len(MOMENTS))
-    flat = _Flat(record)
-    found = torch.zeros_like(flat.tokens)
+    found = torch.zeros_like(record.tokens)
     for places, steps in _together(fn.plan, record):
         if "both" in fn.plan.targets.values():
             fn.get_buffer("drawn").copy_(proportions(fn, steps[0]))
-        weights, own = _weighed(fn, flat.signals(places), steps)
-        found[places] = _scaled(spec, weights, flat, places)
+        weights, own = _weighed(fn, _signals(record, places), steps)
+        found[places] = _scaled(spec, weights, record, places)
         moments += own
     count, at_cap = (moments[capping, MOMENTS.index(name)] for name in ("count", "capped"))
     capped = (at_cap / count.clamp(min=1)).max().item() if capping else None
     return Replayed(found, capped)
 
 
-class _Flat:
-    """What is known of all units of a record, one after the other."""
-
-    def __init__(self, record: Record) -> None:
-        self.tokens, self.row, self.domain = map(record.flat, ("tokens", "row", "domain"))
-        steps = record.steps
-        self._signals = {
-            name: torch.cat([step.signals[name] for step in steps]) for name in record.signals
-        }
-
-    def signals(self, places: Tensor) -> dict[str, Tensor]:
-        """Return the signals of the units at some places, by name, each of the places' shape."""
-        signals = {name: x[places] for name, x in self._signals.items()}
-        signals.setdefault("loss", torch.zeros(places.shape))
-        signals["valid"] = self.tokens[places] > 0
-        signals["domain_ids"] = self.domain[places]
-        return {**signals, "segment_ids": torch.zeros_like(signals["domain_ids"])}
+def _signals(record: Record, places: Tensor) -> dict[str, Tensor]:
+    """Return the signals of the units at some places, by name, each of the places' shape."""
+    signals = {name: record.signals[name][places] for name in record.known}
+    signals.setdefault("loss", torch.zeros(places.shape))
+    signals["valid"] = record.tokens[places] > 0
+    signals["domain_ids"] = record.domain[places]
+    return {**signals, "segment_ids": torch.zeros_like(signals["domain_ids"])}
 
 
 def _together(plan: Plan, record: Record) -> Iterator[tuple[Tensor, Tensor]]:
@@ -314,39 +345,16 @@ def _together(plan: Plan, record: Record) -> Iterator[tuple[Tensor, Tensor]]:
 
     Batches of as many units come several at once where no batch changes the next.
     """
-    scope, steps = plan.spec.scope, record.steps
-    sizes = torch.tensor([len(step.row) for step in steps])
-    starts, numbers = sizes.cumsum(0) - sizes, torch.tensor([step.step for step in steps])
-    alone = plan.has_state or "both" in plan.targets.values()
-    if not alone and _one_call_each(record, scope, sizes):
-        for count in sizes.unique().tolist():
-            alike = sizes == count
-            places = starts[alike, None] + torch.arange(count)
-            yield from zip(places.split(_AT_ONCE), numbers[alike].split(_AT_ONCE), strict=True)
+    places, sizes, steps = record.batches(plan.spec.scope)
+    if plan.has_state or "both" in plan.targets.values():
+        for own, step in zip(places.split(sizes.tolist()), steps.split(1), strict=True):
+            yield own[None], step
         return
-    waiting: dict[int, list[tuple[Tensor, int]]] = {}
-    for start, step in zip(starts.tolist(), steps, strict=True):
-        for chosen in step.batches(scope):
-            some = waiting.setdefault(len(chosen), [])
-            some.append((start + chosen, step.step))
-            if alone or len(some) == _AT_ONCE:
-                yield _stacked(waiting.pop(len(chosen)))
-    yield from map(_stacked, waiting.values())
-
-
-def _stacked(batches: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
-    places, steps = zip(*batches, strict=True)
-    return torch.stack(places), torch.tensor(steps)
-
-
-def _one_call_each(record: Record, scope: str, sizes: Tensor) -> bool:
-    """Tell whether the units of each step were weighed together, as `Step.batches` finds."""
-    if scope == "step":
-        return True
-    if scope == "rank" and any(step.about["ranks"] > 1 for step in record.steps):
-        return False
-    room = torch.tensor([step.about["batch_rows"] for step in record.steps])
-    return bool((record.flat("row") < room.repeat_interleave(sizes)).all())
+    starts = sizes.cumsum(0) - sizes
+    for count in sizes.unique().tolist():
+        alike = sizes == count
+        some = places[starts[alike, None] + torch.arange(count)]
+        yield from zip(some.split(_AT_ONCE), steps[alike].split(_AT_ONCE), strict=True)
 
 
 def _weighed(fn: Weighting, signals: dict[str, Tensor], steps: Tensor) -> tuple[Tensor, Tensor]:
@@ -388,12 +396,11 @@ def summary(record: Record, weight: Tensor) -> Summary:
     """Return what weights of all recorded units, [n], come to."""
     ess: list[Tensor] = []
     top: list[Tensor] = []
-    there = record.flat("tokens") > 0
-    sizes = torch.tensor([len(step.row) for step in record.steps])
-    of_step = torch.arange(len(sizes)).repeat_interleave(sizes)
-    counts = torch.zeros_like(sizes).index_add(0, of_step, there.long())
+    there = record.tokens > 0
+    of_step = record.each(torch.arange(len(record.sizes)))
+    counts = torch.zeros_like(record.sizes).index_add(0, of_step, there.long())
     starts = counts.cumsum(0) - counts
-    both = torch.stack([weight, record.flat("weight")]).abs()[:, there]
+    both = torch.stack([weight, record.weight]).abs()[:, there]
     for count in counts.unique().tolist():  # steps of as many units at once
         places = starts[counts == count, None] + torch.arange(count)
         own, recorded = both[:, places]
@@ -401,7 +408,7 @@ def summary(record: Record, weight: Tensor) -> Summary:
         ess.append(torch.where(squares > 0, own.sum(1) ** 2 / squares.clamp(min=1e-30), 0))
         top.append(torch.minimum(_in_top(own), _in_top(recorded)).sum(1) / _tenth(count))
     mass = torch.zeros(max(len(record.domains), 1)).double()
-    mass.index_add_(0, record.flat("domain"), (weight.abs() * record.flat("tokens")).double())
+    mass.index_add_(0, record.domain, (weight.abs() * record.tokens).double())
     shares = mass / mass.sum().clamp(min=1e-30)
     means = (torch.cat(x).mean().item() for x in (ess, top))
     return Summary(next(means), weight.max().item(), next(means), shares.tolist())
@@ -432,11 +439,11 @@ def _too_fine(steps: Sequence[PlannedStage], unit: Level) -> str | None:
     return None
 
 
-def _scaled(spec: Spec, weights: Tensor, flat: _Flat, places: Tensor) -> Tensor:
+def _scaled(spec: Spec, weights: Tensor, record: Record, places: Tensor) -> Tensor:
     """Return what weights of units of one token become where they have more, [k, n]."""
-    tokens = flat.tokens[places]
+    tokens = record.tokens[places]
     if spec.reduction != "token_mean":
-        each = zip(weights, tokens, flat.row[places], flat.domain[places], strict=True)
+        each = zip(weights, tokens, record.row[places], record.domain[places], strict=True)
         weights = torch.stack([_reduced(spec, *of) for of in each])
     if spec.normalize == "mean_one" and spec.scope != "running":
         total = (weights.abs() * tokens).sum(1, keepdim=True)
@@ -482,25 +489,35 @@ def _in_top(weight: Tensor) -> Tensor:
 
 
 class _Part(NamedTuple):
-    """A file's columns, and what it says of its run."""
+    """A file: its steps and how many units each has, columns of these, and what is said of them."""
 
+    steps: Tensor
+    sizes: Tensor
     columns: dict[str, Tensor]
     names: list[str]
     about: dict[str, Any]
+
+    def column(self, name: str) -> Tensor:
+        """Return a column; NaN where the file has none."""
+        gaps = torch.full(self.columns[ROW].shape, torch.nan)
+        return self.columns.get(name, gaps)
 
 
 def _read(file: Path, *further: str) -> _Part:
     """Return a file that has some further columns of whole numbers."""
     try:
-        import pyarrow as pa  # noqa: PLC0415 - the core does without it
+        import numpy as np  # noqa: PLC0415 - the core does without all three
+        import pyarrow as pa  # noqa: PLC0415
         import pyarrow.parquet as pq  # noqa: PLC0415
     except ImportError:
         msg = "records are Parquet files, which need pyarrow: pip install pyarrow"
         raise ValueError(msg) from None
     try:
-        with pq.ParquetFile(file) as parquet:
+        # Read as words, the domains would take longer than all else.
+        named = [DOMAIN] if DOMAIN in pq.read_schema(file).names else []
+        with pq.ParquetFile(file, read_dictionary=named) as parquet:
             about = json.loads((parquet.metadata.metadata or {}).get(ABOUT.encode(), "null"))
-            table = parquet.read()
+            table = parquet.read(use_threads=False)
     except (pa.ArrowException, OSError, ValueError, RecursionError) as error:
         raise _damaged(file, str(error).partition("\n")[0].partition(". ")[0]) from error
     if wrong := _wrong_about(about) or _wrong_columns(table, about["domains"], further):
@@ -508,11 +525,17 @@ def _read(file: Path, *further: str) -> _Part:
     domain = table[DOMAIN].unify_dictionaries().combine_chunks().dictionary_encode()
     columns = {name: table[name] for name in table.column_names if name != DOMAIN}
     columns[DOMAIN] = pa.chunked_array([domain.indices])
-    tensors = {
-        name: torch.from_numpy(numbers_of(x, x.type)[0].copy()) for name, x in columns.items()
-    }
-    tensors[DOMAIN] = tensors[DOMAIN].nan_to_num(0)  # all gaps where there are no domains
-    return _Part(tensors, domain.dictionary.to_pylist(), about)
+    whole = {STEP, ROW, DOMAIN, DOCUMENT, DOCUMENTS}
+    found: dict[str, Tensor] = {}
+    for name, x in columns.items():
+        numbers, _ = numbers_of(x, x.type)
+        if name == DOMAIN:  # all gaps where there are no domains
+            numbers = np.nan_to_num(numbers)
+        found[name] = torch.from_numpy(numbers.astype(np.int64 if name in whole else np.float32))
+    steps, sizes = found.pop(STEP).unique_consecutive(return_counts=True)
+    found.setdefault(DOCUMENT, torch.zeros_like(found[ROW]))
+    found.setdefault(DOCUMENTS, torch.ones_like(found[ROW]))
+    return _Part(steps, sizes, found, domain.dictionary.to_pylist(), about)
 
 
 def _damaged(file: Path, reason: str) -> ValueError:
@@ -554,23 +577,3 @@ def _wrong_columns(table: pa.Table, domains: list[str], further: Sequence[str]) 
     if unknown := sorted(map(str, named - {*domains})):
         return f"a domain {unknown[0]} that its run did not have"
     return None
-
-
-def _steps(part: _Part, domains: tuple[str, ...]) -> Iterator[Step]:
-    """Yield the steps of a file, with the indices of all domains."""
-    columns = dict(part.columns)
-    if domains:
-        columns[DOMAIN] = torch.tensor([domains.index(x) for x in part.names])[
-            columns[DOMAIN].long()
-        ]
-    columns.setdefault(DOCUMENT, torch.zeros_like(columns[ROW]))
-    columns.setdefault(DOCUMENTS, torch.ones_like(columns[ROW]))
-    whole = {STEP, ROW, DOMAIN, DOCUMENT, DOCUMENTS}
-    columns = {name: x.long() if name in whole else x.float() for name, x in columns.items()}
-    steps, sizes = columns.pop(STEP).unique_consecutive(return_counts=True)
-    cut = {name: x.split(sizes.tolist()) for name, x in columns.items()}
-    for i, step in enumerate(steps.tolist()):
-        own = {name: pieces[i] for name, pieces in cut.items()}
-        row, domain, tokens, weight = (own.pop(name) for name in (ROW, DOMAIN, VALID, WEIGHT))
-        document, documents = own.pop(DOCUMENT), own.pop(DOCUMENTS)
-        yield Step(step, row, document, documents, domain, tokens, weight, own, part.about)
