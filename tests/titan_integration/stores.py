@@ -70,8 +70,18 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         self.asked = asked
         super().__init__(*given, **more)
 
+    def do_HEAD(self):
+        """Tell of a file."""
+        if self.asked["refuses"]:
+            self.send_error(self.asked["refuses"])
+        else:
+            super().do_HEAD()
+
     def do_GET(self):
         """Send a file, or a range of it."""
+        if self.asked["refuses"]:
+            self.send_error(self.asked["refuses"])
+            return
         path = Path(self.translate_path(unquote(urlsplit(self.path).path)))
         if self.asked["failures"]:
             self.send_error(self.asked["failures"].pop())
@@ -141,7 +151,7 @@ RESOLVED = "datasets/me/data/resolve/main"
 @contextlib.contextmanager
 def served(folder, handler=Handler):
     """Serve files over HTTP; yield the address, and what is asked of the server."""
-    asked = {"failures": [], "ranges": True, "served": []}
+    asked = {"failures": [], "ranges": True, "served": [], "refuses": 0}
     handler = functools.partial(handler, directory=str(folder), asked=asked)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))

@@ -3,7 +3,9 @@
 import contextlib
 import importlib
 import os
+import socket
 
+import datasets
 import fsspec
 import pytest
 import stores
@@ -167,6 +169,35 @@ def test_a_changed_file_at_an_address_is_fetched_again(memory):
         assert load_documents(config)[0] == (text, "all")
 
 
+@pytest.mark.parametrize("name", ["a#b.jsonl", "what?.jsonl", "b[1].jsonl", "with space.jsonl"])
+def test_a_name_may_have_marks_that_mean_something_elsewhere(memory, expected, name):
+    """In an address of HTTP, or in a pattern; a file of that very name is read, and in its folder.
+
+    It was refused, and left out of its folder in silence.
+    """
+    memory.pipe(f"/data/{name}", lines(RECORDS))
+    assert torch.equal(taken(build(f"memory://data/{name}"), 3), expected[False][:3])
+    assert torch.equal(taken(build("memory://data"), 3), expected[False][:3])
+
+
+@pytest.mark.parametrize("address", ["memory://data", "memory://data/**"])
+def test_hidden_files_and_folders_at_an_address_are_left_out(memory, expected, address):
+    """As they are on a disk: copies that a notebook has made are not trained on."""
+    memory.pipe("/data/train/x.jsonl", lines(RECORDS))
+    for name in ("train/.y.jsonl", "train/.checkpoints/x.jsonl", ".old/z.jsonl"):
+        memory.pipe(f"/data/{name}", lines(RECORDS))
+    loader = build(address)
+    assert len(loader.documents) == len(RECORDS)
+    assert torch.equal(taken(loader, 3), expected[False][:3])
+
+
+def test_what_save_to_disk_wrote_is_read_at_an_address(tmp_path):
+    """Its Arrow files, and not what lies beside them."""
+    datasets.disable_progress_bars()
+    datasets.Dataset.from_list(RECORDS).save_to_disk(tmp_path / "saved", num_shards=3)
+    check(f"file://{tmp_path}/saved")
+
+
 # --- HTTP ---
 
 
@@ -190,6 +221,40 @@ def test_a_server_that_fails_is_asked_again(server, caplog):
     asked["failures"] += [503] * 9
     with pytest.raises(ValueError, match=r"x\.jsonl: cannot be reached: 503"):
         build(f"{address}/x.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("status", "tries", "message"),
+    [
+        (404, 1, r"no such file$"),
+        (403, 1, r"cannot be reached: 403, .*Forbidden"),
+        (503, 3, r"cannot be reached: 503, .*Service Unavailable"),
+    ],
+)
+def test_a_server_that_refuses_is_not_taken_for_one_without_the_file(
+    server, status, tries, message, caplog
+):
+    """Only 404 says that there is none; whom a server forbids is not told so again and again."""
+    _, address, asked = server
+    asked["refuses"] = status
+    with pytest.raises(ValueError, match=rf"x\.jsonl: {message}"):
+        build(f"{address}/x.jsonl")
+    assert caplog.text.count("trying again") == tries - 1
+
+
+def test_a_server_that_is_away_is_said():
+    """It was said that there is no such file."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and nobody listens
+        with pytest.raises(ValueError, match=r"x\.jsonl: cannot be reached: Cannot connect"):
+            build(f"http://127.0.0.1:{taken.getsockname()[1]}/x.jsonl")
+
+
+def test_what_an_address_cuts_off_is_said(server):
+    """What follows a # is never sent to a server."""
+    _, address, _ = server
+    with pytest.raises(ValueError, match=r"no \.jsonl.* file there; write # as %23"):
+        build(f"{address}/a#b.jsonl")
 
 
 @pytest.mark.parametrize("ranges", [True, False], ids=["ranges", "whole"])

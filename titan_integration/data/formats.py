@@ -157,8 +157,8 @@ def _json(file: DataFile, start: Spot) -> Generator[Scanned]:
             number += 1
             before = Spot(passed, at if plain else None, number - 1)
             at += len(line)
-            if number == 1:
-                line = line.removeprefix(codecs.BOM_UTF8)  # noqa: PLW2901
+            # At the beginning of a file, and of each that `cat` has put behind another.
+            line = line.removeprefix(codecs.BOM_UTF8)  # noqa: PLW2901
             if not line.strip():
                 continue
             if not passed and line.lstrip().startswith(b"["):
