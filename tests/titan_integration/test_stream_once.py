@@ -71,6 +71,30 @@ def taken(batches, count):
     return torch.stack([torch.stack([x["input"], y]) for x, y in pairs])
 
 
+@pytest.fixture
+def short_and_long(build, tmp_path):
+    """Build a loader of a file with two long domains and two short ones; and note what it reads."""
+    _, read = build
+
+    def make(name):
+        names = ["long0", "long1", "short0", "short1"]
+        records = [
+            {"text": f"{i} text " * 3, "domain": names[i % 2 + 2 * (i % 100 > 97)]}
+            for i in range(RECORDS)
+        ]
+        text = "".join(json.dumps(r) + "\n" for r in records).encode()
+        path = tmp_path / name
+        path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
+        config = DomainTextDataLoader.Config(
+            dataset_path=str(path), domains=names, rows="turns", streaming=True
+        )
+        return config.build(
+            dp_world_size=1, dp_rank=0, tokenizer=Letters(), seq_len=32, local_batch_size=ROWS
+        )
+
+    return make, read
+
+
 @pytest.mark.parametrize("domains", [3, 300])
 @pytest.mark.parametrize("rows", ["turns", "drawn"])
 def test_each_record_is_read_once_however_many_domains_and_epochs(build, rows, domains):
@@ -120,6 +144,26 @@ def test_rows_go_on_where_more_places_are_known_than_are_kept(build, monkeypatch
     expected = taken(iter(make("drawn", 30)), 90)
     monkeypatch.setattr(spots, "_MOST_SPOTS", 250)
     assert torch.equal(taken(iter(make("drawn", 30)), 90), expected)
+
+
+def test_short_domains_of_a_packed_file_cost_no_pass_though_long_ones_do_not_fit(
+    short_and_long, monkeypatch
+):
+    """They stay in memory, while two long ones share a reading an epoch."""
+    make, read = short_and_long
+    expected = taken(iter(make("x.jsonl")), 150)
+    monkeypatch.setattr(spots, "_MOST_TEXT", 8_000)
+    read.clear()
+    loader = make("x.jsonl.gz")
+    batches = iter(loader)
+    assert torch.equal(taken(batches, 150), expected)
+    at = {i: epoch for i, epoch, *_ in json.loads(loader.state_dict()["dp_rank_0"])}
+    assert min(at[2], at[3]) > 30, "short ones have come to many ends"
+    assert max(at[0], at[1]) < 3
+    assert len(read) <= (1 + 3) * RECORDS
+    resumed = make("x.jsonl.gz")
+    resumed.load_state_dict(loader.state_dict())
+    assert torch.equal(taken(iter(resumed), 30), taken(batches, 30))
 
 
 def test_a_record_that_has_gone_when_it_is_read_again_is_said(build, monkeypatch, tmp_path):
