@@ -3,12 +3,13 @@
 import gzip
 import json
 
+import datasets
 import pytest
 import torch
 
 from titan_integration.data import one_reading, spots
 from titan_integration.data.loader import DomainTextDataLoader
-from titan_integration.data.stream_sources import LocalStream
+from titan_integration.data.stream_sources import HubStream, LocalStream
 
 
 class Letters:
@@ -164,6 +165,58 @@ def test_short_domains_of_a_packed_file_cost_no_pass_though_long_ones_do_not_fit
     resumed = make("x.jsonl.gz")
     resumed.load_state_dict(loader.state_dict())
     assert torch.equal(taken(iter(resumed), 30), taken(batches, 30))
+
+
+@pytest.mark.parametrize("most", [1 << 26, 8_000])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_stream_of_one_file_of_hugging_face_is_read_once_too(tmp_path, monkeypatch, ranks, most):
+    """Its order is the same in every epoch, also of the part that a rank takes.
+
+    With rows and states as before, when it was read once an epoch.
+    """
+    datasets.disable_progress_bars()
+    names = ["long0", "long1", "short0", "short1"]
+    records = [
+        {"text": f"{i} text " * 3, "domain": names[i // 2 % 2 + 2 * (i % 100 > 95)]}
+        for i in range(RECORDS)
+    ]
+    datasets.Dataset.from_list(records).save_to_disk(tmp_path / "saved")
+    read = []
+    source = HubStream.read
+
+    def counted(self, epoch, position):
+        for item in source(self, epoch, position):
+            read.append(epoch)
+            yield item
+
+    def build():
+        return DomainTextDataLoader.Config(
+            dataset_path=str(tmp_path / "saved"), domains=names, rows="drawn", streaming=True
+        ).build(
+            dp_world_size=ranks,
+            dp_rank=ranks - 1,
+            tokenizer=Letters(),
+            seq_len=32,
+            local_batch_size=ROWS,
+        )
+
+    monkeypatch.setattr(HubStream, "read", counted)
+    monkeypatch.setattr(spots, "_MOST_TEXT", most)
+    with monkeypatch.context() as patch:
+        patch.setattr(HubStream, "files", lambda *_: None)
+        before = build()
+        batches = iter(before)
+        expected = taken(batches, 60)
+        state, later = before.state_dict(), taken(batches, 20)
+    assert len(read) > 10 * RECORDS / ranks
+    read.clear()
+    loader = build()
+    assert torch.equal(taken(iter(loader), 60), expected)
+    assert loader.state_dict() == state
+    assert len(read) <= (1 + 3 * (most < 10_000)) * RECORDS / ranks + 1
+    resumed = build()
+    resumed.load_state_dict(state)
+    assert torch.equal(taken(iter(resumed), 20), later)
 
 
 def test_a_record_that_has_gone_when_it_is_read_again_is_said(build, monkeypatch, tmp_path):

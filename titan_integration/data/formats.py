@@ -35,12 +35,14 @@ _BATCH = 2_000
 class Spot(NamedTuple):
     """A place between two records of a file.
 
-    The number of records before it and, in a file of plain lines, of bytes and of lines.
+    The number of records before it and, in a file of plain lines, of bytes and of lines; in a
+    stream of Hugging Face, the state it goes on from, as JSON.
     """
 
     record: int = 0
     byte: int | None = None
     line: int = 0
+    state: str = ""
 
 
 _BEGIN = Spot()

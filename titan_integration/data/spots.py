@@ -1,4 +1,4 @@
-"""Where the records of each domain are in local files, found as far as any domain has asked."""
+"""Where the records of each domain are in files, found as far as any domain has asked."""
 
 from array import array
 from collections import Counter, defaultdict
@@ -7,7 +7,7 @@ from typing import Generic, TypeVar
 
 from titan_integration.data.formats import Spot
 from titan_integration.data.one_reading import Item
-from titan_integration.data.stream_sources import LocalStream, Position, Record, spot_of
+from titan_integration.data.stream_sources import Position, Record, Source
 
 _T = TypeVar("_T")
 
@@ -37,7 +37,7 @@ class Spots(Generic[_T]):
 
     def __init__(
         self,
-        source: LocalStream,
+        source: Source,
         hold: Callable[[Record, str], _T | None],
         measure: Callable[[_T], tuple[str, int]],
         cursors: Mapping[str, tuple[int, Position | None]],
@@ -62,9 +62,9 @@ class Spots(Generic[_T]):
         """Yield the items of a domain in an epoch, from a position on."""
         files = self._source.files(epoch)
         assert files is not None, "whoever makes this has asked"
-        first = position["file"] if position else 0
+        first, begin = self._source.spot(position) if position else (0, Spot())
         for number, file in enumerate(files[first:], start=first):
-            start = spot_of(position) if position and number == first else Spot()
+            start = begin if number == first else Spot()
             key = file, self._begins.get(file, Spot()) if start.record else Spot()
             for before in self._befores(key, domain):
                 if before.record >= start.record:
@@ -165,17 +165,16 @@ class Spots(Generic[_T]):
         return place, held, after
 
 
-def _begins(
-    source: LocalStream, cursors: Mapping[str, tuple[int, Position | None]]
-) -> dict[int, Spot]:
+def _begins(source: Source, cursors: Mapping[str, tuple[int, Position | None]]) -> dict[int, Spot]:
     """Return the files that are not needed from their beginning at first, and from where on."""
     begins: dict[int, Spot] = {}
     whole: set[int] = set()
     for epoch, position in cursors.values():
         files = source.files(epoch) or []
+        number, spot = source.spot(position) if position else (0, Spot())
         if position is None:
             whole.update(files[:1])
-        elif position["file"] < len(files):
-            file, spot = files[position["file"]], spot_of(position)
+        elif number < len(files):
+            file = files[number]
             begins[file] = min(begins.get(file, spot), spot, key=lambda s: s.record)
     return {file: spot for file, spot in begins.items() if file not in whole}

@@ -5,6 +5,7 @@ and with the position after it, a dict from which reading goes on.
 """
 
 import copy
+import json
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -55,6 +56,34 @@ class Source(Protocol):
         """
         ...
 
+    def files(self, epoch: int) -> list[int] | None:
+        """Return the numbers of this rank's files, in an epoch's order.
+
+        None where an epoch's order decides which records of a file are this rank's, or is not told.
+        """
+        ...
+
+    def read_file(
+        self, number: int, start: Spot, *, again: bool = False
+    ) -> Iterator[tuple[str, Record, Spot]]:
+        """Yield this rank's records of one of its files from a spot on, each with the spot after.
+
+        Bad records are neither refused nor counted ``again``.
+        """
+        ...
+
+    def is_here(self, number: int) -> bool:
+        """Tell whether a file can be opened without asking where it comes from."""
+        ...
+
+    def position(self, epoch: int, number: int, spot: Spot) -> Position:
+        """Return a spot of an epoch's file of this number as a position."""
+        ...
+
+    def spot(self, position: Position) -> tuple[int, Spot]:
+        """Return which of an epoch's files a position is in, and where."""
+        ...
+
 
 class LocalStream:
     """Local files in the order of their paths; from the second epoch on in one that it determines.
@@ -77,7 +106,7 @@ class LocalStream:
     def read(self, epoch: int, position: Position | None) -> Iterator[tuple[str, Record, Position]]:
         """Yield this rank's records; a position is the number of a file and a spot in it."""
         order, step, offset = self._part(epoch)
-        first, start = (position["file"], spot_of(position)) if position else (0, Spot())
+        first, start = self.spot(position) if position else (0, Spot())
         each = ((i, start if i == first else Spot()) for i in range(first, len(order)))
         records = (
             (found.place, found.record, (i, found.after))
@@ -88,20 +117,14 @@ class LocalStream:
             yield place, record, self.position(epoch, i, after)
 
     def files(self, epoch: int) -> list[int] | None:
-        """Return the numbers of this rank's files, in an epoch's order.
-
-        None where an epoch's order decides which records of a file are this rank's.
-        """
+        """Return the numbers of this rank's files, in an epoch's order."""
         order, step, _ = self._part(epoch)
         return order if step == 1 or len(order) == 1 else None
 
     def read_file(
         self, number: int, start: Spot, *, again: bool = False
     ) -> Iterator[tuple[str, Record, Spot]]:
-        """Yield this rank's records of one of its files from a spot on, each with the spot after.
-
-        Bad records are neither refused nor counted ``again``.
-        """
+        """Yield this rank's records of a file from a spot on, each with the spot after."""
         _, step, offset = self._part(0)
         bad = BadRecords("skip", quiet=True) if again else self._bad
         found = scan(self._files[number], self._columns, bad, start)
@@ -118,6 +141,11 @@ class LocalStream:
         if spot.byte is not None:  # so that nothing before it is read again
             at |= {"byte": spot.byte, "line": spot.line}
         return at
+
+    def spot(self, position: Position) -> tuple[int, Spot]:
+        """Return which of an epoch's files a position is in, and where."""
+        at = Spot(position["record"], position.get("byte"), position.get("line", 0))
+        return position["file"], at
 
     def order(self, position: Position | None) -> tuple[int, ...]:
         """Return file and record."""
@@ -177,11 +205,6 @@ class LocalStream:
         return order[cut.rank :: cut.num_ranks], 1, 0
 
 
-def spot_of(position: Position) -> Spot:
-    """Return where in its file a position of local files is."""
-    return Spot(position["record"], position.get("byte"), position.get("line", 0))
-
-
 def _dealt(
     records: Iterator[tuple[str, Record, _After]], step: int, offset: int
 ) -> Iterator[tuple[str, Record, _After]]:
@@ -197,6 +220,8 @@ class HubStream:
         """Take this rank's part."""
         self.where = where
         self._dataset = split_dataset_by_node(dataset, cut.rank, cut.num_ranks)
+        # Of several files, Hugging Face has another order in each epoch.
+        self._is_one_file = dataset.num_shards == 1
 
     def read(self, epoch: int, position: Position | None) -> Iterator[tuple[str, Record, Position]]:
         """Yield this rank's records; a position is Hugging Face's, and how many were read."""
@@ -230,7 +255,40 @@ class HubStream:
 
     def checked(self, epoch: int, position: Position) -> Position:  # noqa: ARG002
         """Return a position as it is: only Hugging Face knows what it means."""
+        if "records_read" not in position:  # as version 0.1.0 saved it
+            self._is_one_file = False
         return position
+
+    def files(self, epoch: int) -> list[int] | None:  # noqa: ARG002
+        """Return the number of the only file; None if there are more, or none was counted."""
+        return [0] if self._is_one_file else None
+
+    def read_file(
+        self,
+        number: int,  # noqa: ARG002
+        start: Spot,
+        *,
+        again: bool = False,  # noqa: ARG002
+    ) -> Iterator[tuple[str, Record, Spot]]:
+        """Yield this rank's records from a spot on, each with the spot after."""
+        for place, record, after in self.read(0, self.position(0, 0, start)):
+            count = after.pop("records_read")
+            yield place, record, Spot(count, state=json.dumps(after))
+
+    def is_here(self, number: int) -> bool:  # noqa: ARG002
+        """Tell that no record can be read again without those before it."""
+        return False
+
+    def position(self, epoch: int, number: int, spot: Spot) -> Position:  # noqa: ARG002
+        """Return a spot in an epoch as a position."""
+        if not spot.state:
+            return {}
+        return {**json.loads(spot.state), "epoch": epoch, "records_read": spot.record}
+
+    def spot(self, position: Position) -> tuple[int, Spot]:
+        """Return where in the only file a position is."""
+        state = {**position, "epoch": 0}
+        return 0, Spot(state.pop("records_read"), state=json.dumps(state))
 
 
 def _of_hugging_face(position: Position) -> Position:

@@ -33,7 +33,7 @@ from titan_integration.data.records import (
     numbers_of,
 )
 from titan_integration.data.spots import Spots
-from titan_integration.data.stream_sources import LocalStream, Position, Source
+from titan_integration.data.stream_sources import Position, Source
 
 BAD_RECORDS = "bad_records"
 """Under which a batch tells how many bad records came before it; not a part of the state."""
@@ -170,7 +170,7 @@ class StreamedRows(IterableDataset[Batch]):
         positions = [self.start.get(i, _START) for i in range(len(self._only))]
         cursors = {only: at[:2] for only, at in zip(self._only, positions, strict=True) if only}
         self._spots = None
-        if cursors and isinstance(self._source, LocalStream) and self._source.files(0) is not None:
+        if cursors and self._source.files(0) is not None:
             self._spots = Spots(self._source, self._held, _measured, cursors)
         self._readings.clear()
         self._cursors = cursors
