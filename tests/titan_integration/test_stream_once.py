@@ -167,56 +167,77 @@ def test_short_domains_of_a_packed_file_cost_no_pass_though_long_ones_do_not_fit
     assert torch.equal(taken(iter(resumed), 30), taken(batches, 30))
 
 
-@pytest.mark.parametrize("most", [1 << 26, 8_000])
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_stream_of_one_file_of_hugging_face_is_read_once_too(tmp_path, monkeypatch, ranks, most):
-    """Its order is the same in every epoch, also of the part that a rank takes.
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Build a loader of a data set of Hugging Face in so many files; and note what it reads."""
+    names, read = ["long0", "long1", "short0", "short1"], []
+    found = HubStream._records
 
-    With rows and states as before, when it was read once an epoch.
-    """
-    datasets.disable_progress_bars()
-    names = ["long0", "long1", "short0", "short1"]
-    records = [
-        {"text": f"{i} text " * 3, "domain": names[i // 2 % 2 + 2 * (i % 100 > 95)]}
-        for i in range(RECORDS)
-    ]
-    datasets.Dataset.from_list(records).save_to_disk(tmp_path / "saved")
-    read = []
-    source = HubStream.read
-
-    def counted(self, epoch, position):
-        for item in source(self, epoch, position):
-            read.append(epoch)
+    def counted(*given):
+        for item in found(*given):
+            read.append(given)
             yield item
 
-    def build():
-        return DomainTextDataLoader.Config(
-            dataset_path=str(tmp_path / "saved"), domains=names, rows="drawn", streaming=True
-        ).build(
-            dp_world_size=ranks,
-            dp_rank=ranks - 1,
-            tokenizer=Letters(),
-            seq_len=32,
-            local_batch_size=ROWS,
-        )
+    monkeypatch.setattr(HubStream, "_records", counted)
 
-    monkeypatch.setattr(HubStream, "read", counted)
+    def build(files, rank, ranks):
+        size = RECORDS // files
+        paths = [tmp_path / f"{i}-of-{files}.jsonl" for i in range(files)]
+        for i, path in enumerate(paths):
+            records = [
+                {"text": f"{j} text " * 3, "domain": names[j // 2 % 2 + 2 * (j % 100 > 95)]}
+                for j in range(i * size, (i + 1) * size)
+            ]
+            path.write_text("".join(json.dumps(r) + "\n" for r in records))
+        given = {"data_files": [*map(str, paths)], "split": "train", "streaming": True}
+        stream = datasets.load_dataset("json", **given)
+        monkeypatch.setattr("titan_integration.data.loader.open_hub", lambda *_, **__: stream)
+        config = DomainTextDataLoader.Config(
+            dataset="some/data", domains=names, rows="drawn", streaming=True
+        )
+        common = {"tokenizer": Letters(), "seq_len": 32, "local_batch_size": ROWS}
+        return config.build(dp_world_size=ranks, dp_rank=rank, **common)
+
+    return build, read
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("most", [1 << 26, 8_000], ids=["all in memory", "the short in memory"])
+@pytest.mark.parametrize(("files", "rank", "ranks"), [(1, 1, 2), (4, 0, 1), (4, 1, 2)])
+def test_data_of_hugging_face_is_read_once_with_the_rows_of_before(
+    hub, monkeypatch, files, rank, ranks, most
+):
+    """When it was read once an epoch, in whose order files still come; old states go on as then."""
+    build, read = hub
     monkeypatch.setattr(spots, "_MOST_TEXT", most)
     with monkeypatch.context() as patch:
         patch.setattr(HubStream, "files", lambda *_: None)
-        before = build()
-        batches = iter(before)
-        expected = taken(batches, 60)
-        state, later = before.state_dict(), taken(batches, 20)
-    assert len(read) > 10 * RECORDS / ranks
+        batches = iter(before := build(files, rank, ranks))
+        expected = taken(batches, 40)
+        old, later = before.state_dict(), taken(batches, 10)
+    assert len(read) > 6 * RECORDS
     read.clear()
-    loader = build()
-    assert torch.equal(taken(iter(loader), 60), expected)
-    assert loader.state_dict() == state
-    assert len(read) <= (1 + 3 * (most < 10_000)) * RECORDS / ranks + 1
-    resumed = build()
-    resumed.load_state_dict(state)
-    assert torch.equal(taken(iter(resumed), 20), later)
+    loader = build(files, rank, ranks)
+    assert torch.equal(taken(iter(loader), 40), expected)
+    assert len(read) <= (1 + 2 * (most < 10_000)) * RECORDS + 10  # and to check the first
+    for state in (old, loader.state_dict()):
+        resumed = build(files, rank, ranks)
+        resumed.load_state_dict(state)
+        assert torch.equal(taken(iter(resumed), 10), later)
+
+
+def test_a_saved_place_in_data_of_hugging_face_that_cannot_be_is_refused(hub):
+    """Files were added since, or the checkpoint is damaged."""
+    build, _ = hub
+    loader = build(4, 0, 1)
+    taken(iter(loader), 5)
+    state = loader.state_dict()
+    with pytest.raises(ValueError, match=r"some/data is at .*, and has 3 files; it has changed"):
+        build(3, 0, 1).load_state_dict(state)
+    places = json.loads(state["dp_rank_0"])
+    places[0][2]["record"] = -1
+    with pytest.raises(ValueError, match=r"some/data is at .*the checkpoint is damaged"):
+        build(4, 0, 1).load_state_dict(state | {"dp_rank_0": json.dumps(places)})
 
 
 def test_a_record_that_has_gone_when_it_is_read_again_is_said(build, monkeypatch, tmp_path):
