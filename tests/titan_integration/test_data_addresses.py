@@ -169,6 +169,27 @@ def test_a_changed_file_at_an_address_is_fetched_again(memory):
         assert load_documents(config)[0] == (text, "all")
 
 
+@pytest.mark.parametrize("place", ["memory", "http"])
+def test_a_stream_of_other_bytes_in_the_same_size_is_not_resumed(memory, server, place):
+    """Where a store has no mark of content, samples of the bytes tell; a copy goes on."""
+    folder, address, _ = server
+    where = "memory://x.jsonl" if place == "memory" else f"{address}/x.jsonl"
+
+    def put(records):
+        memory.pipe("/x.jsonl", lines(records))
+        (folder / "x.jsonl").write_bytes(lines(records))
+
+    put(RECORDS)
+    loader = build(where, streaming=True)
+    taken(loader, 3)
+    state = loader.state_dict()
+    put(RECORDS)
+    build(where, streaming=True).load_state_dict(state)
+    put(RECORDS[::-1])
+    with pytest.raises(ValueError, match=r"files have another name, size or content: x\.jsonl"):
+        build(where, streaming=True).load_state_dict(state)
+
+
 @pytest.mark.parametrize("name", ["a#b.jsonl", "what?.jsonl", "b[1].jsonl", "with space.jsonl"])
 def test_a_name_may_have_marks_that_mean_something_elsewhere(memory, expected, name):
     """In an address of HTTP, or in a pattern; a file of that very name is read, and in its folder.

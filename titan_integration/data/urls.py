@@ -8,7 +8,7 @@ at the byte where it was, if the store reads ranges.
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, TypeVar
@@ -83,6 +83,15 @@ class Url:
         ]
         size = info.get("size")
         return -1 if size is None else int(size), marks[0], marks[1]
+
+    def blocks(self, starts: Iterable[int], length: int) -> bytes:
+        """Return some stretches of the file, which is not fetched for that.
+
+        Raises:
+            ValueError: They cannot be read.
+        """
+        each = [(start, start + length) for start in starts]
+        return _tried(self, lambda files, path: b"".join(files.cat_file(path, *x) for x in each))
 
     def fetched(self) -> Path:
         """Return where in the cache the file is, once it is there.
