@@ -1,38 +1,25 @@
 """Data at addresses: in a store of S3, on a server of HTTP or of Hugging Face, and in memory."""
 
 import contextlib
-import functools
-import http.server
 import importlib
-import json
 import os
-import re
-import threading
-from pathlib import Path
-from urllib.parse import unquote, urlsplit
+import socket
 
+import datasets
 import fsspec
 import pytest
-import s3fs
+import stores
 import torch
-from faulty import check_resumed, whole_and_resumed
-from moto.server import ThreadedMotoServer
 from written import FORMATS, RECORDS, build, check, expected_rows, lines, taken, write
 
 from titan_integration.data import spots, urls
 from titan_integration.data.loader import DomainTextDataLoader, load_documents
-from titan_integration.data.tokenizer import cache_dir
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    """Return an empty cache; but for tokenizers, which take seconds to make."""
-    cache, tokenizers = tmp_path_factory.mktemp("cache"), cache_dir() / "tokenizers"
-    tokenizers.mkdir(parents=True, exist_ok=True)
-    (cache / "tokenizers").symlink_to(tokenizers)
-    monkeypatch.setenv("WEIGHTING_CACHE", str(cache))
+def _own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("WEIGHTING_CACHE", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.setattr(urls, "_WAITS", (0.0, 0.0))
-    return cache
 
 
 @pytest.fixture
@@ -46,28 +33,12 @@ def expected():
 
 @pytest.fixture(scope="module")
 def s3():
-    """Serve what speaks as S3 does, with a bucket that has every format, and return its files."""
-    store = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    store.start()
-    host, port = store.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {
-            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-            "AWS_ACCESS_KEY_ID": "any",
-            "AWS_SECRET_ACCESS_KEY": "any",
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_MAX_ATTEMPTS": "1",
-        }.items():
-            patch.setenv(name, value)
-        s3fs.S3FileSystem.clear_instance_cache()
-        files = s3fs.S3FileSystem()
-        files.mkdir("bucket")
+    """Return the files of a store of S3, whose bucket has every format."""
+    with stores.s3() as files:
         for name, written in FORMATS.items():
             files.pipe(f"bucket/all/train/{name}", written(RECORDS))
         files.pipe("bucket/all/validation/y.jsonl", lines(RECORDS[:3]))
         yield files
-        store.stop()
-        s3fs.S3FileSystem.clear_instance_cache()
 
 
 @pytest.mark.slow
@@ -128,22 +99,6 @@ def test_a_store_that_nothing_knows_is_named():
         build("s4://bucket/x.jsonl")
 
 
-@pytest.mark.processes
-@pytest.mark.slow
-def test_a_run_on_a_store_of_s3_stops_and_resumes_on_the_same_tokens(s3, tmp_path, own_cache):
-    """A folder of all formats at once; from the cache, the second run asks for no file again."""
-    del s3
-    flags = ["--config=tiny", "--dataloader.dataset=s3://bucket/all"]
-    found = []
-    for metrics in whole_and_resumed(tmp_path, *flags, "--training.local_batch_size=2"):
-        found.append(metrics)
-        fetched = {
-            x: x.stat().st_ino for x in (own_cache / "files").iterdir() if ".lock" not in x.name
-        }
-        assert len(fetched) == len(FORMATS)
-    check_resumed(*found, "domain/a/share")
-
-
 # --- memory ---
 
 
@@ -198,6 +153,14 @@ def test_a_bad_record_at_an_address_is_named_by_it(memory):
         build("memory://x.jsonl", domains=None)
 
 
+def test_a_file_that_has_not_changed_is_fetched_once(memory, monkeypatch):
+    """For all loaders, also of later runs."""
+    memory.pipe("/x.jsonl", lines(RECORDS))
+    check("memory://x.jsonl")
+    monkeypatch.setattr(urls.Url, "_fetch", lambda *_: pytest.fail("fetched again"))
+    check("memory://x.jsonl")
+
+
 def test_a_changed_file_at_an_address_is_fetched_again(memory):
     """The cache is asked by size and time, too."""
     for text in ("one", "three"):
@@ -206,42 +169,57 @@ def test_a_changed_file_at_an_address_is_fetched_again(memory):
         assert load_documents(config)[0] == (text, "all")
 
 
+@pytest.mark.parametrize("place", ["memory", "http"])
+def test_a_stream_of_other_bytes_in_the_same_size_is_not_resumed(memory, server, place):
+    """Where a store has no mark of content, samples of the bytes tell; a copy goes on."""
+    folder, address, _ = server
+    where = "memory://x.jsonl" if place == "memory" else f"{address}/x.jsonl"
+
+    def put(records):
+        memory.pipe("/x.jsonl", lines(records))
+        (folder / "x.jsonl").write_bytes(lines(records))
+
+    put(RECORDS)
+    loader = build(where, streaming=True)
+    taken(loader, 3)
+    state = loader.state_dict()
+    put(RECORDS)
+    build(where, streaming=True).load_state_dict(state)
+    put(RECORDS[::-1])
+    with pytest.raises(ValueError, match=r"files have another name, size or content: x\.jsonl"):
+        build(where, streaming=True).load_state_dict(state)
+
+
+@pytest.mark.parametrize("name", ["a#b.jsonl", "what?.jsonl", "b[1].jsonl", "with space.jsonl"])
+def test_a_name_may_have_marks_that_mean_something_elsewhere(memory, expected, name):
+    """In an address of HTTP, or in a pattern; a file of that very name is read, and in its folder.
+
+    It was refused, and left out of its folder in silence.
+    """
+    memory.pipe(f"/data/{name}", lines(RECORDS))
+    assert torch.equal(taken(build(f"memory://data/{name}"), 3), expected[False][:3])
+    assert torch.equal(taken(build("memory://data"), 3), expected[False][:3])
+
+
+@pytest.mark.parametrize("address", ["memory://data", "memory://data/**"])
+def test_hidden_files_and_folders_at_an_address_are_left_out(memory, expected, address):
+    """As they are on a disk: copies that a notebook has made are not trained on."""
+    memory.pipe("/data/train/x.jsonl", lines(RECORDS))
+    for name in ("train/.y.jsonl", "train/.checkpoints/x.jsonl", ".old/z.jsonl"):
+        memory.pipe(f"/data/{name}", lines(RECORDS))
+    loader = build(address)
+    assert len(loader.documents) == len(RECORDS)
+    assert torch.equal(taken(loader, 3), expected[False][:3])
+
+
+def test_what_save_to_disk_wrote_is_read_at_an_address(tmp_path):
+    """Its Arrow files, and not what lies beside them."""
+    datasets.disable_progress_bars()
+    datasets.Dataset.from_list(RECORDS).save_to_disk(tmp_path / "saved", num_shards=3)
+    check(f"file://{tmp_path}/saved")
+
+
 # --- HTTP ---
-
-
-class Handler(http.server.SimpleHTTPRequestHandler):
-    """Serves the files of a folder; fails, or reads ranges, as it is asked."""
-
-    def __init__(self, *given, asked, **more):
-        self.asked = asked
-        super().__init__(*given, **more)
-
-    def do_GET(self):
-        """Send a file, or a range of it."""
-        path = Path(self.translate_path(unquote(urlsplit(self.path).path)))
-        if self.asked["failures"]:
-            self.send_error(self.asked["failures"].pop())
-            return
-        if not path.is_file():
-            super().do_GET()
-            return
-        content, length = path.read_bytes(), path.stat().st_size
-        found = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-        if found and self.asked["ranges"]:
-            first, last = int(found[1]), min(int(found[2]), length - 1)
-            self.asked["served"].append((first, last))
-            content = content[first : last + 1]
-            self.send_response(206)
-            self.send_header("Content-Range", f"bytes {first}-{last}/{length}")
-        else:
-            self.send_response(200)
-        self.send_header("Content-Length", str(len(content)))
-        self.send_header("Last-Modified", self.date_time_string(path.stat().st_mtime))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *_):
-        """Say nothing."""
 
 
 @pytest.fixture
@@ -249,14 +227,8 @@ def server(tmp_path):
     """Serve files over HTTP; return their folder, the address, and what is asked of the server."""
     folder = tmp_path / "served"
     folder.mkdir()
-    asked = {"failures": [], "ranges": True, "served": []}
-    handler = functools.partial(Handler, directory=str(folder), asked=asked)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as served:
-        thread = threading.Thread(target=served.serve_forever)
-        thread.start()
-        yield folder, f"http://127.0.0.1:{served.server_port}", asked
-        served.shutdown()
-        thread.join()
+    with stores.served(folder) as (address, asked):
+        yield folder, address, asked
 
 
 def test_a_server_that_fails_is_asked_again(server, caplog):
@@ -270,6 +242,40 @@ def test_a_server_that_fails_is_asked_again(server, caplog):
     asked["failures"] += [503] * 9
     with pytest.raises(ValueError, match=r"x\.jsonl: cannot be reached: 503"):
         build(f"{address}/x.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("status", "tries", "message"),
+    [
+        (404, 1, r"no such file$"),
+        (403, 1, r"cannot be reached: 403, .*Forbidden"),
+        (503, 3, r"cannot be reached: 503, .*Service Unavailable"),
+    ],
+)
+def test_a_server_that_refuses_is_not_taken_for_one_without_the_file(
+    server, status, tries, message, caplog
+):
+    """Only 404 says that there is none; whom a server forbids is not told so again and again."""
+    _, address, asked = server
+    asked["refuses"] = status
+    with pytest.raises(ValueError, match=rf"x\.jsonl: {message}"):
+        build(f"{address}/x.jsonl")
+    assert caplog.text.count("trying again") == tries - 1
+
+
+def test_a_server_that_is_away_is_said():
+    """It was said that there is no such file."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and nobody listens
+        with pytest.raises(ValueError, match=r"x\.jsonl: cannot be reached: Cannot connect"):
+            build(f"http://127.0.0.1:{taken.getsockname()[1]}/x.jsonl")
+
+
+def test_what_an_address_cuts_off_is_said(server):
+    """What follows a # is never sent to a server."""
+    _, address, _ = server
+    with pytest.raises(ValueError, match=r"no \.jsonl.* file there; write # as %23"):
+        build(f"{address}/a#b.jsonl")
 
 
 @pytest.mark.parametrize("ranges", [True, False], ids=["ranges", "whole"])
@@ -330,46 +336,11 @@ def test_signatures_of_addresses_are_not_shown(server):
 
 
 @pytest.fixture
-def hub(server, monkeypatch):
-    """Answer as Hugging Face does about a data set `me/data` of the served files."""
-    folder, address, _ = server
-    get, base = Handler.do_GET, folder / "datasets/me/data/resolve/main"
-    base.mkdir(parents=True)
-
-    def answer(self):
-        path = unquote(urlsplit(self.path).path)
-        if not path.startswith("/api/"):
-            get(self)
-            return
-        _, _, _, *name = path.split("/")
-        if name[:2] != ["me", "data"]:
-            self.send_response(404)
-            self.send_header("X-Error-Code", "RepoNotFound")
-            told = {"error": "Repository not found"}
-        elif "tree" in name:
-            self.send_response(200)
-            below = base / "/".join(name[name.index("main") + 1 :])
-            told = [
-                {
-                    "type": "directory" if x.is_dir() else "file",
-                    "path": str(x.relative_to(base)),
-                    "size": x.stat().st_size,
-                    "oid": f"{hash(x.read_bytes()):x}" if x.is_file() else "0",
-                }
-                for x in below.glob("**/*" if "recursive=true" in self.path.lower() else "*")
-            ]
-        else:
-            self.send_response(200)
-            told = {"id": "me/data", "sha": "0", "private": False, "tags": [], "downloads": 0}
-            told |= {"siblings": [], "gated": False, "disabled": False, "likes": 0}
-        content = json.dumps(told).encode()
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    monkeypatch.setattr(Handler, "do_GET", answer)
-    monkeypatch.setitem(fsspec.config.conf, "hf", {"endpoint": address})
-    return base
+def hub(tmp_path, monkeypatch):
+    """Return where the files of a data set `me/data` are that a server has as Hugging Face does."""
+    with stores.served(tmp_path, stores.OfHuggingFace) as (address, _):
+        monkeypatch.setitem(fsspec.config.conf, "hf", {"endpoint": address})
+        yield tmp_path / stores.RESOLVED
 
 
 def test_files_of_hugging_face_are_read_as_files_are(hub, expected):

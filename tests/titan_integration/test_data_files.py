@@ -139,6 +139,16 @@ def test_what_is_not_read_is_named_in_one_warning(tmp_path, caplog):
     put(tmp_path / "b.jsonl", record("two"))
 
 
+def test_a_file_beside_its_packed_copy_is_warned_of(tmp_path, caplog):
+    """As `gzip -k` leaves both, which would be trained on twice."""
+    for name in ("x.jsonl", "x.jsonl.gz", "y.jsonl", "z.jsonl.gz"):
+        put(tmp_path / name, b"")
+    assert len(local_files(tmp_path, "train")) == 4
+    (warning,) = warnings_of(caplog, tmp_path)
+    assert "both are read of x.jsonl and x.jsonl.gz; if one is" in warning
+    assert "y.jsonl" not in warning
+
+
 def test_many_passed_over_files_are_counted(tmp_path, caplog):
     """A warning stays a line, and other ranks than the first say nothing."""
     put(tmp_path / "a.jsonl", record("one"))
@@ -216,7 +226,7 @@ def test_what_save_to_disk_wrote_is_read(tmp_path, streaming):
     "content",
     [
         lines({**GOOD, "x": 1}, GOOD, {**GOOD, "x": 2}),
-        b"\xef\xbb\xbf" + lines(GOOD),
+        b"\xef\xbb\xbf" + lines(GOOD) + b"\xef\xbb\xbf" + lines(GOOD),
         lines({**GOOD, "n": 1}, {**GOOD, "n": 2**70}),
         lines({**GOOD, "k": 1}, {**GOOD, "k": "s"}, {**GOOD, "k": [1]}),
         lines(*[{"text": "2024-01-02T03:04:05", "domain": "a"}] * 30),

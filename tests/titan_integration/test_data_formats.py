@@ -7,6 +7,7 @@ import datasets
 import pytest
 import torch
 from written import (
+    BROKEN,
     FORMATS,
     RECORDS,
     Letters,
@@ -79,34 +80,6 @@ def test_a_broken_saved_dataset_is_named(tmp_path, streaming):
     with pytest.raises(ValueError, match=r"/saved: .*cannot be opened: .*; save it again") as error:
         build(tmp_path / "saved", streaming=streaming)
     assert "\n" not in str(error.value)
-
-
-def unquoted(content):
-    """Return JSON of which the first name has no end."""
-    return content.replace(b'"text"', b'"text', 1)
-
-
-def with_a_row_too_long(content):
-    """Return CSV with one more row, of three fields."""
-    return content + b"one,two,three\n"
-
-
-BROKEN = {
-    "x.jsonl": (unquoted, r"x\.jsonl:1: invalid JSON"),
-    "x.NDJSON": (unquoted, r"x\.NDJSON:1: invalid JSON"),
-    "lines.json": (unquoted, r"lines\.json:1: invalid JSON"),
-    "array.json": (unquoted, r"array\.json:3: invalid JSON"),
-    "x.jsonl.gz": (lambda b: b[:-20], r"x\.jsonl\.gz: cannot be read"),
-    "x.jsonl.zst": (lambda b: b"no" + b[2:], r"x\.jsonl\.zst: cannot be read"),
-    "x.csv": (with_a_row_too_long, r"x\.csv:\d+: 3 fields, but .* 2"),
-    "x.csv.gz": (
-        lambda b: gzip.compress(with_a_row_too_long(gzip.decompress(b))),
-        r"x\.csv\.gz:\d+: 3 fields, but .* 2",
-    ),
-    "x.parquet": (lambda b: b[:-20], r"x\.parquet: not a readable Parquet file"),
-    "x.arrow": (lambda b: b[:60], r"x\.arrow: not a readable Arrow file"),
-    "stream.arrow": (lambda b: b[: len(b) // 2], r"stream\.arrow: not a readable Arrow file"),
-}
 
 
 @pytest.mark.parametrize("name", FORMATS)

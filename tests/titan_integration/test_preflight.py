@@ -1,11 +1,13 @@
 """What is wrong with data, tokenizer or settings is said before the host builds anything."""
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from torchtitan.components.checkpointer import CheckpointManager
+from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.trainer import Trainer
 
 from titan_integration.config_registry import llama3_debugmodel
@@ -134,3 +136,26 @@ def test_what_was_opened_before_is_not_read_again(config, monkeypatch):
     assert len(count) == opened, "read again"
     config.dataloader.build(**common)
     assert len(count) == opened + 1, "kept for one loader only"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("streaming", [False, True], ids=["index", "stream"])
+def test_a_document_of_five_million_characters_is_tokenized_once(config, monkeypatch, streaming):
+    """From the checks to the first batch, which together take little longer than that."""
+    write(config, json.dumps({"text": ("=" * 200 + " ") * 25_000, "domain": "a"}).encode())
+    config.dataloader = replace(config.dataloader, streaming=streaming, domains=["a"])
+    encode, took = HuggingFaceTokenizer.encode, []
+
+    def timed(self, text, **marks):
+        start = time.process_time()
+        found = encode(self, text, **marks)
+        took.extend([time.process_time() - start] * (len(text) > 5_000_000))
+        return found
+
+    monkeypatch.setattr(HuggingFaceTokenizer, "encode", timed)
+    start = time.process_time()
+    preflight.open_data(config, plan_of(resolve("linupper")))
+    common = {"dp_world_size": 1, "dp_rank": 0, "seq_len": 32, "local_batch_size": 2}
+    next(iter(config.dataloader.build(tokenizer=preflight.build_tokenizer(config), **common)))
+    assert len(took) == 1
+    assert time.process_time() - start < 2 * took[0]

@@ -3,12 +3,13 @@
 import gzip
 import json
 
+import datasets
 import pytest
 import torch
 
 from titan_integration.data import one_reading, spots
 from titan_integration.data.loader import DomainTextDataLoader
-from titan_integration.data.stream_sources import LocalStream
+from titan_integration.data.stream_sources import HubStream, LocalStream
 
 
 class Letters:
@@ -71,6 +72,30 @@ def taken(batches, count):
     return torch.stack([torch.stack([x["input"], y]) for x, y in pairs])
 
 
+@pytest.fixture
+def short_and_long(build, tmp_path):
+    """Build a loader of a file with two long domains and two short ones; and note what it reads."""
+    _, read = build
+
+    def make(name):
+        names = ["long0", "long1", "short0", "short1"]
+        records = [
+            {"text": f"{i} text " * 3, "domain": names[i % 2 + 2 * (i % 100 > 97)]}
+            for i in range(RECORDS)
+        ]
+        text = "".join(json.dumps(r) + "\n" for r in records).encode()
+        path = tmp_path / name
+        path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
+        config = DomainTextDataLoader.Config(
+            dataset_path=str(path), domains=names, rows="turns", streaming=True
+        )
+        return config.build(
+            dp_world_size=1, dp_rank=0, tokenizer=Letters(), seq_len=32, local_batch_size=ROWS
+        )
+
+    return make, read
+
+
 @pytest.mark.parametrize("domains", [3, 300])
 @pytest.mark.parametrize("rows", ["turns", "drawn"])
 def test_each_record_is_read_once_however_many_domains_and_epochs(build, rows, domains):
@@ -120,6 +145,99 @@ def test_rows_go_on_where_more_places_are_known_than_are_kept(build, monkeypatch
     expected = taken(iter(make("drawn", 30)), 90)
     monkeypatch.setattr(spots, "_MOST_SPOTS", 250)
     assert torch.equal(taken(iter(make("drawn", 30)), 90), expected)
+
+
+def test_short_domains_of_a_packed_file_cost_no_pass_though_long_ones_do_not_fit(
+    short_and_long, monkeypatch
+):
+    """They stay in memory, while two long ones share a reading an epoch."""
+    make, read = short_and_long
+    expected = taken(iter(make("x.jsonl")), 150)
+    monkeypatch.setattr(spots, "_MOST_TEXT", 8_000)
+    read.clear()
+    loader = make("x.jsonl.gz")
+    batches = iter(loader)
+    assert torch.equal(taken(batches, 150), expected)
+    at = {i: epoch for i, epoch, *_ in json.loads(loader.state_dict()["dp_rank_0"])}
+    assert min(at[2], at[3]) > 30, "short ones have come to many ends"
+    assert max(at[0], at[1]) < 3
+    assert len(read) <= (1 + 3) * RECORDS
+    resumed = make("x.jsonl.gz")
+    resumed.load_state_dict(loader.state_dict())
+    assert torch.equal(taken(iter(resumed), 30), taken(batches, 30))
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Build a loader of a data set of Hugging Face in so many files; and note what it reads."""
+    names, read = ["long0", "long1", "short0", "short1"], []
+    found = HubStream._records
+
+    def counted(*given):
+        for item in found(*given):
+            read.append(given)
+            yield item
+
+    monkeypatch.setattr(HubStream, "_records", counted)
+
+    def build(files, rank, ranks):
+        size = RECORDS // files
+        paths = [tmp_path / f"{i}-of-{files}.jsonl" for i in range(files)]
+        for i, path in enumerate(paths):
+            records = [
+                {"text": f"{j} text " * 3, "domain": names[j // 2 % 2 + 2 * (j % 100 > 95)]}
+                for j in range(i * size, (i + 1) * size)
+            ]
+            path.write_text("".join(json.dumps(r) + "\n" for r in records))
+        given = {"data_files": [*map(str, paths)], "split": "train", "streaming": True}
+        stream = datasets.load_dataset("json", **given)
+        monkeypatch.setattr("titan_integration.data.loader.open_hub", lambda *_, **__: stream)
+        config = DomainTextDataLoader.Config(
+            dataset="some/data", domains=names, rows="drawn", streaming=True
+        )
+        common = {"tokenizer": Letters(), "seq_len": 32, "local_batch_size": ROWS}
+        return config.build(dp_world_size=ranks, dp_rank=rank, **common)
+
+    return build, read
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("most", [1 << 26, 8_000], ids=["all in memory", "the short in memory"])
+@pytest.mark.parametrize(("files", "rank", "ranks"), [(1, 1, 2), (4, 0, 1), (4, 1, 2)])
+def test_data_of_hugging_face_is_read_once_with_the_rows_of_before(
+    hub, monkeypatch, files, rank, ranks, most
+):
+    """When it was read once an epoch, in whose order files still come; old states go on as then."""
+    build, read = hub
+    monkeypatch.setattr(spots, "_MOST_TEXT", most)
+    with monkeypatch.context() as patch:
+        patch.setattr(HubStream, "files", lambda *_: None)
+        batches = iter(before := build(files, rank, ranks))
+        expected = taken(batches, 40)
+        old, later = before.state_dict(), taken(batches, 10)
+    assert len(read) > 6 * RECORDS
+    read.clear()
+    loader = build(files, rank, ranks)
+    assert torch.equal(taken(iter(loader), 40), expected)
+    assert len(read) <= (1 + 2 * (most < 10_000)) * RECORDS + 10  # and to check the first
+    for state in (old, loader.state_dict()):
+        resumed = build(files, rank, ranks)
+        resumed.load_state_dict(state)
+        assert torch.equal(taken(iter(resumed), 10), later)
+
+
+def test_a_saved_place_in_data_of_hugging_face_that_cannot_be_is_refused(hub):
+    """Files were added since, or the checkpoint is damaged."""
+    build, _ = hub
+    loader = build(4, 0, 1)
+    taken(iter(loader), 5)
+    state = loader.state_dict()
+    with pytest.raises(ValueError, match=r"some/data is at .*, and has 3 files; it has changed"):
+        build(3, 0, 1).load_state_dict(state)
+    places = json.loads(state["dp_rank_0"])
+    places[0][2]["record"] = -1
+    with pytest.raises(ValueError, match=r"some/data is at .*the checkpoint is damaged"):
+        build(4, 0, 1).load_state_dict(state | {"dp_rank_0": json.dumps(places)})
 
 
 def test_a_record_that_has_gone_when_it_is_read_again_is_said(build, monkeypatch, tmp_path):

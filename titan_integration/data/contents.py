@@ -9,6 +9,7 @@ import numpy as np
 from torchtitan.components.tokenizer import BaseTokenizer
 from xxhash import xxh3_64_digest
 
+from titan_integration.data.identity import tokenizer_digest
 from titan_integration.data.records import (
     DEFAULT_TEXT_COLUMN,
     IGNORED,
@@ -114,21 +115,22 @@ def encoded(
 class Encoder:
     """A tokenizer as the loader calls it: with begin and end of text, and for messages.
 
-    The last text is remembered: opening data and reading its first row need the same one.
+    The last text is remembered: checking data, opening it and reading its first row need the same.
     """
 
     def __init__(self, tokenizer: BaseTokenizer) -> None:
         """Take a tokenizer."""
         self.vocab_size = tokenizer.get_vocab_size()
+        self.digest = tokenizer_digest(tokenizer)
         self._tokenizer = tokenizer
-        self._last: tuple[str, list[int]] = ("", [])
+        self.last: tuple[str, list[int]] = ("", [])
 
     def __call__(self, text: str) -> list[int]:
         """Return a text's token ids, with begin and end of text."""
-        last, ids = self._last
+        last, ids = self.last
         if text != last or not ids:
             ids = self._tokenizer.encode(text, add_bos=True, add_eos=True)
-            self._last = (text, ids)
+            self.last = (text, ids)
         return ids
 
     def chat(self, chat: Chat) -> Encoded:

@@ -45,6 +45,9 @@ _SPLIT_DIRS = {
     "test": ("test",),
 }
 
+# What save_to_disk writes beside Arrow files.
+_OF_SAVED = {"state.json", "dataset_info.json"}
+
 # More names of one kind would bury the message.
 _FEW = 10
 
@@ -73,18 +76,25 @@ def local_files(path: DataFile, split: str) -> Sequence[DataFile]:
     """List the data files of one split, sorted by path; at an address, none is fetched yet.
 
     Links are followed. A file or folder that several ways lead to is read once, under its own name
-    if that is among them. What is not read is named in one warning on the first rank.
+    if that is among them. What is not read is named in one warning on the first rank, and so are
+    files that may be packed copies of each other.
 
     Raises:
         ValueError: If the path does not exist or cannot be read, or nothing in it fits; names what
             there is.
     """
+    files = _listed(path, split)
+    _warn_of_copies(path, files)
+    return files
+
+
+def _listed(path: DataFile, split: str) -> Sequence[DataFile]:
     if isinstance(path, Url):
         _refuse_packed(path, [path.name])
         return _files_at(path, split)
     try:
         if is_pattern(path):
-            found = [f for one in _matches(path) for f in local_files(one, split)]
+            found = [f for one in _matches(path) for f in _listed(one, split)]
             return sorted({os.path.realpath(str(f)): f for f in reversed(found)}.values(), key=str)
         folder = _split_folder(path, split)
         return [path] if folder is None else _files_in(folder, path)
@@ -102,6 +112,13 @@ def _files_at(url: Url, split: str) -> list[Url]:
 
     files = files_at(url, is_data)
     _refuse_packed(url, seen, [*files])
+    files = {f: path for f, path in files.items() if "/." not in f"/{path}"}
+    by_folder: defaultdict[object, set[str]] = defaultdict(set)
+    for f in files:
+        by_folder[f.parent].add(f.name)
+    for f in [*files]:
+        if f.name in _OF_SAVED and by_folder[f.parent] >= _OF_SAVED:
+            del files[f]  # of what save_to_disk wrote, the rest are Arrow files
     tops = {f: path.partition("/")[0] for f, path in files.items() if "/" in path}
     there = set(tops.values())
     chosen = next((x for x in (*_SPLIT_DIRS.get(split, ()), split) if x in there), None)
@@ -111,7 +128,8 @@ def _files_at(url: Url, split: str) -> list[Url]:
         msg = f"{url}: no folder for split {split!r}; there are {', '.join(known)}"
         raise ValueError(msg)
     if not files:
-        msg = f"{url}: no {READABLE} file there"
+        cut = "; write # as %23, as what follows it is not asked for" if url.is_cut else ""
+        msg = f"{url}: no {READABLE} file there{cut}"
         raise ValueError(msg)
     return [*files]
 
@@ -272,7 +290,7 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _is_saved(entries: Iterable[Path]) -> bool:
-    return {"state.json", "dataset_info.json"} <= {path.name for path in entries}
+    return {path.name for path in entries} >= _OF_SAVED
 
 
 def _identity(path: Path) -> object:
@@ -287,6 +305,20 @@ def _warn_of_skipped(folder: Path, skipped: Mapping[str, Sequence[str]]) -> None
     if any(skipped.values()) and os.environ.get("RANK", "0") == "0":
         each = [f"{_some(names)} ({reason})" for reason, names in skipped.items() if names]
         warn_once(logger, printable(f"{folder}: not read: {'; '.join(each)}"))
+
+
+def _warn_of_copies(path: DataFile, files: Sequence[DataFile]) -> None:
+    """Warn of files whose names differ only in how they are packed."""
+    by_name: defaultdict[str, list[str]] = defaultdict(list)
+    for file in files:
+        by_name[str(file).removesuffix(".gz").removesuffix(".zst")].append(file.name)
+    both = [" and ".join(names) for names in by_name.values() if len(names) > 1]
+    if both and os.environ.get("RANK", "0") == "0":
+        msg = (
+            f"{path}: both are read of {_some(both)}; if one is a packed copy of the other, move "
+            "it away, or its text is trained on twice"
+        )
+        warn_once(logger, printable(msg))
 
 
 def _some(names: Sequence[str]) -> str:

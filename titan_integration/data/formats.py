@@ -35,12 +35,14 @@ _BATCH = 2_000
 class Spot(NamedTuple):
     """A place between two records of a file.
 
-    The number of records before it and, in a file of plain lines, of bytes and of lines.
+    The number of records before it and, in a file of plain lines, of bytes and of lines; in a
+    stream of Hugging Face, the state it goes on from, as JSON.
     """
 
     record: int = 0
     byte: int | None = None
     line: int = 0
+    state: str = ""
 
 
 _BEGIN = Spot()
@@ -157,8 +159,8 @@ def _json(file: DataFile, start: Spot) -> Generator[Scanned]:
             number += 1
             before = Spot(passed, at if plain else None, number - 1)
             at += len(line)
-            if number == 1:
-                line = line.removeprefix(codecs.BOM_UTF8)  # noqa: PLW2901
+            # At the beginning of a file, and of each that `cat` has put behind another.
+            line = line.removeprefix(codecs.BOM_UTF8)  # noqa: PLW2901
             if not line.strip():
                 continue
             if not passed and line.lstrip().startswith(b"["):

@@ -98,6 +98,8 @@ def files_of(files: Mapping[str, Path | Url]) -> dict[str, Any]:
     for name, path in files.items():
         if isinstance(path, Url):
             size, content, time = path.told()
+            if not content and size > 0:  # the store has no mark of it
+                content = xxh3_64_hexdigest(path.blocks(_starts(size), _BLOCK))
             told[name] = [size, content]
             modified.append(xxh3_64_intdigest(time.encode()) >> 1)
             continue
@@ -105,7 +107,7 @@ def files_of(files: Mapping[str, Path | Url]) -> dict[str, Any]:
             size, changed = path.stat().st_size, path.stat().st_mtime_ns
             with path.open("rb") as file:
                 sample = b""
-                for start in (0, size // 2, max(size - _BLOCK, 0)):
+                for start in _starts(size):
                     file.seek(start)
                     sample += file.read(_BLOCK)
         except OSError as error:
@@ -114,6 +116,11 @@ def files_of(files: Mapping[str, Path | Url]) -> dict[str, Any]:
         told[name] = [size, xxh3_64_hexdigest(sample)]
         modified.append(changed)
     return {"files": _few(told), "modified": _digest(np.array(modified, np.int64))}
+
+
+def _starts(size: int) -> tuple[int, int, int]:
+    """Return where the samples of a file of some size begin."""
+    return 0, size // 2, max(size - _BLOCK, 0)
 
 
 @functools.lru_cache(maxsize=8)

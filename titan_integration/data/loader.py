@@ -35,7 +35,7 @@ from titan_integration.data.documents import (
     open_hub,
     open_saved,
 )
-from titan_integration.data.identity import differences, files_of, name_in, tokenizer_digest, unsure
+from titan_integration.data.identity import differences, files_of, name_in, unsure
 from titan_integration.data.label_counts import LabelCounts, read_counts
 from titan_integration.data.packing import Cut, Encode, PackedRows, RowMode, is_count
 from titan_integration.data.records import (
@@ -173,11 +173,15 @@ class DomainTextDataLoader(ParallelAwareDataloader):
         if self.has_weights and config.rows == "mixed":
             config = replace(config, rows="drawn")
         _check_settings(config)
-        encode = Encoder(tokenizer)
+        kept, encode = _taken(config, tokenizer)
         cut = Cut(seq_len, local_batch_size, dp_rank, dp_world_size)
         where = config.dataset_path or config.dataset
-        made_from: dict[str, Any] = {"seq_len": seq_len, "vocab_size": tokenizer.get_vocab_size()}
-        made_from |= {"rows": config.rows, "tokenizer": tokenizer_digest(tokenizer)}
+        made_from: dict[str, Any] = {
+            "seq_len": seq_len,
+            "vocab_size": encode.vocab_size,
+            "rows": config.rows,
+            "tokenizer": encode.digest,
+        }
         rows: PackedRows | StreamedRows
         if config.streaming:
             rows, self.documents = _streamed_rows(config, encode, cut), None
@@ -189,7 +193,7 @@ class DomainTextDataLoader(ParallelAwareDataloader):
                 files = sorted(saved.glob("*.arrow")) if saved else local_files(path, config.split)
                 made_from |= files_of({name_in(path, file): file for file in files})
         else:
-            documents = _kept.pop(_key(config), None) or load_documents(config)
+            documents = kept or load_documents(config)
             self.documents = documents
             rows = PackedRows(
                 documents,
@@ -212,6 +216,7 @@ class DomainTextDataLoader(ParallelAwareDataloader):
             if documents.stored:
                 made_from |= files_of({file.name: file for file in documents.stored})
         self.domains = rows.domains
+        self._encode = encode
         self._rows = rows
         self._mode = config.rows
         self._iterated = False
@@ -413,13 +418,23 @@ def scaled(proportions: Iterable[float], domains: tuple[str, ...]) -> tuple[floa
     return tuple(number / largest / total for number in numbers)
 
 
-def keep_open(config: DomainTextDataLoader.Config, documents: Documents) -> None:
-    """Hand the documents that a loader has opened to the next one of the same data."""
-    _kept[_key(config)] = documents
+def keep_open(config: DomainTextDataLoader.Config, loader: DomainTextDataLoader) -> None:
+    """Hand what a loader has opened, and tokenized last, to the next one of the same data."""
+    _kept[_key(config)] = loader.documents, loader._encode  # noqa: SLF001
 
 
-_kept: dict[str, Documents] = {}
+_kept: dict[str, tuple[Documents | None, Encoder]] = {}
 """What `keep_open` was given and no loader has taken, by what was to be read."""
+
+
+def _taken(
+    config: DomainTextDataLoader.Config, tokenizer: BaseTokenizer
+) -> tuple[Documents | None, Encoder]:
+    encode = Encoder(tokenizer)
+    documents, before = _kept.pop(_key(config), (None, None))
+    if before and before.digest == encode.digest:
+        encode.last = before.last
+    return documents, encode
 
 
 _OF_ROWS = {"infinite", "rows", "seed"} | {f.name for f in fields(ParallelAwareDataloader.Config)}

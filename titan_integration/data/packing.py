@@ -393,7 +393,7 @@ def whole_piece(
             )
             raise ValueError(msg)
     return Piece(
-        torch.tensor(whole.ids, dtype=torch.int64),
+        torch.from_numpy(np.array(whole.ids, np.int64)),  # a long list quicker than torch does
         domain_id,
         tuple(torch.tensor(values, dtype=torch.float32) for values in numbers),
         None if whole.predicted is None else torch.tensor(whole.predicted),

@@ -1,13 +1,13 @@
-"""Where the records of each domain are in local files, found as far as any domain has asked."""
+"""Where the records of each domain are in files, found as far as any domain has asked."""
 
 from array import array
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Generic, TypeVar
 
 from titan_integration.data.formats import Spot
 from titan_integration.data.one_reading import Item
-from titan_integration.data.stream_sources import LocalStream, Position, Record, spot_of
+from titan_integration.data.stream_sources import Position, Record, Source
 
 _T = TypeVar("_T")
 
@@ -25,8 +25,8 @@ class Spots(Generic[_T]):
 
     What is found stays in memory. Of too much text the oldest is let go, and read again at its
     place in the file. Files that cannot be read from their middle (packed ones, Parquet), or are at
-    an address, are held whole; of too much, and of too many places, ``full`` becomes true and every
-    reading ends.
+    an address, are held whole; of too much the largest domains are let go, as they come to their
+    end last, and of too many places all. These are ``long`` from then on, and their readings end.
 
     Args:
         source: The files.
@@ -37,7 +37,7 @@ class Spots(Generic[_T]):
 
     def __init__(
         self,
-        source: LocalStream,
+        source: Source,
         hold: Callable[[Record, str], _T | None],
         measure: Callable[[_T], tuple[str, int]],
         cursors: Mapping[str, tuple[int, Position | None]],
@@ -45,8 +45,9 @@ class Spots(Generic[_T]):
         """Read nothing yet."""
         self.found: set[str] = set()
         """Domains that were met."""
-        self.full = False
         self.cursors = dict(cursors)
+        self.long: dict[str, dict[str, tuple[int, Position | None]]] = {}
+        """Domains that were let go, each with the cursors then of all those that were with it."""
         self._source, self._hold, self._measure = source, hold, measure
         self._begins = _begins(source, cursors)
         self._scans: dict[_Key, Iterator[tuple[str, Record, Spot]]] = {}
@@ -61,9 +62,9 @@ class Spots(Generic[_T]):
         """Yield the items of a domain in an epoch, from a position on."""
         files = self._source.files(epoch)
         assert files is not None, "whoever makes this has asked"
-        first = position["file"] if position else 0
+        first, begin = self._source.spot(position) if position else (0, Spot())
         for number, file in enumerate(files[first:], start=first):
-            start = spot_of(position) if position and number == first else Spot()
+            start = begin if number == first else Spot()
             key = file, self._begins.get(file, Spot()) if start.record else Spot()
             for before in self._befores(key, domain):
                 if before.record >= start.record:
@@ -71,13 +72,13 @@ class Spots(Generic[_T]):
                     at = self._source.position(epoch, number, after)
                     self.cursors[domain] = epoch, at
                     yield place, held, at
-            if self.full:
+            if domain in self.long:
                 return
 
     def _befores(self, key: _Key, domain: str) -> Iterator[Spot]:
         """Yield the places before the domain's records."""
         taken = 0
-        while not self.full:
+        while domain not in self.long:
             spots = self._spots[key, domain]
             if taken < len(spots):
                 record, byte, line = spots[taken : taken + 3]
@@ -100,6 +101,8 @@ class Spots(Generic[_T]):
             return True
         domain, size = self._measure(held)
         self.found.add(domain)
+        if domain in self.long:
+            return True
         byte = -1 if before.byte is None else before.byte
         self._spots[key, domain].extend((before.record, byte, before.line))
         self._count += 1
@@ -111,11 +114,39 @@ class Spots(Generic[_T]):
         while self._size > _MOST_TEXT and self._kept:
             _, oldest, _ = self._kept.pop(next(iter(self._kept)))
             self._size -= self._measure(oldest)[1]
-        if self._size > _MOST_TEXT or self._count > _MOST_SPOTS:
-            self.full = True
-            for everything in (self._scans, self._spots, self._kept, self._held):
-                everything.clear()
+        if self._count > _MOST_SPOTS:
+            self._let_go(self.cursors.keys() - self.long)
+        elif self._size > _MOST_TEXT:
+            self._let_go(self._largest(_MOST_TEXT // 8))
         return True
+
+    def _largest(self, most: int) -> set[str]:
+        """Return the largest domains without which no more is held than that."""
+        sizes = Counter[str]()
+        for _, held, _ in self._held.values():
+            domain, size = self._measure(held)
+            sizes[domain] += size
+        total, largest = sizes.total(), set[str]()
+        for domain, size in sizes.most_common():
+            if total > most:
+                largest.add(domain)
+                total -= size
+        return largest
+
+    def _let_go(self, domains: set[str]) -> None:
+        together = {domain: self.cursors[domain] for domain in domains}
+        for domain in domains:
+            self.long[domain] = together
+        for key in [key for key in self._spots if key[1] in domains]:
+            self._count -= len(self._spots.pop(key)) // 3
+        for texts in (self._kept, self._held):
+            for key, (_, held, _) in [*texts.items()]:
+                domain, size = self._measure(held)
+                if domain in domains:
+                    self._size -= size
+                    del texts[key]
+        if len(self.long) == len(self.cursors):
+            self._scans.clear()
 
     def _item(self, file: int, domain: str, before: Spot) -> tuple[str, _T, Spot]:
         """Return the record after a place, with the place after it."""
@@ -134,17 +165,16 @@ class Spots(Generic[_T]):
         return place, held, after
 
 
-def _begins(
-    source: LocalStream, cursors: Mapping[str, tuple[int, Position | None]]
-) -> dict[int, Spot]:
+def _begins(source: Source, cursors: Mapping[str, tuple[int, Position | None]]) -> dict[int, Spot]:
     """Return the files that are not needed from their beginning at first, and from where on."""
     begins: dict[int, Spot] = {}
     whole: set[int] = set()
     for epoch, position in cursors.values():
         files = source.files(epoch) or []
+        number, spot = source.spot(position) if position else (0, Spot())
         if position is None:
             whole.update(files[:1])
-        elif position["file"] < len(files):
-            file, spot = files[position["file"]], spot_of(position)
+        elif number < len(files):
+            file = files[number]
             begins[file] = min(begins.get(file, spot), spot, key=lambda s: s.record)
     return {file: spot for file, spot in begins.items() if file not in whole}

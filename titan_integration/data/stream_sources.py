@@ -5,6 +5,9 @@ and with the position after it, a dict from which reading goes on.
 """
 
 import copy
+import functools
+import itertools
+import json
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -55,6 +58,34 @@ class Source(Protocol):
         """
         ...
 
+    def files(self, epoch: int) -> list[int] | None:
+        """Return the numbers of this rank's files, in an epoch's order.
+
+        None where an epoch's order decides which records of a file are this rank's, or is not told.
+        """
+        ...
+
+    def read_file(
+        self, number: int, start: Spot, *, again: bool = False
+    ) -> Iterator[tuple[str, Record, Spot]]:
+        """Yield this rank's records of one of its files from a spot on, each with the spot after.
+
+        Bad records are neither refused nor counted ``again``.
+        """
+        ...
+
+    def is_here(self, number: int) -> bool:
+        """Tell whether a file can be opened without asking where it comes from."""
+        ...
+
+    def position(self, epoch: int, number: int, spot: Spot) -> Position:
+        """Return a spot of an epoch's file of this number as a position."""
+        ...
+
+    def spot(self, position: Position) -> tuple[int, Spot]:
+        """Return which of an epoch's files a position is in, and where."""
+        ...
+
 
 class LocalStream:
     """Local files in the order of their paths; from the second epoch on in one that it determines.
@@ -72,12 +103,11 @@ class LocalStream:
         self._columns = columns
         self._cut = cut
         self._bad = bad
-        self._orders: dict[int, list[int]] = {}
 
     def read(self, epoch: int, position: Position | None) -> Iterator[tuple[str, Record, Position]]:
         """Yield this rank's records; a position is the number of a file and a spot in it."""
         order, step, offset = self._part(epoch)
-        first, start = (position["file"], spot_of(position)) if position else (0, Spot())
+        first, start = self.spot(position) if position else (0, Spot())
         each = ((i, start if i == first else Spot()) for i in range(first, len(order)))
         records = (
             (found.place, found.record, (i, found.after))
@@ -88,20 +118,14 @@ class LocalStream:
             yield place, record, self.position(epoch, i, after)
 
     def files(self, epoch: int) -> list[int] | None:
-        """Return the numbers of this rank's files, in an epoch's order.
-
-        None where an epoch's order decides which records of a file are this rank's.
-        """
+        """Return the numbers of this rank's files, in an epoch's order."""
         order, step, _ = self._part(epoch)
         return order if step == 1 or len(order) == 1 else None
 
     def read_file(
         self, number: int, start: Spot, *, again: bool = False
     ) -> Iterator[tuple[str, Record, Spot]]:
-        """Yield this rank's records of one of its files from a spot on, each with the spot after.
-
-        Bad records are neither refused nor counted ``again``.
-        """
+        """Yield this rank's records of a file from a spot on, each with the spot after."""
         _, step, offset = self._part(0)
         bad = BadRecords("skip", quiet=True) if again else self._bad
         found = scan(self._files[number], self._columns, bad, start)
@@ -118,6 +142,11 @@ class LocalStream:
         if spot.byte is not None:  # so that nothing before it is read again
             at |= {"byte": spot.byte, "line": spot.line}
         return at
+
+    def spot(self, position: Position) -> tuple[int, Spot]:
+        """Return which of an epoch's files a position is in, and where."""
+        at = Spot(position["record"], position.get("byte"), position.get("line", 0))
+        return position["file"], at
 
     def order(self, position: Position | None) -> tuple[int, ...]:
         """Return file and record."""
@@ -162,24 +191,21 @@ class LocalStream:
         return sum(1 for _ in read_records(file, self._columns))
 
     def _part(self, epoch: int) -> tuple[list[int], int, int]:
-        """Return the files this rank reads, and of how many records in turn it keeps which."""
-        cut = self._cut
-        if epoch not in self._orders:
-            order = list(range(len(self._files)))
-            if epoch:
-                np.random.default_rng(epoch).shuffle(order)
-            self._orders[epoch] = order
-            if len(self._orders) > _FEW_EPOCHS:
-                del self._orders[next(iter(self._orders))]
-        order = self._orders[epoch]
-        if len(order) % cut.num_ranks:
-            return order, cut.num_ranks, cut.rank
-        return order[cut.rank :: cut.num_ranks], 1, 0
+        return _part(len(self._files), self._cut, epoch)
 
 
-def spot_of(position: Position) -> Spot:
-    """Return where in its file a position of local files is."""
-    return Spot(position["record"], position.get("byte"), position.get("line", 0))
+@functools.lru_cache(maxsize=_FEW_EPOCHS)
+def _part(num_files: int, cut: Cut, epoch: int) -> tuple[list[int], int, int]:
+    """Return the files a rank reads, and of how many records in turn it keeps which.
+
+    As Hugging Face splits a stream, and orders its files from the second epoch on.
+    """
+    order = list(range(num_files))
+    if epoch:
+        np.random.default_rng(epoch).shuffle(order)
+    if num_files % cut.num_ranks:
+        return order, cut.num_ranks, cut.rank
+    return order[cut.rank :: cut.num_ranks], 1, 0
 
 
 def _dealt(
@@ -191,46 +217,125 @@ def _dealt(
 
 
 class HubStream:
-    """An iterable data set of Hugging Face, which splits it among the ranks."""
+    """A streaming data set of Hugging Face, whose files are read one by one, as it would itself.
+
+    States of earlier versions, and files that are dealt to ranks record by record, are left to it.
+    """
 
     def __init__(self, dataset: datasets.IterableDataset, where: str, cut: Cut) -> None:
-        """Take this rank's part."""
+        """Take a data set, of which this rank reads a part."""
         self.where = where
-        self._dataset = split_dataset_by_node(dataset, cut.rank, cut.num_ranks)
+        self._dataset = dataset
+        self._cut = cut
+        self._is_old = False
 
     def read(self, epoch: int, position: Position | None) -> Iterator[tuple[str, Record, Position]]:
-        """Yield this rank's records; a position is Hugging Face's, and how many were read."""
-        stream = copy.deepcopy(self._dataset)  # so that reading again starts over
-        before = dict(position or {})
-        number = before.pop("records_read", 0)
+        """Yield this rank's records; a position is the number of a file and a spot in it."""
+        if (files := self.files(epoch)) is None:
+            yield from self._read_whole(epoch, position)
+            return
+        first, start = self.spot(position) if position else (0, Spot())
+        for number, file in enumerate(files[first:], start=first):
+            begin = start if number == first else Spot()
+            for place, record, after in self.read_file(file, begin):
+                yield place, record, self.position(epoch, number, after)
+
+    def order(self, position: Position | None) -> tuple[int, ...]:
+        """Return file and record, or how many records were read."""
+        if not position:
+            return ()
+        if "records_read" in position or self._is_old:
+            return (position.get("records_read", 0),)
+        return position["file"], position["record"]
+
+    def checked(self, epoch: int, position: Position) -> Position:
+        """Return a position, also one that an earlier version saved, as Hugging Face has it."""
+        if "examples_iterable" in position:
+            self._is_old = True
+            return position
+        file, record, of = (position.get(key, -1) for key in ("file", "record", "of"))
+        if of != self._dataset.num_shards or not (
+            is_count(file)
+            and is_count(record)
+            and file < len(self._part(epoch)[0])
+            and isinstance(position.get("state"), dict)
+        ):
+            msg = (
+                f"data loader state: the stream of {self.where} is at {position!r}, and has "
+                f"{self._dataset.num_shards} files; it has changed, or the checkpoint is damaged. "
+                "To start the data afresh: --checkpoint.exclude_from_loading dataloader"
+            )
+            raise ValueError(msg)
+        return position
+
+    def files(self, epoch: int) -> list[int] | None:
+        """Return the numbers of this rank's files, in an epoch's order; None if left to the hub."""
+        order, step, _ = self._part(epoch)
+        return order if not self._is_old and (step == 1 or len(order) == 1) else None
+
+    def read_file(
+        self,
+        number: int,
+        start: Spot,
+        *,
+        again: bool = False,  # noqa: ARG002 -- nothing is refused here
+    ) -> Iterator[tuple[str, Record, Spot]]:
+        """Yield this rank's records of a file from a spot on, each with the spot after."""
+        file = self._dataset.shard(num_shards=self._dataset.num_shards, index=number)
+        _, step, offset = self._part(0)
+        of = f"of file {number}" if self._dataset.num_shards > 1 else "of the stream"
+        return _dealt(self._records(file, 0, start, of), step, offset)
+
+    def is_here(self, number: int) -> bool:  # noqa: ARG002
+        """Tell that no record can be read again without those before it."""
+        return False
+
+    def position(self, epoch: int, number: int, spot: Spot) -> Position:  # noqa: ARG002
+        """Return a spot of an epoch's file of this number as a position."""
+        at = {"file": number, "of": self._dataset.num_shards, "record": spot.record}
+        return {**at, "state": json.loads(spot.state)}
+
+    def spot(self, position: Position) -> tuple[int, Spot]:
+        """Return which of an epoch's files a position is in, and where."""
+        return position["file"], Spot(position["record"], state=json.dumps(position["state"]))
+
+    def _part(self, epoch: int) -> tuple[list[int], int, int]:
+        return _part(self._dataset.num_shards, self._cut, epoch)
+
+    def _read_whole(
+        self, epoch: int, position: Position | None
+    ) -> Iterator[tuple[str, Record, Position]]:
+        """Yield records with a position of Hugging Face's, and how many were read."""
+        whole = split_dataset_by_node(self._dataset, self._cut.rank, self._cut.num_ranks)
+        state = dict(position or {})
+        start = Spot(state.pop("records_read", 0), state=json.dumps(state) if state else "")
+        of = "of this rank's part of the stream"
+        for place, record, after in self._records(whole, epoch, start, of):
+            yield place, record, {**json.loads(after.state), "records_read": after.record}
+
+    def _records(
+        self, stream: datasets.IterableDataset, epoch: int, start: Spot, of: str
+    ) -> Iterator[tuple[str, Record, Spot]]:
+        stream = copy.deepcopy(stream)  # so that reading again starts over
         records: Iterator[Record] | None = None
-        while True:
-            place = f"{self.where}: record {number} of this rank's part of the stream"
+        for number in itertools.count(start.record):
+            place = f"{self.where}: record {number} {of}"
             try:
                 if records is None:
                     # Hugging Face reorders the files by the epoch, and resumes only within one.
                     stream.set_epoch(epoch)
-                    if before:
-                        stream.load_state_dict(before)
+                    if start.state:
+                        stream.load_state_dict(json.loads(start.state))
                     records = iter(stream)
                 record = next(records)
-                after = copy.deepcopy(stream.state_dict())
+                after = json.dumps(stream.state_dict())
             except StopIteration:
                 return
             except Exception as error:
                 reason = str(error).strip().partition("\n")[0]
                 msg = f"{place}: cannot be read: {type(error).__name__}: {reason}"
                 raise ValueError(msg) from error
-            number += 1
-            yield place, record, {**after, "records_read": number}
-
-    def order(self, position: Position | None) -> tuple[int, ...]:
-        """Return how many records were read."""
-        return (position.get("records_read", 0),) if position else ()
-
-    def checked(self, epoch: int, position: Position) -> Position:  # noqa: ARG002
-        """Return a position as it is: only Hugging Face knows what it means."""
-        return position
+            yield place, record, Spot(number + 1, state=after)
 
 
 def _of_hugging_face(position: Position) -> Position:

@@ -33,7 +33,7 @@ from titan_integration.data.records import (
     numbers_of,
 )
 from titan_integration.data.spots import Spots
-from titan_integration.data.stream_sources import LocalStream, Position, Source
+from titan_integration.data.stream_sources import Position, Source
 
 BAD_RECORDS = "bad_records"
 """Under which a batch tells how many bad records came before it; not a part of the state."""
@@ -81,8 +81,8 @@ class StreamedRows(IterableDataset[Batch]):
         self._only = (None,) if rows == "mixed" else domains
         self._source = source
         self._spots: Spots[_Held] | None = None
-        self._readings: dict[int, OneReading[_Held]] = {}
-        self._starts: dict[int, dict[str, Position | None]] = {}
+        self._readings: dict[tuple[int, frozenset[str]], OneReading[_Held]] = {}
+        self._cursors: dict[str, tuple[int, Position | None]] = {}
         self._encode = encode
         self._columns = columns
         self._seq_len = cut.seq_len
@@ -170,10 +170,10 @@ class StreamedRows(IterableDataset[Batch]):
         positions = [self.start.get(i, _START) for i in range(len(self._only))]
         cursors = {only: at[:2] for only, at in zip(self._only, positions, strict=True) if only}
         self._spots = None
-        if cursors and isinstance(self._source, LocalStream) and self._source.files(0) is not None:
+        if cursors and self._source.files(0) is not None:
             self._spots = Spots(self._source, self._held, _measured, cursors)
         self._readings.clear()
-        self._starts = _starts(cursors)
+        self._cursors = cursors
         packed: dict[int, Iterator[tuple[list[Piece], tuple[int, Position | None, int]]]] = {}
         row = self.start["row"]
         for _batch in itertools.takewhile(self.pools.begin, itertools.count()):
@@ -237,24 +237,25 @@ class StreamedRows(IterableDataset[Batch]):
                 found.add(item[1].domain)
                 yield item
             return
+        together = self._cursors
         if (spots := self._spots) is not None:
             for item in spots.of(only, epoch, position):
                 position = item[2]
                 yield item
             found |= spots.found
-            if not spots.full:
+            if only not in spots.long:
                 return
-            if self._spots is not None:  # so that the others go on likewise
-                self._starts, self._spots = _starts(spots.cursors), None
-        if epoch not in self._readings:
-            self._readings[epoch] = OneReading(
+            together = spots.long[only]
+        key = epoch, frozenset(together)
+        if key not in self._readings:
+            self._readings[key] = OneReading(
                 functools.partial(self._read, epoch),
                 _measured,
                 self._source.order,
-                self._starts.get(epoch) or dict.fromkeys(self.domains),
+                _starts(together).get(epoch) or dict.fromkeys(together),
             )
-        yield from self._readings[epoch].of(only, position)
-        found |= self._readings[epoch].found
+        yield from self._readings[key].of(only, position)
+        found |= self._readings[key].found
 
     def _raise_empty(self, only: str | None, found: Iterable[str]) -> NoReturn:
         there = f" of domain {only!r}" if only else ""

@@ -8,7 +8,7 @@ at the byte where it was, if the store reads ranges.
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, TypeVar
@@ -43,17 +43,32 @@ class Url:
     def __str__(self) -> str:
         """Return the address as it may be shown: what follows a ``?`` may be a signature."""
         place, asks, _ = self.address.partition("?")
-        return f"{place}?..." if asks and place.startswith("http") else self.address
+        return f"{place}?..." if asks and self.is_http else self.address
 
     @property
     def name(self) -> str:
         """Return the last part of its path."""
-        return PurePosixPath(urlsplit(self.address).path).name
+        return self._path.name
 
     @property
     def parent(self) -> PurePosixPath:
         """Return the path it is in."""
-        return PurePosixPath(urlsplit(self.address).path).parent
+        return self._path.parent
+
+    @property
+    def is_http(self) -> bool:
+        """Tell whether what follows a ``?`` or a ``#`` is no part of the path."""
+        return self.address.startswith("http")
+
+    @property
+    def is_cut(self) -> bool:
+        """Tell whether a part of the address is not asked for."""
+        return self.is_http and "#" in self.address
+
+    @property
+    def _path(self) -> PurePosixPath:
+        whole = urlsplit(self.address).path if self.is_http else self.address.partition("://")[2]
+        return PurePosixPath(whole)
 
     def told(self) -> tuple[int, str, str]:
         """Return the file's size, -1 if not told, and marks of its content and of its time.
@@ -68,6 +83,15 @@ class Url:
         ]
         size = info.get("size")
         return -1 if size is None else int(size), marks[0], marks[1]
+
+    def blocks(self, starts: Iterable[int], length: int) -> bytes:
+        """Return some stretches of the file, which is not fetched for that.
+
+        Raises:
+            ValueError: They cannot be read.
+        """
+        each = [(start, start + length) for start in starts]
+        return _tried(self, lambda files, path: b"".join(files.cat_file(path, *x) for x in each))
 
     def fetched(self) -> Path:
         """Return where in the cache the file is, once it is there.
@@ -96,7 +120,7 @@ class Url:
                 try:
                     _rest(files.open(path, "rb"), target)
                 except ValueError:
-                    if not self.address.startswith("http"):
+                    if not self.is_http:
                         raise
                     target.truncate(0)  # the server sends no ranges, but the whole
                     _rest(files.open(path, "rb", block_size=0), target)
@@ -126,8 +150,11 @@ def files_at(url: Url, is_data: Callable[[str], bool]) -> dict[Url, str]:
     Raises:
         ValueError: There is none, or it cannot be reached.
     """
-    if any(c in url.address for c in "*["):
+    if _is_pattern(url, is_data):
         found = _tried(url, lambda files, path: _named(files, files.glob(path)))
+        fixed = min(url.address.find(mark) for mark in _marks(url))
+        if "/." not in url.address:  # nothing hidden is meant, as in folders here
+            found = [x for x in found if "/." not in x[fixed:]]
     elif is_data(url.name):
         return {url: ""}
     else:
@@ -136,6 +163,17 @@ def files_at(url: Url, is_data: Callable[[str], bool]) -> dict[Url, str]:
     files = sorted(Url(address) for address in found if is_data(Url(address).name))
     is_below = {f: f.address.startswith(base) for f in files}
     return {f: f.address.removeprefix(base) if is_below[f] else "" for f in files}
+
+
+def _is_pattern(url: Url, is_data: Callable[[str], bool]) -> bool:
+    """Tell whether an address is a pattern, and no file of that name."""
+    named = is_data(url.name) and bool(_marks(url))
+    return bool(_marks(url)) and not (named and _tried(url, lambda fs, path: fs.exists(path)))
+
+
+def _marks(url: Url) -> list[str]:
+    """Return which characters of patterns an address has."""
+    return [mark for mark in ("*[" if url.is_http else "*?[") if mark in url.address]
 
 
 def _rest(source: IO[bytes], target: IO[bytes]) -> None:
@@ -158,13 +196,28 @@ def _tried(url: Url, do: Callable[[Any, str], _T]) -> _T:
     for wait in (*_WAITS, None):
         try:
             return do(*fsspec.core.url_to_fs(url.address))
-        except Exception as error:  # every store has errors of its own
+        except Exception as raised:  # every store has errors of its own
+            error = _of_http(raised) if url.is_http else raised
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             if wait is None or isinstance(error, _FINAL):
                 no_such = isinstance(error, FileNotFoundError)
                 what = "no such file" if no_such else f"cannot be reached: {reason}"
                 msg = f"{url}: {what}"
-                raise ValueError(msg) from error
+                raise ValueError(msg) from raised
             logger.warning(f"{url}: {reason}; trying again in {wait} s")
             time.sleep(wait)
     raise AssertionError
+
+
+def _of_http(error: Exception) -> Exception:
+    """Return why a file was not found on a server, of which fsspec only says that it was not.
+
+    Anything but 404 and 410 may be: no connection, a server that fails, or one that forbids it.
+    """
+    cause = error.__cause__
+    if not isinstance(error, FileNotFoundError) or not isinstance(cause, Exception):
+        return error
+    status = getattr(cause, "status", 0)
+    if isinstance(cause, FileNotFoundError) or status in {404, 410}:
+        return error
+    return PermissionError(str(cause)) if status in {401, 403} else cause

@@ -229,8 +229,7 @@ def open_data(config: WeightedConfig, plan: Plan) -> dict[str, Any]:
                 f"{loader.dataset_path or loader.dataset}; leave out one of them"
             )
             raise ValueError(msg)
-        if built.documents is not None:
-            keep_open(loader, built.documents)
+        keep_open(loader, built)
         found[name], domains[name] = built.identity, built.domains
         if name == "training":
             refuse_one_domain(plan, built.domains)
