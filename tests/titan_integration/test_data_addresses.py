@@ -252,7 +252,7 @@ def server(tmp_path):
     asked = {"failures": [], "ranges": True, "served": []}
     handler = functools.partial(Handler, directory=str(folder), asked=asked)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as served:
-        thread = threading.Thread(target=served.serve_forever)
+        thread = threading.Thread(target=served.serve_forever, args=(0.01,))
         thread.start()
         yield folder, f"http://127.0.0.1:{served.server_port}", asked
         served.shutdown()
