@@ -1,5 +1,6 @@
 """Make every run alike: the helpers importable, one thread, fixed seeds, no clock in hypothesis."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -38,6 +39,12 @@ def pytest_configure(config):
         import torch  # noqa: PLC0415 - takes two seconds, in which no test would run
 
         torch.set_num_threads(1)
+
+
+def pytest_collection_finish():
+    """Never look through what the imports made, a million objects, for garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -10,7 +10,7 @@ SEED = 20260822
 
 
 def seeded():
-    """Start from the same random state; `torch.manual_seed` notes the stack for every GPU not there."""
+    """Start from the same random state; leave out GPUs, for which torch notes the stack."""
     torch.default_generator.manual_seed(SEED)
 
 

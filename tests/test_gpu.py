@@ -269,6 +269,7 @@ def alike(run, other):
     assert [[x[key] for key in shared] for x in a] == [[x[key] for key in shared] for x in b]
 
 
+@pytest.mark.slow
 def test_a_changed_argument_is_refused(runs, tokens, tmp_path, capsys):
     """A run is one thing; the message says what differs and what to do."""
     before = (runs / "mile-seed1" / "result.json").read_text()
