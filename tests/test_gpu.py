@@ -309,6 +309,7 @@ def test_what_cannot_be_run_is_refused(method, more, said, tokens, tmp_path, cap
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_table_compares_with_uniform_by_seed(runs, capsys):
     """One seed: bare differences; unfinished runs are left out."""
     (runs / "half-seed1").mkdir()
