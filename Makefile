@@ -1,6 +1,6 @@
 # make train      install what it takes, then train a small Llama with LinUpper on this machine
 # make test       install what it takes, then run every test
-# make quick      the tests that start no process and take less than half a second: 3 minutes
+# make quick      what starts no process, takes less than half a second, and needs no other trainer
 # make mutants    break one line at a time and see which test notices
 # make lint       ruff and pyrefly, both quiet
 # make evidence   does it help? two experiments with regression, and a language model in ten minutes
@@ -28,7 +28,8 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 quick: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not processes and not slow"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not processes and not slow" \
+	  --ignore=tests/weighting/integrations
 
 mutants: $(STAMP)
 	nice $(BIN)/python benchmarks/mutants.py

@@ -1,15 +1,14 @@
 """Make every run alike: the helpers importable, one thread, fixed seeds, no clock in hypothesis."""
 
+import gc
 import os
 import sys
 from pathlib import Path
 
 import hypothesis
 import pytest
-import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 
 hypothesis.settings.register_profile(
@@ -32,6 +31,20 @@ FILES = {
 """Families of tests by the files they are in."""
 MARKS = {"distributed": "processes", "fuzz": "hypothesis"}
 """Families by a mark, wherever they are."""
+
+
+def pytest_configure(config):
+    """Let torch work alone; what only hands tests out to processes never imports it."""
+    if not config.getoption("numprocesses", None):
+        import torch  # noqa: PLC0415 - takes two seconds, in which no test would run
+
+        torch.set_num_threads(1)
+
+
+def pytest_collection_finish():
+    """Never look through what the imports made, a million objects, for garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -64,28 +77,26 @@ def families(reporter):
 
 def pytest_terminal_summary(terminalreporter):
     """Say how many tests of each family passed, and how many stages and specs the laws are over."""
-    from weighting.language.find import shipped  # noqa: PLC0415
-    from weighting.registry import stages  # noqa: PLC0415 - only when there is something to say
-
     passed = terminalreporter.stats.get("passed", [])
     counts = families(terminalreporter)
     if is_whole(terminalreporter.config):
         told = ", ".join(f"{family} {count or 'NONE'}" for family, count in counts.items())
         terminalreporter.line(f"passed by family: {told}")
     laws = sum("test_laws.py" in report.nodeid for report in passed)
-    if laws:
-        own = sum(cls.__module__.startswith("weighting.stages.") for cls in stages().values())
-        terminalreporter.line(
-            f"laws: {laws} tests, each over {own} stages and {len(shipped())} specs"
-        )
+    for text in _noted(passed, "laws"):
+        terminalreporter.line(f"laws: {laws} tests, {text}")
 
-    told = [value for report in passed for key, value in report.user_properties if key == "model"]
+    told = _noted(passed, "model")
     if told:
         terminalreporter.line("largest relative difference of a gradient to float64, three specs:")
         terminalreporter.line("\n".join(told))
-    lines = [value for report in passed for key, value in report.user_properties if key == "matrix"]
-    for text in _matrix(lines):
+    for text in _matrix(_noted(passed, "matrix")):
         terminalreporter.line(text)
+
+
+def _noted(passed, name):
+    """Return what tests that passed wrote down with `record_property`, under a name."""
+    return [value for report in passed for key, value in report.user_properties if key == name]
 
 
 def _matrix(lines):
@@ -111,4 +122,6 @@ def _matrix(lines):
 @pytest.fixture(autouse=True)
 def _fixed_seed():
     """Start every test from the same random state, whatever ran before it."""
-    torch.manual_seed(20260822)
+    from looping import seeded  # noqa: PLC0415 - imports torch, see above
+
+    seeded()

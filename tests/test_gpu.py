@@ -269,6 +269,7 @@ def alike(run, other):
     assert [[x[key] for key in shared] for x in a] == [[x[key] for key in shared] for x in b]
 
 
+@pytest.mark.slow
 def test_a_changed_argument_is_refused(runs, tokens, tmp_path, capsys):
     """A run is one thing; the message says what differs and what to do."""
     before = (runs / "mile-seed1" / "result.json").read_text()
@@ -308,6 +309,7 @@ def test_what_cannot_be_run_is_refused(method, more, said, tokens, tmp_path, cap
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_table_compares_with_uniform_by_seed(runs, capsys):
     """One seed: bare differences; unfinished runs are left out."""
     (runs / "half-seed1").mkdir()

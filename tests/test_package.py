@@ -109,6 +109,7 @@ def test_the_wheel_holds_every_file_and_tells_of_itself(trees, built):
     assert "[pytest11]\nweighting = weighting.testing.plugin\n" in points
 
 
+@pytest.mark.slow
 def test_the_sdist_holds_what_its_own_tests_need(trees, built):
     """An unpacked sdist is a checkout: tests, benchmarks, the lock and the Makefile are there."""
     with tarfile.open(built[0][1]) as sdist:

@@ -259,6 +259,7 @@ def test_iterating_again_starts_over(build):
     assert torch.equal(rows([loader], 3), rows([loader], 3))
 
 
+@pytest.mark.processes
 def test_worker_processes_change_nothing(build):
     """Two workers yield the same rows, and their state resumes without them."""
     expected = rows([build()], 14)

@@ -1,8 +1,10 @@
 """A checkpoint for Hugging Face: the same logits there, and the same tokens of a text."""
 
+import importlib
 import json
 import re
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -27,12 +29,19 @@ from titan_integration.paper import resized  # noqa: E402
 from weighting.report import tables  # noqa: E402
 from weighting.report.read import read_runs  # noqa: E402
 
-transformers = pytest.importorskip("transformers")
+if find_spec("transformers") is None:
+    pytest.skip("transformers is not installed", allow_module_level=True)
 
 LENGTH = 48
 TASKS = Path(__file__).parent / "tasks"
 # What transformers itself does, and what torch says of a process alone.
 pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture
+def transformers():
+    """Return the library, which takes seconds to import, when a test asks for it."""
+    return importlib.import_module("transformers")
 
 
 def tiny_llama():
@@ -93,7 +102,7 @@ def saved(config, folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("make", [tiny_llama, tiny_tied, tiny_qwen3, *OF_EXPERTS])
-def test_logits_in_transformers_are_ours(make, tmp_path):
+def test_logits_in_transformers_are_ours(make, tmp_path, transformers):
     """Of every token, to 1e-5, and of experts, which the host multiplies in bfloat16, to that."""
     config = make()
     model = saved(config, tmp_path)
@@ -132,7 +141,7 @@ def test_a_folder_for_hugging_face_is_a_checkpoint_too(make, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_text_begins_in_transformers_as_in_training(tmp_path):
+def test_a_text_begins_in_transformers_as_in_training(tmp_path, transformers):
     """With the token that begins documents, once; the model's files know it, too."""
     config = tiny_llama()
     saved(config, tmp_path)
@@ -199,7 +208,7 @@ def test_the_command_makes_a_new_folder_alone(tmp_path):
 
 @pytest.mark.processes
 @pytest.mark.slow
-def test_a_run_is_exported_at_its_end_evaluated_and_goes_on(tmp_path, capsys):
+def test_a_run_is_exported_at_its_end_evaluated_and_goes_on(tmp_path, capsys, transformers):
     """By `weighting train --hf`: what is exported is its last step, from which more steps go on.
 
     Asked the questions in `tasks`, offline, it answers as it does as a checkpoint, and so again.

@@ -272,6 +272,7 @@ def test_an_interrupt_ends_ranks_without_a_word(tmp_path):
     assert "Traceback" not in err
 
 
+@pytest.mark.processes
 def test_an_unknown_config_is_said_at_once():
     """A config function that does not exist is named with the nearest one, before torchrun."""
     done = train("linupper", "--config", "llama3_9b", timeout=60)

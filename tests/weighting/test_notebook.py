@@ -71,12 +71,14 @@ def test_specs_and_weights_are_tables(executed):
             assert word in table
 
 
+@pytest.mark.slow
 def test_the_error_has_a_place(executed):
     """Line, column, and the word that was meant."""
     said = "".join(line for _, outputs in executed for o in outputs for line in o.get("text", []))
     assert "<spec>:1:14: unknown stage 'linuper'; did you mean 'linupper'?" in said
 
 
+@pytest.mark.slow
 def test_the_picture_is_labelled(executed):
     """One picture: a title, axes with units, a legend with every spec, and a line for each."""
     [picture] = shown(executed, "image/svg+xml")

@@ -1,5 +1,7 @@
 """Saved states that no run could have written are refused, in plain loops as well."""
 
+import functools
+
 import generators as tables
 import pytest
 import torch
@@ -7,6 +9,7 @@ from torch import nn
 
 import weighting as wt
 from weighting import registry
+from weighting.build import plan_of
 from weighting.build.domains import send_feedback
 
 DOMAINS = ("web", "code", "docs")
@@ -31,9 +34,15 @@ SPECS = {
 RUNNING = "version: 1\nname: runs\nscope: running\npipeline: mean(sequence) -> mean_one"
 
 
+@functools.cache
+def plan(name):
+    """Return the plan of a spec by its name above."""
+    return plan_of(wt.loads(SPECS.get(name, RUNNING)))
+
+
 def built(name):
     """Return a built spec by its name above."""
-    return wt.build(wt.loads(SPECS.get(name, RUNNING)), domains=DOMAINS)
+    return wt.build(plan(name), domains=DOMAINS)
 
 
 def key_of(fn, end):
