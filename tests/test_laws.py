@@ -649,7 +649,10 @@ def test_a_chunk_knows_its_local_part(case):
 
 @for_each("case", late)
 def test_the_rest_of_a_weight_is_one_number_per_late_unit(case):
-    """Weights are the local part times one number, for all tokens or for each late unit."""
+    """Weights are the local part times one number, for all tokens or for each late unit.
+
+    That number is at least 0: signs are those of the local part.
+    """
     for name, signals in chunk_batches().items():
         fn = tables.built(CASES[case])
         token = fn(signals, 2).token.double()
@@ -661,8 +664,8 @@ def test_the_rest_of_a_weight_is_one_number_per_late_unit(case):
             unit = unit * len(tables.DOMAINS) + signals.domain_ids.clamp(0, len(tables.DOMAINS) - 1)
         # Ignored tokens, whose ids may be anything, weigh nothing on either side.
         total, whole = torch.zeros(2, token.numel() * len(tables.DOMAINS)).double()
-        total = total.index_add(0, unit.flatten(), part.flatten())
-        whole = whole.index_add(0, unit.flatten(), token.flatten())
+        total = total.index_add(0, unit.flatten(), part.abs().flatten())
+        whole = whole.index_add(0, unit.flatten(), token.abs().flatten())
         number = whole / torch.where(total > 0, total, 1)
         # Scores of 0 count as 1e-20 beside others; products in float32.
         assert_close(part * number[unit], token, rtol=2e-6, atol=1e-6, msg=name)
