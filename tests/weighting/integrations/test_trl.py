@@ -82,6 +82,19 @@ def test_a_step_of_tokenized_rows_is_the_step_of_the_formula(tmp_path_factory, m
 
 
 @pytest.mark.slow
+def test_a_loss_of_negative_weights_is_climbed(tmp_path):
+    """Where every weight is -1 a step goes as far up as the plain one goes down."""
+    rows = tiny.rows(BATCH)
+    start = {name: x.detach().clone() for name, x in tiny.model("llama").named_parameters()}
+    line, plain = descended(trainer(tmp_path / "plain", rows))
+    host = trainer(tmp_path / "ours", rows)
+    found, ours = descended(weigh(host, "loss -> clip(min=-1, max=-1) -> signed"))
+    assert_close(found["loss"], -line["loss"])
+    for name, value in ours.items():
+        assert_close(value - start[name], start[name] - plain[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
 def test_samples_laid_end_to_end_are_sequences(tmp_path):
     """Padding-free with domains, and packed rows without, weigh each sample by itself."""
     rows = tiny.rows(BATCH)
