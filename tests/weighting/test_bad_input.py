@@ -364,7 +364,7 @@ NOT_SAID = f"{SELF}: does not say what the run is; remove it to do without"
 UNREAD = "not a line of metrics; take it out"
 UNLOGGED = f"{LOG}: nothing was logged; a run logs every --metrics.log_freq steps"
 RUNS = {
-    "there is none": ({}, NO_RUN),
+    "there is none": ({}, "run: no such folder; give the --dump_folder of a run"),
     "a file": ({"run": ""}, NO_RUN),
     "an empty folder": ({"run": None}, NO_RUN),
     "a run that only recorded": ({FIRST: RECORD}, NO_RUN),

@@ -449,7 +449,8 @@ def test_user_errors_are_one_message_and_leave_no_file(two, tmp_path):
     write_run(empty, [])
     write_run(odd, [line(1)], about={"spec": "linupper"})
     for folder, message in {
-        none: "not the folder of a run",
+        none: "none: no such folder; give the --dump_folder of a run",
+        tmp_path: "not the folder of a run",
         damaged: "metrics.jsonl:2: not a line of metrics",
         empty: "nothing was logged",
         odd: "run.json: does not say what the run is",

@@ -92,6 +92,8 @@ def _read_run(name: str, folder: Path) -> Run:
     path = folder / FOLDER / METRICS
     if not path.is_file():
         msg = f"{folder}: not the folder of a run, {path} is not there; give its --dump_folder"
+        if not folder.exists():
+            msg = f"{folder}: no such folder; give the --dump_folder of a run"
         raise ValueError(msg)
     lines = read_lines(path)
     if "unweighted_loss" not in lines.columns:
