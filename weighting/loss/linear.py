@@ -844,7 +844,7 @@ def _fold_(of_units: list[Tensor], late: Tensor) -> None:
     first, compiling = of_units[0], torch.compiler.is_compiling()
     if not compiling and not _compiles(late.device):
         # Piece by piece, in memory that stays in the cache.
-        rows = max(1, _PIECE * len(first) // max(1, first.numel()))
+        rows = min(len(first), max(1, _PIECE * len(first) // max(1, first.numel())))
         shape = 2, rows, *first.shape[1:]
         total, other = first.new_empty(shape, dtype=torch.float32)
         for pieces in zip(*(x.split(rows) for x in of_units), strict=True):
