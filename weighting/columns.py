@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 _PREFIX = "columns."
+HIDDEN = "hidden"
+"""The signal that is a vector for each token, [..., D], where all others are numbers."""
 
 
 def signal_of(column: str) -> str:

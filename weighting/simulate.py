@@ -10,7 +10,7 @@ from torch import Tensor
 
 from weighting.build import Weighting, Weights, build
 from weighting.build.statistics import MOMENTS, raise_if_nonfinite
-from weighting.columns import plain_name
+from weighting.columns import HIDDEN, plain_name
 from weighting.language.read import resolve
 from weighting.loss.cross_entropy import signals_of
 from weighting.pipeline import expand, has_cap, numbers
@@ -132,6 +132,8 @@ def simulate_units(
     names = sorted(set(domain or ())) if domains is None else [*domains]
     like = tensors.setdefault("loss", torch.zeros(lengths.pop()).reshape(shape))
     fn = build(spec, domains=names)
+    if HIDDEN in fn.needs:
+        raise ValueError(_NO_VECTORS.format(spec.name))
     if domain:
         index = {name: i for i, name in enumerate(names)}
         tensors["domain_ids"] = torch.tensor([index[name] for name in domain]).reshape(shape)
@@ -175,6 +177,10 @@ def simulate_recorded(
     )
 
 
+_NO_VECTORS = (
+    "{0} reads hidden states, and units here are numbers; weigh a batch by its built spec: "
+    "wt.build(spec)(wt.Signals(loss=..., hidden=...))"
+)
 DOMAIN = "domain"
 """The column of domain names."""
 
@@ -188,6 +194,8 @@ def columns_of(plan: Plan) -> dict[str, str]:
 
 def missing(label: str, plan: Plan, losses: Recorded) -> str | None:
     """Return which columns a spec reads that were not recorded, in a message, or None."""
+    if HIDDEN in plan.needs:
+        return _NO_VECTORS.format(label)
     lacking = [
         column
         for signal, column in columns_of(plan).items()

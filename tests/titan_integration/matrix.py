@@ -31,6 +31,20 @@ WHERE = "columns.where"
 WEIGH = Run.weigh
 
 
+@wt.stage("hidden_peak")
+class HiddenPeak(wt.Source):
+    """Read the largest entry of what the output layer is given, whose length a norm has fixed."""
+
+    needs = frozenset({"hidden"})
+    pointwise = True
+
+    def read(self, signals: wt.Signals, scope: wt.Scope) -> Tensor:
+        """Return an entry for each token, [T]."""
+        del scope
+        assert signals.hidden is not None
+        return signals.hidden.abs().amax(-1)
+
+
 def main() -> None:
     """Take the steps and save what happened."""
     out, specs, *flags = sys.argv[1:]

@@ -6,6 +6,7 @@ import inspect
 from pathlib import Path
 
 import pytest
+import torch
 import torchtitan
 from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss, MSELoss
 from torchtitan.components.metrics import MetricsProcessor
@@ -17,6 +18,7 @@ from titan_integration import config_registry, with_weighting
 from titan_integration.host import cpu
 from titan_integration.loss.loss import WeightedChunkedLoss, WeightedCrossEntropyLoss
 from titan_integration.observe.metrics import WeightedMetricsProcessor
+from titan_integration.observe.recorder import Layout, Recorder, asked
 from titan_integration.observe.validation import DomainValidator
 from titan_integration.state.checkpoint import ResumingCheckpointManager
 from titan_integration.trainer.config import WeightingConfig
@@ -30,6 +32,7 @@ from titan_integration.trainer.trainer import WeightedTrainer
 from weighting import registry
 from weighting.build import plan_of
 from weighting.language.find import find
+from weighting.runs.replay import obstacle
 
 REPLACED = {
     "checkpoint",
@@ -241,6 +244,29 @@ def refused(spec, **parallelism):
     except ValueError as error:
         return str(error)
     return None
+
+
+def test_hidden_states_are_had_by_the_chunked_loss_alone(monkeypatch):
+    """A loss that is given logits has none, and no recording holds any."""
+    monkeypatch.setattr(registry, "_STAGES", dict(registry.stages()))
+
+    @wt.stage("length_of_hidden")
+    class _LengthOfHidden(wt.Source):
+        needs = frozenset({"hidden"})
+
+        def read(self, signals, _scope):
+            return signals.hidden.norm(dim=-1)
+
+    assert refused("pipeline: length_of_hidden -> mean(sequence) -> temperature(1)") is None
+    plan = plan_of(wt.loads("version: 1\npipeline: length_of_hidden -> mean_one\n"))
+    config = config_registry.llama3_debugmodel()
+    config.loss = WeightedCrossEntropyLoss.Config()
+    with pytest.raises(ValueError, match=r"reads hidden states, and the loss .* is given logits"):
+        refuse_unsupported(config, plan)
+    fn, where = wt.build(plan), torch.device("cpu")
+    recorder = Recorder(asked("every=1"), fn, Layout(1, 2, 3, 1), None, device=where)
+    assert recorder._signals == ("loss",)
+    assert "hidden states, which no record holds" in obstacle(plan, None)
 
 
 def test_a_pipeline_that_begins_backward_early_is_refused_with_two_ways_out():

@@ -12,11 +12,14 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import titan_integration.host.cpu as on_cpu
+import weighting as wt
+from weighting import registry
 
 on_cpu.use_cpu()
 
 from titan_integration.loss import vocab_parallel  # noqa: E402
 from titan_integration.loss.loss import WeightedChunkedLoss, WeightedCrossEntropyLoss  # noqa: E402
+from titan_integration.state.microbatches import When  # noqa: E402
 from titan_integration.state.run import start  # noqa: E402
 from weighting.loss.cross_entropy import weighted_cross_entropy  # noqa: E402
 from weighting.loss.logits import statistics  # noqa: E402
@@ -290,3 +293,34 @@ def test_the_divergence_from_two_references_sums_the_logits_of_each_model_once(w
         expected = (p.exp() * (p - q)).sum(-1).float()
         assert_close(found["kl"], expected.detach(), rtol=1e-5, atol=1e-6)
     assert sum(rows) == 3 * labels.numel()
+
+
+@pytest.mark.parametrize("memory", ["auto", "keep", "recompute"])
+def test_hidden_states_of_deferred_microbatches_are_weighed_as_one_batch(memory, monkeypatch):
+    """Two calls whose weights come with the second's signals: gradients are those of one call."""
+    monkeypatch.setattr(registry, "_STAGES", dict(registry.stages()))
+
+    @wt.stage("length_of_hidden")
+    class _LengthOfHidden(wt.Source):
+        needs = frozenset({"hidden"})
+        pointwise = True
+
+        def read(self, signals, _scope):
+            return signals.hidden.norm(dim=-1)
+
+    pipeline = "length_of_hidden -> mean(sequence) -> normalize -> temperature(1)"
+    spec = wt.loads(f"version: 1\npipeline: {pipeline}\n")
+    _, _, hidden, head, labels = example(tables.SPEC_TEXTS["linupper"])
+    count = (labels != IGNORED).sum()
+    grads = []
+    for parts, when in ((1, When.NOW), (2, When.DEFERRED)):
+        run = start(wt.build(spec), torch.device("cpu"), when=when, calls=parts)
+        run.begin_step(1)
+        calls = list(zip(hidden.chunk(parts), labels.chunk(parts), strict=True))
+        for _, given in calls:
+            run.microbatches.set_batch({}, given)
+        loss_fn = chunked(run, head, memory)
+        losses = [loss_fn(states, given, count)[0] for states, given in calls]
+        grads.append(torch.autograd.grad(sum(losses), [hidden, head.weight]))
+    for mine, other in zip(*grads, strict=True):
+        assert_close(mine, other, rtol=1e-5, atol=1e-6)  # float32 sums in another order

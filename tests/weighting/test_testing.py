@@ -463,8 +463,9 @@ def test_any_generated_batch_is_weighed(signals):
     assert all(
         getattr(signals, field.name).shape == signals.loss.shape
         for field in dataclasses.fields(signals)
-        if isinstance(getattr(signals, field.name), Tensor)
+        if isinstance(getattr(signals, field.name), Tensor) and field.name != "hidden"
     )
+    assert signals.hidden.shape[:-1] == signals.loss.shape
     assert out.token.isfinite().all()
     assert (out.token >= 0).all()
     assert not out.token[~signals.valid].any()

@@ -27,6 +27,7 @@ from titan_integration.loss.vocab_parallel import (
     slice_of,
 )
 from titan_integration.state.microbatches import When
+from weighting.columns import HIDDEN
 from weighting.loss.cross_entropy import weighted_sum
 from weighting.loss.linear import (
     Batch,
@@ -172,7 +173,7 @@ class WeightedChunkedLoss(_Bound, ChunkedLossWrapper):
         if call.run.fn.plan.identity and self.memory == "auto":
             return call.record_plain(*super().__call__(pred, labels.long(), global_valid_tokens))
         if self.memory == "full" or (self._whole(self.lm_head) and not call.waits):
-            return from_logits(self.lm_head(pred), self._vocab_size, call), {}
+            return from_logits(self.lm_head(pred), self._vocab_size, call, pred), {}
         with self._gathered(self.lm_head, for_long=call.waits) as head:
             batch = Batch(
                 plain(labels).long(),
@@ -360,9 +361,15 @@ def call_of(
     return Call(run, microbatch, labels, global_valid_tokens)
 
 
-def from_logits(logits: Tensor, vocab_size: int | None, call: Call) -> Tensor:
-    """Return the weighted loss of full logits."""
-    nll, found = losses_with_gradient(logits, call.labels, vocab_size, call.run.fn.needs)
+def from_logits(
+    logits: Tensor, vocab_size: int | None, call: Call, hidden: Tensor | None = None
+) -> Tensor:
+    """Return the weighted loss of full logits; `hidden`: what they were made of."""
+    needs = call.run.fn.needs
+    nll, found = losses_with_gradient(logits, call.labels, vocab_size, needs)
+    if HIDDEN in needs:
+        assert hidden is not None, "refused at the start"
+        found[HIDDEN] = plain(hidden).detach()
     if call.microbatch.when is When.LOOKAHEAD:
         call.note(found)
         return nll.new_zeros(())

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import torch
 
 from titan_integration.host.run_dir import writing
+from weighting.columns import HIDDEN
 from weighting.contract import Alone
 from weighting.counter_rng import uniform
 from weighting.errors import nearest
@@ -136,7 +137,7 @@ class Recorder:
         """
         self.asked = asked
         self._layout, self._folder, self._ranks = layout, folder, ranks or Alone()
-        further = {name for name in fn.needs if not name.endswith("_ids")} - {"loss"}
+        further = {name for name in fn.needs if not name.endswith("_ids")} - {"loss", HIDDEN}
         self._signals = ("loss", *sorted(further))
         self._domains = fn.domains
         self._about = {

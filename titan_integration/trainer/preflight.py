@@ -30,7 +30,7 @@ from titan_integration.observe.validation import (
 )
 from titan_integration.state.checkpoint import ResumingCheckpointManager
 from weighting.build.compared import domains_compared
-from weighting.columns import column_of, plain_name, signal_of
+from weighting.columns import HIDDEN, column_of, plain_name, signal_of
 from weighting.contract import Source
 from weighting.errors import printable
 from weighting.language.plugins import imported
@@ -48,9 +48,8 @@ if TYPE_CHECKING:
     from titan_integration.trainer.config import WeightedConfig, WeightingConfig
     from weighting.build import Plan
 
-SIGNALS = frozenset(
-    {"loss", "entropy", "target_prob", "error_norm", "ref_loss", "domain_ids", "segment_ids"}
-)
+_OF_TOKENS = {"loss", "entropy", "target_prob", "error_norm", "ref_loss", HIDDEN}
+SIGNALS = frozenset(_OF_TOKENS | {"domain_ids", "segment_ids"})
 """What the trainer can give a weighting, beside columns."""
 ALL_LOSSES_FIRST = ("GPipe", "LoopedBFS")
 """Pipeline schedules that run every forward pass before the first backward pass."""
@@ -83,6 +82,12 @@ def refuse_unsupported(config: WeightedConfig, plan: Plan) -> None:
     if missing:
         msg = (
             f"{plan.spec.name} reads {', '.join(missing)}, which this trainer does not provide yet"
+        )
+        raise ValueError(msg)
+    if HIDDEN in plan.needs and not hasattr(config.loss, "memory"):
+        msg = (
+            f"{plan.spec.name} reads hidden states, and the loss {type(config.loss).__qualname__} "
+            "is given logits; use the chunked loss (ChunkedLossWrapper), or another spec"
         )
         raise ValueError(msg)
     _refuse_reference(config, plan)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weighting.columns import column_of
+from weighting.columns import HIDDEN, column_of
 from weighting.contract import Signals
 
 
@@ -26,15 +26,17 @@ def flatten(signals: Signals, needs: frozenset[str]) -> Signals:
             give = f"columns={{{column!r}: ...}}" if column else f"{name}=..."
             msg = f"this spec reads {name}; give Signals({give})"
             raise ValueError(msg)
-        if value.shape != loss.shape:
-            msg = f"{name} has shape {[*value.shape]}, the loss {[*loss.shape]}; they must agree"
+        width = value.shape[loss.dim() :]
+        if value.shape[: loss.dim()] != loss.shape or len(width) != (name == HIDDEN):
+            must = "it must have one more" if name == HIDDEN else "they must agree"
+            msg = f"{name} has shape {[*value.shape]}, the loss {[*loss.shape]}; {must}"
             raise ValueError(msg)
-        value = value.detach().reshape(-1)
+        value = value.detach().reshape(-1, *width)
         if name == "valid":
             flat[name] = value.bool()
             continue
         value = value.long() if name.endswith("_ids") else value.float()
-        value = torch.where(valid.reshape(-1).bool(), value, 0)
+        value = torch.where(valid.reshape(-1, *(1 for _ in width)).bool(), value, 0)
         if column:
             flat["columns"][column] = value
         else:
@@ -49,5 +51,5 @@ def all_finite(flat: Signals, names: frozenset[str]) -> Tensor:
         column = column_of(name)
         value = flat.columns.get(column) if column else getattr(flat, name)
         if value is not None and value.is_floating_point():
-            ok = ok & value.isfinite()
+            ok = ok & (value.isfinite().all(-1) if name == HIDDEN else value.isfinite())
     return ok

@@ -117,4 +117,5 @@ def _signals(stage: Source, x: Tensor) -> Signals:
         segment_ids=torch.zeros_like(x, dtype=torch.int64),
         sequence_ids=torch.zeros_like(x, dtype=torch.int64),
         columns=columns,
+        hidden=x[:, None],
     )

@@ -10,7 +10,7 @@ import click
 from weighting.cli import common
 from weighting.cli.common import allow_plugins, give_up, read_or_exit
 from weighting.cli.host import run_in_host
-from weighting.columns import plain_name
+from weighting.columns import HIDDEN, plain_name
 from weighting.errors import SpecError
 from weighting.runs.loss_files import LAST_STEP
 
@@ -82,6 +82,8 @@ def refusal(spec: Spec, plan: Plan) -> str | None:
         return "it draws data and leaves the loss alone: every token of a text weighs one"
     if "ref_loss" in lacking:
         return "it reads the loss of a reference model; weights here are from one model alone"
+    if HIDDEN in lacking:
+        return "it reads hidden states, and here logits are all there is of a model"
     if lacking:
         name = plain_name(lacking[0])
         return f"it reads the column {name!r}, which a plain text does not have"

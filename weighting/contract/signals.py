@@ -36,6 +36,7 @@ class Signals:
             tokens; equal ids in one row are one sequence, which does not go on in another row.
             They may begin at 0 in each row, or count on from row to row.
         columns: Columns of the dataset, by name.
+        hidden: What the output layer is given, [..., D]; only where a source reads it.
     """
 
     loss: Tensor
@@ -48,3 +49,4 @@ class Signals:
     segment_ids: Tensor | None = None
     sequence_ids: Tensor | None = None
     columns: Mapping[str, Tensor] = field(default_factory=dict)
+    hidden: Tensor | None = None

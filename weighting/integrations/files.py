@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import weighting as wt
+from weighting.columns import HIDDEN
 from weighting.integrations import versions
 from weighting.runs import layout
 from weighting.runs.files import json_text, writing_whole
@@ -120,7 +121,8 @@ class RunFiles:
 
 def _signals(hook: Hook) -> tuple[str, ...]:
     """Return the signals that are recorded."""
-    return ("loss", *sorted(x for x in hook.reads if not x.endswith("_ids") and x != "loss"))
+    told = hook.reads - {"loss", HIDDEN}
+    return ("loss", *sorted(x for x in told if not x.endswith("_ids")))
 
 
 def _means(hook: Hook, signals: Signals, out: Weights, call: int) -> Tensor:

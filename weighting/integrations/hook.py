@@ -21,7 +21,7 @@ import torch.nn.functional as F  # noqa: N812 - the usual name
 from weighting.build import build
 from weighting.build.plan import plan_of
 from weighting.build.step import StepStatistics
-from weighting.columns import column_of, plain_name, signal_of
+from weighting.columns import HIDDEN, column_of, plain_name, signal_of
 from weighting.contract import Signals
 from weighting.integrations.head import KeptHead
 from weighting.language.read import load, resolve
@@ -94,7 +94,7 @@ class Hook:
                 `fused` needs one, or the spec asks for more than a batch can tell.
         """
         plan = plan_of(read_spec(spec))
-        _check(plan)
+        _check(plan, fused=fused)
         self.fn = build(plan, domains=domains)
         self.domains = self.fn.domains
         more = {name if name == "ref_loss" else signal_of(name) for name in columns}
@@ -560,8 +560,8 @@ class Hook:
 
 
 _OF_LOGITS = frozenset({"loss", "entropy", "error_norm"})
-_TOLD = _OF_LOGITS | {"target_prob", "domain_ids", "segment_ids", "sequence_ids"}
-"""Signals that logits and the model's inputs tell; all others are columns."""
+_TOLD = _OF_LOGITS | {"target_prob", "domain_ids", "segment_ids", "sequence_ids", HIDDEN}
+"""Signals that hidden states, logits and the model's inputs tell; all others are columns."""
 
 
 def always() -> bool:
@@ -569,7 +569,7 @@ def always() -> bool:
     return True
 
 
-def _check(plan: Plan) -> None:
+def _check(plan: Plan, *, fused: bool) -> None:
     """Refuse what a host's batches cannot tell, or a weight that acts on the draw of data.
 
     Raises:
@@ -581,6 +581,12 @@ def _check(plan: Plan) -> None:
         msg = (
             f"{spec.name}: {name} says how data is drawn (apply: {plan.targets[name]}), and this "
             "trainer draws its own; write apply: loss, or train with torchtitan"
+        )
+        raise ValueError(msg)
+    if HIDDEN in plan.needs and not fused:
+        msg = (
+            f"{spec.name} reads hidden states, and the loss here is given logits; set fused=True, "
+            "which a plain torch.nn.Linear as output layer takes, or train with torchtitan"
         )
         raise ValueError(msg)
     if plan.listens_to:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the usual name
 from torch import Tensor
 
-from weighting.columns import column_of, plain_name, signal_of
+from weighting.columns import HIDDEN, column_of, plain_name, signal_of
 from weighting.contract import Signals
 from weighting.loss.logits import IGNORE_INDEX, OF_LOGITS, check_labels, statistics
 
@@ -29,6 +29,7 @@ def weighted_cross_entropy(
     ref_loss: Tensor | None = None,
     columns: Mapping[str, Tensor] | None = None,
     sequence_ids: Tensor | None = None,
+    hidden: Tensor | None = None,
 ) -> tuple[Tensor, Weights]:
     """Return the weighted mean cross entropy of a batch, and the weights.
 
@@ -48,6 +49,8 @@ def weighted_cross_entropy(
         sequence_ids: Sequence of each token: equal ids in one row are one, counted from 0 in each
             row or on from row to row.  None: each row of [B, L] is a sequence, and in [T] each
             document.  A padding-free batch needs them, see `Signals`.
+        hidden: [B, L, D] or [T, D], what the logits were made of, for a source that reads it; no
+            gradient flows through it.
 
     Returns:
         The loss, nats, 0 for a batch without valid labels; and the weights.  Call
@@ -70,7 +73,8 @@ def weighted_cross_entropy(
     found = {"loss": nll.detach(), **signals_from(logits, labels, fn.needs)}
     ids = {"domain_ids": domain_ids, "segment_ids": segment_ids, "sequence_ids": sequence_ids}
     given = {signal_of(name): value for name, value in (columns or {}).items()}
-    signals = signals_of({**found, "valid": valid, **ids, **given, "ref_loss": ref_loss})
+    given |= {"ref_loss": ref_loss, HIDDEN: hidden}
+    signals = signals_of({**found, "valid": valid, **ids, **given})
     out = fn(signals, step)
     fn.warn_of_one_unit(out, rows_are_sequences=sequence_ids is None)
     if fn.plan.identity:

@@ -24,7 +24,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from weighting.build import Weights
-from weighting.columns import signal_of
+from weighting.columns import HIDDEN, signal_of
 from weighting.compiled import compiled
 from weighting.contract.levels import sum_by
 from weighting.loss.cross_entropy import signals_of, weighted_cross_entropy, weighted_sum
@@ -115,6 +115,7 @@ def linear_weighted_cross_entropy(
     given["ref_loss"] = ref_loss
     if memory == "full":
         logits = F.linear(hidden, weight, bias)
+        given[HIDDEN] = hidden
         return weighted_cross_entropy(logits, labels, fn, step=step, columns=columns, **given)
     hidden, weight, bias = as_autocast(hidden, weight, bias)
     read = compiled(_read) if _compiles(labels.device) else _read
@@ -502,14 +503,19 @@ def begin(
         wants: Whether gradients of hidden states, and of weight and bias, are wanted.
 
     Returns:
-        Signals by name, `loss` among them, in the shape of the labels; and how to finish.
+        Signals by name, `loss` among them and, if it is needed, `hidden`, in the shape of the
+        labels; and how to finish.
     """
     known = {name: value.reshape(-1) for name, value in batch.known.items()}
+    rows = hidden.detach().reshape(-1, hidden.shape[-1])
+    told = {HIDDEN: hidden.detach()} if HIDDEN in batch.needs else {}
+    if told:
+        known[HIDDEN] = rows
     flat = batch._replace(labels=batch.labels.reshape(-1), known=known)
     through = {"late": _late, "keep": _keep, "recompute": _twice}[batch.path.memory]
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        found, finish = through(flat, hidden.detach().reshape(-1, hidden.shape[-1]), wants)
-    return {name: x.reshape(batch.labels.shape) for name, x in found.items()}, finish
+        found, finish = through(flat, rows, wants)
+    return {name: x.reshape(batch.labels.shape) for name, x in found.items()} | told, finish
 
 
 def _late(

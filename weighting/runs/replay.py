@@ -19,7 +19,7 @@ import torch
 from weighting.build import build
 from weighting.build.domains import proportions
 from weighting.build.statistics import MOMENTS
-from weighting.columns import plain_name
+from weighting.columns import HIDDEN, plain_name
 from weighting.contract import Combine, Pool, Source
 from weighting.loss.cross_entropy import signals_of
 from weighting.runs import layout
@@ -278,6 +278,8 @@ def obstacle(plan: Plan, record: Record) -> str | None:
         plan: The spec's.
         record: What was recorded.
     """
+    if HIDDEN in plan.needs:
+        return "it reads hidden states, which no record holds; train with it"
     for name, steps in plan.factors.items():
         if plan.targets[name] == "sampling":
             continue

@@ -13,6 +13,8 @@ from weighting.contract import Signals
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+WIDTH = 3
+"""Of the hidden states of a batch."""
 DOMAINS = ("code", "news", "web")
 """The domains of a batch for whatever does not name its own."""
 
@@ -56,12 +58,17 @@ def batch(
         domain_ids=(order % domains).view(shape),
         segment_ids=starts.long().cumsum(1),
         columns={name: torch.rand(shape, generator=g) for name in columns},
+        hidden=torch.randn(*shape, WIDTH, generator=g),
     )
 
 
 def mapped(signals: Signals, change: Callable[[Tensor], Tensor]) -> Signals:
-    """Return signals with `change(x)` in place of every tensor x."""
+    """Return signals with `change(x)` in place of every x, a tensor of a number for each token."""
     given = {field.name: getattr(signals, field.name) for field in fields(signals)}
+    if signals.hidden is not None:
+        given["hidden"] = None
+        parts = [change(x) for x in signals.hidden.unbind(-1)]
+        signals = replace(signals, hidden=torch.stack(parts, -1))
     new = {name: change(x) for name, x in given.items() if isinstance(x, Tensor)}
     columns = {name: change(x) for name, x in signals.columns.items()}
     return replace(signals, **new, columns=columns)
@@ -95,7 +102,8 @@ def hard_batches(domains: int, columns: Sequence[str]) -> dict[str, Signals]:
         return batch(rows, length, seed=1, domains=domains, columns=columns)
 
     def losses(loss: Tensor) -> Signals:
-        return replace(plain, loss=loss, entropy=loss.abs(), target_prob=(-loss).exp())
+        told = {"entropy": loss.abs(), "target_prob": (-loss).exp()}
+        return replace(plain, loss=loss, hidden=loss[..., None].expand(-1, -1, WIDTH), **told)
 
     def masked(ignored: Tensor) -> Signals:
         return replace(plain, valid=valid_of(plain) & ~ignored)

@@ -103,6 +103,7 @@ def signals(
         domain_ids=filled(st.sampled_from(sorted(present)), torch.int64),
         segment_ids=starts.long().cumsum(1),
         columns={name: filled(_float32s(-100, 100)) for name in columns},
+        hidden=torch.stack([loss, 1 - loss, loss / 2], -1),
     )
 
 

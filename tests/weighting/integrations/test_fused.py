@@ -13,6 +13,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import Trainer, TrainingArguments
 from trl import SFTTrainer
 
+import weighting as wt
+from weighting import registry
 from weighting.integrations.transformers import weigh, weigh_model
 
 MODELS = ("llama", "qwen2, tied", "gpt2")
@@ -255,3 +257,33 @@ def test_a_layer_has_its_forward_back_when_the_model_is_no_longer_weighed():
     assert "forward" in vars(model.lm_head)
     weights.detach()
     assert "forward" not in vars(model.lm_head)
+
+
+def test_a_source_of_hidden_states_has_what_the_output_layer_is_given(monkeypatch):
+    """Without fused=True it is refused; with it, weights are those of the model's own states."""
+    monkeypatch.setattr(registry, "_STAGES", dict(registry.stages()))
+
+    @wt.stage("length_of_hidden")
+    class _LengthOfHidden(wt.Source):
+        needs = frozenset({"hidden"})
+        pointwise = True
+
+        def read(self, signals, _scope):
+            return signals.hidden.norm(dim=-1)
+
+    spec = wt.loads("version: 1\npipeline: length_of_hidden -> mean_one\n")
+    model, batch = tiny.model(), tiny.padded(tiny.rows(6, 1))
+    with pytest.raises(ValueError, match="reads hidden states, and the loss here is given logits"):
+        weigh_model(model, spec, fused=False)
+
+    given = {name: x for name, x in batch.items() if name != "domain"}
+    hidden = model.model(**{n: x for n, x in given.items() if n != "labels"}).last_hidden_state
+    labels = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+    logits = model.lm_head(hidden)
+    expected, out = wt.weighted_cross_entropy(logits, labels, wt.build(spec), hidden=hidden)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    weights = weigh_model(model, spec, optimizer, fused=True)
+    loss = model(**given).loss
+    loss.backward()
+    assert_close(loss, expected, rtol=1e-5, atol=1e-6)  # sums of float32
+    assert weights.read()["weight/max"] == pytest.approx(out.token.max().item(), rel=1e-5)
