@@ -35,6 +35,7 @@ KINDS = {
 }
 EXAMPLES = {
     "abs": "normalize -> abs -> temperature(0.4)",
+    "ado": "mean(domain) -> ado(every=1000, warmup=1000)",
     "affine": "normalize -> affine(scale=2, shift=1) -> temperature(1)",
     "as_is": "target_prob -> as_is",
     "bandit": "mean(domain) -> bandit(reward=0.1)",

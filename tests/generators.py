@@ -46,6 +46,7 @@ _TABLE = "table(code=1, data=0.5, docs=1.5, tables=linear(0.5, 2, over=4), tests
 
 STAGE_PIPELINES = {
     "abs": "normalize -> abs -> temperature(0.7)",
+    "ado": "mean(domain) -> ado(every=2, warmup=1)",
     "affine": "affine(step(2, 0.5, at=3), shift=-1) -> temperature(1)",
     "as_is": "error_norm -> as_is",
     "bandit": "mean(domain) -> bandit(linear(0.1, 0.3, over=4))",

@@ -728,6 +728,7 @@ MEMORIES = {
 """The methods that remember, to be made for the names of the domains."""
 
 FORMULAS = {
+    "ado": drawn_plainly,
     "beyond-ll": beyond_ll,
     "class-balanced": class_balanced,
     "cvar": cvar,

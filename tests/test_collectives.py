@@ -12,6 +12,7 @@ CALLS = {
     # case: gathers, maxima, sums, bytes a rank hands over; maxima and sums among the ranks that
     # share its sequences, which cost nothing where sequences are whole
     "spec absgd": (1, 0, 0, 16, 0, 1),
+    "spec ado": (0, 0, 2, 88, 0, 0),
     "spec beyond-ll": (0, 0, 0, 0, 0, 0),
     "spec class-balanced": (0, 0, 1, 16, 0, 0),
     "spec cvar": (0, 0, 10, 1176, 0, 0),
@@ -83,6 +84,7 @@ CALLS = {
     "spec upper": (1, 0, 1, 24, 0, 1),
     "spec velocitune": (0, 0, 4, 248, 0, 0),
     "stage abs": (1, 0, 1, 24, 0, 1),
+    "stage ado": (0, 0, 2, 88, 0, 0),
     "stage affine": (1, 0, 1, 24, 0, 1),
     "stage as_is": (0, 0, 1, 8, 0, 0),
     "stage bandit": (0, 0, 2, 88, 0, 0),

@@ -16,6 +16,7 @@ from weighting.stages import Table
 pytestmark = pytest.mark.processes
 
 ONES = {
+    "ado",
     "uniform",
     "uniform-domains",
     "odm",

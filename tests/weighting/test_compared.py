@@ -166,6 +166,7 @@ def test_what_weighs_domains_is_found_wherever_it_stands():
         "uniform-domains": ["pipeline"],
         "doge-proxy": ["pipeline"],
         "odm": ["pipeline"],
+        "ado": ["pipeline"],
         "odm-validation": ["pipeline"],
         "linupper-x-mile": [],
     }

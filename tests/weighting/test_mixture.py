@@ -302,6 +302,7 @@ MOVES = {
     "doge-proxy": (("pipeline",), ("pipeline",)),
     "dynamic-loading": (("catch_up",), ()),
     "odm": (("pipeline",), ()),
+    "ado": (("pipeline",), ("pipeline",)),
     "odm-validation": (("pipeline",), ()),
     "toremi": (("pipeline",), ()),
     "toremi-topics": ((), ()),

@@ -20,6 +20,7 @@ SPECS = {
     "doge": "doge",
     "dynamic_loading": "dynamic_loading(web=1, code=1, docs=1)",
     "bandit": "mean(domain) -> bandit",
+    "ado": "mean(domain) -> ado",
     "validation_bandit": "validation_bandit",
     "topical": "mean(domain) -> topical(every=2)",
     "topics": "topics(key=bits, number=3, every=2)",

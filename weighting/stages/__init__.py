@@ -1,6 +1,7 @@
 """The stages that ship with the language; importing this package registers them."""
 
 from weighting.stages.abs import Abs as Abs
+from weighting.stages.ado import Ado as Ado
 from weighting.stages.affine import Affine as Affine
 from weighting.stages.as_is import AsIs as AsIs
 from weighting.stages.bandit import Bandit as Bandit
