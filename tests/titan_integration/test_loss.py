@@ -297,7 +297,7 @@ def test_the_divergence_from_two_references_sums_the_logits_of_each_model_once(w
 
 @pytest.mark.parametrize("memory", ["auto", "keep", "recompute"])
 def test_hidden_states_of_deferred_microbatches_are_weighed_as_one_batch(memory, monkeypatch):
-    """Two calls whose weights come with the second's signals: gradients are those of one call."""
+    """Two calls whose weights come with the second's signals learn as one, and as whole logits."""
     monkeypatch.setattr(registry, "_STAGES", dict(registry.stages()))
 
     @wt.stage("length_of_hidden")
@@ -313,14 +313,16 @@ def test_hidden_states_of_deferred_microbatches_are_weighed_as_one_batch(memory,
     _, _, hidden, head, labels = example(tables.SPEC_TEXTS["linupper"])
     count = (labels != IGNORED).sum()
     grads = []
-    for parts, when in ((1, When.NOW), (2, When.DEFERRED)):
+    for parts, when in ((1, When.NOW), (1, When.NOW), (2, When.DEFERRED)):
         run = start(wt.build(spec), torch.device("cpu"), when=when, calls=parts)
         run.begin_step(1)
         calls = list(zip(hidden.chunk(parts), labels.chunk(parts), strict=True))
         for _, given in calls:
             run.microbatches.set_batch({}, given)
-        loss_fn = chunked(run, head, memory)
+        loss_fn = chunked(run, head, memory if grads else "full")
         losses = [loss_fn(states, given, count)[0] for states, given in calls]
         grads.append(torch.autograd.grad(sum(losses), [hidden, head.weight]))
-    for mine, other in zip(*grads, strict=True):
-        assert_close(mine, other, rtol=1e-5, atol=1e-6)  # float32 sums in another order
+    whole, *others = grads
+    for found in others:
+        for mine, other in zip(found, whole, strict=True):
+            assert_close(mine, other, rtol=1e-4, atol=1e-6)  # float32 sums in another order
