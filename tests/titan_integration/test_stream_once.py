@@ -2,8 +2,10 @@
 
 import gzip
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import datasets
+import huggingface_hub
 import pytest
 import torch
 
@@ -224,6 +226,15 @@ def test_data_of_hugging_face_is_read_once_with_the_rows_of_before(
         resumed = build(files, rank, ranks)
         resumed.load_state_dict(state)
         assert torch.equal(taken(iter(resumed), 10), later)
+
+
+def test_data_of_hugging_face_is_read_though_another_thread_has_opened_some(hub):
+    """Its file systems are kept for each thread, and one is made anew where a copy is."""
+    build, _ = hub
+    loader = build(4, 0, 1)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(huggingface_hub.HfFileSystem, endpoint="https://hub.test").result()
+    assert len(taken(iter(loader), 1)) == 1
 
 
 def test_a_saved_place_in_data_of_hugging_face_that_cannot_be_is_refused(hub):

@@ -4,7 +4,6 @@ A source gives one rank its part of the records, epoch by epoch, each with its p
 and with the position after it, a dict from which reading goes on.
 """
 
-import copy
 import functools
 import itertools
 import json
@@ -306,7 +305,8 @@ class HubStream:
         self, epoch: int, position: Position | None
     ) -> Iterator[tuple[str, Record, Position]]:
         """Yield records with a position of Hugging Face's, and how many were read."""
-        whole = split_dataset_by_node(self._dataset, self._cut.rank, self._cut.num_ranks)
+        anew = self._dataset.shard(num_shards=1, index=0)  # so that reading again starts over
+        whole = split_dataset_by_node(anew, self._cut.rank, self._cut.num_ranks)
         state = dict(position or {})
         start = Spot(state.pop("records_read", 0), state=json.dumps(state) if state else "")
         of = "of this rank's part of the stream"
@@ -316,7 +316,6 @@ class HubStream:
     def _records(
         self, stream: datasets.IterableDataset, epoch: int, start: Spot, of: str
     ) -> Iterator[tuple[str, Record, Spot]]:
-        stream = copy.deepcopy(stream)  # so that reading again starts over
         records: Iterator[Record] | None = None
         for number in itertools.count(start.record):
             place = f"{self.where}: record {number} {of}"
