@@ -42,8 +42,8 @@ TOP = signal_of("label_is_top")
 """1 where no other word is more probable than the label, else 0."""
 OF_LOGITS = (TOPK, TOP)
 """How the names of columns begin that logits tell."""
-_BLOCK = 2**18
-"""Logits in a block on CPU: 1 MiB of float32."""
+_BLOCK = 2**17
+"""Logits in a block on CPU: half a MiB of float32, twice where entropies are taken too."""
 
 
 @dataclass(frozen=True)
