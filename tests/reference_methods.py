@@ -219,6 +219,11 @@ def npo(batch):
     return each(batch, weight)
 
 
+def critical_tokens(batch):
+    """w_t = the column `weight`, from 0 to 1."""
+    return each(batch, lambda row, column: min(max(batch.columns["weight"][row][column], 0), 1))
+
+
 def iwsi_column(batch):
     """w_s = min(max(weight_s, 0), 2), not normalised."""
     return each(batch, lambda row, column: min(max(batch.columns["weight"][row][column], 0), 2))
@@ -731,6 +736,7 @@ FORMULAS = {
     "ado": drawn_plainly,
     "beyond-ll": beyond_ll,
     "class-balanced": class_balanced,
+    "critical-tokens": critical_tokens,
     "cvar": cvar,
     "dft": dft,
     "doge-proxy": drawn_plainly,

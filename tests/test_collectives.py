@@ -18,6 +18,7 @@ CALLS = {
     "spec cvar": (0, 0, 10, 1176, 0, 0),
     "spec dft": (0, 0, 0, 0, 0, 0),
     "spec loshchilov-hutter": (1, 0, 2, 800024, 0, 1),
+    "spec critical-tokens": (0, 0, 0, 0, 0, 0),
     "spec doge-proxy": (0, 0, 1, 8, 0, 0),
     "spec doge-table": (0, 0, 0, 0, 0, 0),
     "spec doge-table-x-linupper": (1, 0, 1, 24, 0, 1),
@@ -269,7 +270,16 @@ def test_a_batch_takes_the_calls_of_the_table(case):
 
 @pytest.mark.parametrize(
     "name",
-    ["uniform", "uniform-domains", "dft", "beyond-ll", "eaft", "iwsi-column", "longce"],
+    [
+        "uniform",
+        "uniform-domains",
+        "dft",
+        "beyond-ll",
+        "eaft",
+        "iwsi-column",
+        "critical-tokens",
+        "longce",
+    ],
 )
 def test_weights_of_single_tokens_take_no_collective(name):
     """Weights that each token has by itself, unscaled, take no collective."""
