@@ -28,7 +28,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
 
 
-def torchrun(ranks: int, *command: str, timeout: int = 300) -> subprocess.CompletedProcess[str]:
+def torchrun(ranks: int, *command: str, timeout: int = 900) -> subprocess.CompletedProcess[str]:
     """Run a command line of torchrun on some ranks and return what came of it.
 
     Ended by force if it takes longer than so many seconds.
