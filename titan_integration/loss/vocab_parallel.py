@@ -103,11 +103,7 @@ def token_losses_of(
     Raises:
         IndexError: A label is outside the vocabulary.
     """
-    vocabulary = logits.shape[-1] if cut is None else cut.size
-    if vocabulary is not None:
-        check_labels(labels, vocabulary)
-    labels = labels.long().flatten()
-    found = statistics(logits, labels, needs, cut)
+    labels, found = _told(logits, labels, cut, needs)
     return _TokenLoss.apply(logits, labels, found["loss"], found.pop("lse"), cut), found
 
 
@@ -121,9 +117,19 @@ def signals(
         IndexError: A label is outside the vocabulary.
     """
     rows, local, cut = plain(logits).flatten(0, -2), plain(labels), slice_of(logits, vocab_size)
-    check_labels(local, size_of(logits, vocab_size))
-    found = statistics(rows, local.long().flatten(), needs, cut)
+    _, found = _told(rows, local, cut, needs)
     return {name: x.view(local.shape) for name, x in found.items()}
+
+
+def _told(
+    logits: Tensor, labels: Tensor, cut: Slice | None, needs: frozenset[str]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return checked labels, [T], and what logits tell of them."""
+    vocabulary = logits.shape[-1] if cut is None else cut.size
+    if vocabulary is not None:
+        check_labels(labels, vocabulary)
+    labels = labels.long().flatten()
+    return labels, statistics(logits, labels, needs, cut)
 
 
 @torch.no_grad()

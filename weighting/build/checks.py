@@ -8,7 +8,6 @@ from weighting.build.targets import drawing, target_problems, targets_of
 from weighting.contract import Combine, Pool, Source, Stage
 from weighting.errors import Problem
 from weighting.pipeline import expand, is_token_local, signals_read
-from weighting.stages import Table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -107,12 +106,14 @@ def _misfits(pipeline: tuple[Stage, ...], *, inside: str = "") -> Iterator[tuple
         return
     if inside:
         return
-    for step in expand(pipeline):
-        alone = pipeline[-1].signed and is_token_local(expand(pipeline))
+    steps, may_be_signed = expand(pipeline), pipeline[-1].signed
+    alone = may_be_signed and is_token_local(steps)
+    for step in steps:
+        below = sorted(step.stage.below_zero()) if isinstance(step.stage, Source) else []
         if step.stage.signed and step.stage is pipeline[step.index] and not alone:
             yield step.index, _SIGNED.format(step.stage.name)
-        elif isinstance(step.stage, Table) and step.stage.below_zero() and not pipeline[-1].signed:
-            yield step.index, _BELOW_ZERO.format(", ".join(sorted(step.stage.below_zero())))
+        elif below and not may_be_signed:
+            yield step.index, _BELOW_ZERO.format(step.stage.name, ", ".join(below))
         elif step.level not in step.stage.levels:
             fits = " or ".join(f"mean({level})" for level in step.stage.levels if level != "token")
             message = f"{step.stage.name} cannot weigh units of level {step.level}"
@@ -164,5 +165,5 @@ _TWO_LEVELS = (
     "pool both alike, as in mean(sequence) -> over(ref_loss -> mean(sequence))"
 )
 _SIGNED = "{0} ends a factor whose score each token decides alone; weigh and cap in another factor"
-_BELOW_ZERO = "table: {0} must be at least 0, unless signed ends the factor, to unlearn"
+_BELOW_ZERO = "{0}: {1} must be at least 0, unless signed ends the factor, to unlearn"
 _TO_WEIGHT = "put temperature(...) or mean_one"

@@ -166,6 +166,10 @@ class Source(Stage):
         """Return the names of domains whose score is 0 at every step."""
         return frozenset()
 
+    def below_zero(self) -> frozenset[str]:
+        """Return the names of domains whose score is negative at some step."""
+        return frozenset()
+
     def problem_with(self, domains: tuple[str, ...]) -> str | None:
         """Return why it cannot work with these domain names, or None; asked when it is built."""
         del domains

@@ -39,6 +39,7 @@ class Table(Source):
         """Return the domains with a constant 0."""
         return frozenset(name for name, x in self.weights.items() if x == Constant(value=0))
 
+    @override
     def below_zero(self) -> frozenset[str]:
         """Return the domains whose entry is negative at some step."""
         return frozenset(name for name, x in self.weights.items() if min(x.extremes()) < 0)
