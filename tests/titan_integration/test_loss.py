@@ -3,6 +3,7 @@
 import dataclasses
 
 import generators as tables
+import hidden_states
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - the usual name
@@ -13,7 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import titan_integration.host.cpu as on_cpu
 import weighting as wt
-from weighting import registry
 
 on_cpu.use_cpu()
 
@@ -298,16 +298,7 @@ def test_the_divergence_from_two_references_sums_the_logits_of_each_model_once(w
 @pytest.mark.parametrize("memory", ["auto", "keep", "recompute"])
 def test_hidden_states_of_deferred_microbatches_are_weighed_as_one_batch(memory, monkeypatch):
     """Two calls whose weights come with the second's signals learn as one, and as whole logits."""
-    monkeypatch.setattr(registry, "_STAGES", dict(registry.stages()))
-
-    @wt.stage("length_of_hidden")
-    class _LengthOfHidden(wt.Source):
-        needs = frozenset({"hidden"})
-        pointwise = True
-
-        def read(self, signals, _scope):
-            return signals.hidden.norm(dim=-1)
-
+    hidden_states.length_of_hidden(monkeypatch)
     pipeline = "length_of_hidden -> mean(sequence) -> normalize -> temperature(1)"
     spec = wt.loads(f"version: 1\npipeline: {pipeline}\n")
     _, _, hidden, head, labels = example(tables.SPEC_TEXTS["linupper"])

@@ -6,6 +6,7 @@ import itertools
 import generators as tables
 import pytest
 import torch
+from visits import Visits
 
 import weighting as wt
 
@@ -13,44 +14,25 @@ TEXT = "version: 1\nnormalize: none\npipeline: forgotten(examples=16) -> as_is\n
 WRONG = "version: 1\nnormalize: none\npipeline: correct -> affine(-1, 1) -> as_is\n"
 
 
-class Visits:
-    """The accuracies that each example had, visit by visit."""
+def right(signals):
+    """Return which labels are right, [B, L]."""
+    return signals.columns["label_is_top"]
 
-    def __init__(self):
-        """Begin without a visit."""
-        self.history = {}
 
-    def add(self, signals):
-        """Add a batch; return what each token's example has lost, 0 at tokens that do not count."""
-        right, valid = signals.columns["label_is_top"].tolist(), signals.valid.tolist()
-        examples = signals.columns["example"].int().tolist()
-        here = {}
-        for xs, oks, numbers in zip(right, valid, examples, strict=True):
-            for x, ok, number in zip(xs, oks, numbers, strict=True):
-                if ok:
-                    here.setdefault(number, []).append(x)
-        for number, xs in here.items():
-            self.history.setdefault(number, []).append(sum(xs) / len(xs))
-        return [
-            [self.lost(number) if ok else 0.0 for number, ok in zip(numbers, oks, strict=True)]
-            for numbers, oks in zip(examples, valid, strict=True)
-        ]
-
-    def lost(self, number):
-        """Return the sum of all falls of one example."""
-        visits = self.history[number]
-        return sum(max(0, a - b) for a, b in itertools.pairwise(visits))
+def lost(visits):
+    """Return the sum of all falls of accuracy."""
+    return sum(max(0, a - b) for a, b in itertools.pairwise(visits))
 
 
 def test_what_is_lost_is_that_of_all_visits():
     """Twenty batches, in which examples come and go."""
-    fn, slow = wt.build(wt.loads(TEXT)), Visits()
+    fn, slow = wt.build(wt.loads(TEXT)), Visits(right, lost)
     for step in range(20):
         signals = tables.batch(3, 5, seed=step)
         got = fn(signals, step).token.tolist()
         for mine, other in zip(got, slow.add(signals), strict=True):
             assert mine == pytest.approx(other, rel=1e-5, abs=1e-6)
-    assert max(map(slow.lost, slow.history)) > 1
+    assert max(map(slow.score, slow.history)) > 1
 
 
 def test_an_example_of_one_label_counts_each_time_it_was_right_and_then_wrong():

@@ -1,13 +1,12 @@
 """Sources that read hidden states: every path of the loss, and what has none and says so."""
 
+import hidden_states
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - the usual name
-from torch import Tensor
 from torch.testing import assert_close
 
 import weighting as wt
-from weighting import registry
 from weighting.build import plan_of
 from weighting.cli.tokens import refusal
 from weighting.loss.linear import Batch, Head, Path, begin
@@ -25,21 +24,7 @@ PIPELINES = {
 @pytest.fixture(autouse=True)
 def length_of_hidden(monkeypatch):
     """Register a stage for the test alone, and return its class."""
-    monkeypatch.setattr(registry, "_STAGES", dict(registry.stages()))
-
-    @wt.stage("length_of_hidden")
-    class LengthOfHidden(wt.Source):
-        """Read how long the vector is from which a token is predicted."""
-
-        needs = frozenset({"hidden"})
-        pointwise = True
-
-        def read(self, signals: wt.Signals, scope: wt.Scope) -> Tensor:
-            """Return a length for each token, [T]."""
-            del scope
-            return signals.hidden.norm(dim=-1)
-
-    return LengthOfHidden
+    return hidden_states.length_of_hidden(monkeypatch)
 
 
 def built(name):

@@ -7,6 +7,7 @@ import statistics
 import generators as tables
 import pytest
 import torch
+from visits import Visits
 
 import weighting as wt
 
@@ -14,41 +15,22 @@ TEXT = "version: 1\nnormalize: none\npipeline: variability(examples=16) -> as_is
 ACTIVE_BIAS = "variability(examples=16) -> mean(sequence) -> affine(1, 0.2) -> mean_one"
 
 
-class Visits:
-    """Every probability that each example ever had."""
+def probability(signals):
+    """Return that of each label, [B, L]."""
+    return signals.loss.double().neg().exp()
 
-    def __init__(self):
-        """Begin without a visit."""
-        self.history = {}
 
-    def add(self, signals):
-        """Add a batch; return the spread of each token's example, 0 at tokens that do not count."""
-        loss, valid = signals.loss.tolist(), signals.valid.tolist()
-        examples = signals.columns["example"].int().tolist()
-        here = {}
-        for xs, oks, numbers in zip(loss, valid, examples, strict=True):
-            for x, ok, number in zip(xs, oks, numbers, strict=True):
-                if ok:
-                    here.setdefault(number, []).append(math.exp(-x))
-        for number, ps in here.items():
-            self.history.setdefault(number, []).append(math.fsum(ps) / len(ps))
-        return [
-            [self.spread(number) if ok else 0.0 for number, ok in zip(numbers, oks, strict=True)]
-            for numbers, oks in zip(examples, valid, strict=True)
-        ]
-
-    def spread(self, number):
-        """Return that of one example."""
-        ps = self.history[number]
-        if len(ps) < 2:
-            return 0.0
-        v = statistics.pvariance(ps)
-        return math.sqrt(v + v * v / (len(ps) - 1))
+def spread(ps):
+    """Return that of the probabilities of all visits."""
+    if len(ps) < 2:
+        return 0.0
+    v = statistics.pvariance(ps)
+    return math.sqrt(v + v * v / (len(ps) - 1))
 
 
 def test_the_spread_is_that_of_all_visits():
     """Twenty batches, in which examples come and go."""
-    fn, slow = wt.build(wt.loads(TEXT)), Visits()
+    fn, slow = wt.build(wt.loads(TEXT)), Visits(probability, spread)
     for step in range(20):
         signals = tables.batch(3, 5, seed=step)
         got = fn(signals, step).token.tolist()
@@ -58,14 +40,14 @@ def test_the_spread_is_that_of_all_visits():
 
 def test_active_bias_weighs_by_it():
     """The authors' weight, sqrt(v + v^2 / (n - 1)) + 0.2, of mean one over the batch."""
-    fn, slow = wt.build(wt.loads(ACTIVE_BIAS)), Visits()
+    fn, slow = wt.build(wt.loads(ACTIVE_BIAS)), Visits(probability, spread)
     for step in range(6):
         rows = {"example": torch.arange(4.0)[:, None].expand(4, 3)}  # a document in each
         signals = dataclasses.replace(tables.batch(4, 3, seed=step, keep=1), columns=rows)
         got = fn(signals, step).token[:, 0].tolist()
-        spread = [row[0] + 0.2 for row in slow.add(signals)]
-        mean = sum(spread) / 4
-        assert got == pytest.approx([x / mean for x in spread], rel=1e-5)
+        plus = [row[0] + 0.2 for row in slow.add(signals)]
+        mean = sum(plus) / 4
+        assert got == pytest.approx([x / mean for x in plus], rel=1e-5)
 
 
 def test_an_example_that_never_moves_has_no_spread():

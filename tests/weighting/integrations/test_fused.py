@@ -2,6 +2,7 @@
 
 import math
 
+import hidden_states
 import peft
 import pytest
 import tiny_models as tiny
@@ -14,7 +15,6 @@ from transformers import Trainer, TrainingArguments
 from trl import SFTTrainer
 
 import weighting as wt
-from weighting import registry
 from weighting.integrations.transformers import weigh, weigh_model
 
 MODELS = ("llama", "qwen2, tied", "gpt2")
@@ -261,16 +261,7 @@ def test_a_layer_has_its_forward_back_when_the_model_is_no_longer_weighed():
 
 def test_a_source_of_hidden_states_has_what_the_output_layer_is_given(monkeypatch):
     """Without fused=True it is refused; with it, weights are those of the model's own states."""
-    monkeypatch.setattr(registry, "_STAGES", dict(registry.stages()))
-
-    @wt.stage("length_of_hidden")
-    class _LengthOfHidden(wt.Source):
-        needs = frozenset({"hidden"})
-        pointwise = True
-
-        def read(self, signals, _scope):
-            return signals.hidden.norm(dim=-1)
-
+    hidden_states.length_of_hidden(monkeypatch)
     spec = wt.loads("version: 1\npipeline: length_of_hidden -> mean_one\n")
     model, batch = tiny.model(), tiny.padded(tiny.rows(6, 1))
     with pytest.raises(ValueError, match="reads hidden states, and the loss here is given logits"):
