@@ -23,6 +23,7 @@ import torch.distributed.checkpoint as dcp
 from faulty import FLAGS, Before, Run, launched, use_first
 from forked import process as forked
 from forked import start_server
+from recorded import steps_of
 from runs import environment
 from tokenizers import Tokenizer
 from torch.distributed.checkpoint import FileSystemReader
@@ -205,7 +206,7 @@ def test_a_full_disk_is_said_once_and_the_same_command_goes_on(start, mounted):
     status, said = start(2, *flags).ended(PATIENCE)
     assert status == 0, said
     assert [*lines_of(dump)] == [*range(1, steps + 1)]
-    assert [step.step for step in read_record(dump).steps] == [*range(1, steps + 1)]
+    assert [step.step for step in steps_of(read_record(dump))] == [*range(1, steps + 1)]
     assert (dump / "weighting" / "mixture.yaml").exists()
 
 

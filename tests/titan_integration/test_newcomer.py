@@ -13,6 +13,7 @@ import shlex
 import xml.etree.ElementTree as ET
 
 import pytest
+from recorded import steps_of
 
 pytest.importorskip("torchtitan")
 
@@ -176,7 +177,7 @@ def test_training_ends_in_a_summary_of_the_run(ten):
     told = f"a cap held weights down at {at_cap} of these: " if at_cap else "no cap held a weight"
     assert told in text
     assert lines[-1]["unweighted_loss"] < lines[0]["unweighted_loss"] - 1, "it learns"
-    assert [step.step for step in read_record(run).steps] == [*range(1, 61)]
+    assert [step.step for step in steps_of(read_record(run))] == [*range(1, 61)]
     metrics = page("docs/metrics.md")
     told = {re.sub(r"^(domain/)\w+", r"\1<name>", name) for name in lines[-1]}
     told = {re.sub(r"^pipeline(?=/)", "<factor>", name) for name in told}

@@ -4,6 +4,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from recorded import steps_of
 from runs import drive, seed_checkpoint, torchrun
 from test_resume import kill_after_step_10
 from test_retell import write_data
@@ -109,10 +110,10 @@ def test_a_sequence_is_the_mean_over_its_valid_tokens(tmp_path):
     noting.add(noting.next_call(None), *call_of(1))
     noting.flush()
     record = read_record(tmp_path)
-    assert [step.step for step in record.steps] == [2, 4], "the last one was not taken"
+    assert [step.step for step in steps_of(record)] == [2, 4], "the last one was not taken"
     assert record.known == {"loss", "entropy"}
     assert record.about["name"] == "linupper-x-mile"
-    for found in record.steps:
+    for found in steps_of(record):
         assert found.row.tolist() == [*range(6)]
         for row in found.row:
             signals, token = data[found.step][row // 3]
@@ -151,7 +152,7 @@ def test_a_document_is_the_mean_over_its_valid_tokens(tmp_path):
                     expected[step, row, one] = (number, own.sum().item(), *means), ids
     assert longest > 2, "some are left out"
     found = {}
-    for step in record.steps:
+    for step in steps_of(record):
         for i, (row, one) in enumerate(zip(step.row.tolist(), step.document.tolist(), strict=True)):
             means = (*(step.signals[name][i] for name in ("loss", "entropy")), step.weight[i])
             found[step.step, row, one] = (
@@ -174,7 +175,7 @@ def test_with_and_without_documents_sequences_are_the_same(tmp_path):
         noting = recorder(tmp_path / text, text)
         take(noting, 1, [call_of(1)])
         noting.flush()
-    (a,), (b,) = (read_record(folder).steps for folder in sorted(tmp_path.iterdir()))
+    (a,), (b,) = (steps_of(read_record(folder)) for folder in sorted(tmp_path.iterdir()))
     for name in ("row", "domain", "tokens"):
         assert torch.equal(getattr(a, name), getattr(b, name))
     # Other orders of sums, and 16 significant bits.
@@ -191,8 +192,8 @@ def test_documents_count_beside_the_sequences_of_their_step(tmp_path):
         noting.flush()
     alone = tmp_path / FOLDER / "documents-000003.parquet"
     alone.write_bytes(b"of a run that was killed before it wrote the sequences")
-    assert [step.step for step in read_record(tmp_path, "document").steps] == [1, 2]
-    assert [step.step for step in read_record(tmp_path).steps] == [1, 2, 3, 4]
+    assert [step.step for step in steps_of(read_record(tmp_path, "document"))] == [1, 2]
+    assert [step.step for step in steps_of(read_record(tmp_path))] == [1, 2, 3, 4]
 
 
 def test_sampled_tokens_are_those_of_the_batch(tmp_path):
@@ -221,7 +222,7 @@ def test_target_probability_is_taken_from_the_loss(tmp_path):
     signals, token = call_of(1)
     take(noting, 1, [(signals, token)])
     noting.flush()
-    (step,) = read_record(tmp_path).steps
+    (step,) = steps_of(read_record(tmp_path))
     rows = zip(signals["loss"], signals["valid"], strict=True)
     expected = [(-loss[valid]).exp().mean() for loss, valid in rows]
     torch.testing.assert_close(
@@ -236,7 +237,7 @@ def test_without_token_losses_the_loss_is_nan_and_the_weight_one(tmp_path):
     del signals["loss"]
     take(noting, 1, [(signals, signals["valid"].float())])
     noting.flush()
-    (step,) = read_record(tmp_path).steps
+    (step,) = steps_of(read_record(tmp_path))
     assert step.signals["loss"].isnan().all()
     assert step.weight.tolist() == [1, 1, 1]
     assert step.tokens.tolist() == signals["valid"].sum(1).tolist()
@@ -258,8 +259,8 @@ def test_a_captured_step_records_like_any_other(tmp_path):
             noting.end_step()
     noting.flush()
     record = read_record(tmp_path)
-    assert [step.step for step in record.steps] == [2, 4, 6]
-    for found in record.steps:
+    assert [step.step for step in steps_of(record)] == [2, 4, 6]
+    for found in steps_of(record):
         signals, _ = data[found.step]
         means = torch.where(signals["valid"], signals["loss"], 0).sum(1) / signals["valid"].sum(1)
         torch.testing.assert_close(found.signals["loss"], means, rtol=2**-16, atol=0)
@@ -282,14 +283,14 @@ def test_files_are_whole_and_old_ones_stay(tmp_path):
     resumed.flush()
     assert first.read_bytes() == content
     record = read_record(tmp_path)
-    assert [step.step for step in record.steps] == [*range(1, ROOM + 6)]
-    (signals, _), found = call_of(1000 + ROOM), record.steps[ROOM - 1]
+    assert [step.step for step in steps_of(record)] == [*range(1, ROOM + 6)]
+    (signals, _), found = call_of(1000 + ROOM), steps_of(record)[ROOM - 1]
     assert found.tokens.tolist() == signals["valid"].sum(1).tolist(), "the later record counts"
 
     fresh = recorder(tmp_path, "every=1")
     take(fresh, 1, [call_of(1)])
     fresh.flush()
-    assert len(read_record(tmp_path).steps) == 1
+    assert len(steps_of(read_record(tmp_path))) == 1
     assert (folder.with_name("record.1") / first.name).read_bytes() == content
 
 
@@ -382,11 +383,13 @@ def test_every_layout_records_the_same(name, runs):
     other = train(name.partition(",")[0].replace(" ", ""), 2, *LAYOUTS[name])
     both = [[read_record(run, of) for of in ("sequence", "document")] for run in (one, other)]
     (ours, our_documents), (theirs, their_documents) = both
-    assert [step.step for step in theirs.steps] == [step.step for step in ours.steps] == [2, 4]
+    assert (
+        [step.step for step in steps_of(theirs)] == [step.step for step in steps_of(ours)] == [2, 4]
+    )
     assert theirs.domains == ours.domains
     assert left_out(our_documents)[0] > 0
-    pairs = zip(our_documents.steps, their_documents.steps, strict=True)
-    for a, b in [*zip(ours.steps, theirs.steps, strict=True), *pairs]:
+    pairs = zip(steps_of(our_documents), steps_of(their_documents), strict=True)
+    for a, b in [*zip(steps_of(ours), steps_of(theirs), strict=True), *pairs]:
         for x in ("row", "document", "documents", "domain", "tokens"):
             assert torch.equal(getattr(a, x), getattr(b, x)), x
         assert a.signals.keys() == b.signals.keys() == {"loss", "entropy"}
@@ -416,22 +419,22 @@ def test_a_killed_run_completes_its_record(tmp_path):
     kill_after_step_10(tmp_path, *flags)
     run = tmp_path / "dump"
     written = {file: file.read_bytes() for file in (run / FOLDER).iterdir()}
-    assert [step.step for step in read_record(run).steps] == [*range(1, 11)]
+    assert [step.step for step in steps_of(read_record(run))] == [*range(1, 11)]
     (run / FOLDER / "sequences-000002.parquet.part").write_bytes(b"PAR1, and then a kill")
 
     drive(tmp_path, 1, "small", "debugmodel", *flags)
     for file, content in written.items():
         assert file.read_bytes() == content
     record = read_record(run)
-    assert [step.step for step in record.steps] == [*range(1, 21)]
+    assert [step.step for step in steps_of(record)] == [*range(1, 21)]
     documents = read_record(run, "document")
-    assert [step.step for step in documents.steps] == [*range(1, 21)]
-    places = [(step.row, step.document) for step in documents.steps]
+    assert [step.step for step in steps_of(documents)] == [*range(1, 21)]
+    places = [(step.row, step.document) for step in steps_of(documents)]
     assert all(len(torch.stack(at).unique(dim=1).T) == len(at[0]) for at in places), "no doubles"
 
     lines = read_lines(run / "weighting" / "metrics.jsonl")
     by_step = replay(wt.load("linupper"), record).weight.split(8)
-    for step, line, weight in zip(record.steps, lines, by_step, strict=True):
+    for step, line, weight in zip(steps_of(record), lines, by_step, strict=True):
         count = step.tokens.sum()
         loss = step.signals["loss"]
         # Each number was rounded to 16 significant bits, and the sums are of float32.

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from recorded import steps_of
 from runs import drive
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from warm import weighting
@@ -321,7 +322,7 @@ def test_texts_are_those_that_two_ranks_with_accumulation_had(tmp_path, tokenize
     ids = torch.cat([note["input"] for note in notes])
     means = {name: torch.cat([note[name].mean(1) for note in notes]) for name in SIGNALS}
     given = {}
-    for step in read_record(run).steps:
+    for step in steps_of(read_record(run)):
         for row in step.row.tolist():
             # Recorded with 16 significant bits.
             alike = [(means[x] / step.signals[x][row] - 1).abs() < 2e-5 for x in SIGNALS]

@@ -6,6 +6,7 @@ from itertools import pairwise
 import click.testing
 import pytest
 import torch
+from recorded import steps_of
 
 import weighting as wt
 from weighting.build import plan_of
@@ -115,7 +116,7 @@ def test_a_replay_is_a_simulation_of_each_step(spec, run):
     """Where all sequences are as long, each step weighs as wt.simulate does at that step."""
     spec = resolve(spec)
     record = read_record(run)
-    found = [*zip(record.steps, replay(spec, record).weight.split(N), strict=True)]
+    found = [*zip(steps_of(record), replay(spec, record).weight.split(N), strict=True)]
     # A simulation has no memory: with one, only the first step is the same.
     for step, weight in found[:1] if plan_of(spec).has_state else found:
         data = DATA[step.step]
@@ -174,7 +175,7 @@ def test_documents_weigh_as_in_the_run(pipeline, reduction, tmp_path):
     fn, found = wt.build(spec, domains=DOMAINS), replay(spec, record).weight
     assert unit_of(fn.plan) == "document"
     assert obstacle(fn.plan, record) is None
-    sizes = [len(step.row) for step in record.steps]
+    sizes = [len(step.row) for step in steps_of(record)]
     for weight, (step, data) in zip(found.split(sizes), DOCUMENTS.items(), strict=True):
         rows, tokens = torch.tensor(data["row"]), torch.tensor(data["tokens"])
         signals = {
@@ -277,9 +278,9 @@ def test_the_later_record_of_a_step_counts(tmp_path):
     again = {step: step_of(10 + step) for step in (5, 6)}
     write(tmp_path, DATA, about())
     record = read_record(write(tmp_path, again, about(), number=2))
-    assert [step.step for step in record.steps] == [1, 2, 5, 6]
+    assert [step.step for step in steps_of(record)] == [1, 2, 5, 6]
     expected = [DATA[1], DATA[2], again[5], again[6]]
-    for step, data in zip(record.steps, expected, strict=True):
+    for step, data in zip(steps_of(record), expected, strict=True):
         assert step.signals["loss"].tolist() == pytest.approx(data["loss"])
 
 
@@ -289,7 +290,7 @@ def test_domains_of_all_files_have_one_index(tmp_path):
     write(tmp_path, {1: DATA[1]}, about())
     record = read_record(write(tmp_path, few, about(domains=("docs", "data")), number=2))
     assert record.domains == ("docs", "data", "code")
-    for step, data in zip(record.steps, (DATA[1], few[2]), strict=True):
+    for step, data in zip(steps_of(record), (DATA[1], few[2]), strict=True):
         assert [record.domains[i] for i in step.domain] == data["domain"]
 
 
@@ -425,8 +426,10 @@ def test_documents_have_numbers_and_texts_of_their_own(tmp_path, capsys):
     record = read_record(tmp_path, "document")
     weight, own = replay(wt.loads(PER_DOCUMENT), record).weight, record.weight
     assert f"{summary(record, weight).ess:.4f}" in documents.split("largest weight")[0]
-    at = [torch.stack([step.row, step.document], 1).tolist() for step in record.steps]
-    places = [(s.step, *place) for s, own in zip(record.steps, at, strict=True) for place in own]
+    at = [torch.stack([step.row, step.document], 1).tolist() for step in steps_of(record)]
+    places = [
+        (s.step, *place) for s, own in zip(steps_of(record), at, strict=True) for place in own
+    ]
     lines = documents.partition("most raised")[2].splitlines()[2:8]
     for i, (line, below) in zip(
         (weight - own).topk(3).indices, zip(lines[::2], lines[1::2], strict=True), strict=True

@@ -5,6 +5,7 @@ import json
 import click.testing
 import pytest
 import torch
+from recorded import steps_of
 
 import weighting as wt
 from weighting.cli import main
@@ -50,12 +51,12 @@ def scanned(spec, number, values, wishes, run):
 def slow_ess(run, tau):
     """Return ESS/n of softmax(h / tau), the mean over the recorded steps, by loops."""
     total = 0.0
-    for step in read_record(run).steps:
+    for step in steps_of(read_record(run)):
         loss = step.signals["loss"].double().tolist()
         low, high = min(loss), max(loss)
         e = [2.718281828459045 ** ((2 * (x - low) / (high - low) - 1) / tau) for x in loss]
         total += sum(e) ** 2 / (len(e) * sum(x * x for x in e))
-    return total / len(read_record(run).steps)
+    return total / len(steps_of(read_record(run)))
 
 
 # What it finds.

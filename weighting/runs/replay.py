@@ -81,19 +81,6 @@ _MEANS = (
 """Sources whose mean over tokens is what they make of the signals' means."""
 
 
-class Step(NamedTuple):
-    """What `Record` says of the units of one step."""
-
-    step: int
-    row: Tensor
-    document: Tensor
-    documents: Tensor
-    domain: Tensor
-    tokens: Tensor
-    weight: Tensor
-    signals: dict[str, Tensor]
-
-
 @dataclass(frozen=True)
 class Record:
     """What a run recorded: its sequences, or documents, step after step, in the order of the data.
@@ -139,18 +126,6 @@ class Record:
             for name, x in self.signals.items()
         }
         return frozenset(name for name, count in counts.items() if (count > 0).all())
-
-    @property
-    def steps(self) -> tuple[Step, ...]:
-        """Its steps one by one, which takes long where there are many."""
-        sizes = self.sizes.tolist()
-        own = {name: getattr(self, name).split(sizes) for name in Step._fields[1:-1]}
-        told = {name: x.split(sizes) for name, x in self.signals.items()}
-        found = list[Step]()
-        for i, number in enumerate(self.numbers.tolist()):
-            columns, signals = ({name: x[i] for name, x in of.items()} for of in (own, told))
-            found.append(Step(step=number, signals=signals, **columns))
-        return tuple(found)
 
     def each(self, of_steps: Tensor) -> Tensor:
         """Return of each unit what its step has, [n]."""

@@ -7,6 +7,7 @@ import pytest
 import tiny_models as tiny
 import torch
 from looping import for_each
+from recorded import steps_of
 from runs import accelerate_launch
 from tiny_trainer import ACCUMULATED, BATCH, STEPS
 from torch.testing import assert_close
@@ -94,6 +95,6 @@ def test_ranks_that_resume_end_as_those_that_went_on(ranks, mode):
 def test_the_first_rank_records_the_sequences_of_both(ranks, mode):
     """Each microbatch has the rows of both ranks, told apart by their places."""
     record = read_record(ranks[mode] / "whole")
-    assert [step.step for step in record.steps] == [1, 2]
-    assert all(len(step.row.unique()) == RANKS * ACCUMULATED * BATCH for step in record.steps)
+    assert [step.step for step in steps_of(record)] == [1, 2]
+    assert all(len(step.row.unique()) == RANKS * ACCUMULATED * BATCH for step in steps_of(record))
     assert record.batches("microbatch")[2].tolist() == [1] * ACCUMULATED + [2] * ACCUMULATED
