@@ -4,7 +4,7 @@
 # make mutants    break one line at a time and see which test notices
 # make lint       ruff and pyrefly, both quiet
 # make evidence   does it help? two experiments with regression, and a language model in ten minutes
-# make evidence-long DATA=FOLDER TOKENIZER=FOLDER   the same in the proportions of the papers: days
+# make evidence-long DATA=FOLDER TOKENIZER=FOLDER   the same in the proportions of the papers: a day
 # make bench      what the weighting costs, of the loss and of a whole step, against torchtitan's own
 # make docs       the site in docs/_build, strictly: a dead link between pages fails
 # make dist       sdist and wheel, checked, with their hashes; the same bytes from the same commit

@@ -8,8 +8,9 @@ is a hundred times smaller.  Three texts are trained on: the one in the folder, 
 of the documents stands eight times, and one in which a third has its characters in random order.
 Every model meets the same validation text, which is the folder's.
 
-Runs are made one after the other, and each takes hours.  Stopped, the same command goes on; what is
-found is kept after every run.  `evidence_long_page.py` makes the page and the figures of it.
+There is one run a core at a time, and each takes the better part of an hour.  Stopped, the same
+command goes on; what is found is kept after every run.  `evidence_long_page.py` makes the page and
+the figures of it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import random
 import shutil
 import signal
 import sys
+import threading
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -79,6 +81,13 @@ def queue() -> list[Run]:
     return [*dict.fromkeys(runs)]
 
 
+def by_need(runs: list[Run]) -> Iterator[list[Run]]:
+    """Yield the runs that can be made at once: rho-1 needs the reference, which is made first."""
+    judge = next((i + 1 for i, run in enumerate(runs) if run.method == "reference"), 0)
+    yield runs[:judge]
+    yield runs[judge:]
+
+
 def main() -> None:
     """Train what is not there yet, and keep what is found after each run."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -100,10 +109,8 @@ def main() -> None:
         with series.alone(folder):
             study = Study(folder, args.data.absolute(), args.tokenizer, args.steps)
             missing = [run for run in queue() if not study.found(run).exists()]
-            for run in missing[: args.runs]:
-                print(f"{run.text}, {run.method}, seed {run.seed}", flush=True)
-                study.make(run)
-                study.gather(args.out)
+            for some in by_need(missing[: args.runs]):
+                evidence.at_once([lambda run=run: study.make(run, args.out) for run in some])
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on")
     except (RuntimeError, ValueError) as error:
@@ -141,6 +148,7 @@ class Study:
             for name in dict.fromkeys((*CURVE, *OTHERS)):
                 write_whole(specs / f"{name}.yaml", spec_text(name, steps))
         self._validation: Windows | None = None
+        self._alone = threading.Lock()  # around all but training
 
     def found(self, run: Run) -> Path:
         """Return the file of what was found of a run."""
@@ -157,17 +165,25 @@ class Study:
             self._validation = Windows(self.plans[TEXTS[0]])
         return self._validation
 
-    def make(self, run: Run) -> None:
+    def make(self, run: Run, out: Path) -> None:
         """Train a model, let every checkpoint meet the validation text, and keep the last one."""
         folder, plan = self.place(run.text), self.plans[run.text]
-        if run.text != TEXTS[0]:
-            write_text(self.validation.config, folder, run.text)
-        if run.method != "reference":
-            evidence.seed_checkpoint(folder, plan, run.seed)
+        with self._alone:
+            print(f"{run.text}, {run.method}, seed {run.seed}", flush=True)
+            if run.text != TEXTS[0]:
+                write_text(self.validation.config, folder, run.text)
+            if run.method != "reference":
+                evidence.seed_checkpoint(folder, plan, run.seed)
         keep = ["--checkpoint.keep_latest_k=0", f"--checkpoint.interval={self.every}"]
         keep += [f"--lr_scheduler.warmup_steps={max(self.steps * WARMUP // STEPS, 2)}"]
         evidence.train(folder, plan, run.method, run.seed, *keep)
-        dumped = evidence.run_of(folder, run.method, run.seed)
+        with self._alone:
+            self.look(run)
+            self.gather(out)
+
+    def look(self, run: Run) -> None:
+        """Let a run's checkpoints meet the validation text; all but the last one go."""
+        dumped = evidence.run_of(self.place(run.text), run.method, run.seed)
         saved = dict(sorted(step_folders(dumped / "checkpoint").items()))
         lines = read_lines(dumped / "weighting" / "metrics.jsonl")
         rows = [
@@ -193,7 +209,7 @@ class Study:
             "seq_len": SEQ_LEN,
             "rows": ROWS,
             "plain": self.steps * PLAIN // STEPS,
-            "machine": f"{platform.machine()}, one core, no accelerator used",
+            "machine": f"{platform.machine()}, one core a run, no accelerator used",
             "versions": {x: version(x) for x in ("torch", "torchtitan")},
             "buckets": [evidence.FREQUENT, evidence.MEDIUM],
             "runs": len(queue()),

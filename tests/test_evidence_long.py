@@ -127,6 +127,16 @@ def test_uniform_and_linupper_come_first_and_pairs_are_whole(study):
     assert {count[text, "linupper-r1"] for text in study.TEXTS} == {3}
 
 
+def test_nothing_waits_for_the_reference_but_what_reads_it(study):
+    """Runs of one batch are made at once; rho-1 scores with the reference."""
+    runs = study.queue()
+    first, then = study.by_need(runs)
+    assert first + then == runs
+    assert [x.method for x in first][-1] == "reference"
+    assert "rho-1" in {x.method for x in then}
+    assert [*study.by_need(then)] == [[], then]
+
+
 def test_a_third_of_a_text_stands_eight_times_or_is_noise(study):
     """Copies are exact; noise has the same letters in another order; domains stay."""
     rows = [(f"the text of document {i}", "book") for i in range(300)]
