@@ -1,4 +1,6 @@
-"""Which operators run, and which of them make the host wait for a device."""
+"""Which operators run, which make the host wait for a device, and what products are taken."""
+
+import math
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -34,3 +36,20 @@ class Census(TorchDispatchMode):
     def waits(self):
         """Those that wait."""
         return [x for x in self.names if x in WAITS or x.startswith(("_unique", "unique"))]
+
+
+class Products(TorchDispatchMode):
+    """Adds up how many tokens go through products of an output layer."""
+
+    def __init__(self, width, vocabulary):
+        """Count no products but those of these two sizes."""
+        super().__init__()
+        self._layer, self.tokens = {width, vocabulary}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        """Count and run one operator."""
+        if func.overloadpacket in {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_}:
+            sizes = [*args[-2].shape, args[-1].shape[1]]
+            if self._layer <= {*sizes}:
+                self.tokens += math.prod(sizes) // math.prod(self._layer)
+        return func(*args, **(kwargs or {}))

@@ -7,7 +7,7 @@ from pathlib import Path
 import generators as tables
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from census import Products
 
 import weighting as wt
 
@@ -58,23 +58,6 @@ WIDTH, VOCABULARY = 7, 17
 """Of an output layer; nothing else here has these sizes."""
 
 
-class CountsProducts(TorchDispatchMode):
-    """Adds up how many rows go through products of the output layer."""
-
-    def __init__(self):
-        """Begin with none."""
-        super().__init__()
-        self.rows = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        """Count and run one operator."""
-        if func.overloadpacket in {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_}:
-            sizes = [*args[-2].shape, args[-1].shape[1]]
-            if WIDTH in sizes and VOCABULARY in sizes:
-                self.rows += sizes[0] * sizes[1] * sizes[2] // (WIDTH * VOCABULARY)
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("path", SPECS, ids=lambda path: path.stem)
 def test_the_costs_on_the_page_are_those_of_the_loss(path):
     """The page's number of products of the output layer is what the named path really takes."""
@@ -95,7 +78,7 @@ def test_the_costs_on_the_page_are_those_of_the_loss(path):
     weight = torch.randn(VOCABULARY, WIDTH, generator=g, requires_grad=True)
     columns = {k: x for k, x in signals.columns.items() if not k.startswith("topk_entropy")}
 
-    with CountsProducts() as counted:
+    with Products(WIDTH, VOCABULARY) as counted:
         loss, _ = wt.linear_weighted_cross_entropy(
             hidden,
             weight,
@@ -110,4 +93,4 @@ def test_the_costs_on_the_page_are_those_of_the_loss(path):
         loss.backward()
 
     # A selection may have one token more in each sequence than its share.
-    assert counted.rows / (rows * length) == pytest.approx(products, abs=0.05)
+    assert counted.tokens / (rows * length) == pytest.approx(products, abs=0.05)

@@ -7,10 +7,9 @@ import hidden_states
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - the usual name
-from census import Census
+from census import Census, Products
 from torch import nn
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import titan_integration.host.cpu as on_cpu
 import weighting as wt
@@ -25,22 +24,6 @@ from weighting.loss.cross_entropy import weighted_cross_entropy  # noqa: E402
 from weighting.loss.logits import statistics  # noqa: E402
 
 ROWS, LENGTH, WIDTH, VOCABULARY, IGNORED = 4, 6, 5, 11, -100
-
-
-class Products(TorchDispatchMode):
-    """Counts the multiplications of matrix products."""
-
-    def __init__(self):
-        """Begin with none."""
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        """Count and run one operator."""
-        if func.overloadpacket in {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_}:
-            (rows, inner), (_, columns) = (x.shape for x in args[-2:])
-            self.count += rows * inner * columns
-        return func(*args, **(kwargs or {}))
 
 
 def example(text):
@@ -86,13 +69,12 @@ def test_where_rows_are_of_one_domain_a_run_weighs_domains_in_three_products(
     run = dataclasses.replace(run, row_domains=len({*rows}))
     loss_of = chunked(run, head, "late")
     count = (labels != IGNORED).sum()
-    with Products() as products:
+    with Products(WIDTH, VOCABULARY) as products:
         loss, _ = loss_of(hidden, labels, count)
         loss.backward()
     assert (loss_of._path.memory, loss_of._path.units) == ("late", units)
     assert loss_of._path.by_domain == by_domain
-    once = labels.numel() * WIDTH * VOCABULARY
-    assert 3 * once <= products.count < 4 * once, "three, and sums by domain"
+    assert products.tokens == 3 * count, "those that count, three times"
     logits = F.linear(hidden, head.weight)
     expected, _ = weighted_cross_entropy(logits, labels, tables.built(text), step=3, **given)
     assert_close(loss, expected, rtol=2e-5, atol=1e-6)  # float32 sums in another order
@@ -146,8 +128,10 @@ def test_the_loss_over_logits_is_the_core_s(name):
 @pytest.mark.parametrize("name", tables.SPEC_TEXTS)
 def test_no_step_waits_for_the_device(name, memory, monkeypatch):
     """Forward and backward ask for no value: a captured graph could hold them."""
-    # What looks at values on CPU alone, where it costs nothing: whether ids are in range.
+    # What looks at values on CPU alone, where it costs nothing: ids, ignored labels, and NaN.
     monkeypatch.setattr("weighting.contract.levels._ids", lambda ids, *_: ids.reshape(-1).long())
+    monkeypatch.setattr("weighting.loss.linear._counted", lambda _: None)
+    monkeypatch.setattr("weighting.loss.logits._is_finite", lambda *_: False)
     run, _, hidden, head, labels = example(tables.SPEC_TEXTS[name])
     loss_fn, count = chunked(run, head, memory), (labels != IGNORED).sum()
     with Census() as census:
@@ -177,9 +161,9 @@ def test_each_memory_choice_takes_its_number_of_matrix_products(name, memory, pr
     hidden = torch.randn(4, 10, WIDTH, requires_grad=True)
     head, labels = nn.Linear(WIDTH, VOCABULARY, bias=False), torch.randint(0, VOCABULARY, (4, 10))
     run.microbatches.set_batch({"ref_loss": torch.rand(4, 10)})
-    with Products() as products_of:
+    with Products(WIDTH, VOCABULARY) as products_of:
         chunked(run, head, memory, chunks=4)(hidden, labels, torch.tensor(40))[0].backward()
-    assert products_of.count / (40 * WIDTH * VOCABULARY) == pytest.approx(products)
+    assert products_of.tokens / 40 == pytest.approx(products)
 
 
 def test_state_and_statistics_stay_where_they_are():

@@ -4,6 +4,7 @@ import generators as tables
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - the usual name
+from census import Products
 from looping import for_each
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor import scheduler
@@ -115,6 +116,43 @@ def test_a_sequence_of_weight_zero_and_ignored_tokens_leave_no_trace():
         assert out.token[1:].any()
         assert not d_hidden[0].any()
         assert not d_hidden[labels == IGNORED].any()
+
+
+@pytest.mark.parametrize("memory", ["late", "keep", "recompute"])
+@pytest.mark.parametrize("name", ["linupper", "linupper-x-mile", "rho-1"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_whole_rows_and_ends_of_rows_may_be_ignored(name, memory, bias):
+    """As in padded batches and in fine-tuning: a row without labels, one label, a whole row."""
+    if (name, memory) == ("rho-1", "late"):
+        return  # which weighs every token late
+    text = tables.SPEC_TEXTS[name]
+    leaves, labels, given = example(text, bias=bias)
+    labels[0], labels[1, 1:], labels[2, :3] = IGNORED, IGNORED, IGNORED
+    expected = from_logits(leaves, labels, given, tables.built(text))
+    for chunks in (1, 3, 24):
+        got = from_hidden(leaves, labels, given, tables.built(text), memory=memory, chunks=chunks)
+        must_agree(got, expected)
+    labels[:] = IGNORED
+    loss, _, grads = from_hidden(leaves, labels, given, tables.built(text), memory=memory)
+    assert loss == 0
+    assert not any(x.any() for x in grads)
+
+
+@pytest.mark.parametrize("memory", ["late", "keep", "recompute"])
+def test_ignored_tokens_take_no_part_in_the_products(memory):
+    """Fine-tuning ignores prompts: two of three tokens cost nothing."""
+    text = tables.SPEC_TEXTS["linupper"]
+    leaves, labels, given = example(text)
+    labels[:] = 0
+    counts = []
+    for cut in (0, 4):
+        labels[:, :cut] = IGNORED
+        with Products(WIDTH, VOCABULARY) as products:
+            from_hidden(leaves, labels, given, tables.built(text), memory=memory)
+        counts.append(products.tokens)
+    once = ROWS * LENGTH
+    assert counts[0] == (4 * once - once / 8 if memory == "recompute" else 3 * once)
+    assert counts[1] <= counts[0] / 3
 
 
 @pytest.mark.parametrize("memory", ["auto", "keep", "recompute"])
@@ -370,6 +408,13 @@ def test_rows_of_one_domain_need_a_gradient_for_each_domain(name, bias):
         if bad:
             assert not got[2][0][1, 2].any()
             assert got[2][0][1, 3].any() or labels[1, 3] == IGNORED
+    labels[0], labels[1], labels[5] = (
+        IGNORED,
+        IGNORED,
+        IGNORED,
+    )
+    expected = from_logits(*batch, tables.built(text))
+    must_agree(from_hidden(leaves, labels, given, tables.built(text), memory="late"), expected)
 
 
 @pytest.mark.parametrize("name", ["group-dro", "doremi-x-linupper-x-mile"])
@@ -481,7 +526,7 @@ def test_room_for_logits_is_that_of_one_chunk(monkeypatch):
     how = {"memory": "late", "chunks": 4}
     expected = from_logits(*batch, tables.built(text))
     must_agree(from_hidden(*batch, tables.built(text), **how), expected)
-    assert [x.shape for x in made] == [(6, VOCABULARY)]
+    assert [x.shape for x in made] == [(5, VOCABULARY)], "4 of 24 labels are ignored"
     must_agree(from_hidden(*batch, tables.built(text), memory="late", chunks=5), expected)
     assert made[-1].shape == (5, VOCABULARY), "of spans that begin and end inside of rows"
 
@@ -564,7 +609,7 @@ class Launches(TorchDispatchMode):
 
 @pytest.mark.parametrize(("name", "folds"), [("linupper", 1), ("mile", 0)])
 def test_an_accelerator_launches_few_kernels_beside_compiled_ones(monkeypatch, name, folds):
-    """Eight chunks are eight compiled calls, and what is around them takes 41 operations or less.
+    """Eight chunks are eight compiled calls, and what is around them takes 43 operations or less.
 
     Three products a chunk are 24 of these.
     """
@@ -585,7 +630,7 @@ def test_an_accelerator_launches_few_kernels_beside_compiled_ones(monkeypatch, n
     (hidden, weight), labels, _ = example(tables.SPEC_TEXTS[name], shape=(4, 16))
     with Launches() as launches:
         wt.linear_weighted_cross_entropy(hidden, weight, labels, fn, memory="late")[0].backward()
-    assert len(launches.names) <= 41
+    assert len(launches.names) <= 43
     expected = ["_read", *["_weighed"] * 8, "forward", "_bound", *["_fold_pieces_"] * folds]
     assert calls == expected
 

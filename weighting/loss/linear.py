@@ -38,7 +38,7 @@ from weighting.loss.logits import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from weighting.build import Plan, Weighting
     from weighting.contract import Collectives
@@ -73,6 +73,7 @@ def linear_weighted_cross_entropy(
 
     The same as `weighted_cross_entropy` of the logits, which never exist but for a chunk of tokens
     at a time.  The gradient is made in the forward pass, so it can be had once.
+    On CPU, ignored tokens take no part in the products.
 
     Args:
         hidden: [B, L, D] or [T, D], the input of the output layer.
@@ -383,6 +384,13 @@ def matrix_products(memory: str, active_fraction: float = 1.0) -> float:
     return 1 + further[memory]
 
 
+class Rows(NamedTuple):
+    """The row of each token, [T], ascending; and at which token each row ends."""
+
+    of: Tensor
+    ends: Sequence[int]
+
+
 class Batch(NamedTuple):
     """A batch at the output layer.
 
@@ -394,6 +402,7 @@ class Batch(NamedTuple):
         local: From signals of some tokens to the part of their weights that they alone decide.
         known: Signals known before the pass, by name, in the shape of the labels.
         scale: 0-D; multiplies the loss.
+        rows: Which tokens are in which row; `begin` tells it.
     """
 
     labels: Tensor
@@ -403,6 +412,7 @@ class Batch(NamedTuple):
     local: Callable[[dict[str, Tensor]], Tensor]
     known: Mapping[str, Tensor]
     scale: Tensor
+    rows: Rows | None = None
 
 
 class Gradients(NamedTuple):
@@ -507,23 +517,76 @@ def begin(
         labels; and how to finish.
     """
     known = {name: value.reshape(-1) for name, value in batch.known.items()}
-    rows = hidden.detach().reshape(-1, hidden.shape[-1])
+    states = hidden.detach().reshape(-1, hidden.shape[-1])
     told = {HIDDEN: hidden.detach()} if HIDDEN in batch.needs else {}
     if told:
-        known[HIDDEN] = rows
-    flat = batch._replace(labels=batch.labels.reshape(-1), known=known)
-    through = {"late": _late, "keep": _keep, "recompute": _twice}[batch.path.memory]
+        known[HIDDEN] = states
+    labels, path = batch.labels.reshape(-1), batch.path
+    count = path.by_domain or path.units
+    each = len(labels) // count
+    row_of = torch.arange(len(labels), device=labels.device) // max(each, 1)
+    in_rows = Rows(row_of, [each * (row + 1) for row in range(count)])
+    flat = batch._replace(labels=labels, known=known, rows=in_rows)
+    through = {"late": _late, "keep": _keep, "recompute": _twice}[path.memory]
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        found, finish = through(flat, rows, wants)
+        counted = _counted(labels)
+        if counted is None:
+            found, finish = through(flat, states, wants)
+        else:
+            found, finish = _without_ignored(through, flat, states, wants, counted)
     return {name: x.reshape(batch.labels.shape) for name, x in found.items()} | told, finish
+
+
+def _counted(labels: Tensor) -> Tensor | None:
+    """Return where the labels stand that count, or None for all.
+
+    All are taken where none count, and where how many there are would have to be waited for: on an
+    accelerator, and in compiled code, which has one size for all batches.
+    """
+    if _compiles(labels.device) or torch.compiler.is_compiling():
+        return None
+    counted = (labels != IGNORE_INDEX).nonzero()[:, 0]
+    return counted if 0 < len(counted) < len(labels) else None
+
+
+def _without_ignored(
+    through: Callable[..., tuple[dict[str, Tensor], Finish]],
+    batch: Batch,
+    hidden: Tensor,
+    wants: tuple[bool, bool],
+    counted: Tensor,
+) -> tuple[dict[str, Tensor], Finish]:
+    """Go with the tokens that count alone; the others have signals and gradients of 0."""
+    assert batch.rows is not None
+    ends = torch.searchsorted(counted, torch.tensor(batch.rows.ends)).tolist()
+    fewer = batch._replace(
+        labels=batch.labels[counted],
+        known={name: value[counted] for name, value in batch.known.items()},
+        rows=Rows(batch.rows.of[counted], ends),
+    )
+    found, finish = through(fewer, hidden[counted], wants)
+
+    def spread(x: Tensor) -> Tensor:
+        return x.new_zeros(len(hidden), *x.shape[1:]).index_copy_(0, counted, x)
+
+    @torch.no_grad()
+    def finish_all(token: Tensor) -> tuple[Tensor, Gradients]:
+        loss, gradients = finish(token.reshape(-1)[counted])
+        of_hidden = None if gradients.hidden is None else spread(gradients.hidden)
+        return loss, gradients._replace(hidden=of_hidden)
+
+    return {name: spread(x) for name, x in found.items()}, finish_all
 
 
 def _late(
     batch: Batch, hidden: Tensor, wants: tuple[bool, bool]
 ) -> tuple[dict[str, Tensor], Finish]:
     """Go once: gradients under the local part of the weights, per late unit."""
-    units, of_rows = batch.path.units, _domains_of_rows(batch) if batch.path.by_domain else None
-    sums = _Sums(batch.head, hidden, wants, units, of_rows)
+    assert batch.rows is not None
+    units, (row_of, ends) = batch.path.units, batch.rows
+    of_rows = _domains_of_rows(batch, row_of) if batch.path.by_domain else None
+    unit_of = row_of if of_rows is None else of_rows[row_of]
+    sums = _Sums(batch.head, hidden, wants, units, of_rows, ends=ends)
     signals: list[dict[str, Tensor]] = []
     parts: list[Tensor] = []
     scales: list[Tensor] = []
@@ -550,7 +613,7 @@ def _late(
     def finish(token: Tensor) -> tuple[Tensor, Gradients]:
         bound = compiled(_bound) if _compiles(token.device) else _bound
         given = token.reshape(-1), part, scale, found["loss"], batch.scale
-        loss, per_token, late = bound(*given, units, of_rows)
+        loss, per_token, late = bound(*given, units, unit_of)
         return loss, sums.scaled(per_token, late)
 
     return found, finish
@@ -563,23 +626,20 @@ def _bound(
     nll: Tensor,
     factor: Tensor,
     units: int,
-    of_rows: Tensor | None,
+    unit_of: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the loss, 0-D, the factor of each token's gradient, [T], and of each unit's, [U]."""
     token = token * factor
-    rows = units if of_rows is None else len(of_rows)
-    both = torch.stack([token, part]).abs().view(2, rows, -1).sum(-1)  # signs are the part's
-    whole, local = both if of_rows is None else sum_by(of_rows, units, both)
+    # Signs are the part's.
+    whole, local = sum_by(unit_of, units, torch.stack([token, part]).abs())
     late = torch.where(local > 0, whole / local, whole)
-    of_row = late if of_rows is None else late[of_rows]
-    per_token = (scale.view(rows, -1) * of_row[:, None]).view(-1)
-    return weighted_sum(nll, token), per_token, late
+    return weighted_sum(nll, token), scale * late[unit_of], late
 
 
-def _domains_of_rows(batch: Batch) -> Tensor:
+def _domains_of_rows(batch: Batch, row_of: Tensor) -> Tensor:
     """Return the domain of each row, [B]; ids at ignored tokens may be anything."""
-    ids, valid = batch.known["domain_ids"].long(), batch.known["valid"]
-    return torch.where(valid, ids, 0).view(batch.path.by_domain, -1).amax(1)
+    ids = torch.where(batch.known["valid"], batch.known["domain_ids"].long(), 0)
+    return ids.new_zeros(batch.path.by_domain).scatter_reduce(0, row_of, ids, "amax")
 
 
 def _chunk(
@@ -651,7 +711,7 @@ def _keep(
     def finish(token: Tensor) -> tuple[Tensor, Gradients]:
         weight = token.reshape(-1) * batch.scale
         loss = weighted_sum(found["loss"], weight)
-        sums = _Sums(head, hidden, wants, 1, whole=path.most is None)
+        sums = _Sums(head, hidden, wants, whole=path.most is None)
         if path.most is None:
             scale = _per_token(weight, total)
             sums.add(room, scale, slice(None))
@@ -686,11 +746,11 @@ def _twice(
     def finish(token: Tensor) -> tuple[Tensor, Gradients]:
         weight = token.reshape(-1) * batch.scale
         loss = weighted_sum(found["loss"], weight)
-        sums = _Sums(head, hidden, wants, 1, whole=path.most is None)
+        sums = _Sums(head, hidden, wants, whole=path.most is None)
         pieces: list[slice | Tensor] = [*reversed(spans)]
         if path.most is not None:
             weight, rows = _selected(weight, path.most)
-            pieces = [*rows.split(path.chunk)]
+            pieces = [*rows.split(len(room))]
         for piece in pieces:
             rows = hidden[piece]
             logits = room[: len(rows)]
@@ -745,13 +805,13 @@ class _Sums:
         head: Head,
         hidden: Tensor,
         wants: tuple[bool, bool],
-        units: int,
+        units: int = 1,
         of_rows: Tensor | None = None,
         *,
+        ends: Sequence[int] = (),
         whole: bool = True,
     ) -> None:
-        self._head, self._hidden, self._units, self._of_rows = head, hidden, units, of_rows
-        self._rows = units if of_rows is None else len(of_rows)
+        self._head, self._hidden, self._of_rows, self._ends = head, hidden, of_rows, ends
         of_hidden, of_weight = wants
         begun = torch.empty_like if whole else torch.zeros_like
         self._d_hidden = begun(hidden) if of_hidden else None
@@ -812,13 +872,14 @@ class _Sums:
 
     def _by_row(self, rows: slice | Tensor) -> list[tuple[int, slice]]:
         """Return the rows of some tokens, and which of these are of each."""
-        if self._rows == 1:
+        if len(self._ends) <= 1:
             return [(0, slice(None))]
         assert isinstance(rows, slice), "only one unit is walked in another order"
-        each = len(self._hidden) // self._rows
+        found = zip([0, *self._ends], self._ends, strict=False)
         return [
-            (row, slice(max(row * each - rows.start, 0), (row + 1) * each - rows.start))
-            for row in range(rows.start // each, -(-rows.stop // each))
+            (row, slice(max(start - rows.start, 0), end - rows.start))
+            for row, (start, end) in enumerate(found)
+            if max(start, rows.start) < min(end, rows.stop)
         ]
 
     def scaled(self, scale: Tensor | None, late: Tensor | None = None) -> Gradients:
@@ -833,6 +894,9 @@ class _Sums:
             torch.mul(self._d_hidden, scale[:, None], out=self._d_hidden)
         if self._d_weight and late is not None:
             if self._of_units is None:
+                for part, empty in zip(self._d_weight, self._empty, strict=True):
+                    if empty:  # no token of the row counts
+                        part.zero_()
                 _fold_(self._d_weight, late)
             else:
                 of_units = [*self._of_units.unbind()]

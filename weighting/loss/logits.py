@@ -265,8 +265,12 @@ def _sums(
     """
     in_place = store and logits.dtype == torch.float32
     with_two = with_entropy or with_squares  # of d and exp d
+    own_shift = top is None
     d, top = _difference(logits, top, scratch[0], in_place=in_place and not with_two)
-    d.nan_to_num_(nan=-1e4, neginf=-1e4)
+    if own_shift and _is_finite(top, scratch):
+        d.clamp_(min=-1e4)  # No NaN is among them; this takes a fifth of the time.
+    else:
+        d.nan_to_num_(nan=-1e4, neginf=-1e4)
     if not with_two:
         e = d.exp_()
     elif scratch[1] is None:
@@ -288,10 +292,17 @@ def _exponentials(
 ) -> tuple[Tensor, ...]:
     """Overwrite logits by sign * exp(logits - shift), and by 0 what is not finite."""
     d, _ = _difference(logits, shift, scratch[0], in_place=logits.dtype == torch.float32)
-    e = d.nan_to_num_(nan=-torch.inf, neginf=-torch.inf).exp_().mul_(sign[:, None])
+    if not _is_finite(shift, scratch):
+        d.nan_to_num_(nan=-torch.inf, neginf=-torch.inf)
+    e = d.exp_().mul_(sign[:, None])
     if e is not logits:
         logits.copy_(e)
     return (shift,)
+
+
+def _is_finite(shift: Tensor, scratch: tuple[Tensor | None, ...]) -> bool:
+    """Tell whether a shift made of all logits is finite; False where that would be waited for."""
+    return scratch[0] is not None and bool(shift.sum().isfinite())
 
 
 def _divergence(
