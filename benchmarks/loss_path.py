@@ -58,7 +58,7 @@ from loss_ways import (
 )
 from torch import Tensor
 
-from weighting.loss.linear import CHUNKS
+from weighting.loss.linear import CHUNKS, chunk_of
 
 # In 16 bits, the rounding of logits and of up to a hundred chunks that add up: 6 eps.  In float32,
 # sums of many terms: 40 eps.  A token that weighs what it should not is off by about one.
@@ -383,8 +383,8 @@ def heading(setting: Setting) -> list[str]:
         where = f"{torch.cuda.get_device_name(setting.device)}, {where}"
     return [
         f"N={tokens} tokens in B={rows} sequences, D={width}, V={vocabulary}, {dtype}",
-        f"{CHUNKS} chunks of {tokens // CHUNKS} tokens; {setting.rounds} rounds",
-        f"{', '.join(versions)}; commit {_commit()}",
+        f"{CHUNKS} chunks of {tokens // CHUNKS} tokens, ours of {chunk_of(tokens, CHUNKS)}",
+        f"{setting.rounds} rounds; {', '.join(versions)}; commit {_commit()}",
         f"{where}; {torch.get_num_threads()} of {os.cpu_count()} threads; {_load()}",
     ]
 

@@ -17,6 +17,12 @@ from weighting.loss.logits import Slice
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """Cut small batches as large ones are."""
+    monkeypatch.setattr("weighting.loss.linear.MIN_CHUNK", 1)
+
+
 @pytest.fixture(scope="module")
 def scale():
     """Return the script as a module."""

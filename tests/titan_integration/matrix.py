@@ -25,6 +25,7 @@ from torchtitan.tools.logging import init_logger
 import weighting as wt
 from titan_integration.state.microbatches import When
 from titan_integration.state.run import Run
+from weighting.loss import linear
 
 MOST_STEPS = 2
 WHERE = "columns.where"
@@ -53,6 +54,7 @@ def main() -> None:
     trainer = config.build()
     trainer.checkpointer.load(step=config.checkpoint.load_step)
     trainer.optimizers.step = lambda: None
+    linear.MIN_CHUNK = 1  # small batches are cut as large ones are
     references = None if trainer.parallel_dims.pp_enabled else two_references(trainer)
     microbatches = trainer._calls_in_a_step
     batches = [*islice(trainer.dataloader, MOST_STEPS * microbatches)]

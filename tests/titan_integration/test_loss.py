@@ -26,6 +26,12 @@ from weighting.loss.logits import statistics  # noqa: E402
 ROWS, LENGTH, WIDTH, VOCABULARY, IGNORED = 4, 6, 5, 11, -100
 
 
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """Cut small batches as large ones are."""
+    monkeypatch.setattr("weighting.loss.linear.MIN_CHUNK", 1)
+
+
 def example(text):
     """Return a run at step 3 with its batch, hidden states, an output layer and labels."""
     g = torch.Generator().manual_seed(0)

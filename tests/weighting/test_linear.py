@@ -21,6 +21,12 @@ ROWS, LENGTH, WIDTH, VOCABULARY = 4, 6, 5, 11
 MIB = 2**20
 
 
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """Cut small batches as large ones are."""
+    monkeypatch.setattr("weighting.loss.linear.MIN_CHUNK", 1)
+
+
 def example(text, *, bias=False, dtype=torch.float32, shape=(ROWS, LENGTH)):
     """Return hidden states, a weight, a bias, labels and what else a spec may read."""
     g = torch.Generator().manual_seed(0)

@@ -46,8 +46,9 @@ if TYPE_CHECKING:
 Memory = Literal["auto", "late", "keep", "recompute", "full"]
 CHUNKS = 8
 """Chunks a batch is cut into where nothing else is asked."""
-CHUNK = 2048
-"""Tokens in a chunk, at most: products are no faster with more."""
+MIN_CHUNK, MAX_CHUNK = 512, 2048
+"""Tokens in a chunk, if there are as many: with fewer, adding each chunk's part to the gradient of
+the layer takes as long as making it; products are no faster with more."""
 
 
 def linear_weighted_cross_entropy(
@@ -88,7 +89,8 @@ def linear_weighted_cross_entropy(
         ref_loss: Loss of a reference model for each token, nats.
         columns: Dataset columns for each token, by name.
         memory: How weights that come late are met; see `path_of`.
-        chunks: Into how many chunks the batch is cut at least; none has more than 2,048 tokens.
+        chunks: Into how many chunks the batch is cut, unless these had fewer than 512 tokens, or
+            more than 2,048.
         sequence_ids: Sequence of each token: equal ids in one row are one, counted from 0 in each
             row or on from row to row.  None: each row of [B, L] is a sequence, and in [T] each
             document.  A padding-free batch needs them, see `Signals`.
@@ -354,8 +356,8 @@ def path_of(
 
 
 def chunk_of(tokens: int, chunks: int) -> int:
-    """Return how many tokens a chunk has at most, of a batch cut into `chunks` of them or more."""
-    return min(max(1, -(-tokens // chunks)), CHUNK)
+    """Return how many tokens a chunk has at most, of a batch cut into `chunks` of a good size."""
+    return max(1, min(max(-(-tokens // chunks), MIN_CHUNK), MAX_CHUNK, tokens))
 
 
 def _plain_bytes(sizes: Sizes, chunks: int) -> int:
