@@ -4,13 +4,15 @@ import math
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 BY_MASK = "index by mask"
+BETWEEN = "between devices: "
 WAITS = (
     *("_local_scalar_dense", "nonzero", "masked_select", "_unique", "unique", "bincount"),
     *("is_nonzero", "equal", "repeat_interleave", "histc", BY_MASK),
 )
-"""Operators whose result the host has to wait for, or how they begin."""
+"""Operators whose result the host has to wait for."""
 
 
 class Census(TorchDispatchMode):
@@ -23,19 +25,24 @@ class Census(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         """Note and run one."""
+        out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         indices = args[1] if name.startswith("index") and len(args) > 1 else ()
         masks = (torch.bool, torch.uint8)
         by_mask = isinstance(indices, list | tuple) and any(
             isinstance(x, torch.Tensor) and x.dtype in masks for x in indices
         )
+        tensors = (x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor))
+        if len({x.device.type for x in tensors}) > 1:
+            name = BETWEEN + name
         self.names.append(BY_MASK if by_mask else name)
-        return func(*args, **(kwargs or {}))
+        return out
 
     @property
     def waits(self):
         """Those that wait."""
-        return [x for x in self.names if x in WAITS or x.startswith(("_unique", "unique"))]
+        begins = ("_unique", "unique", BETWEEN)
+        return [x for x in self.names if x in WAITS or x.startswith(begins)]
 
 
 class Products(TorchDispatchMode):

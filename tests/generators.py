@@ -240,6 +240,24 @@ def planned(text):
     return plan, tuple(tables[0]) if tables else DOMAINS
 
 
+OF_LOGITS = {"entropy", "error_norm", "target_prob", "columns.label_is_top"}
+"""Signals that the loss makes from logits, beside the entropies of the largest."""
+
+
+def ways(texts=SPEC_TEXTS):
+    """Return one spec of each way through the loss from hidden states, by name.
+
+    It goes by when weights are known, what is read from logits, and what a selection drops.
+    """
+    found = {}
+    for name, text in texts.items():
+        plan = planned(text)[0]
+        made = frozenset(x for x in plan.needs if x in OF_LOGITS or "topk_entropy" in x)
+        late = plan.deferred_level, plan.domain_late != (), plan.max_active_fraction(None) < 1
+        found.setdefault((plan.identity, plan.spec.scope, made, *late), name)
+    return [*found.values()]
+
+
 def domains_of(text):
     """Return the domains of a spec text's table, or else `DOMAINS`."""
     return planned(text)[1]

@@ -3,11 +3,12 @@
 import generators as tables
 import pytest
 import torch
+from census import Census
+from looping import for_each
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import weighting as wt
 from weighting.loss import linear, logits
@@ -290,34 +291,6 @@ def test_a_cut_vocabulary_takes_two_small_collectives():
 
 # Nothing waits for the device ---------------------------------------------------------------------
 
-_WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "bincount", "is_nonzero")
-
-
-class Census(TorchDispatchMode):
-    """Notes every operation, and those that wait for the device or copy from one to another."""
-
-    def __init__(self):
-        """Have seen nothing."""
-        super().__init__()
-        self.seen, self.waiting = 0, []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        """Run the operation and note it."""
-        out = function(*args, **(kwargs or {}))
-        name = str(function)
-        tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)]
-        indices = args[1] if name.startswith("aten.index") and len(args) > 1 else ()
-        masks = [
-            x
-            for x in (indices if isinstance(indices, list | tuple) else ())
-            if isinstance(x, torch.Tensor) and x.dtype in {torch.bool, torch.uint8}
-        ]
-        crosses = len({x.device.type for x in tensors}) > 1
-        if masks or crosses or any(f"aten.{bad}" in name for bad in _WAITING):
-            self.waiting.append(name)
-        self.seen += 1
-        return out
-
 
 @pytest.fixture
 def device(monkeypatch):
@@ -339,24 +312,27 @@ def test_statistics_and_gradient_never_wait(device):
         with Census() as census:
             found = statistics(z, labels, NEEDS, cut)
             got = gradient_(z, labels, found["lse"], found["loss"], cut)
-        assert census.seen > 20
-        assert census.waiting == []
+        assert len(census.names) > 20
+        assert census.waits == []
         assert got.device.type == "cuda"
         assert {value.shape for value in found.values()} == {(TOKENS,)}
 
 
+def steps():
+    """Return specs of each way through the loss, in every mode of memory that they may take."""
+    plans = {name: tables.planned(tables.SPEC_TEXTS[name])[0] for name in tables.ways()}
+    modes = ("late", "keep", "recompute")
+    waits = [name for name, plan in plans.items() if plan.deferred_level == "token"]
+    return [(name, x) for name in plans for x in modes if x != "late" or name not in waits]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "memory"),
-    [
-        (name, memory)
-        for name, text in tables.SPEC_TEXTS.items()
-        for memory in ("late", "keep", "recompute")
-        if memory != "late" or tables.built(text).plan.deferred_level != "token"
-    ],
-)
+@for_each("name, memory", steps)
 def test_a_step_never_waits(name, memory, device):
-    """Loss, weights and gradients of every spec are had without one look at a value."""
+    """Loss, weights and gradients are had without one look at a value.
+
+    That no spec's weights take a look is a law: `test_no_value_is_ever_looked_at`.
+    """
     fn = tables.built(tables.SPEC_TEXTS[name]).to(device)
     shape = (4, 6)
     signals = tables.changed(tables.batch(*shape), lambda _, x: torch.empty_like(x, device=device))
@@ -385,8 +361,8 @@ def test_a_step_never_waits(name, memory, device):
         )
         # Backward by hand: autograd's engine would look for the device.
         grads = loss.grad_fn.apply(one)
-    assert census.seen > 100
-    assert census.waiting == []
+    assert len(census.names) > 100
+    assert census.waits == []
     assert out.token.shape == shape
     for got, leaf in zip(grads, (hidden, weight, bias), strict=False):
         assert got.shape == leaf.shape
@@ -406,7 +382,7 @@ def test_the_census_sees_what_waits(device):
             offence()
     with Census() as census:
         x.cpu()
-    assert census.waiting == ["aten._to_copy.default"]
+    assert census.waits == ["between devices: _to_copy"]
 
 
 # Labels -------------------------------------------------------------------------------------------
@@ -438,5 +414,5 @@ def test_on_a_device_labels_are_checked_without_waiting(device):
     labels = torch.empty(4, 6, dtype=torch.int64, device=device)
     with Census() as census, Names():
         check_labels(labels, 11)
-    assert census.waiting == []
+    assert census.waits == []
     assert "aten._assert_async.msg" in names
