@@ -258,6 +258,15 @@ def ways(texts=SPEC_TEXTS):
     return [*found.values()]
 
 
+def in_modes(texts):
+    """Return every spec with the mode that the library takes, and one of each way with the others.
+
+    The weights of a spec are made in the same place in all modes.
+    """
+    others = [(name, x) for name in ways(texts) for x in ("keep", "recompute", "full")]
+    return [*((name, "auto") for name in texts), *others]
+
+
 def domains_of(text):
     """Return the domains of a spec text's table, or else `DOMAINS`."""
     return planned(text)[1]

@@ -8,6 +8,7 @@ import generators as tables
 import pytest
 import torch
 from census import Products
+from looping import for_each
 
 import weighting as wt
 
@@ -32,7 +33,7 @@ def test_there_are_specs():
     assert len(SPECS) >= 34
 
 
-@pytest.mark.parametrize("path", SPECS, ids=lambda path: path.stem)
+@for_each("path", SPECS, ids=lambda path: path.stem)
 def test_every_spec_has_its_entry_as_it_is_now(path):
     """Title, formula, paper, differences, level, signals and cost of a spec are in the gallery."""
     page = (ROOT / "specs" / "README.md").read_text(encoding="utf-8")
@@ -44,7 +45,7 @@ def test_every_spec_has_its_entry_as_it_is_now(path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", SPECS, ids=lambda path: path.stem)
+@for_each("path", SPECS, ids=lambda path: path.stem)
 def test_every_picture_shows_something(path):
     """A curve has finite weights, some of them positive."""
     loss, weight = gallery.curve(wt.load(path))
@@ -58,7 +59,7 @@ WIDTH, VOCABULARY = 7, 17
 """Of an output layer; nothing else here has these sizes."""
 
 
-@pytest.mark.parametrize("path", SPECS, ids=lambda path: path.stem)
+@for_each("path", SPECS, ids=lambda path: path.stem)
 def test_the_costs_on_the_page_are_those_of_the_loss(path):
     """The page's number of products of the output layer is what the named path really takes."""
     page = (ROOT / "specs" / "README.md").read_text(encoding="utf-8")

@@ -169,13 +169,30 @@ EXCEPTIONS = {
 """Laws that a stage breaks, and why it may."""
 
 
-@for_each("name", subjects)
+def of_kind(*kinds):
+    """Return the names of some of them."""
+    return [name for name in subjects() if name.startswith(kinds)]
+
+
+@for_each("name", lambda: of_kind("stage ", "extra "))
 def test_the_laws_of_the_kit_hold(name):
-    """Every stage and every spec passes what users check theirs with, but for what is excepted.
+    """Every stage and every kind of spec passes what users check theirs with.
 
     Compiling, ranks, and waiting for a device are looked at below, more closely.
     """
-    subject, broken = subjects()[name], {}
+    must_hold(subjects()[name])
+
+
+@pytest.mark.slow
+@for_each("name", lambda: of_kind("spec "))
+def test_the_laws_of_the_kit_hold_of_shipped_specs(name):
+    """Every shipped spec passes what users check theirs with."""
+    must_hold(subjects()[name])
+
+
+def must_hold(subject):
+    """Check a stage or spec, but for what is excepted."""
+    broken = {}
     expected = {law for stage in stages_of(subject) for law in EXCEPTIONS.get(stage.name, {})}
     prepared = as_subject(subject)
     for check in checks_for(prepared):
@@ -614,9 +631,14 @@ def test_cut_rows_are_joined_again():
         assert torch.equal(joined([cut(rows, p, 2, in_order) for p in (0, 1)], in_order), rows)
 
 
-@for_each("ranks, in_order", [(2, True), (4, False)])
-@each_case
-def test_sequences_cut_over_ranks_weigh_like_whole_ones(case, in_order, ranks):
+CUTS = [(case, 4, False) for case in CASES] + [
+    (case, 2, True) for case in RANK_CASES if not case.startswith("spec ")
+]
+"""Every case in pieces from head and tail of a row, and every kind of stage in pieces in order."""
+
+
+@for_each("case, ranks, in_order", CUTS)
+def test_sequences_cut_over_ranks_weigh_like_whole_ones(case, ranks, in_order):
     """Parts of sequences on two ranks each weigh, and remember, what whole sequences do.
 
     Documents and sequences span the ranks, and some parts hold no label; ids of documents count
@@ -677,6 +699,7 @@ def late():
     return [case for case, plan in waits.items() if not plan.identity]
 
 
+@functools.cache
 def chunk_batches():
     """Return hard batches, and more with zeros, signals that are not finite, and many tokens."""
     # A score below 1e-20 counts as that much; the promise is for scores above it.

@@ -7,6 +7,7 @@ import re
 import generators as tables
 import pytest
 import torch
+from looping import for_each
 from reference_methods import FORMULAS, MEMORIES, reference
 
 import weighting as wt
@@ -14,7 +15,7 @@ from weighting.language.find import shipped
 
 NAMES = sorted(tables.SPEC_TEXTS)
 
-each_spec = pytest.mark.parametrize("name", NAMES)
+each_spec = for_each("name", NAMES)
 
 
 def adversarial(domains=tables.DOMAINS):
@@ -102,8 +103,8 @@ def test_weights_are_those_of_the_header(name):
         assert_like_reference(name, signals, seed)
 
 
-@pytest.mark.parametrize("name", sorted({"linupper-1p4b", "linupper-7b"} | tables.BURN_IN))
-@pytest.mark.parametrize("step", [1, 1000, 1001, 1999, 2000, 2001, 100_000])
+@for_each("name", sorted({"linupper-1p4b", "linupper-7b"} | tables.BURN_IN))
+@for_each("step", [1, 1000, 1001, 1999, 2000, 2001, 100_000])
 def test_scheduled_weights_are_those_of_the_header(name, step):
     """On both sides of its turn a schedule has the value the header says."""
     for label, signals in adversarial().items():
@@ -126,8 +127,8 @@ def in_a_row(count, rows, length):
     return batches
 
 
-@pytest.mark.parametrize("name", MEMORIES)
-@pytest.mark.parametrize("first", [0, 1])
+@for_each("name", MEMORIES)
+@for_each("first", [0, 1])
 def test_remembered_weights_are_those_of_the_header(name, first):
     """Batch after batch the weights are those of the formula, the first with or without labels."""
     fn, expected = tables.built(tables.SPEC_TEXTS[name]), reference(name, tables.DOMAINS)

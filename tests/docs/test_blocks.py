@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click.testing
 import pytest
+from looping import for_each
 
 import weighting as wt
 from weighting import registry
@@ -60,7 +61,7 @@ def test_every_reason_is_said_before_a_block():
     assert marks == sum(block.reason is not None for block in BLOCKS)
 
 
-@pytest.mark.parametrize("block", of("yaml"), ids=named)
+@for_each("block", of("yaml"), ids=named)
 def test_yaml_blocks_are_specs_that_build(block):
     """Each is a whole spec."""
     spec = wt.loads(block.text, source=block.page)

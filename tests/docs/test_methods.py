@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-import pytest
+from looping import for_each
 
 import weighting as wt
 from weighting.build import plan_of
@@ -31,14 +31,14 @@ def test_the_table_is_long_and_counts_itself():
     assert [int(x) for x in said.groups()] == [len(ROWS), len(SHIPPED), len(WRITTEN), missing]
 
 
-@pytest.mark.parametrize("method", SHIPPED)
+@for_each("method", SHIPPED)
 def test_a_bold_name_is_a_shipped_spec(method):
     """Its file is there and is what `load` finds."""
     assert SHIPPED[method] in set(shipped())
     assert wt.load(SHIPPED[method]).name == SHIPPED[method]
 
 
-@pytest.mark.parametrize("method", WRITTEN)
+@for_each("method", WRITTEN)
 def test_a_text_is_a_spec_whose_stages_fit(method):
     """It loads with the keys beside it, and has a plan."""
     pipeline, keys = WRITTEN[method]

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from looping import for_each
 from pydantic import ValidationError
 
 import weighting as wt
@@ -45,7 +46,7 @@ def test_every_word_has_its_section():
     assert len(SECTIONS) >= 50
 
 
-@pytest.mark.parametrize("name", sorted(WORDS))
+@for_each("name", sorted(WORDS))
 def test_the_rows_are_the_arguments(name):
     """Each argument has a row, a stage's levels stand below, and the picture is there."""
     fields = {
@@ -69,7 +70,7 @@ def plain(text):
         return text
 
 
-@pytest.mark.parametrize(("name", "argument", "kind", "span", "default"), ROWS)
+@for_each("name, argument, kind, span, default", ROWS)
 def test_defaults_are_taken_and_ranges_end_where_the_page_says(name, argument, kind, span, default):
     """The default is what a stage has that is not given it; just outside the range is refused."""
     if argument == "name=value, ...":

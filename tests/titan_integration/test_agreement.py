@@ -5,6 +5,7 @@ from pathlib import Path
 import generators as tables
 import pytest
 import torch
+from looping import for_each
 from runs import torchrun
 
 from titan_integration.observe.agreement import DisagreementError, check_agreement
@@ -24,7 +25,7 @@ def on_two(part):
     return tables.Lockstep(2).run(one)
 
 
-@pytest.mark.parametrize("case", SPECS)
+@for_each("case", SPECS)
 def test_ranks_of_every_spec_agree(case):
     """Nothing is said of ranks that weigh as they should, at any step."""
     text = tables.CASES[case]
@@ -84,6 +85,7 @@ import torch, torch.distributed as dist
 sys.path.insert(0, sys.argv[1])
 import generators as tables
 from titan_integration.observe.agreement import DisagreementError, check_agreement
+from looping import for_each
 from weighting.ranks import OverRanks
 
 def main():  # nothing holds the group when the interpreter ends: its threads end with the last hold

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - the usual name
 from census import Census, Products
+from looping import for_each
 from torch import nn
 from torch.testing import assert_close
 
@@ -89,8 +90,7 @@ def test_where_rows_are_of_one_domain_a_run_weighs_domains_in_three_products(
         assert_close(mine, other, rtol=2e-4, atol=2e-5)  # as above
 
 
-@pytest.mark.parametrize("memory", ["auto", "keep", "recompute", "full"])
-@pytest.mark.parametrize("name", tables.SPEC_TEXTS)
+@for_each("name, memory", lambda: tables.in_modes(tables.SPEC_TEXTS))
 def test_the_chunked_loss_is_the_core_s(name, memory):
     """Every shipped spec: loss and gradients are those of the core's loss over whole logits."""
     text = tables.SPEC_TEXTS[name]
@@ -130,8 +130,8 @@ def test_the_loss_over_logits_is_the_core_s(name):
     assert_close(mine, other, rtol=2e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("memory", ["auto", "keep", "recompute"])
-@pytest.mark.parametrize("name", tables.SPEC_TEXTS)
+@for_each("memory", ["auto", "keep", "recompute"])
+@for_each("name", tables.ways)
 def test_no_step_waits_for_the_device(name, memory, monkeypatch):
     """Forward and backward ask for no value: a captured graph could hold them."""
     # What looks at values on CPU alone, where it costs nothing: ids, ignored labels, and NaN.

@@ -11,6 +11,7 @@ import click
 import click.testing
 import pytest
 import torch
+from looping import for_each
 
 import weighting as wt
 from weighting.build import plan_of
@@ -121,7 +122,7 @@ def test_a_missing_file_is_one_line_and_status_2(command):
     assert first == "specs/linuper.yaml: no such file; did you mean 'linupper'?"
 
 
-@pytest.mark.parametrize("name", shipped())
+@for_each("name", shipped())
 def test_explain_fits_a_terminal(name):
     """An explanation stays within 80 columns, and ends with the spec as it is, as a YAML list."""
     done = run("explain", name)
@@ -403,7 +404,7 @@ def test_list_says_what_is_near_a_word_that_nothing_has():
     assert done.output == "nothing here has 'tempratur' in it; did you mean 'temperature'?\n"
 
 
-@pytest.mark.parametrize("word", words(), ids=lambda word: word.name)
+@for_each("word", words(), ids=lambda word: word.name)
 def test_explain_shows_a_stage_or_schedule(word):
     """Arguments with defaults, levels, formula and source, within 80 columns."""
     done = run("explain", word.name)

@@ -7,6 +7,7 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F  # noqa: N812 - the usual name
+from looping import for_each
 from torch.testing import assert_close
 
 import weighting as wt
@@ -137,7 +138,7 @@ def test_loss_and_gradient_are_those_of_float64(shape):
     assert (gradient[labels == IGNORED] == 0).all()
 
 
-@pytest.mark.parametrize("name", tables.SPEC_TEXTS)
+@for_each("name", tables.SPEC_TEXTS)
 def test_weights_carry_no_gradient(name):
     """The gradient of the loss is that of the weighted sum with the weights held constant."""
     logits, labels = example()
@@ -151,7 +152,7 @@ def test_weights_carry_no_gradient(name):
     assert_close(gradient, expected, rtol=1e-5, atol=1e-8)
 
 
-@pytest.mark.parametrize("name", tables.SPEC_TEXTS)
+@for_each("name", tables.SPEC_TEXTS)
 def test_a_batch_without_labels_costs_nothing(name):
     """When every label is ignored the loss and its gradient are 0, not NaN."""
     logits, labels = example()

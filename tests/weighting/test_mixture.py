@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the usual name
 from hypothesis import given
 from hypothesis import strategies as st
+from looping import for_each
 from torch.testing import assert_close
 
 import weighting as wt
@@ -125,7 +126,7 @@ ACTS = {
 }
 
 
-@pytest.mark.parametrize("case", ACTS)
+@for_each("case", ACTS)
 def test_a_factor_acts_where_the_spec_says(case):
     """Where it acts, who draws, what is read and whether the loss is the host's follow from it."""
     lines, (applied, sampling, needs, identity) = ACTS[case]
@@ -136,7 +137,7 @@ def test_a_factor_acts_where_the_spec_says(case):
     assert fn.plan.identity == identity
 
 
-@pytest.mark.parametrize("case", [case for case, (_, given) in ACTS.items() if given[-1]])
+@for_each("case", [case for case, (_, given) in ACTS.items() if given[-1]])
 def test_the_loss_of_what_only_draws_is_the_hosts(case):
     """Bit for bit the mean cross entropy of torch, and every weight is one."""
     fn = built(*ACTS[case][0])
@@ -482,7 +483,7 @@ def test_some_specs_draw_nothing():
     assert len(PLAIN) >= 30
 
 
-@pytest.mark.parametrize("name", PLAIN)
+@for_each("name", PLAIN)
 def test_a_mixture_draws_and_leaves_the_weights(name):
     """The joined spec draws by the mixture, weighs bitwise as before, and is another spec."""
     before = wt.load(name)
@@ -502,8 +503,8 @@ def test_a_mixture_draws_and_leaves_the_weights(name):
     assert joined.name == before.name
 
 
-@pytest.mark.parametrize("name", PLAIN)
-@pytest.mark.parametrize("spelling", ["arrow", "yaml"])
+@for_each("name", PLAIN)
+@for_each("spelling", ["arrow", "yaml"])
 def test_a_joined_spec_reads_back(name, spelling):
     """Written in either spelling, it is read as the same spec with the same hash."""
     joined = with_mixture(wt.load(name), wt.loads(MIX))
@@ -598,7 +599,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
+@for_each("case", REFUSED)
 def test_what_is_refused_as_a_mixture(case):
     """It is said which of the two is wrong, and what to do."""
     base, mixture, message = REFUSED[case]
@@ -616,7 +617,7 @@ ODD = [
 ]
 
 
-@pytest.mark.parametrize("name", ODD)
+@for_each("name", ODD)
 def test_any_domain_may_be_in_a_mixture(name):
     """However odd its name, the text reads back, draws it, and joins another spec."""
     read = wt.loads(mixture_text("m", {name: 0.25, "other": 0.75}, "A title.", {}))
@@ -655,7 +656,7 @@ HOSTILE = [
 ]
 
 
-@pytest.mark.parametrize("value", HOSTILE, ids=repr)
+@for_each("value", HOSTILE, ids=repr)
 def test_where_a_mixture_comes_from_is_only_ever_a_comment(value):
     """Title and provenance, whatever they hold, change nothing of what is read."""
     plain = wt.loads(mixture_text("m", {"a": 1, "b": 3}, "A title.", {}))

@@ -5,6 +5,7 @@ import functools
 import generators as tables
 import pytest
 import torch
+from looping import for_each
 from torch import nn
 
 import weighting as wt
@@ -69,8 +70,8 @@ def floating():
     ]
 
 
-@pytest.mark.parametrize(("name", "key"), floating())
-@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@for_each("name, key", floating())
+@for_each("value", [NAN, INF, -INF])
 def test_no_tensor_that_is_not_finite_is_loaded(name, key, value):
     """Whichever stage's it is, one such number is enough."""
     fn = built(name)
@@ -149,8 +150,8 @@ def test_a_long_memory_is_told_in_one_line():
         fn.load_state_dict(saved)
 
 
-@pytest.mark.parametrize("name", [*SPECS, "scope: running"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@for_each("name", [*SPECS, "scope: running"])
+@for_each("dtype", [torch.float32, torch.bfloat16])
 def test_what_a_run_leaves_is_loaded(name, dtype):
     """After no batch and after many, with extreme losses, also from a model in half precision."""
     fn = built(name)

@@ -6,6 +6,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 import yaml
+from looping import for_each
 
 import weighting as wt
 from weighting.language.schema import schema
@@ -44,7 +45,7 @@ def test_the_shipped_file_is_current():
     assert now == shipped
 
 
-@pytest.mark.parametrize("path", SPECS, ids=lambda path: path.stem)
+@for_each("path", SPECS, ids=lambda path: path.stem)
 def test_every_shipped_spec_is_valid_in_both_spellings(path):
     """The schema accepts each spec as written, as arrow text and as lists."""
     spec = wt.load(path)
@@ -80,7 +81,7 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("text", BROKEN.values(), ids=BROKEN.keys())
+@for_each("text", BROKEN.values(), ids=BROKEN.keys())
 def test_what_a_schema_can_refuse_is_refused(text):
     """Wrong names, shapes and ranges are refused by the schema and by the language alike."""
     assert errors(text + "\n")

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from looping import for_each
 
 import weighting as wt
 from weighting.build import plan_of
@@ -258,7 +259,7 @@ def test_every_shipped_spec_simulates(name, tmp_path):
     assert all(close(x, y) for x, y in zip(shown, weight[order].tolist(), strict=True))
 
 
-@pytest.mark.parametrize("name", shipped())
+@for_each("name", shipped())
 def test_every_shipped_spec_weighs_bare_losses_or_says_what_it_needs(name):
     """On losses alone a spec weighs them, or one line names it, its columns, and what there is."""
     done = run(name, "--losses", "1,2,3,5")

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import Unsupported
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -349,7 +348,7 @@ def check_int_step(subject: Subject) -> None:
     """An int step and a tensor step, of any integer type, give the same bits."""
     signals = subject.batch(seed=65)
     for where in subject.specs:
-        for step in (0, 7, 1000):
+        for step in (0, 1000):
             expected = subject.built(where)(signals, step).token
             for dtype in (torch.int64, torch.int32):
                 got = subject.built(where)(signals, torch.tensor(step, dtype=dtype)).token
@@ -428,6 +427,8 @@ def check_no_host_sync(subject: Subject) -> None:
 @_law(_always)
 def check_compiles(subject: Subject) -> None:
     """torch.compile makes one graph of it, which serves every step and every value."""
+    from torch._dynamo.exc import Unsupported  # noqa: PLC0415 - what no other check waits for
+
     where = next(iter(subject.specs))
     graphs: list[torch.fx.GraphModule] = []
 
