@@ -1,9 +1,11 @@
 """Benchmarks run, and give no number to what is wrong."""
 
+import contextlib
 import importlib
-import os
+import io
 import subprocess
 import sys
+import warnings
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -28,18 +30,47 @@ def rows_of(text):
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
-@pytest.mark.slow
-def test_every_row_has_numbers_or_a_reason(tmp_path):
-    """Tiny sizes: every way is right and measured, but the one that the library refuses."""
-    out = tmp_path / "found.md"
-    command = [sys.executable, ROOT / "benchmarks" / "loss_path.py", "--quick", f"--out={out}"]
-    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": paths}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert out.read_text() == done.stdout
+def run(module, *arguments):
+    """Return what a benchmark prints; what its many ways warn of is no error of a test."""
+    printed = io.StringIO()
+    with warnings.catch_warnings(), contextlib.redirect_stdout(printed):
+        warnings.simplefilter("ignore")
+        assert module.main([*map(str, arguments)]) == 0
+    return printed.getvalue()
 
-    rows = rows_of(done.stdout)
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """Return the rows of all ways at tiny sizes, and what was printed of them."""
+    out, rows = tmp_path_factory.mktemp("quick") / "found.md", []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "benchmarks")
+        module = importlib.import_module("loss_path")
+        measured = module.measured
+        patch.setattr(module, "measured", lambda *x, **k: rows.extend(measured(*x, **k)) or rows)
+        text = run(module, "--quick", "--no-memory", f"--out={out}")
+    assert out.read_text() == text
+    return rows, text
+
+
+@pytest.mark.slow
+def test_memory_is_measured_in_processes_of_their_own(loss_path):
+    """Of each way, beside the first, and told by the goals that ask for it."""
+    text = run(loss_path, "--quick", "--only", "uniform late", "linupper late")
+    for name, *_, peak, mebibytes, _ in rows_of(text):
+        if name != "the three products alone (no loss)":
+            assert float(peak) >= 0, name
+            assert float(mebibytes) >= 0, name  # so little may round to 0
+    goals = [line for line in text.splitlines() if line.startswith("- ") and "memory" in line]
+    assert len(goals) == 2
+    assert all(line.startswith(("- PASS: ", "- MISS: ")) for line in goals)
+
+
+@pytest.mark.slow
+def test_every_row_has_numbers_or_a_reason(quick):
+    """Tiny sizes: every way is right and measured, but the one that the library refuses."""
+    _, text = quick
+    rows = rows_of(text)
     assert len(rows) >= 30
     reasons = {}
     for name, first, *rest in rows:
@@ -51,28 +82,28 @@ def test_every_row_has_numbers_or_a_reason(tmp_path):
         # In hundredths of a baseline of milliseconds, which a busy machine may make long.
         assert 0 <= float(time.split()[0]) < 100
         if name != "the three products alone (no loss)":
-            assert all(float(x) >= 0 for x in others), name  # so little may round to 0 MiB
+            least, cpu, *memory, error = others
+            assert all(float(x) >= 0 for x in (least, cpu, error)), name
+            assert memory == ["?", "?"], name
     missing = {name for name, reason in reasons.items() if "not installed" in reason}
     assert all(name.startswith(("CCE", "Liger")) for name in missing)
     assert reasons.keys() - missing == {"rho-1 late"}
     assert "weighs every token late" in reasons["rho-1 late"]
-    goals = [line for line in done.stdout.splitlines() if line.startswith("- ")]
+    goals = [line for line in text.splitlines() if line.startswith("- ")]
     assert len(goals) == 13
     for line in goals:  # not measured where another's package is missing
-        measured = "relative to CCE" not in line or not missing
+        measured = "memory" not in line and ("relative to CCE" not in line or not missing)
         assert line.startswith(("- PASS: ", "- MISS: ") if measured else "- not measured: "), line
 
 
 @pytest.mark.slow
-def test_the_check_of_a_gpu_runs_where_there_is_none():
+def test_the_check_of_a_gpu_runs_where_there_is_none(quick, monkeypatch):
     """Tiny sizes: no claim fails, and those about a GPU are not said to hold."""
-    command = [sys.executable, ROOT / "benchmarks" / "gpu_check.py"]
-    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": paths}
-    how = {"env": environment, "capture_output": True, "text": True}
-    done = subprocess.run([*command, "--quick"], check=False, **how)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    lines = [line for line in done.stdout.splitlines() if line.startswith("- ")]
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    gpu_check = importlib.import_module("gpu_check")
+    monkeypatch.setattr(gpu_check, "measured", lambda *_, **__: quick[0])
+    text = run(gpu_check, "--quick")
+    lines = [line for line in text.splitlines() if line.startswith("- ")]
     assert [line for line in lines if line.startswith("- holds")] == [
         "- holds: gradients of ours are those of float64"
     ]
