@@ -97,7 +97,7 @@ def test_weights_are_those_of_the_header(name):
     domains = tables.domains_of(tables.SPEC_TEXTS[name])
     for label, signals in adversarial(domains).items():
         assert_like_reference(name, signals, label)
-    for seed in range(60, 80):
+    for seed in range(60, 67):
         rows, length = 1 + seed % 7, 1 + seed % 5
         signals = tables.batch(rows, length, seed=seed, keep=0.6, domains=domains)
         assert_like_reference(name, signals, seed)

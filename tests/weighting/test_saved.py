@@ -156,7 +156,7 @@ def test_what_a_run_leaves_is_loaded(name, dtype):
     """After no batch and after many, with extreme losses, also from a model in half precision."""
     fn = built(name)
     state = torch.Generator().manual_seed(0)
-    for step in range(60):
+    for step in range(30):
         fresh = built(name)
         kept = {k: x.to(dtype) if x.is_floating_point() else x for k, x in fn.state_dict().items()}
         fresh.load_state_dict(kept)
