@@ -297,6 +297,7 @@ def device(monkeypatch):
     """Return a device whose tensors have shapes but no values."""
     # Asking a device that is not there how large it is, or compiling for it, cannot work.
     monkeypatch.setattr(linear, "budget", lambda _: 2**30)
+    monkeypatch.setattr(linear, "MIN_CHUNK", 1)  # small batches are cut as large ones are
     for module in (logits, linear):
         monkeypatch.setattr(module, "compiled", lambda kernel: kernel)
     with FakeTensorMode():
