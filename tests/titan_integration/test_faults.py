@@ -45,7 +45,7 @@ PATIENCE, SOON = 300, 60
 SPEC = "rank(history=64) -> pow(3) -> mean_one"
 """It remembers losses, so there is a state."""
 SIZE = ["--training.local_batch_size=2", f"--weighting.spec={SPEC}"]
-KEEP = ["--checkpoint.enable", "--checkpoint.interval=2"]
+KEEP = ["--checkpoint.enable", "--checkpoint.interval=1"]
 FOREVER = "--training.steps=100000"
 
 
@@ -132,16 +132,16 @@ def saved(dump):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Return the dump folder of eight steps on two ranks, saved every second step."""
+    """Return the dump folder of four steps on two ranks, each saved."""
     out = tmp_path_factory.mktemp("whole")
-    run = Run(out / "log", 2, f"--dump_folder={out / 'dump'}", "--training.steps=8", *SIZE, *KEEP)
+    run = Run(out / "log", 2, f"--dump_folder={out / 'dump'}", "--training.steps=4", *SIZE, *KEEP)
     try:
         status, said = run.ended(PATIENCE)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(run.agent.pid, signal.SIGKILL)
     assert status == 0, said
-    assert saved(out / "dump") == [2, 4, 6, 8]
+    assert saved(out / "dump") == [1, 2, 3, 4]
     return out / "dump"
 
 
@@ -167,7 +167,7 @@ WRITES = [
     ("weighting.runs.run_json:write_whole", 1, "{}/weighting/run.json: No space left"),
     (
         "titan_integration.observe.metrics:append_line",
-        2,
+        1,
         "{}/weighting/metrics.jsonl: No space left",
     ),
     (
@@ -192,10 +192,10 @@ WRITES = [
 def test_a_full_disk_is_said_once_and_the_same_command_goes_on(start, mounted):
     """Wherever it becomes full: run.json, metrics, records, checkpoint, mixture."""
     dump = mounted(32)
-    steps = 24
+    steps = 6
     flags = [f"--dump_folder={dump}", f"--training.steps={steps}", "--training.local_batch_size=2"]
     flags += ["--weighting.spec=group-dro", "--weighting.record=every=1"]
-    flags += ["--checkpoint.enable", "--checkpoint.interval=4"]
+    flags += ["--checkpoint.enable", "--checkpoint.interval=2"]
     before = set()
     for place, number, expected in WRITES:
         run = start(2, *flags, first=Before(place, number, partial(fill, dump)))
@@ -296,11 +296,11 @@ def test_a_flipped_bit_in_the_state_is_refused_and_the_checkpoint_before_it_take
     whole, start, tmp_path
 ):
     """The message names the folder to move away; then the run goes on, past a torn one too."""
-    dump = copy_of(whole, tmp_path / "dump", 2, 4, 6, 8)
-    flip(dump / "checkpoint" / "step-8", "weighting.pipeline__2_rank__seen")
-    flags = [f"--dump_folder={dump}", "--training.steps=8", *SIZE, *KEEP]
+    dump = copy_of(whole, tmp_path / "dump", 1, 2, 3, 4)
+    flip(dump / "checkpoint" / "step-4", "weighting.pipeline__2_rank__seen")
+    flags = [f"--dump_folder={dump}", "--training.steps=4", *SIZE, *KEEP]
     text = message(start(2, *flags).ended(PATIENCE))
-    where = dump / "checkpoint" / "step-8"
+    where = dump / "checkpoint" / "step-4"
     assert text.startswith(f"cannot resume from {where}: __")
     assert "is damaged between bytes " in text
     assert text.endswith(
@@ -308,13 +308,13 @@ def test_a_flipped_bit_in_the_state_is_refused_and_the_checkpoint_before_it_take
     )
 
     where.rename(tmp_path / "away")
-    torn = next((dump / "checkpoint" / "step-6").glob("*.distcp"))
+    torn = next((dump / "checkpoint" / "step-3").glob("*.distcp"))
     os.truncate(torn, torn.stat().st_size // 2)
     status, said = start(2, *flags).ended(PATIENCE)
     assert status == 0, said
-    assert said.count(f"Passing over {dump}/checkpoint/step-6: {torn.name} has ") == 1
-    assert said.count("Training starts at step 5") == 2
-    assert lines_of(dump)[8] == pytest.approx(lines_of(whole)[8], rel=1e-4)
+    assert said.count(f"Passing over {dump}/checkpoint/step-3: {torn.name} has ") == 1
+    assert said.count("Training starts at step 3") == 2
+    assert lines_of(dump)[4] == pytest.approx(lines_of(whole)[4], rel=1e-4)
 
 
 @pytest.mark.processes
@@ -322,7 +322,7 @@ def test_a_reference_that_cannot_be_read_is_said_before_training(whole, start, t
     """One that is missing, a folder of nothing, and a checkpoint that is torn or damaged."""
     (tmp_path / "nothing").mkdir()
     for name in ("torn", "damaged"):
-        shutil.copytree(whole / "checkpoint" / "step-2", tmp_path / name)
+        shutil.copytree(whole / "checkpoint" / "step-1", tmp_path / name)
     torn = next((tmp_path / "torn").glob("*.distcp"))
     os.truncate(torn, torn.stat().st_size // 2)
     flip(tmp_path / "damaged", "tok_embeddings.weight")
@@ -335,7 +335,7 @@ def test_a_reference_that_cannot_be_read_is_said_before_training(whole, start, t
     flags = ["--weighting.spec=rho-1", "--training.local_batch_size=2", FOREVER]
     runs = [
         start(
-            2,
+            2 if name in {"torn", "damaged"} else 1,  # what each rank reads, or the first finds
             *flags,
             f"--dump_folder={tmp_path}/{name}-run",
             "--weighting.reference",
@@ -379,9 +379,9 @@ def test_a_second_run_in_a_folder_is_refused_until_the_first_has_ended(start, tm
     status, said = third.ended(SOON)
     assert status != 0, said
     at = max(saved(dump))
-    last = start(2, *flags, f"--training.steps={at + 1}")
+    last = start(1, *flags, f"--training.steps={at + 1}")
     assert last.ended(PATIENCE)[0] == 0
-    assert last.said().count(f"Training starts at step {at + 1}\n") == 2
+    assert last.said().count(f"Training starts at step {at + 1}\n") == 1
     assert [*lines_of(dump)] == [*range(1, at + 2)]
 
 
@@ -415,20 +415,20 @@ def test_a_folder_is_free_again_when_its_process_is_killed(tmp_path):
 @pytest.mark.processes
 def test_two_ranks_then_one_then_two_are_two(whole, start, tmp_path):
     """Whatever the number of ranks, steps lose and weigh what they would have."""
-    dump = copy_of(whole, tmp_path / "dump", 2)
-    flags = [f"--dump_folder={dump}", "--training.steps=8", f"--weighting.spec={SPEC}", *KEEP]
+    dump = copy_of(whole, tmp_path / "dump", 1)
+    flags = [f"--dump_folder={dump}", "--training.steps=4", f"--weighting.spec={SPEC}", *KEEP]
     status, said = start(1, *flags, "--training.local_batch_size=4").ended(PATIENCE)
     assert status == 0, said
-    assert said.count("Training starts at step 3\n") == 1
-    for step in (6, 8):
+    assert said.count("Training starts at step 2\n") == 1
+    for step in (3, 4):
         shutil.rmtree(dump / "checkpoint" / f"step-{step}")
     status, said = start(2, *flags, "--training.local_batch_size=2").ended(PATIENCE)
     assert status == 0, said
-    assert said.count("Training starts at step 5\n") == 2
+    assert said.count("Training starts at step 3\n") == 2
     expected, found = lines_of(whole), lines_of(dump)
-    assert [*found] == [*range(3, 9)]
+    assert [*found] == [*range(2, 5)]
     for step, line in found.items():
-        # Sums over ranks are added in another order: rounding, which eight steps make larger.
+        # Sums over ranks are added in another order: rounding, which three steps make larger.
         assert line == pytest.approx(expected[step], rel=1e-3), step
 
 
@@ -512,7 +512,7 @@ class Jumps:
 
     def __call__(self):
         """Put counting functions in place."""
-        Before("titan_integration.observe.metrics:append_line", 2, partial(jump, -40))()
+        Before("titan_integration.observe.metrics:append_line", 1, partial(jump, -40))()
         Before(
             "titan_integration.state.checkpoint:ResumingCheckpointManager.dcp_save",
             2,
@@ -525,16 +525,16 @@ def test_a_clock_that_jumps_changes_nothing(whole, start, forks, tmp_path):
     """Back by 40 days in a step, forward in a save; checkpoints dated wrongly go by their step."""
     if not forks:
         pytest.skip("there is no C compiler to make a clock that jumps")
-    dump = copy_of(whole, tmp_path / "dump", 2, 4)
-    os.utime(dump / "checkpoint" / "step-2", (4e9, 4e9))
-    os.utime(dump / "checkpoint" / "step-4", (1e9, 1e9))
-    flags = [f"--dump_folder={dump}", "--training.steps=8", *SIZE, *KEEP]
+    dump = copy_of(whole, tmp_path / "dump", 1, 2)
+    os.utime(dump / "checkpoint" / "step-1", (4e9, 4e9))
+    os.utime(dump / "checkpoint" / "step-2", (1e9, 1e9))
+    flags = [f"--dump_folder={dump}", "--training.steps=4", *SIZE, *KEEP]
     run = start(2, *flags, "--checkpoint.keep_latest_k=2", first=Jumps())
     status, said = run.ended(PATIENCE)
     assert status == 0, said
-    assert said.count("Training starts at step 5\n") == 2
-    assert lines_of(dump) == {step: lines_of(whole)[step] for step in range(5, 9)}
-    assert saved(dump) == [4, 6, 8], "the host keeps two, and the last"
+    assert said.count("Training starts at step 3\n") == 2
+    assert lines_of(dump) == {step: lines_of(whole)[step] for step in range(3, 5)}
+    assert saved(dump) == [2, 3, 4], "the host keeps two, and the last"
     log = [line.split()[1] for line in said.splitlines() if line.startswith("[titan]")]
     assert len(set(log)) > 2, "the clock has jumped"
 
