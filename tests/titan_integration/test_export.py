@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from faulty import on_node
-from forked import process
 from torch.testing import assert_close
+from warm import weighting
 
 import titan_integration.host.cpu as on_cpu
 
@@ -221,19 +220,18 @@ def test_a_run_is_exported_at_its_end_evaluated_and_goes_on(
     words += ["--training.seq_len=32", "--training.local_batch_size=2", "--debug.seed=1"]
 
     def started(*more):
-        log = tmp_path / "log"
-        run = process(on_node, tmp_path / "home", log, [*words, *more])
-        run.start()
-        run.join(300)
-        return run.exitcode, log.read_text()
+        done = weighting("train", *words, *more)
+        return done.returncode, done.stdout + done.stderr
 
     status, said = started("--steps=3")
     assert status == 0, said
     assert f"exported: {out / 'hf'}, of {out / 'checkpoint' / 'step-3'}" in said
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out / "hf")
     assert theirs.config.num_hidden_layers == 1
-    # The harness reads 14,000 files of tasks; once is enough for all that is asked of it.
-    monkeypatch.setattr(evaluate, "_tasks", functools.cache(evaluate._tasks))
+    # Else the harness reads its own tasks as well, 14,000 files, whenever it is asked.
+    manager = importlib.import_module("lm_eval.tasks").TaskManager
+    own_alone = functools.partialmethod(manager.__init__, include_defaults=False)
+    monkeypatch.setattr(manager, "__init__", own_alone)
     asked_twice(out, capsys)
     status, said = started("--steps=4")
     assert status == 2
