@@ -72,8 +72,9 @@ def test_a_stage_of_ones_own_trains_on_data_of_ones_own(tmp_path):
     assert "\x1b" not in done.stdout, "no colour codes in a pipe"
 
 
-SHADOWS = ("torch", "torchtitan", "numpy", "json", "random", "queue", "weighting", "tyro", "yaml")
-"""Modules that a file in the working folder is called like."""
+SHADOWS = ("torch", "torchtitan", "numpy", "json", "random", "sched", "weighting", "tyro", "yaml")
+"""Modules that a file in the working folder is called like; the plugin is the first to import
+`sched`."""
 
 
 @pytest.fixture
@@ -82,7 +83,7 @@ def hostile(tmp_path):
     for name in SHADOWS:
         (tmp_path / f"{name}.py").write_text(f"raise SystemExit('{name}.py was imported')\n")
     (tmp_path / "own_stages.py").write_text(
-        "import queue, random, torch\n"
+        "import random, sched, torch\n"
         "import weighting as wt\n"
         "@wt.stage('triple')\n"
         "class Triple(wt.Shape):\n"
