@@ -2,13 +2,11 @@
 
 import importlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from warm import python
 
 ROOT = Path(__file__).resolve().parent.parent
 STORED = ROOT / "benchmarks" / "soak.json"
@@ -85,15 +83,8 @@ def test_steps_that_slow_down_break_their_bound(soak, flat):
 def test_a_short_run_ends_in_the_form_of_a_long_one(soak, tmp_path):
     """Sixty steps of the same trainer: the report of its numbers, and one compilation."""
     out = tmp_path / "found.md"
-    command = [sys.executable, ROOT / "benchmarks" / "soak.py", "--steps=60", f"--out={out}"]
-    done = subprocess.run(
-        [*command, "--", "--compile.backend=eager"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    command = [ROOT / "benchmarks" / "soak.py", "--steps=60", f"--out={out}"]
+    done = python(*command, "--", "--compile.backend=eager", timeout=600)
     assert out.exists(), done.stderr[-3000:]
     found = json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))
     assert out.read_text(encoding="utf-8") == soak.report(found)

@@ -12,7 +12,7 @@ import click.testing
 import pytest
 from faulty import Run
 from runs import environment
-from warm import weighting
+from warm import Started, weighting
 
 from titan_integration.commands import train as launch
 from titan_integration.host import flags as host_flags
@@ -72,8 +72,9 @@ def test_a_stage_of_ones_own_trains_on_data_of_ones_own(tmp_path):
     assert "\x1b" not in done.stdout, "no colour codes in a pipe"
 
 
-SHADOWS = ("torch", "torchtitan", "numpy", "json", "random", "queue", "weighting", "tyro", "yaml")
-"""Modules that a file in the working folder is called like."""
+SHADOWS = ("torch", "torchtitan", "numpy", "json", "random", "sched", "weighting", "tyro", "yaml")
+"""Modules that a file in the working folder is called like; the plugin is the first to import
+`sched`."""
 
 
 @pytest.fixture
@@ -82,7 +83,7 @@ def hostile(tmp_path):
     for name in SHADOWS:
         (tmp_path / f"{name}.py").write_text(f"raise SystemExit('{name}.py was imported')\n")
     (tmp_path / "own_stages.py").write_text(
-        "import queue, random, torch\n"
+        "import random, sched, torch\n"
         "import weighting as wt\n"
         "@wt.stage('triple')\n"
         "class Triple(wt.Shape):\n"
@@ -110,40 +111,45 @@ def hostile(tmp_path):
     return tmp_path
 
 
-def in_folder(folder, *arguments):
-    """Return what `weighting` did, started as its script starts it: without the folder."""
-    return subprocess.run(
-        [sys.executable, "-P", "-m", "weighting", *arguments],
+QUICK = (["check"], ["simulate", "--losses", "1,2,3"], ["explain"])
+COLD = """
+import json, sys
+from weighting.cli import main
+for words in json.loads(sys.argv[1]):
+    try:
+        main(words)
+    except SystemExit as end:
+        print("status", end.code, flush=True)
+"""
+"""Several commands in one process; it is started as their script starts it, without its folder."""
+
+
+@pytest.mark.processes
+def test_files_called_like_modules_are_not_run(hostile):
+    """Plugin, config and data of the working folder are found; nothing else of it is imported.
+
+    Python and the rank are started afresh, where every import is still to come.
+    """
+    quick = [[words[0], "own.yaml", *words[1:], "--allow-plugins"] for words in QUICK]
+    module = ["--module", "own_configs", "--config", "small", "--ranks", "1"]
+    train = ["train", "own.yaml", "--allow-plugins", "--data", "data.jsonl", *module]
+    train += ["--dump_folder=out", "--validator.enable", "--validator.steps=1"]
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", COLD, json.dumps([*quick, train])],
         env=environment(),
-        cwd=folder,
+        cwd=hostile,
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
     )
-
-
-@pytest.mark.slow
-def test_files_called_like_modules_are_not_run_by_quick_commands(hostile):
-    """A plugin in the working folder is found, though it is searched last."""
-    for words in (["check"], ["simulate", "--losses", "1,2,3"], ["explain"]):
-        done = in_folder(hostile, words[0], "own.yaml", *words[1:], "--allow-plugins")
-        assert done.returncode == 0, done.stderr
-        assert "was imported" not in done.stdout + done.stderr
-    assert "own_stages.py" in done.stdout
-
-
-@pytest.mark.processes
-def test_files_called_like_modules_are_not_run_by_training(hostile):
-    """Plugin, config and data of the working folder train; nothing else of it is imported."""
-    module = ["--module", "own_configs", "--config", "small", "--ranks", "1"]
-    words = ["train", "own.yaml", "--allow-plugins", "--data", "data.jsonl", *module]
-    done = in_folder(hostile, *words, "--dump_folder=out", "--validator.enable")
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.stdout.count("status 0\n") == len(quick) + 1, done.stdout + done.stderr[-3000:]
     assert "was imported" not in done.stdout + done.stderr
-    assert "Plugins: own_stages" in done.stdout
+    explained, _, trained = done.stdout.rpartition("status 0\n")[0].rpartition("status 0\n")
+    assert "own_stages.py" in explained.rpartition("status 0\n")[2]
+    assert "Plugins: own_stages" in trained
     # What a terminal would obey in a domain's name is a question mark.
-    assert "Domains: a?[31mb?e?f?, plain" in done.stdout
+    assert "Domains: a?[31mb?e?f?, plain" in trained
     assert all(c.isprintable() or c == "\n" for c in done.stdout + done.stderr)
     assert (hostile / "out" / "weighting" / "metrics.jsonl").exists()
 
@@ -236,8 +242,15 @@ def test_an_error_of_another_rank_alone_is_shown_once(tmp_path):
     )
     spec = "version: 1\nplugins: [lonely_stages]\npipeline: normalize -> temperature(1)\n"
     (tmp_path / "lonely.yaml").write_text(spec)
+    (tmp_path / "lonely_configs.py").write_text(
+        "import sys, small\n"
+        "def debugmodel():\n"
+        "    sys.modules.pop('lonely_stages', None)  # ranks are forked from who has imported it\n"
+        "    return small.debugmodel()\n"
+    )
     flags = ["--ranks", "2", "--training.steps=2", "--training.seq_len=64", "--dump_folder=out"]
-    done = in_folder(tmp_path, "train", "lonely.yaml", "--allow-plugins", *flags)
+    flags += ["--module=lonely_configs", "--config=debugmodel"]
+    done = train("lonely.yaml", "--allow-plugins", *flags, cwd=tmp_path)
 
     assert done.returncode == 2
     assert done.stderr.count("error: ") == 1
@@ -254,22 +267,17 @@ def test_an_interrupt_ends_ranks_without_a_word(tmp_path):
     (tmp_path / "waits.py").write_text(
         "import signal\nprint('ready', flush=True)\nsignal.pause()\n"
     )
-    code = "import sys; from titan_integration.commands.train import on_ranks; "
-    with subprocess.Popen(
-        [sys.executable, "-c", f"{code}sys.exit(on_ranks(2, 'waits', []))"],
-        cwd=tmp_path,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    ) as process:
-        assert "ready" in process.stdout.readline()
-        os.killpg(process.pid, signal.SIGINT)
-        _, err = process.communicate(timeout=120)
-    assert process.returncode == 130
-    assert err.endswith("stopped by SIGINT\n")
-    assert "Traceback" not in err
+    (tmp_path / "starts.py").write_text(
+        "import sys\nfrom titan_integration.commands.train import on_ranks\n"
+        "sys.exit(on_ranks(2, 'waits', []))\n"
+    )
+    run = Started(tmp_path / "starts.py", folder=tmp_path, cwd=tmp_path)
+    run.until(lambda: "ready" in run.said()[0])
+    os.killpg(run.pid, signal.SIGINT)
+    done = run.ended(120)
+    assert done.returncode == 130
+    assert done.stderr.endswith("stopped by SIGINT\n")
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.processes

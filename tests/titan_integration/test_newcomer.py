@@ -1,6 +1,7 @@
 """Three newcomers: who writes a spec, who trains, who makes a stage; their pages as they stand.
 
-All their lines run in one folder, and one of them trains, on a quarter of the rows.
+All their lines run in one folder, and one of them trains, a third of the steps on a quarter of the
+rows.
 `newcomers.py` says who they are.
 """
 
@@ -22,10 +23,13 @@ from matplotlib import image
 from newcomers import ROOT, after_make_train, newcomers, page, settle, ten_minutes
 from warm import python, weighting
 
+from titan_integration.commands import train as launch
 from titan_integration.commands.screen import Live
 from weighting.runs.replay import read_record
 
 SVG = "{http://www.w3.org/2000/svg}"
+STEPS = 20
+FEWER = ["--training.local_batch_size=4", f"--training.steps={STEPS}"]
 
 pytestmark = pytest.mark.processes
 
@@ -62,8 +66,7 @@ def printed(line):
         done = python(*line[1:], timeout=900)  # seconds of work, where nobody else works
     else:
         assert line[0] == "weighting"
-        fewer = ["--training.local_batch_size=4"] if line[1] == "train" else []
-        done = weighting(*line[1:], *fewer, timeout=900)
+        done = weighting(*line[1:], *(FEWER if line[1] == "train" else ()), timeout=900)
     assert done.returncode == 0, shlex.join(line) + done.stdout[-3000:] + done.stderr[-3000:]
     assert "Traceback" not in done.stdout + done.stderr
     return done.stdout
@@ -150,6 +153,16 @@ def test_make_train_is_the_line_of_the_tutorial():
     assert shlex.split(line) == train
 
 
+def test_it_trains_the_steps_that_the_tutorial_tells(monkeypatch):
+    """As many as are asked for where there is no accelerator and the user asks for none."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    [told] = re.findall(r"^weighting train .*# (\d+) steps", page("docs/tutorial.md"), re.MULTILINE)
+    given = launch.Options(
+        spec="linupper", name="linupper", module="titan_integration", config="llama3_debugmodel"
+    )
+    assert launch.value_of(launch.run_flags(given), "--training.steps") == told
+
+
 def test_training_ends_in_a_summary_of_the_run(ten):
     """First, last, least, mean and largest are those of the metrics; every step was recorded."""
     folder, said = ten
@@ -158,7 +171,7 @@ def test_training_ends_in_a_summary_of_the_run(ten):
     run = folder / "outputs" / train[2]
     path = run / "weighting" / "metrics.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [line["step"] for line in lines] == [*range(1, 61)]
+    assert [line["step"] for line in lines] == [*range(1, STEPS + 1)]
     names = {
         "loss (nats)": "unweighted_loss",
         "weighted loss (nats)": "weighted_loss",
@@ -169,7 +182,7 @@ def test_training_ends_in_a_summary_of_the_run(ten):
     for label, name in names.items():
         [row] = re.findall(rf"^{re.escape(label)} +(.*)$", text, re.MULTILINE)
         values = [line[name] for line in lines]
-        wanted = [values[0], values[-1], min(values), sum(values) / 60, max(values)]
+        wanted = [values[0], values[-1], min(values), sum(values) / STEPS, max(values)]
         # The table rounds to three or four digits after the point.
         assert [float(x) for x in row.split()] == pytest.approx(wanted, abs=6e-4), label
     assert re.search(r"^tokens per second( +[\d,]+){5}$", text, re.MULTILINE)
@@ -177,7 +190,7 @@ def test_training_ends_in_a_summary_of_the_run(ten):
     told = f"a cap held weights down at {at_cap} of these: " if at_cap else "no cap held a weight"
     assert told in text
     assert lines[-1]["unweighted_loss"] < lines[0]["unweighted_loss"] - 1, "it learns"
-    assert [step.step for step in steps_of(read_record(run))] == [*range(1, 61)]
+    assert [step.step for step in steps_of(read_record(run))] == [*range(1, STEPS + 1)]
     metrics = page("docs/metrics.md")
     told = {re.sub(r"^(domain/)\w+", r"\1<name>", name) for name in lines[-1]}
     told = {re.sub(r"^pipeline(?=/)", "<factor>", name) for name in told}
@@ -217,8 +230,8 @@ def test_a_terminal_shows_one_line_of_that_log(ten, tmp_path):
         live.line(line)
     live.end()
     pieces = shown.getvalue().split("\r\x1b[K")
-    assert sum(piece.startswith("step ") for piece in pieces) == 61  # the last one twice
-    assert re.fullmatch(r"step 60 of 60  loss [\d.]+  0:00:00 left\n", pieces[-1])
+    assert sum(piece.startswith("step ") for piece in pieces) == STEPS + 1  # the last one twice
+    assert re.fullmatch(rf"step {STEPS} of {STEPS}  loss [\d.]+  0:00:00 left\n", pieces[-1])
     assert not any("\n" in piece for piece in pieces[:-1]), "nothing else takes a line"
     kept = (tmp_path / "weighting" / "train.log").read_text().splitlines()
     assert kept == [line.removeprefix("[rank0]:") for line in log]
@@ -228,7 +241,7 @@ def test_tokens_of_the_readme_are_weighed_under_the_checkpoint(ten):
     """A row for each of the first tokens in a pipe, by the checkpoint of the last step."""
     [tokens] = [line for line in after_make_train() if line[1] == "tokens"]
     text = ten[1][shlex.join(tokens)]
-    assert "outputs/linupper/checkpoint/step-60" in text
+    assert f"outputs/linupper/checkpoint/step-{STEPS}" in text
     assert len(text.splitlines()) > 200
 
 

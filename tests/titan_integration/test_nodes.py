@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import shutil
 import signal
 import socket
 
@@ -12,6 +13,7 @@ from forked import process
 from warm import weighting
 
 from titan_integration.commands import train_and_export
+from titan_integration.data.tokenizer import ensure_tokenizer
 from titan_integration.host.nodes import Nodes, first_host, meeting, resolved
 from weighting.runs.files import read_lines
 
@@ -98,8 +100,11 @@ def test_nodes_that_could_not_meet_are_refused(given, environment, reason):
         meeting(given, environment)
 
 
-def launched(tmp_path, *words, dump=None):
-    """Return the status of two launchers with homes of their own, and what each said."""
+def launched(tmp_path, *words, dump=None, fresh=False):
+    """Return the status of two launchers with homes of their own, and what each said.
+
+    A tokenizer is in the homes already, unless they are to be fresh.
+    """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         endpoint = f"--rdzv-endpoint=localhost:{free.getsockname()[1]}"
@@ -107,7 +112,9 @@ def launched(tmp_path, *words, dump=None):
     for node in range(2):
         own = ["--nnodes=2", f"--node-rank={node}", endpoint, "--ranks=1"]
         own += [f"--dump_folder={(dump or '{}/out').format(tmp_path / f'node{node}')}"]
-        place = tmp_path / f"node{node}", tmp_path / f"log{node}"
+        place = home, _ = tmp_path / f"node{node}", tmp_path / f"log{node}"
+        if not fresh:
+            shutil.copytree(ensure_tokenizer().parent, home / "cache/weighting-dsl/tokenizers")
         launchers.append(process(on_node, *place, [*words, *own]))
         launchers[-1].start()
     try:
@@ -124,16 +131,16 @@ def launched(tmp_path, *words, dump=None):
     ]
 
 
-FLAGS = ["--training.steps=6", "--training.seq_len=32", "--training.local_batch_size=2"]
+FLAGS = ["--training.steps=4", "--training.seq_len=32", "--training.local_batch_size=2"]
 FLAGS += ["--debug.seed=1", "--checkpoint.enable", "--checkpoint.interval=2"]
 
 
 @pytest.mark.processes
 @pytest.mark.slow
 def test_two_launchers_train_as_one_with_two_ranks(tmp_path):
-    """On a shared disk, with homes of their own."""
+    """On a shared disk, with homes of their own, in which each makes its tokenizer."""
     words = ["linupper", "--module=faulty", "--config=tiny", *FLAGS]
-    ended = launched(tmp_path, *words, dump=str(tmp_path / "both"))
+    ended = launched(tmp_path, *words, dump=str(tmp_path / "both"), fresh=True)
     assert [status for status, _ in ended] == [0, 0], ended
     for node, (_, said) in enumerate(ended):
         assert f"2 nodes, from options: this is {socket.gethostname()}, number {node}" in said
@@ -145,7 +152,7 @@ def test_two_launchers_train_as_one_with_two_ranks(tmp_path):
         {line["step"]: line for line in read_lines(tmp_path / name / "weighting/metrics.jsonl")}
         for name in ("both", "one")
     )
-    assert [*both] == [*one] == [*range(1, 7)]
+    assert [*both] == [*one] == [*range(1, 5)]
     for step, line in one.items():
         for name in ("weighted_loss", "unweighted_loss", "weight/max"):
             assert both[step][name] == pytest.approx(line[name], rel=1e-6), (step, name)
@@ -155,8 +162,8 @@ def check_that_it_went_on(folder, said):
     """Check that a run of which a rank was killed before step 4 ended as if nothing had been."""
     assert "Training starts at step 3" in said, said
     found = {line["step"]: line for line in read_lines(folder / "weighting/metrics.jsonl")}
-    assert [*found] == [*range(1, 7)]
-    assert (folder / "checkpoint/step-6/.metadata").exists()
+    assert [*found] == [*range(1, 5)]
+    assert (folder / "checkpoint/step-4/.metadata").exists()
 
 
 @pytest.mark.processes

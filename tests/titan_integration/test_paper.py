@@ -324,7 +324,7 @@ def mine(tmp_path, monkeypatch):
         rng = random.Random(split)
         records = [
             {
-                "text": " ".join(rng.choices(words, k=20 + 20 * (i % 5))),
+                "text": " ".join(rng.choices(words, k=8 + 8 * (i % 5))),
                 "meta": {"redpajama_set_name": domains[i % 7]},
             }
             for i in range(140)
@@ -333,11 +333,12 @@ def mine(tmp_path, monkeypatch):
         pq.write_table(pa.Table.from_pylist(records), tmp_path / split / "text.parquet")
     return [
         "--training.steps=2",
+        "--training.seq_len=32",
         "--training.global_batch_size=8",
         f"--hf_assets_path={ensure_tokenizer()}",
         f"--dataloader.dataset_path={tmp_path}",
         f"--validator.dataloader.dataset_path={tmp_path}",
-        "--validator.steps=8",
+        "--validator.steps=4",
         "--metrics.log_freq=1",
     ]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from recorded import steps_of
 from runs import drive, seed_checkpoint, torchrun
-from test_resume import kill_after_step_10
+from test_resume import KEPT, SAVED, STEPS, kill_after_saving
 from test_retell import write_data
 
 import weighting as wt
@@ -413,22 +413,21 @@ def test_every_layout_records_the_same(name, runs):
 @pytest.mark.processes
 def test_a_killed_run_completes_its_record(tmp_path):
     """What was written before a kill -9 stays, the rest is recorded again, as the metrics say."""
-    size = ["--training.local_batch_size=8", "--training.steps=20", "--debug.seed=1"]
-    keep = ["--checkpoint.enable", "--checkpoint.interval=10"]
-    flags = ["--weighting.spec=linupper", "--weighting.record=every=1,documents=2", *size, *keep]
-    kill_after_step_10(tmp_path, *flags)
+    size = ["--training.local_batch_size=8", "--debug.seed=1"]
+    flags = ["--weighting.spec=linupper", "--weighting.record=every=1,documents=2", *size]
+    kill_after_saving(tmp_path, *flags)
     run = tmp_path / "dump"
     written = {file: file.read_bytes() for file in (run / FOLDER).iterdir()}
-    assert [step.step for step in steps_of(read_record(run))] == [*range(1, 11)]
+    assert [step.step for step in steps_of(read_record(run))] == [*range(1, SAVED + 1)]
     (run / FOLDER / "sequences-000002.parquet.part").write_bytes(b"PAR1, and then a kill")
 
-    drive(tmp_path, 1, "small", "debugmodel", *flags)
+    drive(tmp_path, 1, "small", "debugmodel", *flags, *KEPT)
     for file, content in written.items():
         assert file.read_bytes() == content
     record = read_record(run)
-    assert [step.step for step in steps_of(record)] == [*range(1, 21)]
+    assert [step.step for step in steps_of(record)] == [*range(1, STEPS + 1)]
     documents = read_record(run, "document")
-    assert [step.step for step in steps_of(documents)] == [*range(1, 21)]
+    assert [step.step for step in steps_of(documents)] == [*range(1, STEPS + 1)]
     places = [(step.row, step.document) for step in steps_of(documents)]
     assert all(len(torch.stack(at).unique(dim=1).T) == len(at[0]) for at in places), "no doubles"
 

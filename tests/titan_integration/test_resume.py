@@ -31,7 +31,7 @@ version: 1
 name: remembers-and-draws
 factors:
   domain: doremi(step_size=1, smoothing=0.05)
-  instance: rank(history=64) -> pow(3) -> bernoulli
+  instance: rank(history=24) -> pow(3) -> bernoulli
   document: mean(document) -> normalize -> temperature(step(1, 0.4, at={at})) -> clamp(4/n)
 """
 """Three memories (of domains, of losses, of an average), chance, and a schedule."""
@@ -49,17 +49,23 @@ def train(out, ranks, *flags):
     return drive(out, ranks, "small", "debugmodel", *flags)
 
 
-def kill_after_step_10(out, *flags):
-    """Train on one rank, and kill it in the steps after the checkpoint of step 10."""
-    entry = [*MODEL, *SMALL, *flags]
+SAVED, STEPS = 4, 8
+"""A checkpoint's step, and that of the end: the history of 24 sequences is full before both."""
+KEPT = [f"--training.steps={STEPS}", "--checkpoint.enable", f"--checkpoint.interval={SAVED}"]
+
+
+def kill_after_saving(out, *flags):
+    """Train on one rank, and kill it two steps after its first checkpoint."""
+    entry = [*MODEL, *SMALL, *flags, *KEPT]
     command = [str(HERE / "drive.py"), str(out), f"--dump_folder={out}/dump", *entry]
     die = partial(signal.raise_signal, signal.SIGKILL)
-    first = Before("titan_integration.trainer.trainer:WeightedTrainer.train_step", 13, die)
+    place = "titan_integration.trainer.trainer:WeightedTrainer.train_step"
+    first = Before(place, SAVED + 3, die)
     log = out.parent / f"{out.name}.log"
     agent = forked_start(1, command, (log, log), environment(), first)
     agent.join(300)
     assert agent.exitcode not in (0, None), log.read_text()
-    assert (out / "dump" / "checkpoint" / "step-10" / ".metadata").exists()
+    assert (out / "dump" / "checkpoint" / f"step-{SAVED}" / ".metadata").exists()
     assert not (out / "rank0.pt").exists(), "it ended by itself"
 
 
@@ -68,23 +74,22 @@ def kill_after_step_10(out, *flags):
 
 @pytest.mark.processes
 def test_killed_run_goes_on_bitwise(tmp_path):
-    """Ten steps, a kill -9 and ten more are twenty steps, though two later checkpoints are torn."""
-    flags = [*flags_of(tmp_path, at=13), "--training.local_batch_size=8", "--training.steps=20"]
-    keep = ["--checkpoint.enable", "--checkpoint.interval=10"]
-    (whole,) = train(tmp_path / "whole", 1, *flags)
+    """Four steps, a kill -9 and four more are eight, though two later checkpoints are torn."""
+    flags = [*flags_of(tmp_path, at=6), "--training.local_batch_size=8"]
+    (whole,) = train(tmp_path / "whole", 1, *flags, f"--training.steps={STEPS}")
 
-    kill_after_step_10(tmp_path / "half", *flags, *keep)
+    kill_after_saving(tmp_path / "half", *flags)
     saved = tmp_path / "half" / "dump" / "checkpoint"
-    assert not (saved / "step-20").exists()
-    for step in ("step-12", "step-14"):
-        shutil.copytree(saved / "step-10", saved / step)
-    os.truncate(saved / "step-12" / "__0_0.distcp", 1000)
-    (saved / "step-14" / ".metadata").unlink()
+    assert not (saved / f"step-{STEPS}").exists()
+    for step in ("step-5", "step-6"):
+        shutil.copytree(saved / f"step-{SAVED}", saved / step)
+    os.truncate(saved / "step-5" / "__0_0.distcp", 1000)
+    (saved / "step-6" / ".metadata").unlink()
 
-    (rest,) = train(tmp_path / "half", 1, *flags, *keep)
-    assert [step for step, _ in rest["losses"]] == [*range(11, 21)]
-    assert rest["losses"] == whole["losses"][10:]
-    for ours, theirs in zip(rest["weights"], whole["weights"][10:], strict=True):
+    (rest,) = train(tmp_path / "half", 1, *flags, *KEPT)
+    assert [step for step, _ in rest["losses"]] == [*range(SAVED + 1, STEPS + 1)]
+    assert rest["losses"] == whole["losses"][SAVED:]
+    for ours, theirs in zip(rest["weights"], whole["weights"][SAVED:], strict=True):
         assert torch.equal(ours, theirs)
     assert len({weights.count_nonzero().item() for weights in rest["weights"]}) > 1, "chance"
     for name, value in whole["parameters"].items():
@@ -137,7 +142,7 @@ def test_another_spec_is_refused_with_a_diff(sharded, tmp_path):
     """The message comes once, with what differs and the way out; the exit status is 2."""
     _, flags, _ = sharded
     other = tmp_path / "other.yaml"
-    other.write_text(SPEC.format(at=6).replace("history=64", "history=32"))
+    other.write_text(SPEC.format(at=6).replace("history=24", "history=32"))
     more = [*SMALL, *flags[1:], f"--dump_folder={copy_of(sharded, tmp_path)}/dump"]
     more += ["--training.local_batch_size=4"]
     done = weighting("train", other, *MODEL, "--ranks=2", "--", *more)
@@ -150,7 +155,7 @@ def test_another_spec_is_refused_with_a_diff(sharded, tmp_path):
  name: remembers-and-draws
  factors:
    domain: doremi(step_size=1, smoothing=0.05)
--  instance: rank(history=64) -> pow(3) -> bernoulli
+-  instance: rank(history=24) -> pow(3) -> bernoulli
 +  instance: rank(history=32) -> pow(3) -> bernoulli
 """ in re.sub(r"^\[rank0\]:", "", done.stderr, flags=re.MULTILINE)
     assert "--weighting.allow_changed_spec" in done.stderr
@@ -612,11 +617,14 @@ def test_a_run_that_was_exported_does_not_start_over(tmp_path):
 
 # Killed again and again.
 
+EARLY = 473
+"""A seed that kills the first rank 1.3 s after its first step, and the second 0.1 s after."""
+
 
 @pytest.mark.processes
 def test_a_run_resumes_after_every_kill():
     """Two kills of benchmarks/kill.py; its table has a line for each."""
-    words = [ROOT / "benchmarks" / "kill.py", "--kills=2", "--ranks=2"]
+    words = [ROOT / "benchmarks" / "kill.py", "--kills=2", "--ranks=2", f"--seed={EARLY}"]
     done = python(*words, "--", "--module=faulty", "--config=tiny", timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert [line.split()[0] for line in done.stdout.splitlines()[1:3]] == ["1", "2"]

@@ -141,7 +141,7 @@ def test_a_real_sweep_trains_each_value_alike_and_reports_them(tmp_path):
     """The first step sees the same weights and data; a second call trains nothing anew."""
     (tmp_path / "small.yaml").write_text(SPEC)
     words = ["tune", "small.yaml", "tau=0.1,5", "--train", "--steps", "2", "--folder", "runs"]
-    words += ["--config", "llama3_proxy", "--", *FLAGS, "--validator.steps=1"]
+    words += ["--module", "small", "--config", "debugmodel", "--", *FLAGS, "--validator.steps=1"]
     done = weighting(*words, cwd=tmp_path, timeout=600)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     runs = tmp_path / "runs"

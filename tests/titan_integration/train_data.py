@@ -2,7 +2,7 @@
 
     torchrun ... train_data.py OUT CASES [torchtitan flags]
 
-Each trains the steps that the flags say, and then goes on from the checkpoint of step 3. CASES is
+Each trains the steps that the flags say, and then goes on from the checkpoint of step 2. CASES is
 a JSON map from a name to fields of the loader's config, and OUT gets one from it to what came of
 it, or to the status and the words that the run ended with. `MEMORY` names a folder to be copied to
 `memory://data`.
@@ -24,7 +24,7 @@ import weighting as wt
 from titan_integration.host import user_errors
 from weighting.build import plan_of
 
-STOP = 3
+STOP = 2
 
 
 def main() -> None:
