@@ -55,11 +55,13 @@ def main() -> None:
     trainer.checkpointer.load(step=config.checkpoint.load_step)
     trainer.optimizers.step = lambda: None
     linear.MIN_CHUNK = 1  # small batches are cut as large ones are
-    references = None if trainer.parallel_dims.pp_enabled else two_references(trainer)
+    texts = json.loads(Path(specs).read_text())
+    reads = any("(a)" in text for text in texts.values())
+    references = two_references(trainer) if reads and not trainer.parallel_dims.pp_enabled else None
     microbatches = trainer._calls_in_a_step
     batches = [*islice(trainer.dataloader, MOST_STEPS * microbatches)]
     found = {}
-    for name, text in json.loads(Path(specs).read_text()).items():
+    for name, text in texts.items():
         try:
             reads = "(a)" in text
             config.weighting.reference = "a=ema:1,b=ema:1" if reads else ""

@@ -1,16 +1,14 @@
 """The host's trainer on CPU: started as a user starts it, and the attention it trains with."""
 
-import os
 import re
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("torchtitan")
 
+from runs import torchrun
 from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block_mask
 from torchtitan.components.lora import LoRAConverter
 from torchtitan.models.common.attention import (
@@ -27,15 +25,10 @@ from torchtitan.trainer import Trainer
 
 from titan_integration.host import cpu
 
-ROOT = Path(__file__).parents[2]
-
 # A user's module, as `--module` finds it. It counts upwards in documents of 50 tokens.
 MODULE = """
 import dataclasses
-import sys
 from dataclasses import dataclass
-
-assert "torchtitan.trainer" in sys.modules  # the stock entry point was first
 
 import torch
 from torchtitan.components.dataloader import BaseDataLoader
@@ -117,28 +110,15 @@ def counting():
 
 
 @pytest.mark.processes
-def test_the_stock_entry_point_trains(tmp_path):
+def test_the_stock_entry_point_trains(tmp_path, monkeypatch):
     """Two ranks under FSDP2 lose loss, and print no number that is not true."""
     (tmp_path / "counting_module.py").write_text(MODULE)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node=2", "-m", "torchtitan.train"]
-    command += ["--module", "counting_module", "--config", "counting"]
-    environment = os.environ | {
-        "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}",
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-    }
-    done = subprocess.run(
-        command,
-        cwd=tmp_path,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    log = done.stdout
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.chdir(tmp_path)
+    words = ["--module", "counting_module", "--config", "counting"]
+    done = torchrun(2, "-m", "torchtitan.train", *words, timeout=240)
+    log = done.stdout + done.stderr
     sys.stdout.write(log)  # pytest shows it if anything below fails
     assert done.returncode == 0
 

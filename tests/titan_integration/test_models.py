@@ -1,6 +1,7 @@
 """Every config of the host's text models: weighted as float64 says, or refused with the reason."""
 
 import dataclasses
+import itertools
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812 - the usual name
 from faulty import FLAGS as OF_FAULTY
-from runs import HERE, environment, torchrun
+from runs import environment, torchrun
 from torch.testing import assert_close
 
 import titan_integration.host.cpu as on_cpu
@@ -420,17 +421,16 @@ SMALL = ["small_qwen3", "small_deepseek_v3", "small_mtp"]
 def on_ranks(tmp_path_factory):
     """Train three steps on one rank, and go on from the first on two; return metrics of both."""
     out = tmp_path_factory.mktemp("ranks")
-    for ranks in (1, 2):
-        flags = [*FLAGS, "--training.steps=3", "--weighting.spec=linupper-x-mile"]
-        flags += ["--checkpoint.enable", "--checkpoint.interval=1", "--checkpoint.keep_latest_k=0"]
-        flags += [f"--training.local_batch_size={4 // ranks}"]
+    saving = {1: "enable_first_step_checkpoint", 2: "load_only"}
+    for name, ranks in itertools.product(SMALL, saving):
+        folder = out / str(ranks) / name
+        flags = [*FLAGS, f"--config={name}", f"--dump_folder={folder}", "--training.steps=3"]
+        flags += ["--weighting.spec=linupper-x-mile", f"--training.local_batch_size={4 // ranks}"]
+        flags += ["--checkpoint.enable", f"--checkpoint.{saving[ranks]}"]
         if ranks == 2:
-            for name in SMALL:
-                shutil.copytree(
-                    out / "1" / name / "checkpoint/step-1", out / "2" / name / "checkpoint/step-1"
-                )
-        script = [str(HERE / "one_by_one.py"), str(out / str(ranks)), ",".join(SMALL)]
-        done = torchrun(ranks, *script, *flags)
+            first = "checkpoint/step-1"
+            shutil.copytree(out / "1" / name / first, folder / first)
+        done = torchrun(ranks, "-m", "torchtitan.train", *flags)
         assert done.returncode == 0, done.stderr[-4000:]
     return {
         name: [

@@ -79,7 +79,7 @@ def test_every_spec_trains_five_steps(domains, rows, tmp_path):
     """Five steps with each spec give finite losses, and weights that say something."""
     names = GROUPS[domains, rows]
     write_data(tmp_path / "data.jsonl", domains)
-    flags = ["--module=small", "--config=debugmodel", "--weighting.spec=uniform"]
+    flags = ["--module=faulty", "--config=tiny", "--weighting.spec=uniform"]
     flags += [f"--dataloader.dataset_path={tmp_path / 'data.jsonl'}", f"--dump_folder={tmp_path}"]
     flags += [f"--dataloader.rows={rows}", "--debug.seed=1"]
     flags += [*SMALL, "--training.local_batch_size=8", "--training.steps=1000"]
