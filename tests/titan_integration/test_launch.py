@@ -12,7 +12,7 @@ import click.testing
 import pytest
 from faulty import Run
 from runs import environment
-from warm import Started, weighting
+from warm import weighting
 
 from titan_integration.commands import train as launch
 from titan_integration.host import flags as host_flags
@@ -267,17 +267,22 @@ def test_an_interrupt_ends_ranks_without_a_word(tmp_path):
     (tmp_path / "waits.py").write_text(
         "import signal\nprint('ready', flush=True)\nsignal.pause()\n"
     )
-    (tmp_path / "starts.py").write_text(
-        "import sys\nfrom titan_integration.commands.train import on_ranks\n"
-        "sys.exit(on_ranks(2, 'waits', []))\n"
-    )
-    run = Started(tmp_path / "starts.py", folder=tmp_path, cwd=tmp_path)
-    run.until(lambda: "ready" in run.said()[0])
-    os.killpg(run.pid, signal.SIGINT)
-    done = run.ended(120)
-    assert done.returncode == 130
-    assert done.stderr.endswith("stopped by SIGINT\n")
-    assert "Traceback" not in done.stderr
+    code = "import sys; from titan_integration.commands.train import on_ranks; "
+    with subprocess.Popen(
+        [sys.executable, "-c", f"{code}sys.exit(on_ranks(2, 'waits', []))"],
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        assert "ready" in process.stdout.readline()
+        os.killpg(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert err.endswith("stopped by SIGINT\n")
+    assert "Traceback" not in err
 
 
 @pytest.mark.processes
