@@ -17,7 +17,7 @@ from weighting.loss.logits import Slice
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def small_chunks(monkeypatch):
     """Cut small batches as large ones are."""
     monkeypatch.setattr("weighting.loss.linear.MIN_CHUNK", 1)
@@ -95,6 +95,7 @@ def batch_of(fn, way, *, cut=None):
     return batch, torch.randn(8, 16, 8, generator=g)
 
 
+@pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("spec", ["linupper", "mile"])
 def test_a_cut_vocabulary_takes_the_collectives_of_the_page(scale, spec):
     """Two ranks hand over, for each chunk, what the page says of one."""
@@ -111,6 +112,7 @@ def test_a_cut_vocabulary_takes_the_collectives_of_the_page(scale, spec):
     assert first == second == CHUNKS * scale.heard_in_a_chunk(fn.needs, 128 // CHUNKS)
 
 
+@pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("memory", ["late", "keep", "recompute"])
 @pytest.mark.parametrize("spec", ["linupper", "mile"])
 def test_a_microbatch_that_waits_holds_what_the_page_says(scale, spec, memory):
@@ -160,11 +162,15 @@ def test_a_prediction_that_is_off_is_explained_or_stops(scale):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["linupper late", "linupper keep", "rho-1 keep"])
-def test_memory_where_a_chunk_is_no_gradient_in_size(scale, loss_path, name):
-    """T / 8 = 256 and D = 1,024: measured anew, a gradient of 32 MiB against a chunk of 8.
+@pytest.mark.parametrize(
+    ("name", "copies"), [("linupper late", 1), ("linupper keep", 1), ("rho-1 keep", 2)]
+)
+def test_memory_where_a_chunk_is_no_gradient_in_size(scale, loss_path, name, copies):
+    """A chunk of 512 and D = 1,024: measured anew, a gradient of 32 MiB against a chunk of 16.
 
-    6 MiB are room for what is small, and for pages the process had not touched before.
+    On a CPU, hidden states of the tokens that count, 9 of 10, stand beside all of them; so do their
+    gradients where a selection has no others.  6 MiB are room for what is small, and for pages the
+    process had not touched before.
     """
     loss_ways = importlib.import_module("loss_ways")
     setting = loss_ways.Setting(2048, 4, 1024, 8192, "float32", "cpu", 1)
@@ -174,5 +180,6 @@ def test_memory_where_a_chunk_is_no_gradient_in_size(scale, loss_path, name):
     spec, _, memory = name.rpartition(" ")
     layer = scale.Layer(2048, 4, 8192, 1024, 4, on_ranks=False)
     said = scale.peak(layer, scale.way_of(spec, layer, memory))
+    said += copies * batch.hidden.numel() * batch.hidden.element_size()
     assert measured, "peaks can be told on Linux only"
-    assert said - 2**20 < measured < said + 6 * 2**20
+    assert said - 4 * 2**20 < measured < said + 6 * 2**20
