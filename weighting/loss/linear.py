@@ -915,6 +915,8 @@ def _fold_(of_units: list[Tensor], late: Tensor) -> None:
     """Replace the first of some tensors of a shape by sum_u late_u * x_u, summed in float32."""
     first, compiling = of_units[0], torch.compiler.is_compiling()
     if not compiling and not _compiles(late.device):
+        if len(of_units) == 1 and late == 1:
+            return
         # Piece by piece, in memory that stays in the cache.
         rows = min(len(first), max(1, _PIECE * len(first) // max(1, first.numel())))
         shape = 2, rows, *first.shape[1:]
