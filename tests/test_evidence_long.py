@@ -171,7 +171,10 @@ def test_a_study_that_is_stopped_takes_its_run_with_it(study, monkeypatch, tmp_p
         return started[-1]
 
     monkeypatch.setattr("subprocess.Popen", start)
+    # A suite that was started in the background has it ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Timer(0.3, os.kill, [os.getpid(), signal.SIGINT]).start()
     with pytest.raises(KeyboardInterrupt):
         study.evidence.weighting(tmp_path / "run", "train", "uniform")
+    signal.signal(signal.SIGINT, before)
     assert started[0].poll() == -signal.SIGTERM

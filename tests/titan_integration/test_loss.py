@@ -134,9 +134,11 @@ def test_the_loss_over_logits_is_the_core_s(name):
 @for_each("name", tables.ways)
 def test_no_step_waits_for_the_device(name, memory, monkeypatch):
     """Forward and backward ask for no value: a captured graph could hold them."""
-    # What looks at values on CPU alone, where it costs nothing: ids, ignored labels, and NaN.
+    # What looks at values on CPU alone, where it costs nothing: ids, ignored labels, NaN, and a
+    # gradient times 1.
     monkeypatch.setattr("weighting.contract.levels._ids", lambda ids, *_: ids.reshape(-1).long())
     monkeypatch.setattr("weighting.loss.linear._counted", lambda _: None)
+    monkeypatch.setattr("weighting.loss.linear._is_one", lambda _: False)
     monkeypatch.setattr("weighting.loss.logits._is_finite", lambda *_: False)
     run, _, hidden, head, labels = example(tables.SPEC_TEXTS[name])
     loss_fn, count = chunked(run, head, memory), (labels != IGNORED).sum()

@@ -915,7 +915,7 @@ def _fold_(of_units: list[Tensor], late: Tensor) -> None:
     """Replace the first of some tensors of a shape by sum_u late_u * x_u, summed in float32."""
     first, compiling = of_units[0], torch.compiler.is_compiling()
     if not compiling and not _compiles(late.device):
-        if len(of_units) == 1 and late == 1:
+        if len(of_units) == 1 and _is_one(late):
             return
         # Piece by piece, in memory that stays in the cache.
         rows = min(len(first), max(1, _PIECE * len(first) // max(1, first.numel())))
@@ -928,6 +928,10 @@ def _fold_(of_units: list[Tensor], late: Tensor) -> None:
     else:
         fold = _fold_pieces_ if compiling else compiled(_fold_pieces_)
         fold(of_units, late, (None, None))
+
+
+def _is_one(factor: Tensor) -> bool:
+    return bool(factor == 1)
 
 
 def _fold_pieces_(
