@@ -563,6 +563,7 @@ def test_many_ranks_weigh_like_one(case):
         assert_close(got[name], value, rtol=1e-4, atol=1e-5, msg=f"{name}: {got[name]}, {value}")
 
 
+@pytest.mark.slow
 @for_each("flat", [True, False])
 @for_each("case", RANK_CASES)
 def test_ranks_of_sequences_told_by_ids_weigh_like_one(case, flat):
@@ -637,6 +638,7 @@ CUTS = [(case, 4, False) for case in CASES] + [
 """Every case in pieces from head and tail of a row, and every kind of stage in pieces in order."""
 
 
+@pytest.mark.slow
 @for_each("case, ranks, in_order", CUTS)
 def test_sequences_cut_over_ranks_weigh_like_whole_ones(case, ranks, in_order):
     """Parts of sequences on two ranks each weigh, and remember, what whole sequences do.

@@ -103,6 +103,7 @@ def test_weights_are_those_of_the_header(name):
         assert_like_reference(name, signals, seed)
 
 
+@pytest.mark.slow
 @for_each("name", sorted({"linupper-1p4b", "linupper-7b"} | tables.BURN_IN))
 @for_each("step", [1, 1000, 1001, 1999, 2000, 2001, 100_000])
 def test_scheduled_weights_are_those_of_the_header(name, step):
@@ -127,6 +128,7 @@ def in_a_row(count, rows, length):
     return batches
 
 
+@pytest.mark.slow
 @for_each("name", MEMORIES)
 @for_each("first", [0, 1])
 def test_remembered_weights_are_those_of_the_header(name, first):

@@ -110,6 +110,7 @@ def shipped_configs():
     return found
 
 
+@pytest.mark.slow
 def test_a_shipped_config_is_weighted_or_refused_by_name(monkeypatch):
     """Configs of the host's Trainer keep their settings; those of other trainers are refused."""
     monkeypatch.setattr(cpu, "use_cpu", lambda: False)  # what a CPU cannot do is tested elsewhere

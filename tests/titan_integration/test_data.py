@@ -850,14 +850,16 @@ def test_another_tokenizer_of_the_same_size_is_refused(build, tokenizer, tmp_pat
         loader.load_state_dict(build().state_dict())
 
 
-def test_a_changed_column_or_file_of_a_downloaded_data_set_is_refused(build, files, monkeypatch):
+def test_a_changed_column_or_file_of_a_downloaded_data_set_is_refused(
+    build, files, monkeypatch, tmp_path
+):
     """Its texts stay on disk: they are told by the files of the cache, its columns are read."""
     open_file = datasets.load_dataset
     path = str(files / "a.jsonl")
 
     def built(change):
-        hub = open_file("json", data_files=path, split="train", cache_dir=str(files / "cache"))
-        hub = hub.map(change, cache_file_name=str(files / "cache" / f"{change.__name__}.arrow"))
+        hub = open_file("json", data_files=path, split="train", cache_dir=str(tmp_path / "cache"))
+        hub = hub.map(change, cache_file_name=str(tmp_path / f"{change.__name__}.arrow"))
         monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: hub)
         return build(dataset="someone/something", columns=["n"])
 

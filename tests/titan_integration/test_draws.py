@@ -276,6 +276,7 @@ def test_the_global_batch_does_not_depend_on_the_ranks(ranks, global_batch, mode
         assert torch.equal(found, expected), num_ranks
 
 
+@pytest.mark.slow
 def test_resumed_rows_are_the_uninterrupted_ones(ranks):
     """From a state of some ranks, on as many or others; proportions change at step 20."""
     expected = rows(ranks(1, 12), 65, change=20)
