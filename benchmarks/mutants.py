@@ -191,7 +191,7 @@ MUTANTS = (
         "a document goes on where its row ended",
         "titan_integration/data/packing.py",
         "(document, offset + take) if take < left",
-        "(document, take) if take < left",
+        "(document, offset + take + 1) if take < left",
         DATA,
     ),
     Mutant(

@@ -354,9 +354,17 @@ def test_a_finite_stream_resumes(build):
     assert torch.equal(torch.stack(rest), torch.stack(expected[10:]))
 
 
-def test_seeds_and_epochs_reorder(build):
-    """Another seed gives other rows."""
+def test_another_seed_gives_other_rows(build):
+    """Which documents are in a row depends on the seed."""
     assert not torch.equal(rows([build(seed=1)], 2), rows([build(seed=2)], 2))
+
+
+def test_every_epoch_has_an_order_of_its_own(build, tmp_path):
+    """Of four documents, each shard gets others in the epochs of its first row."""
+    path = tmp_path / "four.jsonl"
+    write_json(path, [{"text": "x " * 40, "domain": name} for name in "abcd"])
+    inputs, _ = next(iter(build(local_batch=4, dataset=str(path))))
+    assert all(len({*row}) > 1 for row in inputs["domain_ids"].tolist())
 
 
 @pytest.mark.slow
