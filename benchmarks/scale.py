@@ -20,7 +20,16 @@ import weighting as wt
 from weighting.build import Weighting, plan_of
 from weighting.contract import Alone
 from weighting.language.read import resolve
-from weighting.loss.linear import CHUNKS, MAX_CHUNK, SHARE, Memory, Sizes, chunk_of, path_of
+from weighting.loss.linear import (
+    CHUNKS,
+    MAX_CHUNK,
+    MIN_CHUNK,
+    SHARE,
+    Memory,
+    Sizes,
+    chunk_of,
+    path_of,
+)
 from weighting.loss.linear import Path as Way
 from weighting.loss.logits import Slice, statistics
 from weighting.testing.batches import batch
@@ -408,7 +417,8 @@ collectives are counted by weighing a batch on ranks that only count.
 | F | FLOPs of training on a token: 6 N without the input embedding, 12 layers D L | FLOPs |
 | U | a product of the output layer, 2 T D V FLOPs; an unweighted loss takes 3 | U |
 | e | bytes of an element, {BF16} in bfloat16 | bytes |
-| g, c, h | a gradient, e V D / t; chunk, e V / t min(T / {CHUNKS}, {MAX_CHUNK:,}); e T D | bytes |
+| g, h | a gradient, e V D / t; hidden states, e T D | bytes |
+| c | a chunk, e V / t min(max(T / {CHUNKS}, {MIN_CHUNK}), {MAX_CHUNK:,}) | bytes |
 | K | domains, here {DOMAINS} | domains |
 | k | largest part of a rank's tokens that a selection keeps | 1 |
 
