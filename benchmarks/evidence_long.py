@@ -9,8 +9,8 @@ of the documents stands eight times, and one in which a third has its characters
 Every model meets the same validation text, which is the folder's.
 
 There is one run a core at a time, and each takes the better part of an hour.  Stopped, the same
-command goes on; what is found is kept after every run.  `evidence_long_page.py` makes the page and
-the figures of it.
+command goes on; what is found is kept after every run, and a run whose numbers are kept is not made
+again, on another machine either.  `evidence_long_page.py` makes the page and the figures of it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from evidence_long_page import CURVE, OTHERS, SOW, TEXTS, write_page
+from evidence_long_page import CURVE, JUDGE, OTHERS, SOW, TEXTS, write_page
 from evidence_page import BUCKETS
 
 import weighting as wt
@@ -72,20 +72,19 @@ class Run(NamedTuple):
 
 def queue() -> list[Run]:
     """Return the runs in the order in which they are made."""
-    judge = Run(TEXTS[0], "reference", evidence.REFERENCE_SEED)
-    runs = [Run(TEXTS[0], "uniform", 0), Run(TEXTS[0], SOW[0], 0), judge]
+    runs = []
     for seed in range(3):
         runs += [Run(TEXTS[0], name, seed) for name in CURVE]
+        runs += [Run(TEXTS[0], JUDGE, evidence.REFERENCE_SEED)]
         runs += [Run(text, name, seed) for text in TEXTS[1:] for name in ("uniform", *SOW)]
         runs += [Run(TEXTS[0], name, seed) for name in OTHERS if not seed]
     return [*dict.fromkeys(runs)]
 
 
 def by_need(runs: list[Run]) -> Iterator[list[Run]]:
-    """Yield the runs that can be made at once: rho-1 needs the reference, which is made first."""
-    judge = next((i + 1 for i, run in enumerate(runs) if run.method == "reference"), 0)
-    yield runs[:judge]
-    yield runs[judge:]
+    """Yield the runs that can be made at once: rho-1 is last, as it scores with the reference."""
+    yield [run for run in runs if run.method != "rho-1"]
+    yield [run for run in runs if run.method == "rho-1"]
 
 
 def main() -> None:
@@ -107,10 +106,9 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with series.alone(folder):
-            study = Study(folder, args.data.absolute(), args.tokenizer, args.steps)
-            missing = [run for run in queue() if not study.found(run).exists()]
-            for some in by_need(missing[: args.runs]):
-                evidence.at_once([lambda run=run: study.make(run, args.out) for run in some])
+            study = Study(folder, args.data.absolute(), args.tokenizer, args.steps, args.out)
+            for some in by_need(study.missing()[: args.runs]):
+                evidence.at_once([lambda run=run: study.make(run) for run in some])
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on")
     except (RuntimeError, ValueError) as error:
@@ -122,11 +120,13 @@ def main() -> None:
 class Study:
     """The runs in a folder."""
 
-    def __init__(self, folder: Path, data: Path, tokenizer: str | None, steps: int) -> None:
-        """Write the specs, and the texts that are made of the given one.
+    def __init__(
+        self, folder: Path, data: Path, tokenizer: str | None, steps: int, out: Path
+    ) -> None:
+        """Write the specs, and read which runs have numbers.
 
         Raises:
-            ValueError: The folder holds runs of something else.
+            ValueError: The folder, or the file of numbers, holds runs of something else.
         """
         flags = [f"--training.seq_len={SEQ_LEN}", f"--training.local_batch_size={ROWS}"]
         every = max(steps * EVERY // STEPS, 1)
@@ -137,6 +137,7 @@ class Study:
             series.refuse_changed(noted, orders, "runs")
         series.note(noted, orders)
         self.folder, self.steps, self.every = folder, steps, every
+        self.numbers = out.with_suffix(".parquet")
         self.plans = {}
         for text in TEXTS:
             path = f"--dataloader.dataset_path={data if text == TEXTS[0] else self.place(text)}"
@@ -149,10 +150,30 @@ class Study:
                 write_whole(specs / f"{name}.yaml", spec_text(name, steps))
         self._validation: Windows | None = None
         self._alone = threading.Lock()  # around all but training
+        self._kept = self._read_kept()
 
-    def found(self, run: Run) -> Path:
-        """Return the file of what was found of a run."""
-        return evidence.run_of(self.place(run.text), run.method, run.seed) / "found.parquet"
+    def _read_kept(self) -> pa.Table:
+        if not self.numbers.exists():
+            return SCHEMA.empty_table()
+        kept = pq.read_table(self.numbers)
+        theirs = json.loads((kept.schema.metadata or {})[b"about"])
+        for key, ours in self.about().items():
+            if key in COMPARED and theirs[key] != ours:
+                msg = (
+                    f"{self.numbers} holds numbers of another study: its {key!r} differs; "
+                    "name another file with --out, or take data, steps and versions as before"
+                )
+                raise ValueError(msg)
+        return kept.replace_schema_metadata(None)
+
+    def missing(self) -> list[Run]:
+        """Return the runs to make: those without numbers, and the reference where rho-1 is one."""
+        there = {Run(*x.values()) for x in self._kept.select(Run._fields).to_pylist()}
+        judge = next(run for run in queue() if run.method == JUDGE)
+        saved = evidence.run_of(self.place(judge.text), *judge[1:]) / "checkpoint"
+        if not saved.exists() and any(run.method == "rho-1" for run in {*queue()} - there):
+            there.discard(judge)
+        return [run for run in queue() if run not in there]
 
     def place(self, text: str) -> Path:
         """Return the folder of a text and its runs."""
@@ -165,28 +186,30 @@ class Study:
             self._validation = Windows(self.plans[TEXTS[0]])
         return self._validation
 
-    def make(self, run: Run, out: Path) -> None:
+    def make(self, run: Run) -> None:
         """Train a model, let every checkpoint meet the validation text, and keep the last one."""
         folder, plan = self.place(run.text), self.plans[run.text]
         with self._alone:
             print(f"{run.text}, {run.method}, seed {run.seed}", flush=True)
             if run.text != TEXTS[0]:
                 write_text(self.validation.config, folder, run.text)
-            if run.method != "reference":
+            if run.method != JUDGE:
                 evidence.seed_checkpoint(folder, plan, run.seed)
         keep = ["--checkpoint.keep_latest_k=0", f"--checkpoint.interval={self.every}"]
         keep += [f"--lr_scheduler.warmup_steps={max(self.steps * WARMUP // STEPS, 2)}"]
         evidence.train(folder, plan, run.method, run.seed, *keep)
         with self._alone:
-            self.look(run)
-            self.gather(out)
+            dumped = evidence.run_of(folder, run.method, run.seed)
+            saved = dict(sorted(step_folders(dumped / "checkpoint").items()))
+            self.keep(run, self.look(run, dumped, saved))
+            for step, path in saved.items():
+                if step != self.steps:
+                    shutil.rmtree(path)
 
-    def look(self, run: Run) -> None:
-        """Let a run's checkpoints meet the validation text; all but the last one go."""
-        dumped = evidence.run_of(self.place(run.text), run.method, run.seed)
-        saved = dict(sorted(step_folders(dumped / "checkpoint").items()))
+    def look(self, run: Run, dumped: Path, saved: dict[int, Path]) -> list[dict[str, Any]]:
+        """Return a row of numbers for every checkpoint, which meets the validation text."""
         lines = read_lines(dumped / "weighting" / "metrics.jsonl")
-        rows = [
+        return [
             run._asdict()
             | {"step": step}
             | weights_in(lines, step - self.every, step, self.validation.domains)
@@ -194,17 +217,24 @@ class Study:
             for step, path in saved.items()
             if step % self.every == 0 and step
         ]
-        part = self.found(run).with_suffix(".part")
-        pq.write_table(pa.Table.from_pylist(rows, SCHEMA), part, compression="zstd")
-        part.rename(self.found(run))
-        for step, path in saved.items():
-            if step != self.steps:
-                shutil.rmtree(path)
 
-    def gather(self, out: Path) -> None:
-        """Write what was found of all runs that are whole."""
-        files = [path for run in queue() if (path := self.found(run)).exists()]
-        about = {
+    def keep(self, run: Run, rows: list[dict[str, Any]]) -> None:
+        """Add what was found of a run to the file of numbers."""
+        others = [
+            any(a != b for a, b in zip(run, row.values(), strict=True))
+            for row in self._kept.select(Run._fields).to_pylist()
+        ]
+        found = pa.Table.from_pylist(rows, SCHEMA)
+        self._kept = pa.concat_tables([self._kept.filter(pa.array(others, pa.bool_())), found])
+        self.numbers.parent.mkdir(parents=True, exist_ok=True)
+        part = self.numbers.with_suffix(".part")
+        whole = self._kept.replace_schema_metadata({"about": json.dumps(self.about())})
+        pq.write_table(whole, part, compression="zstd")
+        part.rename(self.numbers)
+
+    def about(self) -> dict[str, Any]:
+        """Return how the numbers are made, and what the validation text is."""
+        return {
             "steps": self.steps,
             "seq_len": SEQ_LEN,
             "rows": ROWS,
@@ -215,12 +245,6 @@ class Study:
             "runs": len(queue()),
             "text": self.validation.about(),
         }
-        table = pa.concat_tables([pq.read_table(path) for path in files])
-        out.parent.mkdir(parents=True, exist_ok=True)
-        part = out.with_suffix(".part")
-        whole = table.replace_schema_metadata({"about": json.dumps(about)})
-        pq.write_table(whole, part, compression="zstd")
-        part.rename(out.with_suffix(".parquet"))
 
 
 def spec_text(name: str, steps: int) -> str:
@@ -321,6 +345,8 @@ def weights_in(
     }
 
 
+COMPARED = ("steps", "seq_len", "rows", "plain", "versions", "buckets", "text")
+"""What all runs of a study have in common; `about` holds it."""
 SCHEMA = pa.schema(
     {
         "text": pa.string(),

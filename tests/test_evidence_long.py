@@ -117,6 +117,7 @@ def test_uniform_and_linupper_come_first_and_pairs_are_whole(study):
     """Each run is there once, and a method's baseline, text and seed before it."""
     runs = study.queue()
     assert [x[1:] for x in runs[:2]] == [("uniform", 0), ("linupper-r0.4", 0)]
+    assert runs[5].method == "reference"  # the page tells difficulty by it
     assert len(runs) == len({*runs})
     for i, run in enumerate(runs):
         base = run._replace(method="uniform")
@@ -131,10 +132,43 @@ def test_nothing_waits_for_the_reference_but_what_reads_it(study):
     """Runs of one batch are made at once; rho-1 scores with the reference."""
     runs = study.queue()
     first, then = study.by_need(runs)
-    assert first + then == runs
-    assert [x.method for x in first][-1] == "reference"
-    assert "rho-1" in {x.method for x in then}
-    assert [*study.by_need(then)] == [[], then]
+    assert {*first, *then} == {*runs}
+    assert {x.method for x in then} == {"rho-1"}
+    assert "reference" in {x.method for x in first}
+
+
+@pytest.mark.slow
+def test_a_run_whose_numbers_are_kept_is_not_made_again(study, tmp_path):
+    """Not in another folder either; only rho-1 needs a model that is not kept: the reference."""
+    for split in ("train", "valid"):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "text.jsonl").write_text('{"text": "so it is", "domain": "book"}\n')
+
+    def opened(folder, steps=20):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        return study.Study(tmp_path / folder, tmp_path, None, steps, tmp_path / "found")
+
+    first, *rest = study.queue()
+    judge = next(run for run in rest if run.method == "reference")
+    made = opened("here")
+    assert made.missing() == study.queue()
+    row = {"step": 20, "ess": 0.5, "domain_weights": [1.0], **{key: [2.0] for key in BUCKETS}}
+    made.keep(first, [first._asdict() | row])
+    made.keep(first, [first._asdict() | row])  # in place of the one before
+    assert pq.read_table(tmp_path / "found.parquet").num_rows == 1
+
+    there = opened("there")
+    assert there.missing() == rest
+    there.keep(judge, [judge._asdict() | row])
+    assert pq.read_table(tmp_path / "found.parquet").num_rows == 2
+    assert opened("there").missing() == rest  # rho-1 reads its checkpoint, which is not there
+    for run in rest:
+        if run.method == "rho-1":
+            there.keep(run, [run._asdict() | row])
+    assert judge not in opened("there").missing()
+
+    with pytest.raises(ValueError, match="numbers of another study: its 'steps' differs"):
+        opened("elsewhere", steps=40)
 
 
 def test_a_third_of_a_text_stands_eight_times_or_is_noise(study):
