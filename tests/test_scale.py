@@ -129,7 +129,7 @@ def test_a_microbatch_that_waits_holds_what_the_page_says(scale, spec, memory):
 
 
 def test_a_run_reports_no_more_than_the_page(scale):
-    """`Path.extra` is the page's memory, but for the chunk that `keep` has no need of."""
+    """`Path.extra` is the page's memory, but for the hidden states that `keep` copies."""
     for name, model in scale.MODELS.items():
         layer = scale.layer_of(model, scale.LAYOUTS[name])._replace(calls=1)
         for spec, memory in (("linupper", "late"), ("mile", "late"), ("mile", "recompute")):
@@ -137,7 +137,7 @@ def test_a_run_reports_no_more_than_the_page(scale):
             assert scale.peak(layer, way) - layer.plain == way.extra
         way = scale.way_of("linupper", layer, "keep")
         states = layer.tokens * layer.width * layer.itemsize  # times their weights
-        assert scale.peak(layer, way) - layer.plain == way.extra - layer.chunk + states
+        assert scale.peak(layer, way) - layer.plain == way.extra + states
 
 
 def test_what_was_measured_is_as_predicted(scale):

@@ -178,7 +178,7 @@ loss path: how weights meet the output layer, width D x vocabulary V
   late     nothing
   memory     products  more memory, in elements
   late       3         none
-  keep       3         T x V, T tokens on a rank
+  keep       3         (T - c) x V, T tokens on a rank, c in a chunk
   recompute  4         none
   auto takes, for D 4096, V 128256, bfloat16, 8192 tokens a sequence, 80 GB:
     1 sequence    late (one pass, nothing kept; 0.0 MiB beside a chunk)
@@ -191,7 +191,7 @@ loss path: how weights meet the output layer, width D x vocabulary V
   late     instance per sequence: a number for each sequence
   memory     products  more memory, in elements
   late       3         (n - 1) x D x V, n sequences on a rank
-  keep       3         T x V, T tokens on a rank
+  keep       3         (T - c) x V, T tokens on a rank, c in a chunk
   recompute  4         none
   auto takes, for D 4096, V 128256, bfloat16, 8192 tokens a sequence, 80 GB:
     1 sequence    late (one pass, nothing kept; 0.0 MiB beside a chunk)
@@ -205,14 +205,14 @@ loss path: how weights meet the output layer, width D x vocabulary V
   local    nothing
   late     pipeline per token: a number for each token
   memory     products  more memory, in elements
-  keep       1 + 2k    T x V, T tokens on a rank
+  keep       1 + 2k    (T - c) x V, T tokens on a rank, c in a chunk
   recompute  1 + 3k    none
   k = 0.6 of the tokens can weigh more than 0; more on some of several ranks
   auto takes, for D 4096, V 128256, bfloat16, 8192 tokens a sequence, 80 GB:
     1 sequence    keep (logits kept until the weights are known; gradients of at
-                  most 4917 tokens; 2004.0 MiB beside a chunk)
+                  most 4917 tokens; 1753.5 MiB beside a chunk)
     2 sequences   keep (logits kept until the weights are known; gradients of at
-                  most 9833 tokens; 4008.0 MiB beside a chunk)
+                  most 9833 tokens; 3507.0 MiB beside a chunk)
 collectives: 10 sums per batch
 """,
 }

@@ -1,5 +1,7 @@
 """The weighted cross entropy from hidden states, against logits and against float64."""
 
+from itertools import accumulate, pairwise
+
 import generators as tables
 import pytest
 import torch
@@ -459,7 +461,8 @@ def test_the_fewer_of_rows_and_domains_get_a_gradient(
     path = path_of(plan, Sizes(rows * 512, rows, 8192, 64, 4, 256 * MIB, domains))
     assert (path.memory, path.units, path.by_domain) == (memory, units, by_domain)
     layer = 8192 * 64 * 4
-    assert path.extra == (rows * 512 * 8192 * 4 if layers is None else layers * layer)
+    kept = (rows * 512 - path.chunk) * 8192 * 4
+    assert path.extra == (kept if layers is None else layers * layer)
 
 
 def test_rows_shorter_than_the_layer_is_wide_keep_logits():
@@ -489,12 +492,22 @@ def test_rows_shorter_than_the_layer_is_wide_keep_logits():
 def test_the_way_is_the_cheapest_within_the_budget(name, rows, memory, expected):
     """Late where it needs less memory than kept logits, and twice when neither fits."""
     fn = tables.built(tables.SPEC_TEXTS[name])
-    sizes = Sizes(rows * 64, rows, 8192, 80, 4, 256 * MIB)
-    path = path_of(fn.plan, sizes, memory)
+    path = path_of(fn.plan, Sizes(rows * 1024, rows, 512, 1100, 4, 256 * MIB), memory)
     assert path.memory == expected
-    extra = {"late": (rows - 1) * 8192 * 80 * 4, "keep": rows * 64 * 8192 * 4, "recompute": 0}
-    assert path.extra == (0 if name in {"uniform", "mile"} else extra[expected])
+    late = 0 if name in {"uniform", "mile"} else (rows - 1) * 1100
+    extra = {"late": late, "keep": rows * 1024 - path.chunk, "recompute": 0}
+    assert path.extra == extra[expected] * 512 * 4
     assert path.memory in str(path)
+
+
+def test_logits_are_kept_where_late_needs_as_much_memory():
+    """As many products, and none in pieces of sequences; where late needs nothing, it is taken."""
+    sizes = Sizes(4 * 512, 4, 8192, 512, 2, 256 * MIB)  # three gradients, or three chunks of logits
+    linupper, mile = (tables.built(tables.SPEC_TEXTS[name]).plan for name in ("linupper", "mile"))
+    late, auto = (path_of(linupper, sizes, x, chunks=4) for x in ("late", "auto"))
+    assert (late.memory, auto.memory) == ("late", "keep")
+    assert late.extra == auto.extra == 3 * 512 * 8192 * 2
+    assert [path_of(x, sizes, chunks=1).memory for x in (linupper, mile)] == ["keep", "late"]
 
 
 @pytest.mark.parametrize(
@@ -514,6 +527,26 @@ def test_8b_on_80_gb_recomputes_only_beyond_what_the_unweighted_loss_takes(rows,
     assert path.chunk == min(rows * 1024, 2048)
     plain = rows * 1024 * sizes.vocabulary * 14  # bfloat16, and float32 three times
     assert path.extra + path.chunk * sizes.vocabulary * 2 <= max(plain, sizes.budget)
+
+
+@for_each(
+    "lengths, chunk, cuts",
+    [
+        ([480, 480, 480, 422], 512, [480, 960, 1440]),
+        ([300, 300, 300, 300], 700, [600]),
+        ([1200, 1200], 512, [400, 800, 1200, 1600, 2000]),
+        ([100, 0, 700, 100], 600, [100, 450]),
+        ([7], 3, [3, 6]),
+        ([0, 5, 0], 8, []),
+        ([0], 8, []),
+    ],
+)
+def test_chunks_are_whole_rows_where_rows_fit(lengths, chunk, cuts):
+    """A row in two chunks adds a thin product to its gradient; an even part of a long one must."""
+    ends = [*accumulate(lengths)]
+    found = linear._spans(ends, chunk)
+    assert [(x.start, x.stop) for x in found] == [*pairwise([0, *cuts, ends[-1]])] * bool(ends[-1])
+    assert all(0 < x.stop - x.start <= chunk for x in found)
 
 
 def test_room_for_logits_is_that_of_one_chunk(monkeypatch):
@@ -540,13 +573,13 @@ def test_calls_that_wait_each_keep_what_they_take():
     """In a pipeline even one scalar that comes late keeps a gradient of the layer a microbatch."""
     fn = tables.built(tables.SPEC_TEXTS["mile"])
     sizes = Sizes(64, 1, 8192, 80, 4, 256 * MIB)
-    layer, logits = 8192 * 80 * 4, 64 * 8192 * 4
+    layer = 8192 * 80 * 4
 
     late = path_of(fn.plan, sizes._replace(tokens=128), "late", parts=8)
     assert (late.units, late.extra) == (1, 7 * layer)
     assert "a gradient of the output layer a call" in str(late)
     auto = path_of(fn.plan, sizes, parts=8)
-    assert (auto.memory, auto.extra) == ("keep", 8 * logits)
+    assert (auto.memory, auto.extra) == ("keep", (8 * 64 - auto.chunk) * 8192 * 4)
 
 
 def test_late_is_refused_for_weights_of_single_tokens():

@@ -261,7 +261,11 @@ def _loss_path(spec: Spec, plan: Plan) -> Iterator[str]:
     yield from _wrapped("local", [f"{known}: known token by token" if known else "nothing"])
     yield from _wrapped("late", [_comes_late(spec, plan)])
     yield f"  {'memory':11}{'products':10}more memory, in elements"
-    extra = {"late": "none", "keep": "T x V, T tokens on a rank", "recompute": "none"}
+    extra = {
+        "late": "none",
+        "keep": "(T - c) x V, T tokens on a rank, c in a chunk",
+        "recompute": "none",
+    }
     if plan.deferred_level == "sequence":
         extra["late"] = "(n - 1) x D x V, n sequences on a rank"
     by_domain = "domain" in (plan.deferred_level or "")

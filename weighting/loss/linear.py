@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
@@ -304,7 +305,8 @@ def path_of(
 
     Where sequences are so short that their gradients take more than all logits, `late` is `keep`.
     The last two skip the gradient of tokens that a selection drops.  `auto` takes the one of the
-    first two that needs less memory, if that is within the budget, and recompute otherwise.
+    first two that needs less memory, `keep` where that is the same, if it is within the budget, and
+    recompute otherwise.
     The budget is what an unweighted loss of as many chunks would take, if that is more than
     `sizes.budget`.  Where weights wait for `parts` calls, what each keeps is there at once, and
     counted.
@@ -323,12 +325,16 @@ def path_of(
         units = sizes.domains if by_domain or sizes.domains == 1 else sizes.rows
     elif late is not None:
         units = sizes.rows
+    chunk = chunk_of(sizes.tokens, chunks)
+    logits = parts * sizes.tokens * sizes.row_of_logits
     extra = {
         "late": ((units + bool(by_domain)) * parts - 1) * sizes.width * sizes.row_of_logits,
-        "keep": parts * sizes.tokens * sizes.row_of_logits,
+        "keep": logits - chunk * sizes.row_of_logits,
         "recompute": 0,
     }
+    least = "keep" if extra["keep"] <= extra["late"] > 0 else "late"
     if late == "token":
+        least = "keep"
         del extra["late"]
         if memory == "late":
             rows = " where rows mix domains" if needs_domains and not sizes.domains else ""
@@ -338,13 +344,11 @@ def path_of(
             )
             raise ValueError(msg)
     taken = memory
-    chunk = chunk_of(sizes.tokens, chunks)
-    least = min(extra.keys() - {"recompute"}, key=lambda name: extra[name])
     if memory == "auto":
         allowed = max(sizes.budget, _plain_bytes(sizes, chunks) - chunk * sizes.row_of_logits)
         taken = least if extra[least] <= allowed else "recompute"
-    elif memory == "late":
-        taken = least
+    elif memory == "late" and extra["late"] > logits:
+        taken = "keep"
     assert taken in extra, "full logits take no path"
     share = plan.max_active_fraction(collectives)
     most = None
@@ -593,7 +597,7 @@ def _late(
     parts: list[Tensor] = []
     scales: list[Tensor] = []
     compiling = torch.compiler.is_compiling()
-    spans = _spans(len(hidden), batch.path.chunk)
+    spans = _spans(ends, batch.path.chunk)
     room = None if compiling else _room(batch.head, hidden, spans)
     for span in spans:
         known = {name: value[span] for name, value in batch.known.items()}
@@ -697,7 +701,7 @@ def _keep(
 ) -> tuple[dict[str, Tensor], Finish]:
     """Go once, and keep every logit's gradient until its token's weight is known."""
     head, path = batch.head, batch.path
-    spans = _spans(len(hidden), path.chunk)
+    spans = _spans([len(hidden)], path.chunk)
     room = hidden.new_empty(len(hidden), len(head.weight))
     signals: list[dict[str, Tensor]] = []
     totals: list[Tensor] = []
@@ -732,7 +736,7 @@ def _twice(
 ) -> tuple[dict[str, Tensor], Finish]:
     """Go once for the signals and, when the weights are known, once more for the gradients."""
     head, path = batch.head, batch.path
-    spans = _spans(len(hidden), path.chunk)
+    spans = _spans([len(hidden)], path.chunk)
     room = _room(head, hidden, spans)
     signals: list[dict[str, Tensor]] = []
     for span in spans:
@@ -783,11 +787,25 @@ def _selected(weight: Tensor, most: int) -> tuple[Tensor, Tensor]:
     return weight * torch.where(crowded, total / torch.where(crowded, carried, 1), 1), rows
 
 
-def _spans(tokens: int, chunk: int) -> list[slice]:
-    """Return the tokens of each chunk: even, in order, none longer than `chunk`."""
-    chunks = -(-tokens // chunk)
-    size = -(-tokens // max(chunks, 1))
-    return [slice(start, min(start + size, tokens)) for start in range(0, tokens, max(size, 1))]
+def _spans(ends: Sequence[int], chunk: int) -> list[slice]:
+    """Return the tokens of each chunk: as many whole rows as fit, or an even part of a long one.
+
+    Args:
+        ends: Where each row ends.
+        chunk: Tokens in a chunk, at most.
+    """
+    cuts, start = [0], 0
+    for end in ends:
+        if end - cuts[-1] > chunk:
+            if start > cuts[-1]:
+                cuts.append(start)
+            pieces = -(-(end - start) // chunk)
+            size = -(-(end - start) // pieces)
+            cuts += range(start + size, end, size)
+        start = end
+    if start > cuts[-1]:
+        cuts.append(start)
+    return [slice(*pair) for pair in pairwise(cuts)]
 
 
 def _joined(signals: list[dict[str, Tensor]]) -> dict[str, Tensor]:
