@@ -110,9 +110,9 @@ def main(arguments: list[str] | None = None) -> int:
     setting = default._replace(**{name: x for name, x in asked.items() if x is not None})
     said = shlex.join(sys.argv[1:] if arguments is None else arguments)
     title = f"# The loss path in {setting.dtype}\n\n`python benchmarks/loss_path.py {said}`\n\n"
-    head = title + "  \n".join(heading(setting))
-    print(head, flush=True)
     batch = batch_of(setting)
+    head = title + "  \n".join(heading(setting, int(batch.count)))
+    print(head, flush=True)
     candidates = variants(batch)
     if args.package:
         candidates = with_other(candidates, args.package.resolve())
@@ -369,8 +369,8 @@ def _resident(field: str) -> int:
 # What is printed
 
 
-def heading(setting: Setting) -> list[str]:
-    """Return what was run on what."""
+def heading(setting: Setting, counted: int) -> list[str]:
+    """Return what was run on what; so many tokens have a label that counts."""
     tokens, rows, width, vocabulary, dtype, *_ = setting
     versions = [f"Python {platform.python_version()}"]
     for name in ("torch", "torchtitan", "liger-kernel", "cut-cross-entropy"):
@@ -382,7 +382,8 @@ def heading(setting: Setting) -> list[str]:
     if setting.device.startswith("cuda"):
         where = f"{torch.cuda.get_device_name(setting.device)}, {where}"
     return [
-        f"N={tokens} tokens in B={rows} sequences, D={width}, V={vocabulary}, {dtype}",
+        f"N={tokens} tokens, of which {counted} count, in B={rows} sequences, D={width}, "
+        f"V={vocabulary}, {dtype}",
         f"{CHUNKS} chunks of {tokens // CHUNKS} tokens, ours of {chunk_of(tokens, CHUNKS)}",
         f"{setting.rounds} rounds; {', '.join(versions)}; commit {_commit()}",
         f"{where}; {torch.get_num_threads()} of {os.cpu_count()} threads; {_load()}",

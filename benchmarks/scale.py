@@ -345,34 +345,35 @@ class Point(NamedTuple):
 def points(text: str) -> list[Point]:
     """Return our own ways through the output layer in loss_path.md, predicted and measured.
 
-    Time is relative to `uniform late`, and predicted from products alone.
+    Time is relative to `uniform late`, and predicted from products alone.  On a CPU, only tokens
+    that count go through the layer, unless there are full logits.
     """
-    sizes = re.search(r"N=(\d+) tokens in B=(\d+) sequences, D=(\d+), V=(\d+), float32", text)
+    sizes = re.search(_SIZES, text)
     assert sizes, "loss_path.md says what was run"
-    tokens, rows, width, vocabulary = map(int, sizes.groups())
+    tokens, counted, rows, width, vocabulary = map(int, sizes.groups())
     layer = Layer(tokens, rows, vocabulary, width, FP32, on_ranks=False)
+    fewer = layer._replace(tokens=counted)
     pattern = r"^\| ([\w-]+) (late|keep|recompute|full)(?: \(auto\))? \| ([\d.]+) \| ([\d.]+) .*$"
-    found: list[tuple[str, Way | None, float, float, float]] = []
+    found: list[tuple[str, tuple[float, float], tuple[float, float], float]] = []
     for match in re.finditer(pattern, text, re.MULTILINE):
-        spec, memory, counted, time = match.groups()
+        spec, memory, measured, time = match.groups()
         *_, mib, _ = match[0].rstrip("| ").split("|")
-        spec = _GIVEN if spec == "given" else spec
-        way = None if memory == "full" else way_of(spec, layer, memory)
-        name = f"{match[1]} {memory}"
-        found.append((name, way, float(counted), float(time), float(mib)))
-    (base,) = (time for name, *_, time, _ in found if name == "uniform late")
-    return [
-        Point(
-            name,
-            (products(layer, way), counted),
+        if memory == "full":
             # The core's own full logits go through torch's cross entropy: three copies.
-            (peak(layer, way, copies=3) / 2**20, mib),
-            (products(layer, way) / 3, time / base),
-        )
-        for name, way, counted, time, mib in found
+            said, taken = products(layer, None), peak(layer, None, copies=3)
+        else:
+            way = way_of(_GIVEN if spec == "given" else spec, layer, memory)
+            said, taken = products(fewer, way) * counted / tokens, peak(fewer, way)
+        sizes = (said, float(measured)), (taken / 2**20, float(mib))
+        found.append((f"{spec} {memory}", *sizes, float(time)))
+    (base,) = (row for row in found if row[0] == "uniform late")
+    return [
+        Point(name, units, mib, (units[0] / base[1][0], time / base[3]))
+        for name, units, mib, time in found
     ]
 
 
+_SIZES = r"N=(\d+) tokens, of which (\d+) count, in B=(\d+) sequences, D=(\d+), V=(\d+), float32"
 _GIVEN = "version: 1\nnormalize: none\npipeline: column(w) -> as_is\n"
 """The benchmark's spec for weights that are given."""
 
