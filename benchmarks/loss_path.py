@@ -381,9 +381,9 @@ def heading(setting: Setting, counted: int) -> list[str]:
     where = _cpu_name()
     if setting.device.startswith("cuda"):
         where = f"{torch.cuda.get_device_name(setting.device)}, {where}"
+    sizes = f"B={rows} sequences, D={width}, V={vocabulary}, {dtype}"
     return [
-        f"N={tokens} tokens, of which {counted} count, in B={rows} sequences, D={width}, "
-        f"V={vocabulary}, {dtype}",
+        f"N={tokens} tokens, of which {counted} count, in {sizes}",
         f"{CHUNKS} chunks of {tokens // CHUNKS} tokens, ours of {chunk_of(tokens, CHUNKS)}",
         f"{setting.rounds} rounds; {', '.join(versions)}; commit {_commit()}",
         f"{where}; {torch.get_num_threads()} of {os.cpu_count()} threads; {_load()}",
