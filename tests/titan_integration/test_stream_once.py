@@ -58,7 +58,7 @@ def build(tmp_path, monkeypatch):
         ]
         text = "".join(json.dumps(r) + "\n" for r in records).encode()
         path = tmp_path / name
-        path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
+        path.write_bytes(gzip.compress(text, mtime=0) if path.suffix == ".gz" else text)
         names = [f"d{i:03d}" for i in range(domains)]
         config = {"dataset_path": str(path), "domains": names, "rows": rows} | config
         return DomainTextDataLoader.Config(streaming=True, **config).build(
@@ -87,7 +87,7 @@ def short_and_long(build, tmp_path):
         ]
         text = "".join(json.dumps(r) + "\n" for r in records).encode()
         path = tmp_path / name
-        path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
+        path.write_bytes(gzip.compress(text, mtime=0) if path.suffix == ".gz" else text)
         config = DomainTextDataLoader.Config(
             dataset_path=str(path), domains=names, rows="turns", streaming=True
         )
