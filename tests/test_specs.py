@@ -91,6 +91,7 @@ def test_every_spec_has_a_reference():
     assert sorted([*FORMULAS, *MEMORIES]) == NAMES
 
 
+@pytest.mark.slow
 @each_spec
 def test_weights_are_those_of_the_header(name):
     """On adversarial and random batches the weights are those of the formula in the header."""
@@ -211,6 +212,7 @@ def test_a_spec_says_what_it_is(name):
     assert wt.loads(text).name == name
 
 
+@pytest.mark.slow
 @each_spec
 def test_a_shipped_spec_is_found_by_its_name(name):
     """`load` takes the bare name, the path and the file alike."""

@@ -25,6 +25,7 @@ def on_two(part):
     return tables.Lockstep(2).run(one)
 
 
+@pytest.mark.slow
 @for_each("case", SPECS)
 def test_ranks_of_every_spec_agree(case):
     """Nothing is said of ranks that weigh as they should, at any step."""

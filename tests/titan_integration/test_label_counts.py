@@ -221,6 +221,7 @@ def test_a_run_without_counts_is_refused_before_it_starts(data):
         open_data(config, plan)
 
 
+@pytest.mark.slow
 def test_counting_refuses_what_would_end_in_vain(data, tmp_path):
     """A file that exists, a stream, data without text, a tokenizer that is not there."""
     out = tmp_path / "counts.json"

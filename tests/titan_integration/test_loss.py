@@ -130,6 +130,7 @@ def test_the_loss_over_logits_is_the_core_s(name):
     assert_close(mine, other, rtol=2e-4, atol=2e-5)
 
 
+@pytest.mark.slow
 @for_each("memory", ["auto", "keep", "recompute"])
 @for_each("name", tables.ways)
 def test_no_step_waits_for_the_device(name, memory, monkeypatch):

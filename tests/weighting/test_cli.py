@@ -122,6 +122,7 @@ def test_a_missing_file_is_one_line_and_status_2(command):
     assert first == "specs/linuper.yaml: no such file; did you mean 'linupper'?"
 
 
+@pytest.mark.slow
 @for_each("name", shipped())
 def test_explain_fits_a_terminal(name):
     """An explanation stays within 80 columns, and ends with the spec as it is, as a YAML list."""

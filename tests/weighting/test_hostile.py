@@ -336,6 +336,7 @@ def test_a_large_file_is_not_read_to_its_end(size, byte, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_nothing_of_a_text_is_run(tmp_path, monkeypatch):
     """No import, no program, no file is opened while all of them are read."""
     monkeypatch.chdir(tmp_path)

@@ -550,7 +550,7 @@ def test_chunks_are_whole_rows_where_rows_fit(lengths, chunk, cuts):
 
 
 def test_room_for_logits_is_that_of_one_chunk(monkeypatch):
-    """Chunks cross sequences: 4 rows of 6 tokens in chunks of 7 or less need room for 6."""
+    """4 rows of 6 tokens in chunks of 7 or less need room for 6."""
     made = []
     room = linear._room
 

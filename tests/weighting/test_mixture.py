@@ -483,6 +483,7 @@ def test_some_specs_draw_nothing():
     assert len(PLAIN) >= 30
 
 
+@pytest.mark.slow
 @for_each("name", PLAIN)
 def test_a_mixture_draws_and_leaves_the_weights(name):
     """The joined spec draws by the mixture, weighs bitwise as before, and is another spec."""
@@ -503,6 +504,7 @@ def test_a_mixture_draws_and_leaves_the_weights(name):
     assert joined.name == before.name
 
 
+@pytest.mark.slow
 @for_each("name", PLAIN)
 @for_each("spelling", ["arrow", "yaml"])
 def test_a_joined_spec_reads_back(name, spelling):

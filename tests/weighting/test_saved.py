@@ -150,6 +150,7 @@ def test_a_long_memory_is_told_in_one_line():
         fn.load_state_dict(saved)
 
 
+@pytest.mark.slow
 @for_each("name", [*SPECS, "scope: running"])
 @for_each("dtype", [torch.float32, torch.bfloat16])
 def test_what_a_run_leaves_is_loaded(name, dtype):

@@ -45,6 +45,7 @@ def test_the_shipped_file_is_current():
     assert now == shipped
 
 
+@pytest.mark.slow
 @for_each("path", SPECS, ids=lambda path: path.stem)
 def test_every_shipped_spec_is_valid_in_both_spellings(path):
     """The schema accepts each spec as written, as arrow text and as lists."""

@@ -259,6 +259,7 @@ def test_every_shipped_spec_simulates(name, tmp_path):
     assert all(close(x, y) for x, y in zip(shown, weight[order].tolist(), strict=True))
 
 
+@pytest.mark.slow
 @for_each("name", shipped())
 def test_every_shipped_spec_weighs_bare_losses_or_says_what_it_needs(name):
     """On losses alone a spec weighs them, or one line names it, its columns, and what there is."""

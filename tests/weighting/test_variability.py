@@ -50,6 +50,7 @@ def test_active_bias_weighs_by_it():
         assert got == pytest.approx([x / mean for x in plus], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_an_example_that_never_moves_has_no_spread():
     """Not even by rounding, after a thousand visits."""
     fn = wt.build(wt.loads(TEXT))
