@@ -16,7 +16,7 @@ def flatten(signals: Signals, needs: frozenset[str]) -> Signals:
     loss = signals.loss
     valid = torch.ones_like(loss, dtype=torch.bool) if signals.valid is None else signals.valid
     flat: dict[str, Any] = {"columns": {}}
-    for name in needs | {"loss", "valid"}:
+    for name in sorted(needs | {"loss", "valid"}):
         column = column_of(name)
         value = signals.columns.get(column) if column else getattr(signals, name)
         value = valid if name == "valid" else value
