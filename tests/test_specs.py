@@ -91,7 +91,6 @@ def test_every_spec_has_a_reference():
     assert sorted([*FORMULAS, *MEMORIES]) == NAMES
 
 
-@pytest.mark.slow
 @each_spec
 def test_weights_are_those_of_the_header(name):
     """On adversarial and random batches the weights are those of the formula in the header."""
