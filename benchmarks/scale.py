@@ -258,8 +258,9 @@ class Layer(NamedTuple):
 
     @property
     def chunk(self) -> int:
-        """Bytes of a chunk of logits."""
-        return chunk_of(self.tokens, CHUNKS) * self.vocabulary * self.itemsize
+        """Bytes of a chunk of logits; chunks are even, and none is longer than `chunk_of` says."""
+        chunks = -(-self.tokens // chunk_of(self.tokens, CHUNKS))
+        return -(-self.tokens // chunks) * self.vocabulary * self.itemsize
 
     @property
     def plain(self) -> int:
@@ -363,7 +364,11 @@ def points(text: str) -> list[Point]:
             said, taken = products(layer, None), peak(layer, None, copies=3)
         else:
             way = way_of(_GIVEN if spec == "given" else spec, layer, memory)
-            said, taken = products(fewer, way) * counted / tokens, peak(fewer, way)
+            # Hidden states of tokens that count stand beside all; in the end so do the gradients
+            # of both, with the room for logits still there unless the way is late or keep.
+            beside = 1 if memory in {"late", "keep"} and way.most is None else 2
+            said = products(fewer, way) * counted / tokens
+            taken = peak(fewer, way) + beside * counted * width * FP32
         sizes = (said, float(measured)), (taken / 2**20, float(mib))
         found.append((f"{spec} {memory}", *sizes, float(time)))
     (base,) = (row for row in found if row[0] == "uniform late")
