@@ -58,8 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
     if not there and not args.quick:
         parser.error("there is no GPU here; --quick runs what a CPU can")
     setting = QUICK._replace(device="cuda" if there else "cpu") if args.quick else ON_CUDA
-    print("\n".join(heading(setting)), flush=True)
     batch = batch_of(setting)
+    print("\n".join(heading(setting, int(batch.count))), flush=True)
     found = list[Verdict]()
     for check in (loss_path, waiting, graphs, collectives):
         for verdict in check(setting, batch):
