@@ -1,11 +1,15 @@
-"""How time grows with tokens, sequences, documents, domains and ranks: seconds and exponents.
+"""How time and memory grow with tokens, sequences, documents, domains, ranks and stages.
 
-    python benchmarks/growth.py [--quick]
+    python benchmarks/growth.py [--package FOLDER] [--quick]
 
 Each row is one kind of work over sizes up to three decades apart; a time is the median of a few
-calls, in CPU seconds of one thread.  The exponent is the slope of log time over log size, fitted by
-least squares to the larger half of the sizes, where fixed costs no longer count.  Of the ranks one
-exists, which works as if the others had what it has; what they take to answer is not there.
+calls, in CPU seconds of one thread, memory the most that a call takes.  Exponents are slopes of the
+logarithms over that of the size, fitted by least squares to the larger half of the sizes, where
+fixed costs no longer count.  Of the ranks one exists, which works as if the others had what it has;
+what they take to answer is not there.
+
+`--package` names a checkout of another version, which does the same in the same run, as far as it
+has what the work is made of.
 """
 
 from __future__ import annotations
@@ -13,22 +17,29 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import platform
+import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
+import weakref
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from typing_extensions import override
+from peak import free_at_once, peak_of
 
 import weighting as wt
-from weighting.contract import Alone
 
 CALLS = 3
+MOST = 1.1
+"""What grows by more is to be explained."""
+SMALL = 2**20
+"""Of less memory no exponent is told: pages and small objects are most of it."""
 Work = Callable[[], object]
 
 
@@ -70,40 +81,44 @@ def weighing_domains(domains: int) -> Work:
     return lambda: fn(signals, 1)
 
 
-PER_DOCUMENT = wt.loads("mean(document) -> normalize -> temperature(0.5)")
+PER_DOCUMENT = "mean(document) -> normalize -> temperature(0.5)"
 
 
 def weighing_documents(documents: int) -> Work:
     """Return a weighting by document over 65,536 tokens of so many documents."""
-    fn = wt.build(PER_DOCUMENT)
+    fn = wt.build(wt.loads(PER_DOCUMENT))
     segments = torch.arange(1024).expand(64, -1) // max(65_536 // documents, 1)
     signals = wt.Signals(loss=torch.rand(64, 1024), segment_ids=segments)
     return lambda: fn(signals, 1)
 
 
-class Alike(Alone):
-    """Ranks that all have what this one has."""
+def alike(size: int) -> Any:  # noqa: ANN401 - of a class that not every version has
+    """Return ranks that all have what this one has."""
+    from weighting.contract import Alone  # noqa: PLC0415 - not in every version
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    class Alike(Alone):
+        parts = Alone()
+        gather = staticmethod(lambda x: x.expand(size, *x.shape))
+        sum = staticmethod(lambda x: x * size)
 
-    @property
-    @override
-    def parts(self) -> Alone:
-        return Alone()
+    ranks = Alike()
+    ranks.size = size
+    return ranks
 
-    @override
-    def gather(self, x: Tensor) -> Tensor:
-        return x.expand(self.size, *x.shape)
 
-    @override
-    def sum(self, x: Tensor) -> Tensor:
-        return x * self.size
+def capping_over(ranks: int) -> Work:
+    """Return LinUpper on a rank's eight sequences among so many ranks."""
+    return over_ranks(wt.load("linupper"), ranks)
+
+
+def documents_over(ranks: int) -> Work:
+    """Return a weighting by document on one of so many ranks."""
+    return over_ranks(wt.loads(PER_DOCUMENT), ranks)
 
 
 def over_ranks(spec: wt.Spec, ranks: int) -> Work:
     """Return the weighting of a rank's eight sequences of 1,024 tokens among so many ranks."""
-    fn = wt.build(spec, collectives=Alike(ranks))
+    fn = wt.build(spec, collectives=alike(ranks))
     segments = torch.arange(1024).expand(8, -1) // 64
     signals = wt.Signals(loss=torch.rand(8, 1024), segment_ids=segments)
     return lambda: fn(signals, 1)
@@ -114,15 +129,15 @@ def opening(documents: int) -> Work:
     from titan_integration.data.documents import local_documents  # noqa: PLC0415 - needs torchtitan
     from titan_integration.data.records import Columns  # noqa: PLC0415
 
-    folder = tempfile.TemporaryDirectory()
-    file = Path(folder.name) / "data.jsonl"
+    folder = tempfile.mkdtemp()
+    file = Path(folder) / "data.jsonl"
     lines = (json.dumps({"text": f"{i} " * 20, "domain": f"d{i % 7}"}) for i in range(documents))
     file.write_text("\n".join(lines), encoding="utf-8")
 
-    def work(kept: object = folder) -> object:
-        del kept  # the folder goes with the work
+    def work() -> object:
         return local_documents(file, "train", Columns())
 
+    weakref.finalize(work, shutil.rmtree, folder)
     return work
 
 
@@ -156,8 +171,8 @@ ROWS: dict[str, tuple[Callable[[int], Work], tuple[int, ...]]] = {
     "rank, sequences": (ranking, (32, 128, 512, 2048, 8192, 32_768)),
     "linupper, sequences": (capping, (32, 128, 512, 2048, 8192, 32_768)),
     "weights per document, documents": (weighing_documents, (64, 512, 4096, 32_768)),
-    "linupper, ranks": (partial(over_ranks, wt.load("linupper")), (8, 64, 512, 4096)),
-    "weights per document, ranks": (partial(over_ranks, PER_DOCUMENT), (8, 64, 512, 4096)),
+    "linupper, ranks": (capping_over, (8, 64, 512, 4096)),
+    "weights per document, ranks": (documents_over, (8, 64, 512, 4096)),
     "opening a file, documents": (opening, (100, 1000, 10_000, 100_000)),
     "domain weights, domains": (weighing_domains, (10, 100, 1000, 10_000)),
     "a drawn batch, domains": (drawing, (10, 100, 1000, 5000)),
@@ -176,34 +191,100 @@ def seconds(work: Work) -> float:
     return statistics.median(times)
 
 
-def exponent(sizes: tuple[int, ...], times: list[float]) -> float:
-    """Return the slope of log time over log size, over the larger half of the sizes."""
-    half = len(sizes) // 2
-    x = [math.log(size) for size in sizes[half - 1 :]]
-    y = [math.log(max(t, 1e-9)) for t in times[half - 1 :]]
+class Found(NamedTuple):
+    """CPU seconds and bytes of a kind of work, by size; nothing where a version lacks the work."""
+
+    times: list[float]
+    sizes: list[int]
+
+
+def found(*, quick: bool) -> dict[str, Found]:
+    """Do all work at all sizes, first for its time and then for its memory."""
+    rows = {name: (work, every[:2] if quick else every) for name, (work, every) in ROWS.items()}
+    lacking, times = set[str](), dict[str, list[float]]()
+    for name, (prepare, sizes) in rows.items():
+        try:
+            times[name] = [seconds(prepare(size)) for size in sizes]
+        except (ImportError, AttributeError, TypeError, ValueError) as error:
+            lacking.add(name)
+            print(f"{name}: not in this version: {error}", file=sys.stderr)
+    memory: dict[str, list[int]] = {}
+    free_at_once()
+    for name, (prepare, sizes) in rows.items():
+        if name not in lacking:
+            memory[name] = [most_bytes(prepare(size)) for size in sizes]
+    return {name: Found(times.get(name, []), memory.get(name, [])) for name in rows}
+
+
+def most_bytes(work: Work) -> int:
+    """Return the memory that a call takes at most, after one that does not count."""
+    work()
+    return peak_of(work)
+
+
+def exponent(sizes: tuple[int, ...], values: list[float] | list[int]) -> float:
+    """Return the slope of the logarithms of values and sizes, over the larger half of the sizes."""
+    half = len(values) // 2
+    x = [math.log(size) for size in sizes[half - 1 : len(values)]]
+    y = [math.log(max(value, 1e-9)) for value in values[half - 1 :]]
     return statistics.linear_regression(x, y).slope
 
 
-def table(*, quick: bool = False) -> Iterator[str]:
-    """Yield the lines of the table."""
-    yield "| what grows | sizes | seconds | exponent |"
-    yield "|---|---|---|---|"
-    for name, (prepare, every) in ROWS.items():
-        sizes = every[:2] if quick else every
-        times = [seconds(prepare(size)) for size in sizes]
-        shown = ", ".join(f"{size:,}" for size in (sizes[0], sizes[-1]))
-        ends = f"{times[0]:.2g}, {times[-1]:.2g}"
-        yield f"| {name} | {shown} | {ends} | {exponent(sizes, times):.2f} |"
+def table(now: dict[str, Found], before: dict[str, Found]) -> Iterator[str]:
+    """Yield the lines of the table, and what grows faster than its size."""
+    then = " | before: s | exponent | MiB | exponent | times as fast" if before else ""
+    yield f"| what grows | sizes | s at most | exponent | MiB | exponent{then} |"
+    yield "|---|---|---|---|---|---|" + "---|" * 5 * bool(before)
+    steep: list[str] = []
+    for name, (_, every) in ROWS.items():
+        sizes = every[: len(now[name].times)]
+        cells = [name, f"{sizes[0]:,} to {sizes[-1]:,}", *cells_of(sizes, now[name])]
+        if before and before[name].times:
+            ratio = before[name].times[-1] / now[name].times[-1]
+            cells += [*cells_of(sizes, before[name]), f"{ratio:.1f}"]
+        elif before:
+            cells += ["?"] * 5
+        yield f"| {' | '.join(cells)} |"
+        slopes = {"time": exponent(sizes, now[name].times)}
+        if now[name].sizes[-1] >= SMALL:
+            slopes["memory"] = exponent(sizes, now[name].sizes)
+        steep += [f"{what} of {name}: {x:.2f}" for what, x in slopes.items() if x > MOST]
+    yield f"\nAbove {MOST}: {'; '.join(steep) or 'nothing'}."
+
+
+def cells_of(sizes: tuple[int, ...], some: Found) -> list[str]:
+    """Return time and memory at the largest size, each with its exponent."""
+    large = some.sizes[-1] >= SMALL
+    memory = [f"{some.sizes[-1] / 2**20:.0f}", f"{exponent(sizes, some.sizes):.2f}"]
+    time = [f"{some.times[-1]:.2g}", f"{exponent(sizes, some.times):.2f}"]
+    return [*time, *(memory if large else ["under 1", ""])]
+
+
+def found_by(package: Path, *, quick: bool) -> dict[str, Found]:
+    """Return what another version takes for the same work, in a process of its own."""
+    paths = [str(package.resolve()), str(Path(__file__).parent)]
+    command = [sys.executable, __file__, "--raw", *["--quick"] * quick]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    done = subprocess.run(  # noqa: S603 - ours
+        command, cwd=package, env=environment, check=True, stdout=subprocess.PIPE, text=True
+    )
+    return {name: Found(*x) for name, x in json.loads(done.stdout).items()}
 
 
 def main() -> None:
     """Print the machine and the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("--quick", action="store_true", help="tiny: does it run at all?")
+    parser.add_argument("--package", type=Path, help="a checkout of another version")
+    parser.add_argument("--raw", action="store_true", help="numbers alone, as JSON")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.raw:
+        print(json.dumps(found(quick=args.quick)))
+        return
     print(f"{platform.machine()}, one thread, torch {torch.__version__}\n")
-    for line in table(quick=args.quick):
+    before = found_by(args.package, quick=args.quick) if args.package else {}
+    for line in table(found(quick=args.quick), before):
         print(line, flush=True)
 
 

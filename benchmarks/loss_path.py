@@ -21,7 +21,6 @@ process of its own on CPU; U counts matrix products, in units of one product of 
 
 import argparse
 import contextlib
-import ctypes
 import gc
 import importlib.metadata
 import math
@@ -56,6 +55,7 @@ from loss_ways import (
     variants,
     with_other,
 )
+from peak import free_at_once, peak_of
 from torch import Tensor
 
 from weighting.loss.linear import CHUNKS, chunk_of
@@ -343,27 +343,11 @@ def peak_on_device(variant: Variant, batch: Batch, setting: Setting) -> int:
 def peak_here(variant: Variant, setting: Setting, threads: int) -> int:
     """Return how far this process's resident memory rises above what it has with its inputs."""
     torch.set_num_threads(threads)
-    libc = ctypes.CDLL(None)
-    libc.mallopt(_MMAP_THRESHOLD, 2**16)  # what is freed goes back at once, and counts no more
+    free_at_once()
     # What is loaded or built at the first call does not count.
     gradients(variant, batch_of(QUICK._replace(sequences=setting.sequences, dtype=setting.dtype)))
     batch = batch_of(setting)
-    libc.malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    before = _resident("VmRSS")
-    outcome = gradients(variant, batch)
-    peak = _resident("VmHWM")
-    del outcome
-    return peak - before
-
-
-_MMAP_THRESHOLD = -3
-"""M_MMAP_THRESHOLD of <malloc.h>."""
-
-
-def _resident(field: str) -> int:
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(status.partition(f"{field}:")[2].split()[0]) * 1024
+    return peak_of(lambda: gradients(variant, batch))
 
 
 # What is printed

@@ -214,3 +214,21 @@ def test_the_picture_of_tokens_has_every_character(tmp_path):
     wide = sum(float(box.get("width")) for box in told)
     # Two decimals each.
     assert wide == pytest.approx(sum(float(node.get("textLength")) for node in lines), abs=1)
+
+
+@pytest.mark.slow
+def test_growth_has_times_of_all_work_and_exponents_of_known_numbers(monkeypatch):
+    """All kinds of work run; a square grows by 2, and what is steep is named."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    growth = importlib.import_module("growth")
+    monkeypatch.setattr(growth, "free_at_once", lambda: None)  # it would slow other tests down
+    found = growth.found(quick=True)
+    assert all(len(x.times) == len(x.sizes) == 2 for x in found.values())
+    sizes = (10, 100, 1000, 10_000)
+    assert growth.exponent(sizes, [x**2 for x in sizes]) == pytest.approx(2)
+    assert growth.exponent(sizes, [7, 5, 5, 5]) == pytest.approx(0)  # fixed costs at first
+    steep = {"rank, sequences": growth.Found([1e-3, 1.0], [2**20, 2**21])}
+    *rows, above = growth.table(found | steep, {})
+    assert len(rows_of("\n".join(rows))) == len(growth.ROWS)
+    assert "time of rank, sequences: 4.98" in above
+    assert "memory of rank" not in above
