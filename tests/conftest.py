@@ -45,6 +45,14 @@ def pytest_configure(config):
         torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Mark what the kit compiles: a check of its is told by the test's name alone."""
+    for item in items:
+        if item.name.endswith("-compiles]"):
+            item.add_marker(pytest.mark.slow)
+
+
 def pytest_collection_finish():
     """Never look through what the imports made, a million objects, for garbage."""
     gc.collect()

@@ -125,9 +125,16 @@ def graphs():
 STEPS = range(0, 7, 2)
 
 each_case = for_each("case", CASES)
+each_case_but_specs = for_each("case", [name for name in CASES if not name.startswith("spec ")])
 each_case_without_luck = for_each(
     "case", [name for name, text in CASES.items() if not re.search("bernoulli|multinomial", text)]
 )
+
+
+def of_shipped_specs(law):
+    """Return a law of stages as one of shipped specs, over which it takes as long again."""
+    specs = [name for name in CASES if name.startswith("spec ")]
+    return pytest.mark.slow(for_each("case", specs)(law.__wrapped__))
 
 
 def weigh(case, signals, step=0):
@@ -337,7 +344,7 @@ def laid_out(signals, layout):
     return new, at
 
 
-@each_case
+@each_case_but_specs
 def test_sequences_weigh_alike_however_they_are_laid_out(case):
     """Samples that ids tell weigh, and are remembered, as the same samples do as padded rows."""
     by_row = tables.built(CASES[case])
@@ -360,6 +367,11 @@ def test_sequences_weigh_alike_however_they_are_laid_out(case):
     for name, value in by_row.state_dict().items():
         for fn in by_id.values():
             assert_close(fn.get_buffer(name), value, rtol=1e-4, atol=1e-5)  # as above
+
+
+test_sequences_of_shipped_specs_weigh_alike_however_they_are_laid_out = of_shipped_specs(
+    test_sequences_weigh_alike_however_they_are_laid_out
+)
 
 
 def test_a_layout_keeps_every_token_once():
@@ -403,7 +415,7 @@ def test_the_laws_of_state_are_asked_of_some_cases():
     assert {"spec uniform", "spec linupper", "spec mile"}.isdisjoint(remembering)
 
 
-@each_case
+@each_case_but_specs
 def test_no_value_is_ever_looked_at(case, monkeypatch):
     """It runs on tensors that have shapes but no values, so nothing waits for a device."""
     # The only thing here that does not know the device without values.
@@ -416,6 +428,9 @@ def test_no_value_is_ever_looked_at(case, monkeypatch):
     assert not census.waits
     assert out.token.device.type == "meta"
     assert out.token.shape == (4, 6)
+
+
+test_no_value_is_ever_looked_at_by_shipped_specs = of_shipped_specs(test_no_value_is_ever_looked_at)
 
 
 @settings(max_examples=40)
@@ -849,6 +864,7 @@ def test_some_cases_are_capped():
     assert len(capped()) >= 8
 
 
+@pytest.mark.slow
 @for_each("case, factor", capped)
 def test_no_unit_weighs_more_than_its_cap(case, factor):
     """A factor that ends in `clamp` has no unit above it and keeps mean one over its units."""

@@ -214,6 +214,7 @@ def test_ranks_read_only_their_own_shards(ranks):
     assert len(set.union(*shards)) == NUM_SHARDS
 
 
+@pytest.mark.slow
 def test_resumed_rows_are_the_uninterrupted_ones(ranks):
     """A state of some ranks continues exactly on as many or others, at any step."""
     expected = rows(ranks(1, 12), 65)

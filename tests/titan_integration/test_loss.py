@@ -90,6 +90,7 @@ def test_where_rows_are_of_one_domain_a_run_weighs_domains_in_three_products(
         assert_close(mine, other, rtol=2e-4, atol=2e-5)  # as above
 
 
+@pytest.mark.slow
 @for_each("name, memory", lambda: tables.in_modes(tables.SPEC_TEXTS))
 def test_the_chunked_loss_is_the_core_s(name, memory):
     """Every shipped spec: loss and gradients are those of the core's loss over whole logits."""

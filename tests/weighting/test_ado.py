@@ -86,6 +86,7 @@ def history(count, absent=()):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("absent", [(), (0, 3)])
 @pytest.mark.parametrize(("warmup", "every"), [(10, 20), (0, 30), (25, 1)])
 def test_proportions_are_those_of_loops_over_all_losses(warmup, every, absent):

@@ -32,6 +32,7 @@ def spread(values):
     return max(values) - min(values)
 
 
+@pytest.mark.slow
 @given(tables.losses(2, 24), tables.float32s(0.125, 50.0), tables.float32s(-20.0, 20.0))
 def test_normalised_methods_ignore_scale_and_shift(loss, scale, shift):
     """Losses a * l + b, a > 0, weigh as the losses l do in every method that normalises."""

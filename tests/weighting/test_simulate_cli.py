@@ -234,6 +234,7 @@ def complete(spec, path):
     return units, written(path, units)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", shipped())
 def test_every_shipped_spec_simulates(name, tmp_path):
     """With all columns it reads, a spec's printed weights are those of its units."""
