@@ -195,7 +195,7 @@ class Found(NamedTuple):
     """CPU seconds and bytes of a kind of work, by size; nothing where a version lacks the work."""
 
     times: list[float]
-    sizes: list[int]
+    memory: list[int]
 
 
 def found(*, quick: bool) -> dict[str, Found]:
@@ -246,16 +246,16 @@ def table(now: dict[str, Found], before: dict[str, Found]) -> Iterator[str]:
             cells += ["?"] * 5
         yield f"| {' | '.join(cells)} |"
         slopes = {"time": exponent(sizes, now[name].times)}
-        if now[name].sizes[-1] >= SMALL:
-            slopes["memory"] = exponent(sizes, now[name].sizes)
+        if now[name].memory[-1] >= SMALL:
+            slopes["memory"] = exponent(sizes, now[name].memory)
         steep += [f"{what} of {name}: {x:.2f}" for what, x in slopes.items() if x > MOST]
     yield f"\nAbove {MOST}: {'; '.join(steep) or 'nothing'}."
 
 
 def cells_of(sizes: tuple[int, ...], some: Found) -> list[str]:
     """Return time and memory at the largest size, each with its exponent."""
-    large = some.sizes[-1] >= SMALL
-    memory = [f"{some.sizes[-1] / 2**20:.0f}", f"{exponent(sizes, some.sizes):.2f}"]
+    large = some.memory[-1] >= SMALL
+    memory = [f"{some.memory[-1] / 2**20:.0f}", f"{exponent(sizes, some.memory):.2f}"]
     time = [f"{some.times[-1]:.2g}", f"{exponent(sizes, some.times):.2f}"]
     return [*time, *(memory if large else ["under 1", ""])]
 

@@ -223,7 +223,7 @@ def test_growth_has_times_of_all_work_and_exponents_of_known_numbers(monkeypatch
     growth = importlib.import_module("growth")
     monkeypatch.setattr(growth, "free_at_once", lambda: None)  # it would slow other tests down
     found = growth.found(quick=True)
-    assert all(len(x.times) == len(x.sizes) == 2 for x in found.values())
+    assert all(len(x.times) == len(x.memory) == 2 for x in found.values())
     sizes = (10, 100, 1000, 10_000)
     assert growth.exponent(sizes, [x**2 for x in sizes]) == pytest.approx(2)
     assert growth.exponent(sizes, [7, 5, 5, 5]) == pytest.approx(0)  # fixed costs at first
