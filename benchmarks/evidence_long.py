@@ -229,7 +229,10 @@ class Study:
         self.numbers.parent.mkdir(parents=True, exist_ok=True)
         part = self.numbers.with_suffix(".part")
         whole = self._kept.replace_schema_metadata({"about": json.dumps(self.about())})
-        pq.write_table(whole, part, compression="zstd")
+        # Half the size for floats that never repeat.
+        packed = [f"{name}.list.element" for name in BUCKETS]
+        how = {"compression": "zstd", "use_dictionary": False, "use_byte_stream_split": packed}
+        pq.write_table(whole, part, **how)
         part.rename(self.numbers)
 
     def about(self) -> dict[str, Any]:
