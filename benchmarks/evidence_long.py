@@ -166,9 +166,13 @@ class Study:
                 raise ValueError(msg)
         return kept.replace_schema_metadata(None)
 
+    def _runs(self) -> list[Run]:
+        """Return of each row of numbers whose it is."""
+        return [Run(*x.values()) for x in self._kept.select(Run._fields).to_pylist()]
+
     def missing(self) -> list[Run]:
         """Return the runs to make: those without numbers, and the reference where rho-1 is one."""
-        there = {Run(*x.values()) for x in self._kept.select(Run._fields).to_pylist()}
+        there = {*self._runs()}
         judge = next(run for run in queue() if run.method == JUDGE)
         saved = evidence.run_of(self.place(judge.text), *judge[1:]) / "checkpoint"
         if not saved.exists() and any(run.method == "rho-1" for run in {*queue()} - there):
@@ -220,12 +224,9 @@ class Study:
 
     def keep(self, run: Run, rows: list[dict[str, Any]]) -> None:
         """Add what was found of a run to the file of numbers."""
-        others = [
-            any(a != b for a, b in zip(run, row.values(), strict=True))
-            for row in self._kept.select(Run._fields).to_pylist()
-        ]
+        others = pa.array([x != run for x in self._runs()], pa.bool_())
         found = pa.Table.from_pylist(rows, SCHEMA)
-        self._kept = pa.concat_tables([self._kept.filter(pa.array(others, pa.bool_())), found])
+        self._kept = pa.concat_tables([self._kept.filter(others), found])
         self.numbers.parent.mkdir(parents=True, exist_ok=True)
         part = self.numbers.with_suffix(".part")
         whole = self._kept.replace_schema_metadata({"about": json.dumps(self.about())})

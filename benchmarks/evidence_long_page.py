@@ -230,7 +230,7 @@ def answers(study: Study) -> list[str]:
         if study.seeds(text, x)
     ]
     return [
-        f"{question}\n{' '.join(found or ['Not run yet.'])}"
+        "\n".join([question, *(found or ["Not run yet."])])
         for question, found in zip(asked, (first, second, third), strict=True)
     ]
 
@@ -249,7 +249,7 @@ def over_training(study: Study, text: str, method: str) -> str:
     steps = sorted(study.nats[text, method, study.seeds(text, method)[0]])
     values = [study.difference(text, method, step, "mean")[0].value for step in steps]
     turned = [f"{b:,}" for (a, x), (b, y) in pairwise(zip(steps, values, strict=True)) if x * y < 0]
-    signs = f"its sign turned at step {' and '.join(turned)}" if turned else "its sign never turned"
+    signs = f"its sign turned at step {', '.join(turned)}" if turned else "its sign never turned"
     return f"{told(study, text, method)}; {signs}"
 
 
@@ -262,8 +262,8 @@ def like_table_1(study: Study, method: str) -> str:
         if name in TABLE_1
     ]
     agree = sum(theirs * ours > 0 for theirs, ours in both)
-    like = "as in Table 1 of the paper, for the Mini size, by the domains most alike"
-    return f"; the sign is {like}, on {agree} of {len(both)}" if both else ""
+    like = "By the domains most alike, its sign is that of the paper's Table 1, for the Mini size"
+    return f". {like}, on {agree} of {len(both)}" if both else ""
 
 
 def by_sign(study: Study, method: str) -> str:
