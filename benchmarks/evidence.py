@@ -375,8 +375,10 @@ class Validation:
         encode = lambda text: tokenizer.encode(text, add_bos=True, add_eos=True)  # noqa: E731
         training = load_documents(config.dataloader)
         count = Counter[int]()
-        for i in range(0, len(training), max(len(training) // SAMPLE, 1)):
+        sample = range(0, len(training), max(len(training) // SAMPLE, 1))
+        for i in sample:
             count.update(encode(training[i][0])[1:])
+        self.training_tokens = count.total() * len(training) / len(sample)
         self.bucket = buckets(count, tokenizer.get_vocab_size())
         held_out = load_documents(dataclasses.replace(config.dataloader, split="validation"))
         self.documents, taken = [], Counter[str]()

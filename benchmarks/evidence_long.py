@@ -33,7 +33,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from evidence_long_page import CURVE, JUDGE, OTHERS, SOW, TEXTS, write_page
+from evidence_long_page import BASE, CURVE, JUDGE, OTHERS, SEEDS, SOW, TEXTS, write_page
 from evidence_page import BUCKETS
 
 import weighting as wt
@@ -72,13 +72,16 @@ class Run(NamedTuple):
 
 def queue() -> list[Run]:
     """Return the runs in the order in which they are made."""
-    runs = []
-    for seed in range(3):
-        runs += [Run(TEXTS[0], name, seed) for name in CURVE]
-        runs += [Run(TEXTS[0], JUDGE, evidence.REFERENCE_SEED)]
-        runs += [Run(text, name, seed) for text in TEXTS[1:] for name in ("uniform", *SOW)]
-        runs += [Run(TEXTS[0], name, seed) for name in OTHERS if not seed]
-    return [*dict.fromkeys(runs)]
+    curves = [[Run(TEXTS[0], name, seed) for name in CURVE] for seed in range(SEEDS)]
+    judge = Run(TEXTS[0], JUDGE, evidence.REFERENCE_SEED)
+    changed = [
+        [Run(text, name, seed) for text in TEXTS[1:] for name in (BASE, *SOW)]
+        for seed in range(SEEDS)
+    ]
+    others = [Run(TEXTS[0], name, 0) for name in OTHERS]
+    # One seed of each question first, then what may turn an answer over.
+    parts = [curves[0], [judge], changed[0], *curves[1:], others, *changed[1:]]
+    return [run for part in parts for run in part]
 
 
 def by_need(runs: list[Run]) -> Iterator[list[Run]]:
@@ -157,7 +160,8 @@ class Study:
             return SCHEMA.empty_table()
         kept = pq.read_table(self.numbers)
         theirs = json.loads((kept.schema.metadata or {})[b"about"])
-        for key, ours in self.about().items():
+        theirs["columns"] = kept.schema.names
+        for key, ours in (self.about() | {"columns": SCHEMA.names}).items():
             if key in COMPARED and theirs[key] != ours:
                 msg = (
                     f"{self.numbers} holds numbers of another study: its {key!r} differs; "
@@ -243,6 +247,7 @@ class Study:
             "seq_len": SEQ_LEN,
             "rows": ROWS,
             "plain": self.steps * PLAIN // STEPS,
+            "epochs": self.steps * SEQ_LEN * ROWS / self.validation.training_tokens,
             "machine": f"{platform.machine()}, one core a run, no accelerator used",
             "versions": {x: version(x) for x in ("torch", "torchtitan")},
             "buckets": [evidence.FREQUENT, evidence.MEDIUM],
@@ -338,19 +343,20 @@ class Windows(evidence.Validation):
 def weights_in(
     lines: list[dict[str, float]], after: int, to: int, domains: list[str]
 ) -> dict[str, Any]:
-    """Return means over the steps of a run: effective sample size, and weights of domains."""
+    """Return means over the steps of a run: sample size, term of the bound, domains' weights."""
     some = [x for x in lines if after < x["step"] <= to]
     each = {
         name: [x[key] for x in some if (key := f"domain/{name}/weight") in x] for name in domains
     }
     return {
         "ess": float(np.mean([x["weight/ess_frac"] for x in some])),
+        "bound": float(np.mean([x["weighted_loss"] / x["unweighted_loss"] - 1 for x in some])),
         "domain_weights": [float(np.mean(x)) if x else None for x in each.values()],
     }
 
 
-COMPARED = ("steps", "seq_len", "rows", "plain", "versions", "buckets", "text")
-"""What all runs of a study have in common; `about` holds it."""
+COMPARED = ("steps", "seq_len", "rows", "plain", "versions", "buckets", "text", "columns")
+"""What all runs of a study have in common; `about` holds all but the columns."""
 SCHEMA = pa.schema(
     {
         "text": pa.string(),
@@ -358,6 +364,7 @@ SCHEMA = pa.schema(
         "seed": pa.int32(),
         "step": pa.int32(),
         "ess": pa.float32(),
+        "bound": pa.float32(),
         "domain_weights": pa.list_(pa.float32()),
         **dict.fromkeys(BUCKETS, pa.list_(pa.float32())),
     }

@@ -41,6 +41,8 @@ TABLE_1 = {
 """LinUpper less uniform in Sow et al., Table 1, Mini, by the domain here that is most like theirs:
 Book, C4 and Common Crawl, Wikipedia, GitHub, Stack Exchange, arXiv."""
 SEEDS = 3
+MANY = 4
+"""So many methods before anything is said of what goes with a gain."""
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#888888", "#333333")
 
 
@@ -50,7 +52,9 @@ class Study:
     Attributes:
         about: How it was made.
         nats: (text, method, seed) -> step -> [rows, buckets], sums.
-        ess: (text, method, seed) -> the mean effective sample size over all steps, as a share.
+        ess: (text, method, seed) -> the mean effective sample size of logged steps, as a share.
+        bound: (text, method, seed) -> the mean of weighted loss / unweighted loss - 1, which is
+            what weights add to the bound of Sow et al., Theorem 1, at a common minimum of 0.
         shift: (text, method, seed) -> how far domains' mean weights are from one, on average.
         tokens: [rows, buckets].
         domains: Names, in alphabetical order.
@@ -69,6 +73,7 @@ class Study:
         self.tokens = np.array([text[name] for name in BUCKETS], float).T
         self.nats: dict[tuple[str, str, int], dict[int, np.ndarray]] = {}
         self.ess: dict[tuple[str, str, int], float] = {}
+        self.bound: dict[tuple[str, str, int], float] = {}
         self.shift: dict[tuple[str, str, int], float] = {}
         each: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
         for row in table.to_pylist():
@@ -78,6 +83,7 @@ class Study:
                 row["step"]: np.array([row[name] for name in BUCKETS]).T for row in rows
             }
             self.ess[run] = float(np.mean([row["ess"] for row in rows]))
+            self.bound[run] = float(np.mean([row["bound"] for row in rows]))
             weights = np.array([row["domain_weights"] for row in rows], float)
             self.shift[run] = float(np.nanmean(np.abs(weights - 1)))
         self.last = self.about["steps"]
@@ -198,8 +204,9 @@ def made(study: Study) -> str:
     tokens = about["steps"] * about["seq_len"] * about["rows"]
     return (
         f"`make evidence-long`: {about['steps']:,} steps of {about['rows']} rows of "
-        f"{about['seq_len']} tokens, {tokens:,} tokens, and a model of 1.05 million parameters. "
-        "Rate, schedule and decay are in `benchmarks/evidence_models.py`; weights of sequences "
+        f"{about['seq_len']} tokens, {tokens:,} tokens, {about['epochs']:.1f} epochs of the text "
+        "as it is, and a model of 1.05 million parameters. Rate, schedule and decay are in "
+        "`benchmarks/evidence_models.py`; weights of sequences "
         f"begin after {about['plain']:,} plain steps, those of tokens at once.\n"
         "All methods of a seed start from one model and read the text in one order.\n"
         f"{len(study.nats)} of {about['runs']} runs are there.\n"
@@ -314,20 +321,36 @@ def tables(study: Study, text: str) -> list[str]:
 
 
 def gains(study: Study) -> str:
-    """Return how far effective sample size and domain shift tell the difference at the end."""
+    """Return how far what a run's weights did goes with the difference at the end."""
     runs = [run for run in study.nats if run[1] not in {BASE, JUDGE}]
     runs = [run for run in runs if (run[0], BASE, run[2]) in study.nats]
-    if len({run[1] for run in runs}) < len(CURVE):
+    methods = {run[1] for run in runs}
+    if len(methods) < MANY:
         return ""
     final = [float(self_of(study, run) - self_of(study, (run[0], BASE, run[2]))) for run in runs]
     told = [
-        f"{name} {np.corrcoef([of[run] for run in runs], final)[0, 1]:+.2f}"
-        for name, of in (("effective sample size", study.ess), ("domain shift", study.shift))
+        f"{name} {correlation([of[run] for run in runs], final)}"
+        for name, of in (
+            ("effective sample size", study.ess),
+            ("term of the bound", study.bound),
+            ("domain shift", study.shift),
+        )
     ]
     return (
         "## What goes with a gain?\n\n"
-        f"Correlation with the final difference over {len(runs)} runs: {', '.join(told)}."
+        f"Correlation with the final difference over {len(runs)} runs of {len(methods)} methods, "
+        f"with the {LEVEL} % interval that holds if runs were drawn one by one: "
+        f"{', '.join(told)}. The term of the bound is the weighted loss over the unweighted one, "
+        "less 1 (Sow et al., Theorem 1, with losses whose minimum is 0). Domain shift is how far "
+        "the mean weights of domains are from 1."
     )
+
+
+def correlation(x: list[float], y: list[float]) -> Interval:
+    """Return Pearson's correlation with Fisher's interval, tanh(artanh r ± 1.96 / sqrt(n - 3))."""
+    r = float(np.corrcoef(x, y)[0, 1])
+    off = 1.96 / (len(x) - 3) ** 0.5
+    return Interval(r, *(float(np.tanh(np.arctanh(r) + side)) for side in (-off, off)))
 
 
 def self_of(study: Study, run: tuple[str, str, int]) -> float:

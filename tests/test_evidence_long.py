@@ -54,8 +54,9 @@ def stored(folder, shifts, seeds):
             "method": method,
             "seed": seed,
             "step": step,
-            "ess": 0.5,
-            "domain_weights": [1.5, 0.5],
+            "ess": 1 - abs(shift),
+            "bound": shift**3,
+            "domain_weights": [1 + shift, 1 - shift],
             **{
                 name: ((loss + seed + shift * hard) * count).tolist()
                 for name, count in zip(BUCKETS, TOKENS, strict=True)
@@ -69,7 +70,7 @@ def stored(folder, shifts, seeds):
     }
     text |= {name: [count] * ROWS for name, count in zip(BUCKETS, TOKENS, strict=True)}
     about = {"steps": 2, "seq_len": 16, "rows": 4, "plain": 1, "machine": "one", "runs": 40}
-    about |= {"versions": {"torch": "1"}, "buckets": [0.8, 0.95], "text": text}
+    about |= {"epochs": 1.5, "versions": {"torch": "1"}, "buckets": [0.8, 0.95], "text": text}
     table = pa.Table.from_pylist(rows).replace_schema_metadata({"about": json.dumps(about)})
     pq.write_table(table, folder / "found.parquet")
     return folder / "found.parquet"
@@ -95,6 +96,7 @@ def test_a_known_gain_is_found_where_it_is(page, tmp_path):
 
     text = page.write_page(tmp_path / "found").read_text()
     assert "7 of 40 runs are there" in text
+    assert "1.5 epochs of the text as it is" in text
     assert "linupper-r0.4: better (-0.100 [" in text
     assert "its sign turned at step 2" in text
     assert "better on book, code, hard rows" in text
@@ -111,6 +113,35 @@ def test_one_seed_is_said_to_be_one(page, tmp_path):
     text = page.page(found, "it.svg")
     assert "repeated, linupper-r1: worse (+0.200 [" in text
     assert "with 1 of 3 seeds" in text
+
+
+def test_what_goes_with_a_gain_is_told_of_four_methods(page, tmp_path):
+    """Worse as the cube root of the term of the bound, and either way as domains shift."""
+    shifts = {"linupper-r0.4": 0.4, "linupper-r1": -0.4, "mile": 0.1, "prop1": -0.1}
+    runs = {("as it is", name, 2): x for name, x in shifts.items()}
+    runs[("as it is", "uniform", 2)] = 0.0
+    found = page.Study(stored(tmp_path, runs, seeds=2))
+    text = page.gains(found)
+    assert "over 8 runs of 4 methods" in text
+    # r = sum s^4 / sqrt(sum s^2 sum s^6), between tanh(artanh r - 1.96 / sqrt(5)) and with +
+    assert "term of the bound +0.974 [+0.858, +0.995]" in text
+    assert "0.000 [-0.705, +0.705]" in text.partition("domain shift")[2]
+
+    del runs[("as it is", "prop1", 2)]
+    assert page.gains(page.Study(stored(tmp_path, runs, seeds=2))) == ""
+
+
+def test_the_means_of_a_run_are_over_the_steps_between_two_checkpoints(study):
+    """A step without documents of a domain says nothing of its weight."""
+    lines = [
+        {"step": 1, "weight/ess_frac": 0.1, "weighted_loss": 9.0, "unweighted_loss": 1.0},
+        {"step": 2, "weight/ess_frac": 0.5, "weighted_loss": 3.0, "unweighted_loss": 2.0},
+        {"step": 3, "weight/ess_frac": 0.7, "weighted_loss": 2.0, "unweighted_loss": 2.0},
+    ]
+    lines[1]["domain/book/weight"] = 1.5
+    found = study.weights_in(lines, 1, 3, ["book", "code"])
+    assert found.pop("domain_weights") == [1.5, None]
+    assert found == pytest.approx({"ess": 0.6, "bound": 0.25})
 
 
 def test_uniform_and_linupper_come_first_and_pairs_are_whole(study):
@@ -152,7 +183,8 @@ def test_a_run_whose_numbers_are_kept_is_not_made_again(study, tmp_path):
     judge = next(run for run in rest if run.method == "reference")
     made = opened("here")
     assert made.missing() == study.queue()
-    row = {"step": 20, "ess": 0.5, "domain_weights": [1.0], **{key: [2.0] for key in BUCKETS}}
+    row = {"step": 20, "ess": 0.5, "bound": 0.1, "domain_weights": [1.0]}
+    row |= {key: [2.0] for key in BUCKETS}
     made.keep(first, [first._asdict() | row])
     made.keep(first, [first._asdict() | row])  # in place of the one before
     assert pq.read_table(tmp_path / "found.parquet").num_rows == 1
