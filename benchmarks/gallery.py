@@ -13,7 +13,7 @@ import torch
 
 import weighting as wt
 from weighting.build import Plan, plan_of
-from weighting.loss.linear import LLAMA3_8B, matrix_products, path_of
+from weighting.loss.path import LLAMA3_8B, matrix_products, path_of
 from weighting.simulate import written_domains
 from weighting.spec import arrow_text
 

@@ -58,7 +58,7 @@ from loss_ways import (
 from peak import free_at_once, peak_of
 from torch import Tensor
 
-from weighting.loss.linear import CHUNKS, chunk_of
+from weighting.loss.path import CHUNKS, chunk_of
 
 # In 16 bits, the rounding of logits and of up to a hundred chunks that add up: 6 eps.  In float32,
 # sums of many terms: 40 eps.  A token that weighs what it should not is off by about one.

@@ -15,7 +15,7 @@ from typing_extensions import override
 
 import weighting as wt
 from weighting.language.read import resolve
-from weighting.loss.linear import CHUNKS, Memory, Sizes, path_of
+from weighting.loss.path import CHUNKS, Memory, Sizes, path_of
 
 IGNORED = -100
 STOCK = "torchtitan chunked"

@@ -161,15 +161,15 @@ MUTANTS = (
     ),
     Mutant(
         "the late part of a weight",
-        "weighting/loss/linear.py",
+        "weighting/loss/late_bound.py",
         "sums.scaled(per_token, late)",
         "sums.scaled(per_token, late * 0 + 1)",
         LINEAR,
     ),
     Mutant(
         "the gradient that arrives from above",
-        "weighting/loss/linear.py",
-        "_fold_([gradient], grads[0].view(1))",
+        "weighting/loss/late_bound.py",
+        "fold_([gradient], grads[0].view(1))",
         "pass",
         LINEAR,
     ),

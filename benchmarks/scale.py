@@ -20,7 +20,8 @@ import weighting as wt
 from weighting.build import Weighting, plan_of
 from weighting.contract import Alone
 from weighting.language.read import resolve
-from weighting.loss.linear import (
+from weighting.loss.logits import Slice, statistics
+from weighting.loss.path import (
     CHUNKS,
     MAX_CHUNK,
     MIN_CHUNK,
@@ -30,8 +31,7 @@ from weighting.loss.linear import (
     chunk_of,
     path_of,
 )
-from weighting.loss.linear import Path as Way
-from weighting.loss.logits import Slice, statistics
+from weighting.loss.path import Path as Way
 from weighting.testing.batches import batch
 
 FOLDER = Path(__file__).resolve().parent

@@ -11,8 +11,10 @@ import test_collectives
 import torch
 from torchtitan.models.llama3 import model_registry
 
-from weighting.loss.linear import CHUNKS, Batch, Head, begin
+from weighting.loss.late_bound import Batch, begin
 from weighting.loss.logits import Slice
+from weighting.loss.path import CHUNKS
+from weighting.loss.sums import Head
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -20,7 +22,7 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Cut small batches as large ones are."""
-    monkeypatch.setattr("weighting.loss.linear.MIN_CHUNK", 1)
+    monkeypatch.setattr("weighting.loss.path.MIN_CHUNK", 1)
 
 
 @pytest.fixture(scope="module")

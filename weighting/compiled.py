@@ -37,3 +37,11 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         return function(*args, **kwargs)
 
     return call
+
+
+def compiles(device: torch.device) -> bool:
+    """Tell whether all of the work on a chunk is compiled at once.
+
+    On CPU it is not: blocks stay in the cache, and compiling takes seconds to gain little.
+    """
+    return device.type != "cpu" and not torch.compiler.is_compiling()

@@ -25,7 +25,7 @@ from torchtitan.tools.logging import init_logger
 import weighting as wt
 from titan_integration.state.microbatches import When
 from titan_integration.state.run import Run
-from weighting.loss import linear
+from weighting.loss import path
 
 MOST_STEPS = 2
 WHERE = "columns.where"
@@ -54,7 +54,7 @@ def main() -> None:
     trainer = config.build()
     trainer.checkpointer.load(step=config.checkpoint.load_step)
     trainer.optimizers.step = lambda: None
-    linear.MIN_CHUNK = 1  # small batches are cut as large ones are
+    path.MIN_CHUNK = 1  # small batches are cut as large ones are
     texts = json.loads(Path(specs).read_text())
     reads = any("(a)" in text for text in texts.values())
     references = two_references(trainer) if reads and not trainer.parallel_dims.pp_enabled else None

@@ -30,7 +30,7 @@ ROWS, LENGTH, WIDTH, VOCABULARY, IGNORED = 4, 6, 5, 11, -100
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Cut small batches as large ones are."""
-    monkeypatch.setattr("weighting.loss.linear.MIN_CHUNK", 1)
+    monkeypatch.setattr("weighting.loss.path.MIN_CHUNK", 1)
 
 
 def example(text):
@@ -139,8 +139,8 @@ def test_no_step_waits_for_the_device(name, memory, monkeypatch):
     # What looks at values on CPU alone, where it costs nothing: ids, ignored labels, NaN, and a
     # gradient times 1.
     monkeypatch.setattr("weighting.contract.levels._ids", lambda ids, *_: ids.reshape(-1).long())
-    monkeypatch.setattr("weighting.loss.linear._counted", lambda _: None)
-    monkeypatch.setattr("weighting.loss.linear._is_one", lambda _: False)
+    monkeypatch.setattr("weighting.loss.late_bound._counted", lambda _: None)
+    monkeypatch.setattr("weighting.loss.sums._is_one", lambda _: False)
     monkeypatch.setattr("weighting.loss.logits._is_finite", lambda *_: False)
     run, _, hidden, head, labels = example(tables.SPEC_TEXTS[name])
     loss_fn, count = chunked(run, head, memory), (labels != IGNORED).sum()

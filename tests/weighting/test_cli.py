@@ -19,7 +19,7 @@ from weighting.build.domains import proportions
 from weighting.cli import main
 from weighting.language.find import shipped
 from weighting.language.words import words
-from weighting.loss.linear import Sizes, path_of
+from weighting.loss.path import Sizes, path_of
 from weighting.registry import stages
 from weighting.schedules import SCHEDULES
 

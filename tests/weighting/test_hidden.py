@@ -9,7 +9,9 @@ from torch.testing import assert_close
 import weighting as wt
 from weighting.build import plan_of
 from weighting.cli.tokens import refusal
-from weighting.loss.linear import Batch, Head, Path, begin
+from weighting.loss.late_bound import Batch, begin
+from weighting.loss.path import Path
+from weighting.loss.sums import Head
 from weighting.testing import check_stage
 
 ROWS, LENGTH, WIDTH, VOCABULARY, IGNORED = 4, 6, 5, 11, -100

@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 import weighting as wt
 from weighting.compiled import compiled
-from weighting.loss import linear
-from weighting.loss.linear import LLAMA3_8B, Sizes, path_of
+from weighting.loss import late_bound, linear, sums
+from weighting.loss.path import LLAMA3_8B, Sizes, path_of
 
 IGNORED = -100
 ROWS, LENGTH, WIDTH, VOCABULARY = 4, 6, 5, 11
@@ -27,7 +27,7 @@ MIB = 2**20
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Cut small batches as large ones are."""
-    monkeypatch.setattr("weighting.loss.linear.MIN_CHUNK", 1)
+    monkeypatch.setattr("weighting.loss.path.MIN_CHUNK", 1)
 
 
 def example(text, *, bias=False, dtype=torch.float32, shape=(ROWS, LENGTH)):
@@ -544,7 +544,7 @@ def test_8b_on_80_gb_recomputes_only_beyond_what_the_unweighted_loss_takes(rows,
 def test_chunks_are_whole_rows_where_rows_fit(lengths, chunk, cuts):
     """A row in two chunks adds a thin product to its gradient; an even part of a long one must."""
     ends = [*accumulate(lengths)]
-    found = linear._spans(ends, chunk)
+    found = late_bound._spans(ends, chunk)
     assert [(x.start, x.stop) for x in found] == [*pairwise([0, *cuts, ends[-1]])] * bool(ends[-1])
     assert all(0 < x.stop - x.start <= chunk for x in found)
 
@@ -552,13 +552,13 @@ def test_chunks_are_whole_rows_where_rows_fit(lengths, chunk, cuts):
 def test_room_for_logits_is_that_of_one_chunk(monkeypatch):
     """4 rows of 6 tokens in chunks of 7 or less need room for 6."""
     made = []
-    room = linear._room
+    room = late_bound._room
 
     def noting(*args):
         made.append(room(*args))
         return made[-1]
 
-    monkeypatch.setattr(linear, "_room", noting)
+    monkeypatch.setattr(late_bound, "_room", noting)
     text = tables.SPEC_TEXTS["linupper"]
     batch = example(text)
     how = {"memory": "late", "chunks": 4}
@@ -661,8 +661,9 @@ def test_an_accelerator_launches_few_kernels_beside_compiled_ones(monkeypatch, n
 
         return call
 
-    monkeypatch.setattr(linear, "_compiles", lambda _: True)
-    monkeypatch.setattr(linear, "compiled", counted)
+    for module in (linear, late_bound, sums):
+        monkeypatch.setattr(module, "compiles", lambda _: True)
+        monkeypatch.setattr(module, "compiled", counted)
     fn = tables.built(tables.SPEC_TEXTS[name])
     fn.forward = counted(fn.forward)
     (hidden, weight), labels, _ = example(tables.SPEC_TEXTS[name], shape=(4, 16))
@@ -709,8 +710,9 @@ def test_an_accelerator_launches_at_most_150_kernels_a_call(monkeypatch):
 
     torch._dynamo.reset()
     monkeypatch.setattr(scheduler.Scheduler, "codegen", counting)
-    monkeypatch.setattr(linear, "_compiles", lambda _: True)
-    monkeypatch.setattr(linear, "compiled", counted)
+    for module in (linear, late_bound, sums):
+        monkeypatch.setattr(module, "compiles", lambda _: True)
+        monkeypatch.setattr(module, "compiled", counted)
     fn = tables.built(tables.SPEC_TEXTS["linupper"])
     fn.forward = counted(fn.forward)
     (hidden, weight), labels, _ = example(tables.SPEC_TEXTS["linupper"], shape=(4, 256))

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import weighting as wt
-from weighting.loss import linear, logits
+from weighting.loss import late_bound, linear, logits, path, sums
 from weighting.loss.logits import Slice, check_labels, gradient_, statistics
 
 IGNORED = -100
@@ -296,9 +296,9 @@ def test_a_cut_vocabulary_takes_two_small_collectives():
 def device(monkeypatch):
     """Return a device whose tensors have shapes but no values."""
     # Asking a device that is not there how large it is, or compiling for it, cannot work.
-    monkeypatch.setattr(linear, "budget", lambda _: 2**30)
-    monkeypatch.setattr(linear, "MIN_CHUNK", 1)  # small batches are cut as large ones are
-    for module in (logits, linear):
+    monkeypatch.setattr(path, "budget", lambda _: 2**30)
+    monkeypatch.setattr(path, "MIN_CHUNK", 1)  # small batches are cut as large ones are
+    for module in (logits, sums, late_bound, linear):
         monkeypatch.setattr(module, "compiled", lambda kernel: kernel)
     with FakeTensorMode():
         yield torch.device("cuda")

@@ -12,8 +12,10 @@ from torch.testing import assert_close
 
 import weighting as wt
 from weighting.loss.cross_entropy import signals_of
-from weighting.loss.linear import Batch, Head, Sizes, late_bound, path_of
+from weighting.loss.late_bound import Batch, late_bound
 from weighting.loss.logits import Slice
+from weighting.loss.path import Sizes, path_of
+from weighting.loss.sums import Head
 
 IGNORED = -100
 ROWS, LENGTH, WIDTH, VOCABULARY = 4, 6, 5, 11

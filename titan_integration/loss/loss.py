@@ -29,18 +29,10 @@ from titan_integration.loss.vocab_parallel import (
 from titan_integration.state.microbatches import When
 from weighting.columns import HIDDEN
 from weighting.loss.cross_entropy import weighted_sum
-from weighting.loss.linear import (
-    Batch,
-    Head,
-    Memory,
-    Path,
-    Sizes,
-    begin,
-    chunk_of,
-    late_bound,
-    path_of,
-)
+from weighting.loss.late_bound import Batch, begin, late_bound
 from weighting.loss.logits import check_labels
+from weighting.loss.path import Memory, Path, Sizes, chunk_of, path_of
+from weighting.loss.sums import Head
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

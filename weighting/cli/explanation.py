@@ -19,7 +19,7 @@ from weighting.contract import Alone, Combine, Source, Weigh
 from weighting.errors import SpecError
 from weighting.language import arrow, calls
 from weighting.language.plugins import imported
-from weighting.loss.linear import LLAMA3_8B, matrix_products, path_of
+from weighting.loss.path import LLAMA3_8B, matrix_products, path_of
 from weighting.pipeline import has_state, numbers, weighs_domains
 from weighting.schedules import Constant
 from weighting.simulate import changing, turns

@@ -26,8 +26,11 @@ from weighting.contract import Signals
 from weighting.integrations.head import KeptHead
 from weighting.language.read import load, resolve
 from weighting.loss.cross_entropy import signals_from, signals_of, token_loss, weighted_sum
-from weighting.loss.linear import Batch, Head, Sizes, as_autocast, late_bound, path_of
+from weighting.loss.late_bound import Batch, late_bound
+from weighting.loss.linear import as_autocast
 from weighting.loss.logits import IGNORE_INDEX, OF_LOGITS, check_labels
+from weighting.loss.path import Sizes, path_of
+from weighting.loss.sums import Head
 from weighting.ranks import OverRanks
 from weighting.spec import Spec
 
