@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 import weighting as wt
 from weighting.runs.layout import FOLDER, METRICS, RECORD, SEQUENCES
 from weighting.runs.layout import RUN as ABOUT_RUN
-from weighting.runs.replay import ABOUT
+from weighting.runs.record_reader import ABOUT
 
 HERE = Path(__file__).resolve().parents[1]
 DOMAINS = ("code", "prose", "math")
@@ -36,7 +36,8 @@ from pathlib import Path
 from weighting.cli.explanation import explanation
 from weighting.report.page import page
 from weighting.report.read import read_runs
-from weighting.runs.replay import read_record, replay, summary
+from weighting.runs.record_reader import read_record
+from weighting.runs.replay import replay, summary
 import weighting as wt
 import pyarrow.json, pyarrow.parquet
 # Not getrusage's, which begins at the peak of the process that started this one.

@@ -38,7 +38,7 @@ from titan_integration.observe import metrics
 from titan_integration.state.checksums import IntactReader
 from weighting.runs import layout
 from weighting.runs.files import read_lines
-from weighting.runs.replay import read_record
+from weighting.runs.record_reader import read_record
 
 PATIENCE, SOON = 300, 60
 """Seconds for a run on a machine that does much else, and those from a fault to the end."""

@@ -25,7 +25,7 @@ from warm import python, weighting
 
 from titan_integration.commands import train as launch
 from titan_integration.commands.screen import Live
-from weighting.runs.replay import read_record
+from weighting.runs.record_reader import read_record
 
 SVG = "{http://www.w3.org/2000/svg}"
 STEPS = 20

@@ -13,17 +13,8 @@ import weighting as wt
 from titan_integration.observe.recorder import POSITION, ROOM, Layout, Recorder, asked
 from weighting.language.read import resolve
 from weighting.runs.files import read_lines
-from weighting.runs.replay import (
-    DOMAIN,
-    FOLDER,
-    ROW,
-    STEP,
-    TOKENS,
-    WEIGHT,
-    left_out,
-    read_record,
-    replay,
-)
+from weighting.runs.record_reader import DOMAIN, FOLDER, ROW, STEP, TOKENS, WEIGHT, read_record
+from weighting.runs.replay import left_out, replay
 
 DOMAINS = ("code", "docs")
 CPU = torch.device("cpu")

@@ -20,7 +20,7 @@ from titan_integration.data.loader import DomainTextDataLoader
 from titan_integration.data.tokenizer import BOS, EOS, ensure_tokenizer
 from weighting.cli import main
 from weighting.language.read import resolve
-from weighting.runs.replay import ABOUT, FOLDER, read_record
+from weighting.runs.record_reader import ABOUT, FOLDER, read_record
 
 SEQ_LEN, RANKS, CALLS, ROWS = 24, 2, 3, 2  # of a run by hand; calls of a step, rows of a call
 STEP = RANKS * CALLS * ROWS

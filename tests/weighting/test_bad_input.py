@@ -17,7 +17,7 @@ import pytest
 
 import weighting as wt
 from weighting.cli import main
-from weighting.runs.replay import ABOUT
+from weighting.runs.record_reader import ABOUT
 
 KNOWING = [
     name

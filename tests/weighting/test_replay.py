@@ -14,16 +14,8 @@ from weighting.cli import main
 from weighting.cli.replay_report import report
 from weighting.language.read import resolve
 from weighting.report.charts import number
-from weighting.runs.replay import (
-    ABOUT,
-    FOLDER,
-    left_out,
-    obstacle,
-    read_record,
-    replay,
-    summary,
-    unit_of,
-)
+from weighting.runs.record_reader import ABOUT, FOLDER, read_record
+from weighting.runs.replay import left_out, obstacle, replay, summary, unit_of
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")

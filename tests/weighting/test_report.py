@@ -26,7 +26,7 @@ from weighting.report.points import Points
 from weighting.report.read import read_runs
 from weighting.report.tables import as_text, by_seed, interval, most_moved, over_seeds, settings
 from weighting.runs import run_json
-from weighting.runs.replay import Record
+from weighting.runs.record_reader import Record
 
 DOMAINS = ("code", "prose")
 CHARTS = {

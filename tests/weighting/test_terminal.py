@@ -18,7 +18,7 @@ from weighting.cli import main
 from weighting.language.find import shipped
 from weighting.language.read import resolve
 from weighting.language.words import words as words_of_the_language
-from weighting.runs.replay import ABOUT
+from weighting.runs.record_reader import ABOUT
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PLAIN = {"NO_COLOR": "1", "TERM": "dumb"}

@@ -10,7 +10,7 @@ from recorded import steps_of
 import weighting as wt
 from weighting.cli import main
 from weighting.language.read import resolve
-from weighting.runs.replay import ABOUT, FOLDER, read_record
+from weighting.runs.record_reader import ABOUT, FOLDER, read_record
 from weighting.runs.tune import Wish, of_record, scan, told
 from weighting.runs.vary import number_named, numbers_of, values_of, varied
 

@@ -17,7 +17,7 @@ from weighting.errors import SpecError, printable
 from weighting.language.read import resolve
 from weighting.runs.files import read_lines
 from weighting.runs.layout import CHECKPOINTS, FOLDER, METRICS, RECORD, VALIDATION
-from weighting.runs.replay import read_record
+from weighting.runs.record_reader import read_record
 from weighting.runs.summary import summary
 
 _OTHERS = ("quadratic", "dro-kl", "linupper")

@@ -28,14 +28,14 @@ from weighting.cli.common import give_up
 from weighting.contract.levels import documents
 from weighting.runs.layout import FOLDER
 from weighting.runs.layout import RUN as ABOUT
-from weighting.runs.replay import read_record
+from weighting.runs.record_reader import read_record
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
-    from weighting.runs.replay import Record
+    from weighting.runs.record_reader import Record
 
     Place = tuple[int, int]
     """Step and row of a sequence."""

@@ -3,7 +3,7 @@
 Notes are taken in tensors at fixed addresses, as in `state`, and where a batch is noted is a number
 on the device too: a captured step records like any other, and no step waits for the device.  One
 rank writes for all, so a file has whole steps; it appears under its name when it is whole.
-`weighting.runs.replay` reads them.
+`weighting.runs.record_reader` reads them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from weighting.contract import Alone
 from weighting.counter_rng import uniform
 from weighting.errors import nearest
 from weighting.runs.files import json_text, writing_whole
-from weighting.runs.replay import (
+from weighting.runs.record_reader import (
     ABOUT,
     DOCUMENT,
     DOCUMENTS,

@@ -13,17 +13,8 @@ from weighting.cli.named import Named, cut, read_named
 from weighting.cli.simulation import number, say
 from weighting.errors import SpecError
 from weighting.language.read import loads
-from weighting.runs.replay import (
-    Record,
-    Replayed,
-    Summary,
-    left_out,
-    obstacle,
-    read_record,
-    replay,
-    summary,
-    unit_of,
-)
+from weighting.runs.record_reader import Record, read_record
+from weighting.runs.replay import Replayed, Summary, left_out, obstacle, replay, summary, unit_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence

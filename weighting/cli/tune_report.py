@@ -15,7 +15,8 @@ from weighting.cli.simulation import number as shown
 from weighting.cli.simulation import read_losses, remarks, say
 from weighting.errors import nearest
 from weighting.runs.files import write_whole
-from weighting.runs.replay import obstacle, read_record, unit_of
+from weighting.runs.record_reader import read_record
+from weighting.runs.replay import obstacle, unit_of
 from weighting.runs.tune import Wish, of_losses, of_record, scan, told
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from weighting.columns import HIDDEN
 from weighting.integrations import versions
 from weighting.runs import layout
 from weighting.runs.files import json_text, writing_whole
-from weighting.runs.replay import ABOUT, DOMAIN, ROW, STEP, VALID, WEIGHT
+from weighting.runs.record_reader import ABOUT, DOMAIN, ROW, STEP, VALID, WEIGHT
 from weighting.runs.run_json import describe_start, set_aside
 
 if TYPE_CHECKING:

@@ -13,14 +13,14 @@ from weighting.runs import evaluated
 from weighting.runs.files import Lines, read_lines
 from weighting.runs.layout import EVALUATION, FOLDER, METRICS, RECORD, VALIDATION
 from weighting.runs.layout import RUN as ABOUT
-from weighting.runs.replay import read_record
+from weighting.runs.record_reader import read_record
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
     from weighting.runs.evaluated import Score
-    from weighting.runs.replay import Record
+    from weighting.runs.record_reader import Record
     from weighting.spec import Spec
 
 

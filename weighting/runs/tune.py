@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from weighting.runs.loss_files import Recorded
-    from weighting.runs.replay import Record
+    from weighting.runs.record_reader import Record
     from weighting.runs.vary import Number, Values
     from weighting.spec import Spec
 

@@ -12,7 +12,7 @@ from runs import accelerate_launch
 from tiny_trainer import ACCUMULATED, BATCH, STEPS
 from torch.testing import assert_close
 
-from weighting.runs.replay import read_record
+from weighting.runs.record_reader import read_record
 
 pytestmark = pytest.mark.processes
 RANKS = 2
