@@ -46,6 +46,10 @@ MANY = 4
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#888888", "#333333")
 
 
+Run = tuple[str, str, int]
+"""Text, method and seed."""
+
+
 class Study:
     """Losses in nats by run, step and row of the validation text.
 
@@ -71,11 +75,11 @@ class Study:
         self.domain = np.array([self.domains.index(x) for x in text["domain"]])
         self.document = np.array(text["document"])
         self.tokens = np.array([text[name] for name in BUCKETS], float).T
-        self.nats: dict[tuple[str, str, int], dict[int, np.ndarray]] = {}
-        self.ess: dict[tuple[str, str, int], float] = {}
-        self.bound: dict[tuple[str, str, int], float] = {}
-        self.shift: dict[tuple[str, str, int], float] = {}
-        each: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
+        self.nats: dict[Run, dict[int, np.ndarray]] = {}
+        self.ess: dict[Run, float] = {}
+        self.bound: dict[Run, float] = {}
+        self.shift: dict[Run, float] = {}
+        each: dict[Run, list[dict[str, Any]]] = {}
         for row in table.to_pylist():
             each.setdefault((row["text"], row["method"], row["seed"]), []).append(row)
         for run, rows in each.items():
@@ -97,13 +101,24 @@ class Study:
         """Return the methods that can be compared to the baseline."""
         return [x for x in (*CURVE[1:], *OTHERS) if self.seeds(text, x)]
 
-    @property
-    def difficulty(self) -> np.ndarray | None:
-        """[rows]: in which third of its domain a row is by the loss of a model of another seed."""
-        found = [runs for (_, method, _), runs in self.nats.items() if method == JUDGE]
-        if not found:
-            return None
-        loss = found[0][self.last].sum(1) / self.tokens.sum(1)
+    def pairs(self, text: str, method: str) -> list[tuple[Run, Run]]:
+        """Return runs of a method, each with the baseline's of its seed; the judge's with any."""
+        if method != JUDGE:
+            return [((text, method, s), (text, BASE, s)) for s in self.seeds(text, method)]
+        judges, bases = ([run for run in self.nats if run[:2] == (text, x)] for x in (JUDGE, BASE))
+        return list(zip(judges, bases[:1], strict=False))
+
+    def difficulty(self, pair: tuple[Run, Run], by: str) -> np.ndarray:
+        """[rows]: in which third of its domain a row is, by a loss at the end.
+
+        Args:
+            pair: A run and its baseline.
+            by: Of the judge, for `difficulty`; of the run itself, for `own difficulty`.
+        """
+        judge = next((run for run in self.nats if run[1] == JUDGE), None)
+        run = judge if by == "difficulty" else pair[0]
+        assert run is not None
+        loss = self.nats[run][self.last].sum(1) / self.tokens.sum(1)
         third = np.empty(len(loss), int)
         for d in range(len(self.domains)):
             rows = np.flatnonzero(self.domain == d)
@@ -147,35 +162,32 @@ class Study:
             text: What was trained on.
             method: Which.
             step: When.
-            by: `mean` of domains, `domain`, `difficulty` (each domain's thirds, mean of domains),
-                or `bucket` of words.
+            by: `mean` of domains, `domain`, `bucket` of words; or `difficulty` or
+                `own difficulty`, thirds of each domain, mean of domains.
         """
-        seeds = self.seeds(text, method)
-        each = np.array(
-            [
-                self.of(self.nats[text, method, seed][step], by)
-                - self.of(self.nats[text, BASE, seed][step], by)
-                for seed in seeds
-            ]
-        )
-        picked = np.random.default_rng(1).integers(len(seeds), size=(RESAMPLES, len(seeds)))
+        each = []
+        for pair in self.pairs(text, method):
+            level = self.difficulty(pair, by) if "difficulty" in by else None
+            own, base = (self.of(self.nats[run][step], by, level) for run in pair)
+            each.append(own - base)
+        each = np.array(each)
+        picked = np.random.default_rng(1).integers(len(each), size=(RESAMPLES, len(each)))
         drawn = each[picked, np.arange(1, RESAMPLES + 1)[:, None]].mean(1)
         tail = (100 - LEVEL) / 2
         low, high = np.nanpercentile(drawn, [tail, 100 - tail], axis=0)
         exact = each[:, 0].mean(0)
         return [Interval(*map(float, x)) for x in zip(exact, low, high, strict=True)]
 
-    def of(self, nats: np.ndarray, by: str) -> np.ndarray:
-        """[resamples + 1, columns]: losses of [rows, buckets] sums."""
+    def of(self, nats: np.ndarray, by: str, level: np.ndarray | None = None) -> np.ndarray:
+        """[resamples + 1, columns]: losses of [rows, buckets] sums, by levels of rows if given."""
         if by == "bucket":
             kinds = range(len(BUCKETS))
             all_rows = np.zeros(len(nats), int)
             parts = [self.losses(nats[:, k], self.tokens[:, k], all_rows) for k in kinds]
             return np.concatenate(parts, axis=1)
         group, tokens = self.domain, self.tokens.sum(1)
-        if by == "difficulty":
-            assert self.difficulty is not None
-            group = self.difficulty * len(self.domains) + self.domain
+        if level is not None:
+            group = level * len(self.domains) + self.domain
         found = self.losses(nats.sum(1), tokens, group)
         if by == "domain":
             return found
@@ -216,7 +228,8 @@ def made(study: Study) -> str:
         f"Numbers are nats, less those of `{BASE}` of the same seed: below zero is better. "
         f"In brackets stands the {LEVEL} % interval of a bootstrap over documents and seeds; "
         "a star marks one that leaves out zero. With one seed it is over documents alone, and "
-        "says nothing of other seeds."
+        "says nothing of other seeds. How far two such models are apart whatever the method shows "
+        f"`{called(JUDGE)}`, with another start and order of the text."
     )
 
 
@@ -276,7 +289,7 @@ def like_table_1(study: Study, method: str) -> str:
 def by_sign(study: Study, method: str) -> str:
     """Return where a method is better and where worse, as far as the intervals say."""
     found = list(zip(study.domains, study.difference(TEXTS[0], method, study.last, "domain")))  # noqa: B905
-    if study.difficulty is not None:
+    if study.pairs(TEXTS[0], JUDGE):
         rows = study.difference(TEXTS[0], method, study.last, "difficulty")
         found += [(f"{x} rows", d) for x, d in zip(LEVELS, rows, strict=True)]
     parts = [
@@ -296,28 +309,40 @@ def tables(study: Study, text: str) -> list[str]:
         TEXTS[2]: "## A third of the documents noise",
     }
     columns: list[tuple[str, list[str]]] = [("bucket", [*BUCKETS]), ("domain", study.domains)]
-    if study.difficulty is not None:
-        columns.insert(0, ("difficulty", [*LEVELS]))
+    if study.pairs(TEXTS[0], JUDGE):
+        columns = [("difficulty", [*LEVELS]), ("own difficulty", [*LEVELS]), *columns]
     rows = []
-    for method in methods:
+    scale = [JUDGE] if study.pairs(text, JUDGE) else []
+    for method in [*methods, *scale]:
         (mean,) = study.difference(text, method, last, "mean")
-        run = (text, method, study.seeds(text, method)[0])
-        ess = f"{study.ess[run]:.2f}"
-        rows.append([method, f"{len(study.seeds(text, method))}", f"{mean}", ess])
+        pairs = study.pairs(text, method)
+        ess = f"{study.ess[pairs[0][0]]:.2f}"
+        rows.append([called(method), f"{len(pairs)}", f"{mean}", ess])
     parts = [heads[text], table_of(["method", "seeds", "mean over domains", "ESS"], rows)]
     captions = {
         "difficulty": (
             f"By difficulty: each domain's rows in thirds by the loss of a {BASE} model of another "
-            "seed; mean over domains."
+            f"seed; mean over domains. What is hard for {BASE} is so by chance, too, and less so "
+            "for any other method."
+        ),
+        "own difficulty": (
+            "The same by the losses of the method itself, which errs to the other side: what holds "
+            "in both tables is no chance of the thirds."
         ),
         "bucket": by_frequency(study.about),
         "domain": "By domain.",
     }
     for by, names in columns:
-        found = {x: study.difference(text, x, last, by) for x in methods}
+        some = methods if "difficulty" in by else [*methods, *scale]
+        found = {called(x): study.difference(text, x, last, by) for x in some}
         rows = [[x, *map(starred, diffs)] for x, diffs in found.items()]
         parts += [captions[by], table_of(["method", *names], rows)]
     return parts
+
+
+def called(method: str) -> str:
+    """Return what a table calls a method; the judge shows how far two seeds are apart."""
+    return f"{BASE}, another seed" if method == JUDGE else method
 
 
 def gains(study: Study) -> str:
@@ -353,7 +378,7 @@ def correlation(x: list[float], y: list[float]) -> Interval:
     return Interval(r, *(float(np.tanh(np.arctanh(r) + side)) for side in (-off, off)))
 
 
-def self_of(study: Study, run: tuple[str, str, int]) -> float:
+def self_of(study: Study, run: Run) -> float:
     """Return a run's last loss, the mean over domains."""
     return float(study.of(study.nats[run][study.last], "mean")[0, 0])
 

@@ -91,11 +91,16 @@ def test_a_known_gain_is_found_where_it_is(page, tmp_path):
     assert hard == pytest.approx((-0.3, -0.3, -0.3), abs=1e-12)
     (mean,) = found.difference("as it is", "linupper-r0.4", 2, "mean")
     assert mean.value == pytest.approx(-0.1)
+    easy, medium, hard = found.difference("as it is", "linupper-r0.4", 2, "own difficulty")
+    assert easy.value == pytest.approx(0)
+    assert medium.value < -0.05, "what it gained on is of medium difficulty to itself"
+    assert medium.value + hard.value == pytest.approx(-0.3)
     buckets = found.difference("as it is", "linupper-r0.4", 2, "bucket")
     assert [x.value for x in buckets] == pytest.approx([-0.1] * 3)
 
     text = page.write_page(tmp_path / "found").read_text()
     assert "7 of 40 runs are there" in text
+    assert text.count("| uniform, another seed |") == 3  # in all tables but those of difficulty
     assert "1.5 epochs of the text as it is" in text
     assert "linupper-r0.4: better (-0.100 [" in text
     assert "its sign turned at step 2" in text
