@@ -228,8 +228,8 @@ def made(study: Study) -> str:
         f"Numbers are nats, less those of `{BASE}` of the same seed: below zero is better. "
         f"In brackets stands the {LEVEL} % interval of a bootstrap over documents and seeds; "
         "a star marks one that leaves out zero. With one seed it is over documents alone, and "
-        "says nothing of other seeds. How far two such models are apart whatever the method shows "
-        f"`{called(JUDGE)}`, with another start and order of the text."
+        f"says nothing of other seeds. The row `{called(JUDGE)}` shows how far two plain models "
+        "are apart that start elsewhere and read in another order."
     )
 
 
