@@ -22,7 +22,7 @@ from torchtitan.models.llama3 import model_registry  # noqa: E402
 from torchtitan.models.qwen3 import model_registry as qwen3  # noqa: E402
 
 from titan_integration import config_registry  # noqa: E402
-from titan_integration.commands import evaluate, export  # noqa: E402
+from titan_integration.commands import evaluate, export, train_and_export  # noqa: E402
 from titan_integration.host.hf_configs import hf_config  # noqa: E402
 from titan_integration.loss.reference_model import find_checkpoint, load_model  # noqa: E402
 from titan_integration.paper import resized  # noqa: E402
@@ -178,6 +178,23 @@ def test_experts_chosen_with_a_bias_are_refused(tmp_path):
     with pytest.raises(ValueError, match="chosen with a bias that balances their load"):
         export.write(config, tmp_path / "step-3", tmp_path / "hf", torch.float32)
     assert not (tmp_path / "hf").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ("deepseek_v3_debugmodel", "scored by softmax"),
+        ("qwen3_moe_debug", "a bias that balances their load"),
+        ("llama3_x", "no config function 'llama3_x'"),
+    ],
+)
+def test_what_cannot_be_exported_is_said_before_training(config, reason, tmp_path, monkeypatch):
+    """By `weighting train --hf`; nothing has been trained by then."""
+    given = {"module": "titan_integration", "config": config, "spec": "uniform", "name": "uniform"}
+    monkeypatch.setattr(train_and_export.train, "on_ranks", None)
+    with pytest.raises(ValueError, match=reason):
+        train_and_export.main(**given, flags=[f"--dump_folder={tmp_path / 'out'}"])
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_model_whose_config_is_not_known_takes_the_published_one(tmp_path):

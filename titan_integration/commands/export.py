@@ -78,9 +78,7 @@ def write(config: Trainer.Config, folder: Path, to: Path, dtype: torch.dtype) ->
     Raises:
         ValueError: As `main`.
     """
-    spec = config.model_spec
-    assert spec is not None, "the host needs one too"
-    told = hf_config(spec, config.hf_assets_path, config.training.seq_len)
+    spec, told = _told(config)
     tokenizer = build_tokenizer(config)
     state = _state(config, spec, folder, dtype)
     ids = {
@@ -104,18 +102,32 @@ def write(config: Trainer.Config, folder: Path, to: Path, dtype: torch.dtype) ->
             shutil.rmtree(part, ignore_errors=True)
 
 
+def refuse(config: Trainer.Config) -> None:
+    """Refuse a model that could not be written once it is trained.
+
+    Raises:
+        ValueError: As `main`.
+    """
+    spec, _ = _told(config)
+    refuse_untold(spec)
+
+
+def _told(config: Trainer.Config) -> tuple[ModelSpec, dict[str, Any]]:
+    """Return a config's model, and what config.json says of it."""
+    spec = config.model_spec
+    assert spec is not None, "the host needs one too"
+    return spec, hf_config(spec, config.hf_assets_path, config.training.seq_len)
+
+
 def _state(
     config: Trainer.Config, spec: ModelSpec, folder: Path, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """Return the model's weights under Hugging Face's names.
 
     Raises:
-        ValueError: The host cannot convert the model, or the checkpoint is not of it.
+        ValueError: The checkpoint is not of the model, or transformers has no place for it.
     """
-    name = f"{spec.name} {spec.flavor}"
-    if spec.state_dict_adapter is None:
-        msg = f"{name}: the host has no conversion of it to Hugging Face's names"
-        raise ValueError(msg)
+    assert spec.state_dict_adapter is not None, "refused by `hf_config`"
     adapter = spec.state_dict_adapter(spec.model, None)
     spec.model.update_from_config(config=config)
     with torch.device("meta"):
@@ -125,7 +137,7 @@ def _state(
         # There are no other ranks, which torch says.
         warnings.filterwarnings("ignore", "torch.distributed is")
         model.init_weights(buffer_device=torch.device("cpu"))  # buffers are in no checkpoint
-        load_model(model, folder, name, "CHECKPOINT", adapter)
+        load_model(model, folder, f"{spec.name} {spec.flavor}", "CHECKPOINT", adapter)
     state = dict(model.state_dict())
     refuse_untold(spec, state)
     return {

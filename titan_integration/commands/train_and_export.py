@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from titan_integration.commands import export, train
+from titan_integration.host.flags import parse
 from titan_integration.host.nodes import Nodes, resolved
+from titan_integration.host.quiet import quiet
 from weighting.runs.layout import CHECKPOINTS
+
+if TYPE_CHECKING:
+    from torchtitan.trainer import Trainer
 
 # The last checkpoint stays one to go on from, which the host's own export is not.
 _KEEP = ["--checkpoint.enable", "--checkpoint.no-last-save-model-only"]
@@ -20,6 +25,7 @@ def main(**options: Any) -> int:  # noqa: ANN401 - those of `train.Options`
         ValueError: As of both; what the run cannot mend is said before it.
     """
     given = train.Options(**options | {"flags": [*_KEEP, *options["flags"]]})
+    train.check_config(given.module, given.config)
     flags = train.run_flags(given)
     folder = Path(train.value_of(flags, "--dump_folder") or ".")
     out = folder / "hf"
@@ -30,6 +36,8 @@ def main(**options: Any) -> int:  # noqa: ANN401 - those of `train.Options`
     if (nodes.nnodes or 1) > 1 and nodes.node_rank is None:
         msg = "--hf: the first of several nodes exports; say which this is: --node-rank N"
         raise ValueError(msg)
+    with quiet():
+        export.refuse(cast("Trainer.Config", parse(flags)))
     if status := train.main(**vars(given)):
         return status
     if nodes.node_rank:

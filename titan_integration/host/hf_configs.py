@@ -23,8 +23,12 @@ def hf_config(spec: ModelSpec, assets: str, length: int) -> dict[str, Any]:
         length: Tokens of the longest text, where the model does not say it.
 
     Raises:
-        ValueError: There is none to be had, or transformers has no such model.
+        ValueError: There is none to be had, the host cannot convert the model, or transformers has
+            no such model.
     """
+    if spec.state_dict_adapter is None:
+        msg = f"{spec.name} {spec.flavor}: the host has no conversion of it to Hugging Face's names"
+        raise ValueError(msg)
     if spec.name in _MAKERS:
         return _MAKERS[spec.name](spec.model, length)
     there = Path(assets) / "config.json"
@@ -37,17 +41,28 @@ def hf_config(spec: ModelSpec, assets: str, length: int) -> dict[str, Any]:
     raise ValueError(msg)
 
 
-def refuse_untold(spec: ModelSpec, state: dict[str, Any]) -> None:
+def refuse_untold(spec: ModelSpec, state: dict[str, Any] | None = None) -> None:
     """Refuse a state that transformers' model of that name has no place for.
 
+    Args:
+        spec: The model.
+        state: What it has learnt; None before it is trained.
+
     Raises:
-        ValueError: Experts are chosen with a bias that its router lacks.
+        ValueError: Experts are chosen, or will be, with a bias that its router lacks.
     """
     if spec.name != "qwen3":
         return
-    if any(key.endswith("expert_bias_E") and bool(x.any()) for key, x in state.items()):
+    if state is None:
+        layers = cast("Any", spec.model).layers
+        experts = [moe for block in layers if (moe := block.moe) is not None]
+        biased = any(moe.load_balance_coeff is not None for moe in experts)
+    else:
+        biases = [x for key, x in state.items() if key.endswith("expert_bias_E")]
+        biased = any(bool(x.any()) for x in biases)
+    if biased:
         msg = (
-            f"{spec.name} {spec.flavor}: experts were chosen with a bias that balances their load, "
+            f"{spec.name} {spec.flavor}: experts are chosen with a bias that balances their load, "
             "which transformers' Qwen3 lacks; train with load_balance_coeff=None in its layers to "
             "export it"
         )
