@@ -278,5 +278,10 @@ def asked_twice(run, capsys):
     assert {*score["items"].values()} <= {0, 1}
     table = tables.benchmarks(read_runs([run]))
     assert table.rows == [("next_word, 1-shot acc", f"{100 * score['value']:.2f}")]
+    (run / "weighting" / "evaluation.json").unlink()
+    with pytest.raises(ValueError, match="--tasks whole_text: has no number for each"):
+        evaluate.main(models=[str(run)], **ask | {"tasks": ["next_word", "whole_text"]})
+    found = json.loads((run / "weighting" / "evaluation.json").read_text())["checkpoints"]
+    assert [*found["step-3"]] == ["next_word"], "what was found before is kept"
     with pytest.raises(ValueError, match=r"no task 'next_wrd' \(did you mean next_word"):
         evaluate.main(models=[str(run)], **ask | {"tasks": ["next_wrd"]})

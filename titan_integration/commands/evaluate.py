@@ -24,7 +24,7 @@ from weighting.runs import evaluated
 from weighting.runs.layout import CHECKPOINTS, EVALUATION, FOLDER
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from lm_eval.tasks import TaskManager
     from torchtitan.trainer import Trainer
@@ -42,7 +42,7 @@ def main(
     batch: int = 8,
     **options: Any,  # noqa: ANN401 - those of `HostOptions`
 ) -> int:
-    """Evaluate models, keep what is found beside their runs, and print it; return 0.
+    """Evaluate models, keep what is found beside their runs task by task, and print it; return 0.
 
     Args:
         models: Folders of runs, of checkpoints, or for Hugging Face.
@@ -54,7 +54,7 @@ def main(
         options: Those of `HostOptions`.
 
     Raises:
-        ValueError: A model, its config or a task is not as it must be; nothing was evaluated.
+        ValueError: A model, its config or a task is not as it must be; what was found is kept.
     """
     given = launch.HostOptions(**options)
     launch.check_config(given.module, given.config)
@@ -67,10 +67,13 @@ def main(
     with quiet():
         manager = _tasks(task_folder)
         asked = _asked(tasks, shots, manager)
-        scores = [_scores(given, folder, asked, manager, limit, batch) for folder in found]
-    about = {"lm_eval": version("lm-eval")}
-    for folder, place, own in zip(found, places, scores, strict=True):
-        evaluated.add(place, folder.name, own, about)
+        scores: list[dict[str, Score]] = []
+        for folder, place in zip(found, places, strict=True):
+            own: dict[str, Score] = {}
+            for some in _scores(given, folder, asked, manager, limit, batch):
+                own |= some
+                evaluated.add(place, folder.name, some, {"lm_eval": version("lm-eval")})
+            scores.append(own)
     rows = evaluated.rows([*zip(names, scores, strict=True)])
     paired = f"; difference to {names[0]}, 95 % interval over questions" if len(names) > 1 else ""
     caption = f"Scores in per cent{paired}. Kept in {', '.join(map(str, places))}"
@@ -144,8 +147,8 @@ def _scores(
     manager: TaskManager,
     limit: int | None,
     batch: int,
-) -> dict[str, Score]:
-    """Return what a model has of each task.
+) -> Iterator[dict[str, Score]]:
+    """Yield what a model has of each task, or of the tasks of a group.
 
     Raises:
         ValueError: As `export.write`, or a task takes what is not installed.
@@ -164,7 +167,6 @@ def _scores(
         accelerator = torch.accelerator.is_available()
         device = str(torch.accelerator.current_accelerator()) if accelerator else "cpu"
         model = HFLM(pretrained=str(folder), device=device, batch_size=batch)
-        found: dict[str, Score] = {}
         for task, shots in asked.items():
             try:
                 told = simple_evaluate(
@@ -179,8 +181,7 @@ def _scores(
                 msg = f"--tasks {task}: needs the package {error.name}, which is not installed"
                 raise ValueError(msg) from error
             assert told is not None, "one process has all of it"
-            found |= _read(cast("dict[str, Any]", told))
-    return found
+            yield _read(cast("dict[str, Any]", told))
 
 
 def _read(told: dict[str, Any]) -> dict[str, Score]:
