@@ -34,6 +34,7 @@ def main():
     runs = {
         "loop": lambda: looped("linupper-x-mile"),
         "loop, fused": lambda: looped("linupper-x-mile", fused=True),
+        "loop, padding-free": lambda: looped("linupper-x-mile", made=tiny.flattened),
         "linupper-x-mile": lambda: trained(out / "twice", "linupper-x-mile"),
         "uniform": lambda: trained(out / "once", "uniform"),
         "plain": lambda: trained(out / "plain", None),
@@ -64,8 +65,8 @@ def trained(folder, spec, *, saved=False, resumed=False):
     return host.model.named_parameters(), losses
 
 
-def looped(spec, *, fused=False):
-    """Train in a loop that knows nothing of how many labels other ranks have."""
+def looped(spec, *, fused=False, made=tiny.padded):
+    """Train in a loop that knows nothing of how many labels, or tokens, other ranks have."""
     GradientState._reset_state()
     accelerator = Accelerator(cpu=not SHARDED)
     inner = tiny.model()
@@ -80,11 +81,11 @@ def looped(spec, *, fused=False):
     losses = []
     for step in range(STEPS):
         at = (RANKS * step + accelerator.process_index) * BATCH
-        batch = tiny.padded(tiny.rows(RANKS * STEPS * BATCH)[at : at + BATCH])
+        batch = made(tiny.rows(RANKS * STEPS * BATCH)[at : at + BATCH])
         accelerator.backward(model(**batch).loss)
-        losses.append(weights.read()["weighted_loss"])
         optimizer.step()
         optimizer.zero_grad()
+        losses.append(weights.read()["weighted_loss"])
     return model.named_parameters(), losses
 
 

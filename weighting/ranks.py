@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 import torch.distributed as dist
+import torch.nn.functional as F  # noqa: N812 - the usual name
+from typing_extensions import override
 
 from weighting.contract import Alone
 
@@ -67,3 +70,19 @@ class OverRanks:
         out = x.clone()
         dist.all_reduce(out, op, group=self._group)
         return out
+
+
+class UnevenRanks(OverRanks):
+    """The same where ranks hold batches of different shapes, as padding-free ones are.
+
+    Gathered units are filled up with zeros, none of which counts; how many the largest rank has is
+    waited for.
+    """
+
+    @override
+    def gather(self, x: Tensor) -> Tensor:
+        """Return the x of every rank, [ranks, ..., U], U that of the rank that has most units."""
+        if x.dim():
+            most = int(self.max(torch.tensor(x.shape[-1], device=x.device)))
+            x = F.pad(x, (0, most - x.shape[-1]))
+        return super().gather(x)

@@ -34,6 +34,7 @@ def weighted(logits, labels, text):
         logits,
         labels,
         tables.built(text),
+        step=0,
         domain_ids=signals.domain_ids,
         segment_ids=signals.segment_ids,
         ref_loss=signals.ref_loss,
@@ -44,6 +45,56 @@ def weighted(logits, labels, text):
 def table_spec(pipeline="table(a=0, b=1, c=2.5) -> mean_one"):
     """Return a built spec that weighs tokens by given numbers."""
     return wt.build(wt.loads(f"version: 1\npipeline: {pipeline}\n"), domains=ABC)
+
+
+@pytest.mark.parametrize("linear", [False, True], ids=["logits", "hidden"])
+def test_validation_moves_no_state(linear):
+    """A loss under no_grad is that of evaluation mode; the next one with a gradient goes on."""
+    fn = wt.build(wt.load("group-dro"), domains=ABC)
+    hidden, weight = torch.randn(3, 5, 4), torch.randn(7, 4, requires_grad=True)
+    labels, ids = torch.randint(0, 7, (3, 5)), torch.arange(3)[:, None].expand(3, 5)
+
+    def state_after():
+        if linear:
+            wt.linear_weighted_cross_entropy(hidden, weight, labels, fn, step=1, domain_ids=ids)
+        else:
+            wt.weighted_cross_entropy(hidden @ weight.T, labels, fn, step=1, domain_ids=ids)
+        return {name: x.clone() for name, x in fn.state_dict().items()}
+
+    before = state_after()
+    with torch.no_grad():
+        same = state_after()
+    assert fn.training
+    moved = state_after()
+    assert all(torch.equal(same[name], x) for name, x in before.items())
+    assert any(not torch.equal(moved[name], x) for name, x in before.items())
+
+
+def test_a_step_that_is_not_given_is_told_of_where_it_matters():
+    """With a schedule or a start; other specs do without."""
+    logits, labels = example()
+    for text in ("loss -> temperature(linear(2, 1, over=9))", "loss -> mean_one\nstart: 5"):
+        fn = tables.built(f"version: 1\nname: late\npipeline: {text}\n")
+        with pytest.warns(UserWarning, match="late depends on the optimizer step"):
+            _, without = wt.weighted_cross_entropy(logits, labels, fn)
+        _, given = wt.weighted_cross_entropy(logits, labels, fn, step=0)
+        assert torch.equal(without.token, given.token)
+    wt.weighted_cross_entropy(
+        logits, labels, tables.built("version: 1\npipeline: loss -> mean_one\n")
+    )
+
+
+def test_state_keeps_float32_in_a_model_of_sixteen_bits():
+    """Small steps would be lost in bfloat16; counts stay whole numbers."""
+    model = torch.nn.Linear(2, 2)
+    model.add_module("weighting", wt.build(wt.load("group-dro"), domains=ABC))
+    kinds = {name: x.dtype for name, x in model.weighting.state_dict().items()}
+    model.to(torch.bfloat16)
+    assert model.weight.dtype == torch.bfloat16
+    assert {name: x.dtype for name, x in model.weighting.state_dict().items()} == kinds
+    assert torch.float32 in kinds.values()
+    model.to("meta")
+    assert {x.device.type for x in model.weighting.buffers()} == {"meta"}
 
 
 @pytest.mark.parametrize("linear", [False, True], ids=["logits", "hidden"])

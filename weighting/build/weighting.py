@@ -85,6 +85,7 @@ class Weighting(nn.Module):
         collectives: How statistics reach other ranks.
         compares: What weighs all tokens alike when there is one unit in its scope, with the level
             of that unit: factors by name, and the reduction.
+        told_of_one_unit: Whether the warning of such a batch was given, which it is once.
     """
 
     def __init__(self, plan: Plan, domains: tuple[str, ...], collectives: Collectives) -> None:
@@ -93,7 +94,7 @@ class Weighting(nn.Module):
         self.domains = domains
         self.collectives = collectives
         self.compares = compared_levels(plan)
-        self._warned = False
+        self.told_of_one_unit = False
         self._state_names = {name: state_names(plan, name, domains) for name in plan.factors}
         for name, value in initial_buffers(plan, domains).items():
             self.register_buffer(name, value)
@@ -225,7 +226,7 @@ class Weighting(nn.Module):
             rows_are_sequences: No ids told its sequences.
         """
         # Asked first, since a compiled graph must not depend on what was said before.
-        if torch.compiler.is_compiling() or self._warned or not self.training:
+        if torch.compiler.is_compiling() or self.told_of_one_unit or not self.training:
             return
         shape = weights.token.shape
         one_row = rows_are_sequences and len(shape) > 1 and shape[0] * self.collectives.size == 1
@@ -241,13 +242,25 @@ class Weighting(nn.Module):
 
     def _warn(self, alone: list[str]) -> None:
         """Warn of the first of what had one unit to compare, in training, unless that was done."""
-        if not alone or self._warned or not self.training:
+        if not alone or self.told_of_one_unit or not self.training:
             return
-        self._warned = True
+        self.told_of_one_unit = True
         if self.collectives.rank == 0:
             level = self.compares[alone[0]]
             text = one_unit(self.plan, alone[0], level, "this batch has", MORE_UNITS[level])
             warnings.warn(text, OneUnitWarning, stacklevel=4)
+
+    @override
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Weighting:
+        """Move the state as torch moves a module's; its precision stays, whatever a model's is.
+
+        In 16 bits small steps of a state are lost.
+        """
+
+        def moved(x: Tensor) -> Tensor:
+            return fn(x).to(x.dtype)
+
+        return super()._apply(moved, recurse)
 
     @override
     def _load_from_state_dict(
@@ -362,7 +375,8 @@ class Weighting(nn.Module):
             if stage.gives == "score" or isinstance(stage, Source):
                 x, scope = _finite(x, scope)
         x = torch.where(scope.valid, x, 0)
-        x, valid = self._own(x, scope), self._own(scope.valid, scope)
+        own = groups.size if groups else 0
+        x, valid = self._own(x, scope, own), self._own(scope.valid, scope, own)
         token = groups.broadcast(x) if groups else x
         tokens_ok = tokens_ok & (groups.broadcast(valid) if groups else valid)
         units = None
@@ -436,13 +450,13 @@ class Weighting(nn.Module):
         units, count = map(self.get_buffer, earlier_names(factor))
         return with_earlier(x, scope, units, count, remember=self.training)
 
-    def _own(self, x: Tensor, scope: Scope) -> Tensor:
-        """Return this rank's part of units that were brought together."""
+    def _own(self, x: Tensor, scope: Scope, size: int) -> Tensor:
+        """Return this rank's part of units that were brought together, of which it has so many."""
         if scope.level in {"token", "domain"} or scope.collectives is not None:
             return x
         if self.spec.scope == "running":
             x = x[:-RUNNING_UNITS]
-        return x.unflatten(0, (self.collectives.size, -1))[self.collectives.rank]
+        return x.unflatten(0, (self.collectives.size, -1))[self.collectives.rank, :size]
 
     def _deferred_scale(self, factor: str) -> DeferredScale | None:
         """Return how a token-local factor is scaled in the end; None if it is not."""

@@ -12,7 +12,10 @@ class Collectives(Protocol):
     """How statistics reach the other ranks; injected, so that the core knows no ranks."""
 
     def gather(self, x: Tensor) -> Tensor:
-        """Return every rank's x, [ranks, *x.shape], in rank order; shapes are equal."""
+        """Return every rank's x, [ranks, *x.shape], in rank order.
+
+        Shapes are equal; where they are not, zeros follow in the last dimension of smaller ones.
+        """
         ...
 
     def sum(self, x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ ranks over the number of ranks, since hosts average gradients over ranks.
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from weighting.build.plan import plan_of
 from weighting.build.step import StepStatistics
 from weighting.columns import HIDDEN, column_of, plain_name, signal_of
 from weighting.contract import Signals
+from weighting.errors import OneUnitWarning
 from weighting.integrations.head import KeptHead
 from weighting.language.read import load, resolve
 from weighting.loss.cross_entropy import signals_from, signals_of, token_loss, weighted_sum
@@ -31,7 +33,7 @@ from weighting.loss.linear import as_autocast
 from weighting.loss.logits import IGNORE_INDEX, OF_LOGITS, check_labels
 from weighting.loss.path import Sizes, path_of
 from weighting.loss.sums import Head
-from weighting.ranks import OverRanks
+from weighting.ranks import UnevenRanks
 from weighting.spec import Spec
 
 if TYPE_CHECKING:
@@ -113,6 +115,7 @@ class Hook:
         self._batch: dict[str, Any] | None = None
         self._weighed, self._backward = 0, 0
         self._returned = False
+        self._cast: set[str] = set()
         self._head: KeptHead | None = None
         self._stock = self._attach(fused=fused)
 
@@ -153,9 +156,6 @@ class Hook:
             return
         self.step = step
         self._weighed = self._backward = 0
-        if self._statistics is not None:
-            self._statistics.begin_step()
-            self._tokens.zero_()
 
     def end_step(self) -> None:
         """Check, before an optimizer steps, that the gradient came of weighted losses.
@@ -179,7 +179,7 @@ class Hook:
     def read(self) -> dict[str, float]:
         """Return the statistics of the step over all ranks; every rank must call it.
 
-        Losses are in nats.  Empty before the first batch.
+        The step is that of the last batch.  Losses are in nats.  Empty before the first batch.
 
         Raises:
             NonFiniteSignalError: A signal was not finite and the spec says `on_nonfinite: error`.
@@ -188,6 +188,10 @@ class Hook:
             return {}
         ranks = self.ranks()
         found = self._statistics.read(ranks)
+        if self._statistics.warnings and not self.fn.told_of_one_unit:
+            self.fn.told_of_one_unit = True
+            if ranks.rank == 0:
+                warnings.warn(self._statistics.warnings[0], OneUnitWarning, stacklevel=2)
         tokens = max(float(ranks.sum(self._tokens)), 1.0)
         for name in ("unweighted_loss", "weighted_loss"):  # sums until here
             found[name] /= tokens
@@ -229,7 +233,7 @@ class Hook:
     def ranks(self) -> Collectives:
         """Return what reaches the ranks that hold other batches."""
         started = dist.is_available() and dist.is_initialized()
-        return OverRanks(dist.group.WORLD if started else None)
+        return UnevenRanks(dist.group.WORLD if started else None)
 
     def _attach(self, *, fused: bool) -> Callable[..., Tensor]:
         """Set the loss and watch the model's calls; return the loss it had."""
@@ -442,10 +446,12 @@ class Hook:
         if self._statistics is None:
             self.fn.to(valid.device)
             self._statistics = StepStatistics(self.fn, valid.device)
-            self._statistics.begin_step()
             self._tokens = self._tokens.to(valid.device)
             if self.fn.spec.scope != "rank":
                 self.fn.collectives = self.ranks()
+        if not self._weighed:  # until now the last step's numbers could be read
+            self._statistics.begin_step()
+            self._tokens.zero_()
         sequences = self._sequences(valid)
         told = {"valid": valid}
         if sequences is None:
@@ -525,6 +531,14 @@ class Hook:
             )
             raise ValueError(msg)
         x = torch.as_tensor(x, device=valid.device)
+        if x.is_floating_point() and x.element_size() < 4 and name not in self._cast:  # noqa: PLR2004
+            self._cast.add(name)
+            text = (
+                f"the column {name!r} arrives as {x.dtype}, which has three digits: what wraps the "
+                "model casts its inputs; with FSDP2 set cast_forward_inputs=False in its "
+                "MixedPrecisionPolicy"
+            )
+            warnings.warn(text, stacklevel=2)
         return self._placed(name, x, valid)
 
     def _placed(self, name: str, x: Tensor, valid: Tensor) -> Tensor:

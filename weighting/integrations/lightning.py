@@ -80,8 +80,12 @@ class WeightingCallback(Callback):
                 "loss, so that it would be lost; take 'bf16-mixed', or leave fused out"
             )
             raise ValueError(msg)
-        if stage == "fit" and self._hook is None:
-            self._hook = Hook(_model_in(pl_module), self._spec, **self._options)
+        if stage != "fit":
+            return
+        model = _model_in(pl_module)
+        if self._hook is None or self._hook.model is not model or not self._hook.attached:
+            self._hook = Hook(model, self._spec, **self._options)
+        self._hook.reset()  # a checkpoint is loaded after this
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

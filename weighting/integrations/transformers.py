@@ -237,6 +237,7 @@ class WeightingCallback(TrainerCallback, ExportableState):
         hook.reset()
         hook.active, run = True, _run_at_hand()
         if run is not None:  # no event tells of a run that fails: the passes of others are not its
+            _check_kind(type(run.f_locals["self"]))
             hook.within = lambda: _run_at_hand() is run
         if state.global_step and "weighting" in saved:
             hook.load_state_dict(_from_json(saved["weighting"], hook))
@@ -344,13 +345,35 @@ def _run_at_hand() -> FrameType | None:
     return frame
 
 
+def _is_sft(kind: type[Trainer]) -> bool:
+    return any(x.__name__ == "SFTTrainer" for x in kind.__mro__)
+
+
+def _check_kind(kind: type[Trainer]) -> None:
+    """Refuse TRL's trainers whose loss is none of next tokens, such as `DPOTrainer`.
+
+    They take log-probabilities from the same head as `SFTTrainer`, for ratios and differences.
+
+    Raises:
+        ValueError: It is one.
+    """
+    of_trl = [x.__name__ for x in kind.__mro__ if x.__module__.startswith("trl.")]
+    if of_trl and not _is_sft(kind):
+        msg = (
+            f"the loss of {of_trl[0]} is made of ratios of probabilities, which weights of tokens "
+            "would falsify; weigh an SFTTrainer or a Trainer"
+        )
+        raise ValueError(msg)
+
+
 def _check_trainer(trainer: Trainer, *, fused: bool) -> None:
     """Refuse a trainer that takes its loss from elsewhere, or cuts sequences over ranks.
 
     Raises:
         ValueError: Says why, and what to do.
     """
-    if any(x.__name__ == "SFTTrainer" for x in type(trainer).__mro__):
+    _check_kind(type(trainer))
+    if _is_sft(type(trainer)):
         need("trl")
         if fused:
             msg = (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,9 +13,10 @@ from torch import Tensor
 from weighting.columns import HIDDEN, column_of, plain_name, signal_of
 from weighting.contract import Signals
 from weighting.loss.logits import IGNORE_INDEX, OF_LOGITS, check_labels, statistics
+from weighting.pipeline import has_schedule
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from weighting.build import Weighting, Weights
 
@@ -23,7 +26,7 @@ def weighted_cross_entropy(
     labels: Tensor,
     fn: Weighting,
     *,
-    step: int | Tensor = 0,
+    step: int | Tensor | None = None,
     domain_ids: Tensor | None = None,
     segment_ids: Tensor | None = None,
     ref_loss: Tensor | None = None,
@@ -36,12 +39,13 @@ def weighted_cross_entropy(
         loss = sum_t u_t * nll_t / number of valid labels
 
     A spec whose weights are one by construction gives torch's mean cross entropy bitwise.
+    Under `torch.no_grad()`, as in validation, no state of `fn` moves.
 
     Args:
         logits: [B, L, V] or [T, V], any float type; gradient flows through them alone.
         labels: [B, L] or [T] int; -100 is ignored.
         fn: A built spec.
-        step: Optimizer step.
+        step: Optimizer step, from 1.  Without it 0 is taken, and a spec that depends on it warns.
         domain_ids: Domain of each token, in the order given to `build`.
         segment_ids: Document of each token, from 0 in each row.
         ref_loss: Loss of a reference model for each token, nats.
@@ -75,13 +79,41 @@ def weighted_cross_entropy(
     given = {signal_of(name): value for name, value in (columns or {}).items()}
     given |= {"ref_loss": ref_loss, HIDDEN: hidden}
     signals = signals_of({**found, "valid": valid, **ids, **given})
-    out = fn(signals, step)
+    with still_without_grad(fn):
+        out = fn(signals, step_of(fn, step))
     fn.warn_of_one_unit(out, rows_are_sequences=sequence_ids is None)
     if fn.plan.identity:
         flat = logits.flatten(0, -2).float()
         total = F.cross_entropy(flat, labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
         return total / count, out
     return weighted_sum(nll, out.token) / count, out
+
+
+def step_of(fn: Weighting, step: int | Tensor | None) -> int | Tensor:
+    """Return the step, or 0 where a call gave none; warns if the spec depends on it."""
+    if step is not None:
+        return step
+    depends = fn.spec.start > 1 or any(map(has_schedule, fn.plan.factors.values()))
+    if depends and not torch.compiler.is_compiling():
+        text = (
+            f"{fn.spec.name} depends on the optimizer step and none was given, so it stays at its "
+            "first step; pass step="
+        )
+        warnings.warn(text, stacklevel=3)
+    return 0
+
+
+@contextlib.contextmanager
+def still_without_grad(fn: Weighting) -> Iterator[None]:
+    """Have no state move where no gradient is taken, as in validation."""
+    if torch.is_grad_enabled() or not (fn.training and fn.plan.has_state):
+        yield
+        return
+    fn.eval()
+    try:
+        yield
+    finally:
+        fn.train()
 
 
 def signals_of(found: Mapping[str, Tensor | None]) -> Signals:

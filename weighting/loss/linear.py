@@ -11,7 +11,12 @@ from torch import Tensor
 from weighting.build import Weights
 from weighting.columns import HIDDEN, signal_of
 from weighting.compiled import compiled, compiles
-from weighting.loss.cross_entropy import signals_of, weighted_cross_entropy
+from weighting.loss.cross_entropy import (
+    signals_of,
+    step_of,
+    still_without_grad,
+    weighted_cross_entropy,
+)
 from weighting.loss.late_bound import Batch, late_bound
 from weighting.loss.logits import IGNORE_INDEX, check_labels
 from weighting.loss.path import CHUNKS, Memory, Sizes, path_of
@@ -30,7 +35,7 @@ def linear_weighted_cross_entropy(
     fn: Weighting,
     *,
     bias: Tensor | None = None,
-    step: int | Tensor = 0,
+    step: int | Tensor | None = None,
     domain_ids: Tensor | None = None,
     segment_ids: Tensor | None = None,
     ref_loss: Tensor | None = None,
@@ -47,6 +52,7 @@ def linear_weighted_cross_entropy(
     The same as `weighted_cross_entropy` of the logits, which never exist but for a chunk of tokens
     at a time.  The gradient is made in the forward pass, so it can be had once.
     On CPU, ignored tokens take no part in the products.
+    Under `torch.no_grad()`, as in validation, no state of `fn` moves.
 
     Args:
         hidden: [B, L, D] or [T, D], the input of the output layer.
@@ -54,7 +60,7 @@ def linear_weighted_cross_entropy(
         labels: [B, L] or [T] int; -100 is ignored.
         fn: A built spec.
         bias: [V], the layer's bias, if it has one.
-        step: Optimizer step.
+        step: Optimizer step, from 1.  Without it 0 is taken, and a spec that depends on it warns.
         domain_ids: Domain of each token, in the order given to `build`; or [B, 1], the domain of
             each row, which saves memory or products where domains are weighed.
         segment_ids: Document of each token, from 0 in each row.
@@ -95,18 +101,18 @@ def linear_weighted_cross_entropy(
     hidden, weight, bias = as_autocast(hidden, weight, bias)
     read = compiled(_read) if compiles(labels.device) else _read
     labels, valid, scale = read(labels, len(weight))
-    step = torch.as_tensor(step, device=labels.device)  # one graph for all steps
+    at = torch.as_tensor(step_of(fn, step), device=labels.device)  # one graph for all steps
     columns = {signal_of(name): value for name, value in (columns or {}).items()}
     given = {"valid": valid, **given, **columns}
     known = {name: value for name, value in given.items() if value is not None}
 
     def weigh(found: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        out = fn(signals_of({**found, **known}), step)
+        out = fn(signals_of({**found, **known}), at)
         units = (out.compared[name] for name in fn.compares)
         return out.token, out.moments, *out.factors.values(), *units
 
     def local(found: dict[str, Tensor]) -> Tensor:
-        return fn.local_part(signals_of(found), step)
+        return fn.local_part(signals_of(found), at)
 
     sizes = Sizes.of(labels, weight, domains)
     if sequence_ids is not None:  # a row may hold several sequences, each with a weight of its own
@@ -120,7 +126,8 @@ def linear_weighted_cross_entropy(
         known,
         scale,
     )
-    loss, (token, moments, *rest) = late_bound(hidden, batch, weigh)
+    with still_without_grad(fn):
+        loss, (token, moments, *rest) = late_bound(hidden, batch, weigh)
     factors, units = rest[: len(fn.plan.factors)], rest[len(fn.plan.factors) :]
     out = Weights(
         token,

@@ -174,6 +174,29 @@ def test_a_module_with_a_loss_of_its_own_is_stopped_and_none_is_weighed_afterwar
             assert torch.equal(module.model.train()(**batch).loss, plain(**batch).loss)
 
 
+def test_a_second_fit_forgets_the_first(tmp_path):
+    """With the same module or another one, the callback trains what a new one would."""
+    _, alone = fitted(tmp_path / "alone", 2)
+    callback = WeightingCallback("group-dro", domains=tiny.DOMAINS)
+    batches = [tiny.padded(tiny.rows(BATCH, 1))] * 2
+    for module in (Module(), Module()):
+        for _ in range(2):
+            module.model.load_state_dict(tiny.model().state_dict())
+            host = lightning.Trainer(
+                default_root_dir=tmp_path,
+                accelerator="cpu",
+                max_steps=2,
+                logger=False,
+                callbacks=[callback],
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                enable_checkpointing=False,
+            )
+            host.fit(module, torch.utils.data.DataLoader(batches, batch_size=None))
+            for name, value in module.model.named_parameters():
+                assert torch.equal(value, alone.model.get_parameter(name))
+
+
 def test_a_module_with_two_models_is_refused(tmp_path):
     """It is not known which one is meant."""
     host = lightning.Trainer(default_root_dir=tmp_path, logger=False, accelerator="cpu")

@@ -191,6 +191,42 @@ def test_a_column_weighs_rows_or_single_tokens():
         assert_close(loss, (own.clamp(min=0) * nll)[valid].sum() / valid.sum())
 
 
+def test_a_column_in_sixteen_bits_is_told_of(recwarn):
+    """As wrappers cast it that cast all inputs; once, by its name."""
+    model, _, weights = weighed("version: 1\nnormalize: none\npipeline: column(quality) -> as_is\n")
+    batch = tiny.padded(tiny.rows())
+    quality = torch.ones(len(batch["labels"]))
+    model(**batch, quality=quality)
+    assert not [x for x in recwarn if "quality" in str(x.message)]
+    for _ in range(2):
+        model(**batch, quality=quality.bfloat16())
+    (told,) = [str(x.message) for x in recwarn if "quality" in str(x.message)]
+    assert "arrives as torch.bfloat16" in told
+    assert "cast_forward_inputs=False" in told
+    assert weights.step == 1
+
+
+def test_the_numbers_of_a_step_are_there_until_the_next_batch():
+    """After the optimizer's step too, where loops read them."""
+    model, optimizer, weights = weighed("linupper")
+    for seed in (1, 2):
+        loss = model(**tiny.padded(tiny.rows(seed=seed))).loss
+        loss.backward()
+        optimizer.step()
+        assert_close(weights.read()["weighted_loss"], loss.item())
+        assert weights.step == seed + 1
+
+
+def test_a_batch_of_one_unit_is_told_of_when_numbers_are_read(monkeypatch):
+    """Where counting units at once would wait for a device."""
+    model, _, weights = weighed("linupper")
+    monkeypatch.setattr(type(weights.fn), "warn_of_one_unit", lambda *_, **__: None)
+    model(**tiny.padded(tiny.rows(1)))
+    with pytest.warns(wt.OneUnitWarning, match="compares sequences with each other, and every batch so far"):
+        weights.read()
+    weights.read()  # once
+
+
 class Another:
     """Another rank, whose batch has eleven labels."""
 

@@ -26,7 +26,7 @@ MODES = {
         "--fsdp_cpu_ram_efficient_loading=false",
     ],
 }
-WAYS = ("linupper-x-mile", "group-dro", "loop", "loop, fused")
+WAYS = ("linupper-x-mile", "group-dro", "loop", "loop, fused", "loop, padding-free")
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,8 @@ def on_one(spec, accumulated):
 def test_two_ranks_take_the_steps_of_the_whole_batch(ranks, mode, way):
     """Losses and parameters are those of float64, though the ranks' counts of labels differ.
 
-    The Trainer accumulates two microbatches of unequal length; the loops take one.
+    The Trainer accumulates two microbatches of unequal length; the loops take one, and one of them
+    batches without padding, of which a rank has more tokens than the other.
     """
     looped = way.startswith("loop")
     spec = "linupper-x-mile" if looped else way

@@ -1,5 +1,7 @@
 """TRL's SFTTrainer with weights: its fused head's log-probabilities are what is weighed."""
 
+from functools import partial
+
 import pytest
 import tiny_models as tiny
 import torch
@@ -10,10 +12,10 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from torch.testing import assert_close
 from transformers import PreTrainedTokenizerFast
-from trl import SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 import weighting as wt
-from weighting.integrations.transformers import weigh
+from weighting.integrations.transformers import WeightingCallback, weigh
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning:trl")
 BATCH = 3
@@ -144,6 +146,24 @@ def test_chats_of_several_turns_count_where_trl_has_labels(tmp_path):
     (loss,), _ = tiny.descended("llama", "linupper-x-mile", [[tiny.padded(chats)]])
     found, _ = descended(weigh(host, "linupper-x-mile"))
     assert_close(found["loss"], loss, rtol=1e-5, atol=1e-6)
+
+
+@for_each("how", ["weigh", "callback"])
+def test_a_trainer_of_preferences_is_refused(tmp_path_factory, how):
+    """Its log-probabilities come from the same head, and its loss is of their differences."""
+    rows = [{"prompt": "3 4", "chosen": " 5 6 7", "rejected": " 8 9"}] * BATCH
+    args = DPOConfig(str(tmp_path_factory.mktemp("out")), use_cpu=True, bf16=False, max_steps=1)
+    host = DPOTrainer(
+        tiny.model(),
+        tiny.model(),
+        args,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer(),
+        callbacks=[WeightingCallback("dft")] if how == "callback" else None,
+    )
+    begin = host.train if how == "callback" else partial(weigh, host, "dft")
+    with pytest.raises(ValueError, match="loss of DPOTrainer is made of ratios"):
+        begin()
 
 
 def test_settings_of_trl_that_take_the_loss_away_are_refused(tmp_path):
