@@ -127,8 +127,8 @@ MUTANTS = (
     Mutant(
         "a rank's own part of the gathered units",
         f"{BUILD}/weighting.py",
-        "[self.collectives.rank]",
-        "[0]",
+        "[self.collectives.rank, :size]",
+        "[0, :size]",
         f"{LAWS}::test_many_ranks_weigh_like_one",
     ),
     Mutant(

@@ -85,6 +85,7 @@ def test_the_costs_on_the_page_are_those_of_the_loss(path):
             weight,
             labels,
             fn,
+            step=1,
             domain_ids=signals.domain_ids,
             segment_ids=signals.segment_ids,
             ref_loss=signals.ref_loss,

@@ -279,6 +279,30 @@ def test_wrong_comparisons_are_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_a_frequency_that_leaves_out_the_last_step_is_refused(tmp_path):
+    """What is compared is the validation of the last step, and not of an earlier one."""
+    words = ["compare", *SPECS, "--steps=8", f"--folder={tmp_path / 'runs'}", "--", *FLAGS[:3]]
+    words += ["--validator.enable", "--validator.freq=5"]
+    done = click.testing.CliRunner().invoke(main, words)
+    assert done.exit_code == 2, done.output
+    assert "--validator.freq 5 does not validate the last of 8 steps" in done.output
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_that_was_stopped_in_its_last_validation_is_not_done(tmp_path):
+    """Its loss would be that of an earlier step."""
+    path = tmp_path / "weighting" / "validation.jsonl"
+    path.parent.mkdir()
+    for text in (None, '{"step": 1}\n'):
+        if text:
+            path.write_text(text)
+        with pytest.raises(ValueError, match=r"stopped before the validation .*step-8, and the"):
+            comparing._refuse_unvalidated(tmp_path, 8)
+    path.write_text('{"step": 1}\n{"step": 8}\n')
+    comparing._refuse_unvalidated(tmp_path, 8)
+
+
+@pytest.mark.slow
 def test_what_a_later_run_would_refuse_is_said_first(tmp_path, monkeypatch):
     """Data, columns, references and flags are looked at before the first run."""
     monkeypatch.chdir(tmp_path)

@@ -247,6 +247,18 @@ def refused(spec, **parallelism):
     return None
 
 
+@pytest.mark.parametrize("given", [{"initial_load_path": "/there/step-9"}, {"load_step": 9}])
+def test_a_checkpoint_that_would_not_be_read_is_refused(given):
+    """The host looks at none where checkpoints are off, and would start from random weights."""
+    config, plan = config_registry.llama3_debugmodel(), plan_of(wt.load("uniform"))
+    ((flag, value),) = given.items()
+    setattr(config.checkpoint, flag, value)
+    with pytest.raises(ValueError, match=f"--checkpoint.{flag} does nothing without"):
+        refuse_unsupported(config, plan)
+    config.checkpoint.enable = True
+    refuse_unsupported(config, plan)
+
+
 def test_hidden_states_are_had_by_the_chunked_loss_alone(monkeypatch):
     """A loss that is given logits has none, and no recording holds any."""
     monkeypatch.setattr(registry, "_STAGES", dict(registry.stages()))

@@ -197,6 +197,25 @@ def test_what_cannot_be_exported_is_said_before_training(config, reason, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("flag", ["--checkpoint.no-enable", "--checkpoint.load_only"])
+def test_a_run_that_would_save_nothing_is_not_exported(flag, tmp_path, monkeypatch):
+    """Said before training, as the model would be lost."""
+    given = {"module": "titan_integration", "config": "llama3_debugmodel"}
+    given |= {"spec": "uniform", "name": "uniform"}
+    monkeypatch.setattr(train_and_export.train, "on_ranks", None)
+    with pytest.raises(ValueError, match="none would be saved"):
+        train_and_export.main(**given, flags=[f"--dump_folder={tmp_path / 'out'}", flag])
+
+
+def test_flags_that_are_none_are_refused_with_models_for_hugging_face_too(tmp_path):
+    """Before anything is asked."""
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").touch()
+    given = {"module": "titan_integration", "config": "llama3_debugmodel", "tasks": ["sciq"]}
+    with pytest.raises(ValueError, match="no flag '--device'"):
+        evaluate.main(models=[str(tmp_path)], **given, flags=["--device", "cuda:1"])
+
+
 def test_a_model_whose_config_is_not_known_takes_the_published_one(tmp_path):
     """From beside the tokenizer; without it, it is refused."""
     spec = replace(qwen3("debugmodel"), name="another")

@@ -39,6 +39,7 @@ def test_scores_of_several_tasks_and_checkpoints_stay_beside_a_run(tmp_path):
     """The one evaluated last is the last, and keeps its tasks of before."""
     path = tmp_path / "evaluation.json"
     evaluated.add(path, "step-1", {"t": score(a=0, b=1)}, {"lm_eval": "1"})
+    evaluated.add(path, "step-1", {"t": score(a=1)}, {"lm_eval": "1"})  # a quick look in between
     evaluated.add(path, "step-2", {"t": score(a=1, b=1)}, {"lm_eval": "1"})
     evaluated.add(path, "step-1", {"u": score(a=1)}, {"lm_eval": "1"})
     found = evaluated.read(path)

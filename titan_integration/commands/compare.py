@@ -36,7 +36,7 @@ from weighting.report.page import write_report
 from weighting.report.read import read_runs
 from weighting.report.tables import as_text, by_seed
 from weighting.runs.files import read_lines
-from weighting.runs.layout import CHECKPOINTS, FOLDER, METRICS
+from weighting.runs.layout import CHECKPOINTS, FOLDER, METRICS, VALIDATION
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -350,6 +350,13 @@ def _checked(args: Options, run: Run) -> WeightedTrainer.Config:
     if not isinstance(config, WeightedTrainer.Config):
         msg = f"{args.module}.{args.config} has no weighting; give it one with with_weighting"
         raise ValueError(msg)  # noqa: TRY004 - the user named it
+    last, every = config.training.steps, config.validator.freq
+    if config.validator.enable and _own_frequency(args) and last % every:
+        msg = (
+            f"--validator.freq {every} does not validate the last of {last} steps, which is what "
+            "is compared; take a divisor of it"
+        )
+        raise ValueError(msg)
     plan = plan_of(run.spec, steps=config.training.steps)
     if config.weighting.record:
         asked(config.weighting.record)
@@ -397,8 +404,7 @@ def _train(args: Options, runs: Sequence[Run], steps: int, lock: IO[str]) -> Non
     folder = Path(args.folder)
     done = [min(max(series.last_saved(folder / run.name), 0), steps) for run in runs]
     saves = ["--checkpoint.interval", str(max(steps // 10, 1))]
-    ends = ["--validator.freq", str(steps)] if _validates(args) else []
-    ends = [] if launch.value_of(args.flags, "--validator.freq") else ends
+    ends = [] if _own_frequency(args) else ["--validator.freq", str(steps)]
     with View(steps, done) as view:
         for run, at in zip(runs, done, strict=True):
             first = f"{SEED}@{args.seed + run.again}" if run.again else SEED
@@ -411,6 +417,8 @@ def _train(args: Options, runs: Sequence[Run], steps: int, lock: IO[str]) -> Non
                 _run(args, first, _words(one, "uniform", folder / first, steps, common), lock, view)
             weights = (folder / first / CHECKPOINTS / "step-0").resolve()
             if at == steps:
+                if _validates(args):
+                    _refuse_unvalidated(folder / run.name, steps)
                 view.say(f"{cut(run.name)}: trained already")
                 continue
             common += ["--checkpoint.initial_load_path", str(weights), *saves, *ends]
@@ -418,6 +426,29 @@ def _train(args: Options, runs: Sequence[Run], steps: int, lock: IO[str]) -> Non
             view.begin(run.name, at)
             _run(args, run.name, words, lock, view)
             view.end(read_lines(folder / run.name / FOLDER / METRICS)[-1]["unweighted_loss"])
+
+
+def _own_frequency(args: Options) -> bool:
+    """Tell whether the user says when to validate, or nobody asks for it."""
+    asked = _validates(args) or "--validator.enable" in args.flags
+    return not asked or launch.value_of(args.flags, "--validator.freq") is not None
+
+
+def _refuse_unvalidated(run: Path, steps: int) -> None:
+    """Refuse a run that was stopped after its last save and before its last validation.
+
+    Raises:
+        ValueError: It was; says how to go on.
+    """
+    path = run / FOLDER / VALIDATION
+    if path.exists() and read_lines(path)[-1]["step"] == steps:
+        return
+    saved = run / CHECKPOINTS / f"step-{steps}"
+    msg = (
+        f"{run}: was stopped before the validation of its last step; remove {saved}, and the same "
+        "command goes on from the save before"
+    )
+    raise ValueError(msg)
 
 
 def _words(args: Options, spec: str, folder: Path, steps: int, more: list[str]) -> list[str]:

@@ -67,10 +67,15 @@ def main(
     with quiet():
         manager = _tasks(task_folder)
         asked = _asked(tasks, shots, manager)
+        config = None
+        if given.flags or not all(map(_for_hf, found)):
+            cpu.use_cpu()
+            flags = [*launch.host_flags(given, "uniform", "outputs/evaluate"), *given.flags]
+            config = cast("Trainer.Config", parse(flags))
         scores: list[dict[str, Score]] = []
         for folder, place in zip(found, places, strict=True):
             own: dict[str, Score] = {}
-            for some in _scores(given, folder, asked, manager, limit, batch):
+            for some in _scores(config, folder, asked, manager, limit, batch):
                 own |= some
                 evaluated.add(place, folder.name, some, {"lm_eval": version("lm-eval")})
             scores.append(own)
@@ -141,7 +146,7 @@ def _asked(tasks: Sequence[str], shots: int | None, manager: TaskManager) -> dic
 
 
 def _scores(
-    given: launch.HostOptions,
+    config: Trainer.Config | None,
     checkpoint: Path,
     asked: dict[str, int | None],
     manager: TaskManager,
@@ -159,10 +164,8 @@ def _scores(
     with contextlib.ExitStack() as stack:
         folder = checkpoint
         if not _for_hf(checkpoint):
+            assert config is not None, "parsed where a model is not for Hugging Face"
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()), "hf")
-            cpu.use_cpu()
-            flags = [*launch.host_flags(given, "uniform", "outputs/evaluate"), *given.flags]
-            config = cast("Trainer.Config", parse(flags))
             export.write(config, checkpoint, folder, torch.float32)
         accelerator = torch.accelerator.is_available()
         device = str(torch.accelerator.current_accelerator()) if accelerator else "cpu"

@@ -37,7 +37,14 @@ def main(**options: Any) -> int:  # noqa: ANN401 - those of `train.Options`
         msg = "--hf: the first of several nodes exports; say which this is: --node-rank N"
         raise ValueError(msg)
     with quiet():
-        export.refuse(cast("Trainer.Config", parse(flags)))
+        config = cast("Trainer.Config", parse(flags))
+        export.refuse(config)
+    if not config.checkpoint.enable or config.checkpoint.load_only:
+        msg = (
+            "--hf exports the last checkpoint, and none would be saved; leave out "
+            "--checkpoint.no-enable and --checkpoint.load_only"
+        )
+        raise ValueError(msg)
     if status := train.main(**vars(given)):
         return status
     if nodes.node_rank:

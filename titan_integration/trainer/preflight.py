@@ -78,6 +78,7 @@ def refuse_unsupported(config: WeightedConfig, plan: Plan) -> None:
     Raises:
         ValueError: Says what, why, and what to do instead.
     """
+    _refuse_unread_checkpoint(config)
     missing = sorted(x for x in plan.needs - SIGNALS if column_of(x) is None)
     if missing:
         msg = (
@@ -119,6 +120,23 @@ def refuse_unsupported(config: WeightedConfig, plan: Plan) -> None:
         _refuse_pipeline(config, plan)
     if config.parallelism.context_parallel_degree > 1:
         _refuse_context(config, plan)
+
+
+def _refuse_unread_checkpoint(config: WeightedConfig) -> None:
+    """Refuse a checkpoint to start from that the host would not look at.
+
+    Raises:
+        ValueError: Checkpoints are not enabled.
+    """
+    given = config.checkpoint
+    if given.enable or not (given.initial_load_path or given.load_step != -1):
+        return
+    flag = "initial_load_path" if given.initial_load_path else "load_step"
+    msg = (
+        f"--checkpoint.{flag} does nothing without --checkpoint.enable: the run would start from "
+        "random weights; add --checkpoint.enable"
+    )
+    raise ValueError(msg)
 
 
 def refuse_one_domain(plan: Plan, domains: Sequence[str] | None) -> None:

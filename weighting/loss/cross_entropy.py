@@ -26,7 +26,7 @@ def weighted_cross_entropy(
     labels: Tensor,
     fn: Weighting,
     *,
-    step: int | Tensor | None = None,
+    step: int | Tensor = 0,
     domain_ids: Tensor | None = None,
     segment_ids: Tensor | None = None,
     ref_loss: Tensor | None = None,
@@ -45,7 +45,7 @@ def weighted_cross_entropy(
         logits: [B, L, V] or [T, V], any float type; gradient flows through them alone.
         labels: [B, L] or [T] int; -100 is ignored.
         fn: A built spec.
-        step: Optimizer step, from 1.  Without it 0 is taken, and a spec that depends on it warns.
+        step: Optimizer step, from 1.  A spec that depends on it warns where it is 0.
         domain_ids: Domain of each token, in the order given to `build`.
         segment_ids: Document of each token, from 0 in each row.
         ref_loss: Loss of a reference model for each token, nats.
@@ -79,8 +79,9 @@ def weighted_cross_entropy(
     given = {signal_of(name): value for name, value in (columns or {}).items()}
     given |= {"ref_loss": ref_loss, HIDDEN: hidden}
     signals = signals_of({**found, "valid": valid, **ids, **given})
+    warn_of_no_step(fn, step)
     with still_without_grad(fn):
-        out = fn(signals, step_of(fn, step))
+        out = fn(signals, step)
     fn.warn_of_one_unit(out, rows_are_sequences=sequence_ids is None)
     if fn.plan.identity:
         flat = logits.flatten(0, -2).float()
@@ -89,18 +90,16 @@ def weighted_cross_entropy(
     return weighted_sum(nll, out.token) / count, out
 
 
-def step_of(fn: Weighting, step: int | Tensor | None) -> int | Tensor:
-    """Return the step, or 0 where a call gave none; warns if the spec depends on it."""
-    if step is not None:
-        return step
-    depends = fn.spec.start > 1 or any(map(has_schedule, fn.plan.factors.values()))
-    if depends and not torch.compiler.is_compiling():
+def warn_of_no_step(fn: Weighting, step: int | Tensor) -> None:
+    """Warn where a spec depends on the step, which counts from 1, and the step is 0."""
+    if torch.compiler.is_compiling() or isinstance(step, Tensor) or step:
+        return
+    if fn.spec.start > 1 or any(map(has_schedule, fn.plan.factors.values())):
         text = (
-            f"{fn.spec.name} depends on the optimizer step and none was given, so it stays at its "
-            "first step; pass step="
+            f"{fn.spec.name} depends on the optimizer step, which counts from 1, and it is 0; pass "
+            "step=, or the spec stays where it begins"
         )
         warnings.warn(text, stacklevel=3)
-    return 0
 
 
 @contextlib.contextmanager

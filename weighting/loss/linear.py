@@ -13,8 +13,8 @@ from weighting.columns import HIDDEN, signal_of
 from weighting.compiled import compiled, compiles
 from weighting.loss.cross_entropy import (
     signals_of,
-    step_of,
     still_without_grad,
+    warn_of_no_step,
     weighted_cross_entropy,
 )
 from weighting.loss.late_bound import Batch, late_bound
@@ -35,7 +35,7 @@ def linear_weighted_cross_entropy(
     fn: Weighting,
     *,
     bias: Tensor | None = None,
-    step: int | Tensor | None = None,
+    step: int | Tensor = 0,
     domain_ids: Tensor | None = None,
     segment_ids: Tensor | None = None,
     ref_loss: Tensor | None = None,
@@ -60,7 +60,7 @@ def linear_weighted_cross_entropy(
         labels: [B, L] or [T] int; -100 is ignored.
         fn: A built spec.
         bias: [V], the layer's bias, if it has one.
-        step: Optimizer step, from 1.  Without it 0 is taken, and a spec that depends on it warns.
+        step: Optimizer step, from 1.  A spec that depends on it warns where it is 0.
         domain_ids: Domain of each token, in the order given to `build`; or [B, 1], the domain of
             each row, which saves memory or products where domains are weighed.
         segment_ids: Document of each token, from 0 in each row.
@@ -101,18 +101,19 @@ def linear_weighted_cross_entropy(
     hidden, weight, bias = as_autocast(hidden, weight, bias)
     read = compiled(_read) if compiles(labels.device) else _read
     labels, valid, scale = read(labels, len(weight))
-    at = torch.as_tensor(step_of(fn, step), device=labels.device)  # one graph for all steps
+    warn_of_no_step(fn, step)
+    step = torch.as_tensor(step, device=labels.device)  # one graph for all steps
     columns = {signal_of(name): value for name, value in (columns or {}).items()}
     given = {"valid": valid, **given, **columns}
     known = {name: value for name, value in given.items() if value is not None}
 
     def weigh(found: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        out = fn(signals_of({**found, **known}), at)
+        out = fn(signals_of({**found, **known}), step)
         units = (out.compared[name] for name in fn.compares)
         return out.token, out.moments, *out.factors.values(), *units
 
     def local(found: dict[str, Tensor]) -> Tensor:
-        return fn.local_part(signals_of(found), at)
+        return fn.local_part(signals_of(found), step)
 
     sizes = Sizes.of(labels, weight, domains)
     if sequence_ids is not None:  # a row may hold several sequences, each with a weight of its own

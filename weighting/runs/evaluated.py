@@ -133,11 +133,17 @@ def read(path: Path) -> dict[str, dict[str, Score]]:
 def add(path: Path, checkpoint: str, scores: Mapping[str, Score], about: Mapping[str, str]) -> None:
     """Write scores of a checkpoint beside what is there; those of the same tasks are replaced.
 
+    Those of more questions, asked alike, stay: a quick look does not replace a whole evaluation.
+
     Raises:
         ValueError: As `read`.
     """
     found = read(path)
-    latest = found.pop(checkpoint, {}) | dict(scores)
+    latest = found.pop(checkpoint, {})
+    for task, new in scores.items():
+        old = latest.get(task)
+        if old is None or old[:2] != new[:2] or len(old.items) <= len(new.items):
+            latest[task] = new
     told = {
         step: {task: {"value": x.mean, **x._asdict()} for task, x in tasks.items()}
         for step, tasks in (found | {checkpoint: latest}).items()

@@ -222,7 +222,9 @@ def test_a_batch_of_one_unit_is_told_of_when_numbers_are_read(monkeypatch):
     model, _, weights = weighed("linupper")
     monkeypatch.setattr(type(weights.fn), "warn_of_one_unit", lambda *_, **__: None)
     model(**tiny.padded(tiny.rows(1)))
-    with pytest.warns(wt.OneUnitWarning, match="compares sequences with each other, and every batch so far"):
+    with pytest.warns(
+        wt.OneUnitWarning, match="compares sequences with each other, and every batch so far"
+    ):
         weights.read()
     weights.read()  # once
 
