@@ -26,14 +26,14 @@ import sys
 import threading
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import evidence
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from evidence_long_page import BASE, CURVE, JUDGE, OTHERS, SEEDS, SOW, TEXTS, write_page
+from evidence_long_page import BASE, CURVE, JUDGE, OTHERS, SEEDS, SOW, TEXTS, Run, write_page
 from evidence_page import BUCKETS
 
 import weighting as wt
@@ -60,14 +60,6 @@ PIPELINES = {
     "dro-kl": "temperature(1)",
 }
 """Weights of sequences; they begin after so many plain steps.  The others begin at once."""
-
-
-class Run(NamedTuple):
-    """One model: which text, weighted how, and which seed."""
-
-    text: str
-    method: str
-    seed: int
 
 
 def queue() -> list[Run]:

@@ -12,7 +12,7 @@ import sys
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
@@ -46,8 +46,12 @@ MANY = 4
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#888888", "#333333")
 
 
-Run = tuple[str, str, int]
-"""Text, method and seed."""
+class Run(NamedTuple):
+    """One model: which text, weighted how, and which seed."""
+
+    text: str
+    method: str
+    seed: int
 
 
 class Study:
@@ -81,7 +85,7 @@ class Study:
         self.shift: dict[Run, float] = {}
         each: dict[Run, list[dict[str, Any]]] = {}
         for row in table.to_pylist():
-            each.setdefault((row["text"], row["method"], row["seed"]), []).append(row)
+            each.setdefault(Run(row["text"], row["method"], row["seed"]), []).append(row)
         for run, rows in each.items():
             self.nats[run] = {
                 row["step"]: np.array([row[name] for name in BUCKETS]).T for row in rows
@@ -104,7 +108,7 @@ class Study:
     def pairs(self, text: str, method: str) -> list[tuple[Run, Run]]:
         """Return runs of a method, each with the baseline's of its seed; the judge's with any."""
         if method != JUDGE:
-            return [((text, method, s), (text, BASE, s)) for s in self.seeds(text, method)]
+            return [(Run(text, method, s), Run(text, BASE, s)) for s in self.seeds(text, method)]
         judges, bases = ([run for run in self.nats if run[:2] == (text, x)] for x in (JUDGE, BASE))
         return list(zip(judges, bases[:1], strict=False))
 

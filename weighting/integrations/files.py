@@ -76,10 +76,7 @@ class RunFiles:
         ranks = hook.ranks()
         mine = torch.cat(self._parts)
         self._parts.clear()
-        most = int(ranks.max(torch.tensor(len(mine), device=mine.device)))
-        padded = mine.new_full((most, mine.shape[1]), -1)
-        padded[: len(mine)] = mine
-        every = ranks.gather(padded).flatten(0, 1)
+        every = ranks.gather(mine.T).mT.flatten(0, 1)  # zeros where a rank has fewer rows
         if ranks.rank == 0:
             rows = every[every[:, 1] > 0].cpu()
             self._write(hook, hook.step, rows[rows[:, 0].argsort(stable=True)], ranks.size)
